@@ -1,0 +1,294 @@
+"""SSLAMFeatureExtractor: waveforms in, log-mels of the model's length and scale out, with a mask over frames."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from transformers import BatchFeature, SequenceFeatureExtractor
+from transformers.utils import PaddingStrategy, TensorType, logging
+
+from .fbank import frame_geometry, log_mel, num_frames
+
+
+logger = logging.get_logger(__name__)
+
+# Mean and standard deviation of the log-mels of a data set, and the length that its recipe uses (10 ms frames).
+NORMALIZATION_PRESETS = {
+    "audioset": {"mean": -4.268, "std": 4.569, "max_length": 1024},
+    "esc50": {"mean": -6.627, "std": 5.359, "max_length": 512},
+    "speech_commands": {"mean": -6.846, "std": 5.565, "max_length": 128},
+}
+# Resampling overshoots full scale a little; nothing that is scaled to [-1, 1] reaches this. Unscaled 8- or 16-bit audio does.
+LARGEST_PLAUSIBLE_AMPLITUDE = 32.0
+
+
+class SSLAMFeatureExtractor(SequenceFeatureExtractor):
+    r"""
+    Turns mono waveforms into the log-mels that SSLAM reads: the clip's mean is subtracted, a Kaldi filter bank applied (25 ms Hann
+    windows each 10 ms), the log-mel padded with zeros or cut, and *then* scaled to `(x - mean) / (2 * std)`, so that padding
+    becomes `(0 - mean) / (2 * std)`, as in the published training.
+
+    Args:
+        feature_size (`int`, defaults to 1): Values per time step of the raw input; 1, mono, is all there is.
+        sampling_rate (`int`, defaults to 16000): Rate of the waveforms in Hz.
+        num_mel_bins (`int`, defaults to 128): Mel bins.
+        max_length (`int`, defaults to 1024): Frames that `padding="max_length"` gives; a multiple of `pad_to_multiple_of`.
+        padding_value (`float`, defaults to 0.0): Padding, as a log-mel before scaling.
+        do_normalize (`bool`, defaults to `True`): Whether to scale by `mean` and `std`.
+        mean (`float`, defaults to -4.268): Mean of the log-mels of the data set, AudioSet's by default.
+        std (`float`, defaults to 4.569): Their standard deviation; the scale is twice as much.
+        return_attention_mask (`bool`, defaults to `False`): Whether to return a mask over frames when a call does not say.
+        pad_to_multiple_of (`int`, defaults to 16): The model's patch size: every length returned is a multiple of it.
+
+    Raises:
+        ValueError: if one of these is out of range.
+    """
+
+    model_input_names = ["input_values", "attention_mask"]
+
+    def __init__(
+        self,
+        feature_size: int = 1,
+        sampling_rate: int = 16_000,
+        num_mel_bins: int = 128,
+        max_length: int = 1024,
+        padding_value: float = 0.0,
+        do_normalize: bool = True,
+        mean: float = NORMALIZATION_PRESETS["audioset"]["mean"],
+        std: float = NORMALIZATION_PRESETS["audioset"]["std"],
+        return_attention_mask: bool = False,
+        pad_to_multiple_of: int = 16,
+        **kwargs,
+    ):
+        super().__init__(
+            feature_size=feature_size,
+            sampling_rate=sampling_rate,
+            padding_value=padding_value,
+            return_attention_mask=return_attention_mask,
+            **kwargs,
+        )
+        if not std > 0:
+            raise ValueError(f"std is {std}, but the log-mels are divided by it: give a positive number")
+        if num_mel_bins < 1 or pad_to_multiple_of < 1:
+            raise ValueError(f"num_mel_bins is {num_mel_bins} and pad_to_multiple_of {pad_to_multiple_of}: both must be at least 1")
+        self.num_mel_bins = num_mel_bins
+        self.max_length = max_length
+        self.do_normalize = do_normalize
+        self.mean = mean
+        self.std = std
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self._check_length("max_length", max_length)
+
+    @classmethod
+    def from_preset(cls, name: str, **kwargs) -> "SSLAMFeatureExtractor":
+        """Mean, deviation and length of a published recipe: `"audioset"`, `"esc50"` or `"speech_commands"`.
+
+        Raises:
+            ValueError: if there is no such preset.
+        """
+        if name not in NORMALIZATION_PRESETS:
+            raise ValueError(f"there is no preset {name!r}: choose one of {', '.join(NORMALIZATION_PRESETS)}, or give mean and std")
+        return cls(**{**NORMALIZATION_PRESETS[name], **kwargs})
+
+    def __call__(
+        self,
+        raw_speech: np.ndarray | torch.Tensor | list,
+        sampling_rate: int | None = None,
+        padding: bool | str | int | PaddingStrategy = "max_length",
+        max_length: int | None = None,
+        truncation: bool = True,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | TensorType | None = None,
+        device: str | torch.device | None = None,
+    ) -> BatchFeature:
+        """
+        Args:
+            raw_speech: One mono clip (1-D array, tensor or list of floats), or several: a list of such clips of any lengths, or a
+                2-D array `(clips, samples)`. Floats in [-1, 1]. Two rows are refused, for stereo looks the same: give two clips as a list.
+            sampling_rate: Rate of `raw_speech` in Hz; it must equal the extractor's. Leaving it out is warned about.
+            padding: `"max_length"` (1024 frames by default, as published); a number of frames, which is the same with that `max_length`;
+                `"longest"` or `True`, the longest clip of the batch, rounded up to a multiple of 16; `False`, none.
+            max_length: Frames to pad or cut to, in place of the extractor's; a multiple of 16. With other paddings, only cuts.
+            truncation: Whether to cut clips that are too long (a warning says so); otherwise they are an error.
+            return_attention_mask: Whether to return which frames are sound (1) and which padding (0).
+            return_tensors: `"pt"`, `"np"`, or `None` for a list of numpy arrays.
+            device: Where to compute (`"cuda"`, ...); by default where a tensor lies, and on the CPU for anything else. With
+                `return_tensors="pt"` the result stays there.
+
+        Returns:
+            `input_values: (batch, frames, num_mel_bins)`, float32; on request `attention_mask: (batch, frames)`, int32.
+
+        Raises:
+            ValueError: if a clip is empty or shorter than 25 ms, holds NaN or infinity, integers or values out of scale, or more than one
+                channel; if the sampling rate differs, or the length asked for is no multiple of 16.
+        """
+        self._check_sampling_rate(sampling_rate)
+        clips = [self._check_clip(clip, i, device) for i, clip in enumerate(_as_clips(raw_speech))]
+        available = [num_frames(len(clip), self.sampling_rate) for clip in clips]
+        target, kept = self._target_lengths(available, padding, max_length, truncation)
+
+        values = [self._fit(frames, target or k) for frames, k in zip(self._log_mels(clips, kept), kept)]
+        features = {"input_values": values}
+        if self.return_attention_mask if return_attention_mask is None else return_attention_mask:
+            features["attention_mask"] = [
+                (torch.arange(len(v), device=v.device) < k).to(torch.int32) for v, k in zip(values, kept)
+            ]
+        return self._as_batch_feature(features, None if return_tensors is None else TensorType(return_tensors))
+
+    def compute_normalization(self, clips: Iterable) -> tuple[float, float]:
+        """Mean and standard deviation of the log-mels of a data set, before scaling and without padding.
+
+        Args:
+            clips: any iterable of waveforms as `__call__` takes one of them; read once, one clip at a time.
+
+        Returns:
+            `(mean, std)` over all frames and mel bins (population deviation), to build an extractor with.
+
+        Raises:
+            ValueError: if there is no clip, or one that `__call__` would refuse.
+        """
+        count, mean, squares = 0, 0.0, 0.0
+        for i, clip in enumerate(clips):
+            clip = self._check_clip(clip, i, None)
+            values = self._log_mels([clip], [num_frames(len(clip), self.sampling_rate)])[0].double()
+            # Merge the clip's moments into the running ones (Chan, Golub and LeVeque 1979): stable for any number of clips.
+            delta, total = values.mean().item() - mean, count + values.numel()
+            squares += values.var(correction=0).item() * values.numel() + delta**2 * count * values.numel() / total
+            mean += delta * values.numel() / total
+            count = total
+        if count == 0:
+            raise ValueError("there was no clip to compute mean and std from: give at least one waveform")
+        return mean, (squares / count) ** 0.5
+
+    def _check_sampling_rate(self, sampling_rate: int | None) -> None:
+        if sampling_rate is None:
+            logger.warning_once(
+                f"No sampling_rate was given; {self.sampling_rate} Hz is assumed. Pass `sampling_rate` to have it checked."
+            )
+        elif sampling_rate != self.sampling_rate:
+            raise ValueError(
+                f"sampling_rate is {sampling_rate} Hz, but the model hears {self.sampling_rate} Hz: resample the audio first, for example "
+                f"with torchaudio.functional.resample(waveform, {sampling_rate}, {self.sampling_rate})"
+            )
+
+    def _check_clip(self, clip, index: int, device: str | torch.device | None) -> torch.Tensor:
+        """A clip as a 1-D float32 tensor on `device`; whatever could not be a mono waveform in [-1, 1] is refused."""
+        name = f"clip {index}"
+        if not isinstance(clip, torch.Tensor):
+            try:
+                array = np.ascontiguousarray(clip)
+                clip = torch.from_numpy(array if array.flags.writeable else array.copy())
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name} is no array of numbers ({error}): give a 1-D array of floats") from error
+        if clip.dim() != 1:
+            raise ValueError(
+                f"{name} has shape {tuple(clip.shape)}, but a clip is 1-D (samples,): mix several channels down to one first, "
+                "for example with waveform.mean(axis of the channels)"
+            )
+        if len(clip) == 0:
+            raise ValueError(f"{name} is empty: leave it out")
+        if not clip.is_floating_point():
+            raise ValueError(
+                f"{name} has dtype {str(clip.dtype).removeprefix('torch.')}, but floats in [-1, 1] are expected: divide 16-bit integers by 32768"
+            )
+        clip = clip.detach().to(device=device, dtype=torch.float32)
+        peak = clip.abs().max().item()
+        if not np.isfinite(peak):
+            raise ValueError(f"{name} holds NaN or infinite samples: repair it or leave it out")
+        if peak > LARGEST_PLAUSIBLE_AMPLITUDE:
+            raise ValueError(
+                f"{name} has a peak of {peak:g}, but samples lie in [-1, 1]: integers stored as floats must be divided by their full scale "
+                "(32768 for 16 bits)"
+            )
+        least = frame_geometry(self.sampling_rate)[0]
+        if len(clip) < least:
+            raise ValueError(
+                f"{name} has {len(clip)} samples, but one frame takes {least} (25 ms at {self.sampling_rate} Hz): leave it out or pad it with "
+                "zeros. Were the axes swapped, that is (samples, channels)?"
+            )
+        return clip
+
+    def _check_length(self, name: str, length: int) -> None:
+        if length < 1 or length % self.pad_to_multiple_of:
+            raise ValueError(
+                f"{name} is {length} frames, but must be a positive multiple of {self.pad_to_multiple_of} (the model's patch size)"
+            )
+
+    def _target_lengths(self, frames: list[int], padding, max_length: int | None, truncation: bool) -> tuple[int | None, list[int]]:
+        """The length to pad to (`None`: no padding) and the number of frames of each clip that are kept."""
+        if isinstance(padding, int) and not isinstance(padding, bool):
+            if max_length not in (None, padding):
+                raise ValueError(f"padding is {padding} frames and max_length {max_length}: give one of them")
+            padding, max_length = "max_length", padding
+        strategy = self._get_padding_strategies(padding, max_length or self.max_length)
+        limit = max_length
+        if strategy == PaddingStrategy.MAX_LENGTH and limit is None:
+            limit = self.max_length
+        if limit is not None:
+            self._check_length("max_length", limit)
+            longest = max(frames)
+            if longest > limit and not truncation:
+                raise ValueError(
+                    f"a clip has {longest} frames (10 ms each), more than max_length={limit}, and truncation is off: raise max_length, "
+                    'cut the audio into windows, or use padding="longest"'
+                )
+            if longest > limit:
+                logger.warning_once(
+                    f"A clip of {longest} frames (10 ms each) was cut to the first {limit}, as in the published recipes. To keep longer "
+                    'ones whole, pass padding="longest" or a larger max_length, or cut the audio into windows.'
+                )
+            frames = [min(n, limit) for n in frames]
+        if strategy == PaddingStrategy.DO_NOT_PAD:
+            return None, frames
+        return limit if strategy == PaddingStrategy.MAX_LENGTH else _round_up(max(frames), self.pad_to_multiple_of), frames
+
+    def _log_mels(self, clips: list[torch.Tensor], frames: list[int]) -> list[torch.Tensor]:
+        """The first `frames` frames of each clip's log-mel, `(frames, num_mel_bins)`."""
+        length, shift = frame_geometry(self.sampling_rate)
+        # The mean is the whole clip's; of the rest, only what the frames that are kept will read.
+        clips = [(clip - clip.mean())[: (n - 1) * shift + length] for clip, n in zip(clips, frames)]
+        if all(clip.device.type == "cpu" for clip in clips):  # nothing is gained there by a batch, and padding would cost
+            return [log_mel(clip, self.sampling_rate, self.num_mel_bins) for clip in clips]
+        batch = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+        return [row[:n] for row, n in zip(log_mel(batch, self.sampling_rate, self.num_mel_bins), frames)]
+
+    def _fit(self, frames: torch.Tensor, length: int) -> torch.Tensor:
+        """Pad to `length` frames, then scale: in the published training padding is scaled too."""
+        frames = torch.nn.functional.pad(frames, (0, 0, 0, length - len(frames)), value=self.padding_value)
+        return (frames - self.mean) / (2 * self.std) if self.do_normalize else frames
+
+    @staticmethod
+    def _as_batch_feature(features: dict[str, list[torch.Tensor]], kind: TensorType | None) -> BatchFeature:
+        lengths = {len(value) for value in features["input_values"]}
+        if kind is not None and len(lengths) > 1:
+            raise ValueError(
+                f'clips of {sorted(lengths)} frames do not make one tensor: use padding="longest" or "max_length", or leave out return_tensors'
+            )
+        if kind == TensorType.PYTORCH:
+            return BatchFeature({name: torch.stack(rows) for name, rows in features.items()})
+        return BatchFeature({name: [row.cpu().numpy() for row in rows] for name, rows in features.items()}, tensor_type=kind)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _as_clips(raw_speech) -> list:
+    """One clip or several, as a list of clips."""
+    if isinstance(raw_speech, (np.ndarray, torch.Tensor)):
+        if raw_speech.ndim == 2:
+            if len(raw_speech) == 2:
+                raise ValueError(
+                    f"an array of shape {tuple(raw_speech.shape)} may be two clips or the two channels of one: give two clips as a list of 1-D "
+                    "arrays, and mix stereo down to mono, for example with waveform.mean(0)"
+                )
+            return list(raw_speech)
+        return [raw_speech]
+    if not isinstance(raw_speech, (list, tuple)):
+        raise ValueError(f"raw_speech is a {type(raw_speech).__name__}, but must be a 1-D array of floats or a list of such arrays")
+    if len(raw_speech) == 0:
+        raise ValueError("raw_speech is empty: give at least one clip")
+    return list(raw_speech) if np.ndim(raw_speech[0]) > 0 else [raw_speech]
+
+
+__all__ = ["NORMALIZATION_PRESETS", "SSLAMFeatureExtractor"]
