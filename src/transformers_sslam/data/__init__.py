@@ -1,0 +1,1 @@
+"""Audio in: from files of any kind to mono waveforms at the model's rate."""
