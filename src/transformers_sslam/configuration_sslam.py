@@ -1,9 +1,18 @@
 """SSLAMConfig: every size and setting of the model."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+
+# The two stages of the published pre-training: EAT's on unmixed audio, then SSLAM's on unmixed audio and partial mixtures. For a new
+# configuration, `SSLAMConfig.base(**PRETRAINING_STAGES[1])`, and for stage 2 from stage 1's checkpoint,
+# `SSLAMForPreTraining.from_pretrained(path, **PRETRAINING_STAGES[2])`.
+PRETRAINING_STAGES: dict[int, dict[str, Any]] = {
+    1: {"use_mixtures": False, "num_views": 16, "global_target_layers": None},
+    2: {"use_mixtures": True, "num_views": 8, "global_target_layers": 1},
+}
 
 
 @strict
@@ -23,6 +32,11 @@ class SSLAMConfig(PreTrainedConfig):
         drop_path_rate (`float`, defaults to 0.0):
             Probability to skip a residual branch of the last block, growing linearly from 0 in the first. Fine-tuning uses 0.1.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the linear weights at the start.
+        patch_embedding_gain (`float`, defaults to 1.0):
+            Factor on the patch projection's weights at the start. Small models that are pre-trained on little audio collapse less
+            easily with 2.0 (and 0.5 below): what is heard then weighs more against where it is.
+        position_embedding_scale (`float`, defaults to 1.0):
+            Factor on the table of positions at the start; a checkpoint's table is loaded as it is.
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of every layer norm of the encoder and the classifier.
         qkv_bias (`bool`, defaults to `True`): Whether queries, keys and values have biases.
         patch_size (`int`, defaults to 16): Side of a square patch, in frames and in mel bins. Patches do not overlap.
@@ -41,6 +55,29 @@ class SSLAMConfig(PreTrainedConfig):
         decoder_num_hidden_layers (`int`, defaults to 6): Convolutions of that decoder.
         decoder_kernel_size (`int`, defaults to 3): Their kernel, odd, in patches.
         decoder_num_groups (`int`, defaults to 16): Their groups.
+        use_mixtures (`bool`, defaults to `True`):
+            Whether pre-training sees partial mixtures beside the unmixed clips: stage 2, SSLAM. Without, it is stage 1, EAT. See
+            `PRETRAINING_STAGES` for the settings that differ.
+        num_views (`int`, defaults to 8): Masks under which each clip is seen in a step; stage 1 uses 16.
+        mask_ratio (`float`, defaults to 0.8): Share of the patches that each mask hides.
+        mask_ratio_adjust (`float`, defaults to 0.07): Added to the visible share when counting the blocks to keep.
+        mask_block_size (`int`, defaults to 5): Side of the visible blocks, in patches.
+        mask_noise_std (`float`, defaults to 0.01): Standard deviation of the noise that stands in for masked patches in the decoder.
+        num_unmixed_spans (`int`, defaults to 2): Spans of each mixture in which nothing is mixed in.
+        unmixed_span_length (`int`, defaults to 240): Their length in frames, a multiple of `patch_size`.
+        unmixed_spans_per_clip (`bool`, defaults to `False`):
+            Whether each clip has its own spans. In the published runs one draw serves the whole batch of a device.
+        local_target_layers (`int`, *optional*): Top blocks of the teacher whose average is the target of patches; all by default.
+        global_target_layers (`int`, *optional*, defaults to 1): Those for the target of CLS; `None` for all, as in stage 1.
+        global_loss_weight (`float`, defaults to 1.0): Weight of the global (CLS) loss.
+        global_loss_reduction (`str`, defaults to `"sum"`):
+            `"sum"`, over views, so that the weight of the global loss grows with the batch, as published, or `"mean"`.
+        source_retention_loss_weight (`float`, defaults to 2.0):
+            Weight of the source retention loss. It is divided by the masked patches of both halves, though only the mixed half has it:
+            hence the published 2.
+        ema_decay (`float`, defaults to 0.9998): Decay of the teacher's moving average at the start.
+        ema_end_decay (`float`, defaults to 0.99999): Decay at the end of a linear ramp.
+        ema_anneal_end_step (`int`, defaults to 100000): Update with which that ramp ends.
 
     Raises:
         ValueError: if sizes contradict each other. The message names the values.
@@ -67,6 +104,8 @@ class SSLAMConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
     initializer_range: float = 0.02
+    patch_embedding_gain: float | int = 1.0
+    position_embedding_scale: float | int = 1.0
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
     patch_size: int = 16
@@ -79,6 +118,23 @@ class SSLAMConfig(PreTrainedConfig):
     decoder_num_hidden_layers: int = 6
     decoder_kernel_size: int = 3
     decoder_num_groups: int = 16
+    use_mixtures: bool = True
+    num_views: int = 8
+    mask_ratio: float = 0.8
+    mask_ratio_adjust: float | int = 0.07
+    mask_block_size: int = 5
+    mask_noise_std: float | int = 0.01
+    num_unmixed_spans: int = 2
+    unmixed_span_length: int = 240
+    unmixed_spans_per_clip: bool = False
+    local_target_layers: int | None = None
+    global_target_layers: int | None = 1
+    global_loss_weight: float | int = 1.0
+    global_loss_reduction: Literal["sum", "mean"] = "sum"
+    source_retention_loss_weight: float | int = 2.0
+    ema_decay: float | int = 0.9998
+    ema_end_decay: float | int = 0.99999
+    ema_anneal_end_step: int = 100_000
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -101,6 +157,7 @@ class SSLAMConfig(PreTrainedConfig):
             "intermediate_size": 4096,
             "decoder_hidden_size": 1024,
             "decoder_num_hidden_layers": 3,
+            "ema_anneal_end_step": 150_000,
         }
         return cls(**{**sizes, **kwargs})
 
@@ -112,9 +169,9 @@ class SSLAMConfig(PreTrainedConfig):
     def validate_architecture(self):
         super().validate_architecture()
         for name in (
-            "hidden_size num_hidden_layers num_attention_heads intermediate_size patch_size num_mel_bins max_length "
-            "decoder_hidden_size decoder_num_hidden_layers decoder_kernel_size decoder_num_groups"
-        ).split():
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "num_mel_bins", "max_length"),
+            *("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_kernel_size", "decoder_num_groups"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
         for name, divisor in (
@@ -136,9 +193,35 @@ class SSLAMConfig(PreTrainedConfig):
             raise ValueError(f"decoder_kernel_size is {self.decoder_kernel_size}, but 'same' padding needs an odd kernel")
         if not self.layer_norm_eps > 0:
             raise ValueError(f"layer_norm_eps is {self.layer_norm_eps}, but must be above 0")
+        for name in ("patch_embedding_gain", "position_embedding_scale"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but a factor must not be negative")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "classifier_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but a probability to drop must lie in [0, 1)")
+        self._validate_pretraining()
+
+    def _validate_pretraining(self):
+        """Ranges only. What must fit the encoder or the input is checked where pre-training meets it, so that no encoder is refused."""
+        for name in ("num_views", "mask_block_size", "num_unmixed_spans", "unmixed_span_length", "ema_anneal_end_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        for name in ("local_target_layers", "global_target_layers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1, or None for all layers")
+        for name in ("mask_noise_std", "global_loss_weight", "source_retention_loss_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must not be negative")
+        for name in ("ema_decay", "ema_end_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but a decay must lie in [0, 1]")
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}, but must lie between 0 and 1")
+        if not 0 <= 1 - self.mask_ratio + self.mask_ratio_adjust <= 1:
+            raise ValueError(
+                f"mask_ratio_adjust is {self.mask_ratio_adjust}, but the visible share that it is added to, {1 - self.mask_ratio:g}, must "
+                "stay between 0 and 1"
+            )
 
 
-__all__ = ["SSLAMConfig"]
+__all__ = ["PRETRAINING_STAGES", "SSLAMConfig"]

@@ -130,9 +130,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         values = [self._fit(frames, target or k) for frames, k in zip(self._log_mels(clips, kept), kept)]
         features = {"input_values": values}
         if self.return_attention_mask if return_attention_mask is None else return_attention_mask:
-            features["attention_mask"] = [
-                (torch.arange(len(v), device=v.device) < k).to(torch.int32) for v, k in zip(values, kept)
-            ]
+            features["attention_mask"] = [(torch.arange(len(v), device=v.device) < k).to(torch.int32) for v, k in zip(values, kept)]
         return self._as_batch_feature(features, None if return_tensors is None else TensorType(return_tensors))
 
     def compute_normalization(self, clips: Iterable) -> tuple[float, float]:
@@ -162,9 +160,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
 
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:
-            logger.warning_once(
-                f"No sampling_rate was given; {self.sampling_rate} Hz is assumed. Pass `sampling_rate` to have it checked."
-            )
+            logger.warning_once(f"No sampling_rate was given; {self.sampling_rate} Hz is assumed. Pass `sampling_rate` to have it checked.")
         elif sampling_rate != self.sampling_rate:
             raise ValueError(
                 f"sampling_rate is {sampling_rate} Hz, but the model hears {self.sampling_rate} Hz: resample the audio first, for example "
@@ -189,7 +185,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(f"{name} is empty: leave it out")
         if not clip.is_floating_point():
             raise ValueError(
-                f"{name} has dtype {str(clip.dtype).removeprefix('torch.')}, but floats in [-1, 1] are expected: divide 16-bit integers by 32768"
+                f"{name} has dtype {str(clip.dtype).removeprefix('torch.')}, but floats in [-1, 1] are expected: divide "
+                "16-bit integers by 32768"
             )
         clip = clip.detach().to(device=device, dtype=torch.float32)
         peak = clip.abs().max().item()
@@ -203,8 +200,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         least = frame_geometry(self.sampling_rate)[0]
         if len(clip) < least:
             raise ValueError(
-                f"{name} has {len(clip)} samples, but one frame takes {least} (25 ms at {self.sampling_rate} Hz): leave it out or pad it with "
-                "zeros. Were the axes swapped, that is (samples, channels)?"
+                f"{name} has {len(clip)} samples, but one frame takes {least} (25 ms at {self.sampling_rate} Hz): leave it out or pad it "
+                "with zeros. Were the axes swapped, that is (samples, channels)?"
             )
         return clip
 
@@ -262,7 +259,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         lengths = {len(value) for value in features["input_values"]}
         if kind is not None and len(lengths) > 1:
             raise ValueError(
-                f'clips of {sorted(lengths)} frames do not make one tensor: use padding="longest" or "max_length", or leave out return_tensors'
+                f'clips of {sorted(lengths)} frames do not make one tensor: use padding="longest" or "max_length", or leave out '
+                "return_tensors"
             )
         if kind == TensorType.PYTORCH:
             return BatchFeature({name: torch.stack(rows) for name, rows in features.items()})
@@ -279,8 +277,8 @@ def _as_clips(raw_speech) -> list:
         if raw_speech.ndim == 2:
             if len(raw_speech) == 2:
                 raise ValueError(
-                    f"an array of shape {tuple(raw_speech.shape)} may be two clips or the two channels of one: give two clips as a list of 1-D "
-                    "arrays, and mix stereo down to mono, for example with waveform.mean(0)"
+                    f"an array of shape {tuple(raw_speech.shape)} may be two clips or the two channels of one: give two clips as a list of "
+                    "1-D arrays, and mix stereo down to mono, for example with waveform.mean(0)"
                 )
             return list(raw_speech)
         return [raw_speech]

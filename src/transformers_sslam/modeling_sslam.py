@@ -42,7 +42,7 @@ def sincos_position_table(config: SSLAMConfig) -> torch.Tensor:
     """Fixed 2-D positions of every patch up to `config.max_length` frames: `(1, patches, hidden_size)`, float32, patch `8 t + f`.
 
     The first half of the channels encodes the frequency index `f`, the second the time index `t`, each as `[sin(p w), cos(p w)]` with
-    `w_i = 10000 ** (-i / (hidden_size / 4))`. Computed in float64 on the CPU.
+    `w_i = 10000 ** (-i / (hidden_size / 4))`, all times `config.position_embedding_scale`. Computed in float64 on the CPU.
     """
     quarter = config.hidden_size // 4
     omega = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
@@ -53,7 +53,7 @@ def sincos_position_table(config: SSLAMConfig) -> torch.Tensor:
 
     time, frequency = encode(config.max_length // config.patch_size), encode(config.num_frequency_patches)
     grid = torch.cat((frequency.expand(len(time), -1, -1), time[:, None].expand(-1, len(frequency), -1)), dim=-1)
-    return grid.flatten(0, 1)[None]
+    return grid.flatten(0, 1)[None] * config.position_embedding_scale
 
 
 class SSLAMPatchEmbeddings(nn.Module):
@@ -64,11 +64,12 @@ class SSLAMPatchEmbeddings(nn.Module):
         self.patch_size, self.num_mel_bins = config.patch_size, config.num_mel_bins
         self.projection = nn.Conv2d(1, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
 
-    def forward(self, input_values: torch.Tensor) -> torch.Tensor:
+    def check(self, input_values: torch.Tensor) -> None:
+        """Raise a ValueError unless `input_values` is (batch, frames, mel bins), frames a positive multiple of the patch size."""
         if input_values.dim() != 3 or input_values.shape[2] != self.num_mel_bins:
             raise ValueError(
-                f"input_values has shape {tuple(input_values.shape)}, but (batch, frames, {self.num_mel_bins} mel bins) is expected: make it "
-                "with the model's feature extractor"
+                f"input_values has shape {tuple(input_values.shape)}, but (batch, frames, {self.num_mel_bins} mel bins) is expected: make "
+                "it with the model's feature extractor"
             )
         frames = input_values.shape[1]
         if frames == 0 or frames % self.patch_size:
@@ -76,12 +77,17 @@ class SSLAMPatchEmbeddings(nn.Module):
                 f"input_values has {frames} frames, but a positive multiple of {self.patch_size} (the patch size) is expected: pad it, as "
                 "SSLAMFeatureExtractor does"
             )
+
+    def forward(self, input_values: torch.Tensor) -> torch.Tensor:
+        self.check(input_values)
         pixels = input_values.unsqueeze(1).to(self.projection.weight.dtype)
         return self.projection(pixels).flatten(2).transpose(1, 2)
 
 
 class SSLAMEmbeddings(nn.Module):
     """Tokens for the first block: patches with their positions, behind a CLS token that has none, all normalised."""
+
+    position_embeddings: torch.Tensor
 
     def __init__(self, config: SSLAMConfig):
         super().__init__()
@@ -188,7 +194,7 @@ class SSLAMDropPath(nn.Module):
 
 
 class SSLAMLayer(GradientCheckpointingLayer):
-    """A post-norm block: `x = norm1(x + attention(x)); x = norm2(x + mlp(x))`."""
+    """A post-norm block: `x = norm1(x + attention(x)); x = norm2(x + mlp(x))`. On request, `mlp(x)` is returned beside its output."""
 
     def __init__(self, config: SSLAMConfig, drop_path_rate: float):
         super().__init__()
@@ -200,11 +206,17 @@ class SSLAMLayer(GradientCheckpointingLayer):
         self.drop_path = SSLAMDropPath(drop_path_rate)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_mlp_output: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         attended, _ = self.attention(hidden_states, attention_mask, **kwargs)
         hidden_states = self.layernorm_after_attention(hidden_states + self.drop_path(self.dropout(attended)))
-        return self.layernorm_after_mlp(hidden_states + self.drop_path(self.dropout(self.mlp(hidden_states))))
+        mlp_output = self.mlp(hidden_states)
+        hidden_states = self.layernorm_after_mlp(hidden_states + self.drop_path(self.dropout(mlp_output)))
+        return (hidden_states, mlp_output) if return_mlp_output else hidden_states
 
 
 class SSLAMPreTrainedModel(PreTrainedModel):
@@ -213,7 +225,7 @@ class SSLAMPreTrainedModel(PreTrainedModel):
     config: SSLAMConfig
     base_model_prefix = "sslam"
     main_input_name = "input_values"
-    input_modalities = ("audio",)
+    input_modalities = "audio"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SSLAMEmbeddings", "SSLAMLayer"]
     _supports_sdpa = True
@@ -232,14 +244,16 @@ class SSLAMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # linear layers N(0, initializer_range), biases 0, norms 1 and 0
-        if isinstance(module, SSLAMPatchEmbeddings):
-            # As a linear layer of (hidden_size, 256), not as a convolution with its fan of pixels.
-            bound = (6 / (module.projection.weight[0].numel() + module.projection.out_channels)) ** 0.5
-            init.uniform_(module.projection.weight, -bound, bound)
+        if isinstance(module, nn.Conv2d):  # the patch projection: Xavier-uniform as a linear layer of (hidden_size, 256)
+            bound = self.config.patch_embedding_gain * (6 / (module.weight[0].numel() + module.out_channels)) ** 0.5
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, SSLAMEmbeddings):
             init.normal_(module.cls_token)
             init.copy_(module.position_embeddings, sincos_position_table(module.config))
+        else:
+            super()._init_weights(module)  # linear layers N(0, initializer_range), biases 0, norms 1 and 0
 
 
 class SSLAMModel(SSLAMPreTrainedModel):
@@ -307,8 +321,8 @@ class SSLAMModel(SSLAMPreTrainedModel):
                 mask = nn.functional.pad(sounding, (1, 0), value=True)
         elif mask.shape != (batch, tokens):
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, but must be over frames, {(batch, frames)}, or over tokens (CLS and "
-                f"patches), {(batch, tokens)}"
+                f"attention_mask has shape {tuple(attention_mask.shape)}, but must be over frames, {(batch, frames)}, or over tokens (CLS "
+                f"and patches), {(batch, tokens)}"
             )
         return input_values, mask
 
@@ -331,7 +345,7 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel):
         self.sslam = SSLAMModel(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]  # set in every config
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -358,9 +372,7 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel):
         outputs: SSLAMModelOutput = self.sslam(input_values, attention_mask=attention_mask, **kwargs)
         logits = self.classifier(self.dropout(self.layernorm(outputs.pooler_output)))
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
 
 __all__ = ["SSLAMForAudioClassification", "SSLAMModel", "SSLAMModelOutput", "SSLAMPreTrainedModel"]

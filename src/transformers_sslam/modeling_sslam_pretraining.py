@@ -1,0 +1,431 @@
+"""Self-supervised pre-training: a student that sees some patches, a decoder that fills in the others, a teacher that sees all.
+
+Stage 1 (EAT, arXiv 2401.03497) and stage 2 (SSLAM, arXiv 2506.12222, with partial mixtures) are two settings of one class, see
+`PRETRAINING_STAGES`.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_sslam import SSLAMConfig
+from .masking import count_visible, inverse_block_masks, num_visible_patches
+from .mixing import check_unmixed_spans, draw_unmixed_spans, mixed_time_patches, partial_mixture
+from .modeling_sslam import SSLAMModel, SSLAMPreTrainedModel
+
+
+@dataclass
+class SSLAMForPreTrainingOutput(ModelOutput):
+    """
+    Clips are the batch and, with mixtures, the mixed batch behind it; views are `num_views` for each clip, one clip after the other.
+
+    Args:
+        loss: what to minimise, `local_loss + global_loss + source_retention_loss`.
+        local_loss: squared errors of the decoder's outputs, over `sqrt(hidden_size)`, summed over masked patches and channels of all views,
+            divided by `sample_size`.
+        global_loss: squared errors of CLS, over `sqrt(hidden_size)`, summed over channels and over views (or their mean, see
+            `config.global_loss_reduction`), times `config.global_loss_weight`.
+        source_retention_loss: as `local_loss`, but over the views of the mixed half, whose squared errors are also divided by the
+            `sample_size` of both halves; times `config.source_retention_loss_weight`, 2. `None` without mixtures.
+        loss_sum: `loss * sample_size`, with its gradient. To divide by the samples of all devices together, as the published runs did, take
+            the sum of `loss_sum` over devices, divided by the sum of `sample_size`.
+        sample_size: masked patches of all views of both halves.
+        target_std: standard deviation of the local targets over the masked patches of all views, the mean over channels. It falls towards
+            0 when the teacher's outputs collapse to a constant.
+        prediction_std: the same of the decoder's outputs.
+        content_share: how much of the unmixed clips' local targets is content rather than position: their variance over clips at a fixed
+            patch position, divided by their total variance. Towards 0 the targets have collapsed to codes of their positions, which
+            `target_std` cannot see. The mixed clips are left out because they repeat the unmixed ones. NaN for a batch of one clip.
+        predictions: (this and all below with `output_targets=True`) `(views, masked patches, hidden_size)`, the decoder's outputs.
+        cls_predictions: `(views, hidden_size)`, the student's CLS.
+        local_targets: `(views, masked patches, hidden_size)`.
+        global_targets: `(clips, hidden_size)`.
+        source_retention_targets: `(views of the mixed half, masked patches, hidden_size)`, or `None`.
+        bool_masked_pos: `(batch * num_views, patches)`, the masks, as given or as drawn.
+        unmixed_span_starts: the spans, as given or as drawn, or `None`.
+        mixed_input_values: `(batch, frames, num_mel_bins)`, the mixtures, or `None`.
+    """
+
+    loss: torch.Tensor | None = None
+    local_loss: torch.Tensor | None = None
+    global_loss: torch.Tensor | None = None
+    source_retention_loss: torch.Tensor | None = None
+    loss_sum: torch.Tensor | None = None
+    sample_size: int | None = None
+    target_std: torch.Tensor | None = None
+    prediction_std: torch.Tensor | None = None
+    content_share: torch.Tensor | None = None
+    predictions: torch.Tensor | None = None
+    cls_predictions: torch.Tensor | None = None
+    local_targets: torch.Tensor | None = None
+    global_targets: torch.Tensor | None = None
+    source_retention_targets: torch.Tensor | None = None
+    bool_masked_pos: torch.Tensor | None = None
+    unmixed_span_starts: torch.Tensor | None = None
+    mixed_input_values: torch.Tensor | None = None
+
+
+class Targets(NamedTuple):
+    """What the teacher wants: for all clips, and for the mixed ones the average of their two sources' local targets."""
+
+    local: torch.Tensor  # (clips, patches, hidden_size)
+    overall: torch.Tensor  # (clips, hidden_size)
+    retained: torch.Tensor | None  # (mixed clips, patches, hidden_size), not normalised again
+
+
+def ema_decay(step: int, start: float, end: float, anneal_end_step: int) -> float:
+    """Decay of the teacher's moving average at update `step`, which counts from 1: linear from `start` to `end`, then constant."""
+    return start + (end - start) * min(step, anneal_end_step) / anneal_end_step
+
+
+def gather_patches(patches: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Take patches `index`, (views, n), of each view's clip: (clips, patches, width) -> (views, n, width). Nothing is repeated per view."""
+    clips, num_patches, width = patches.shape
+    first = torch.arange(len(index), device=index.device) // (len(index) // clips) * num_patches
+    flat = (index + first.unsqueeze(1)).flatten()
+    return patches.reshape(-1, width).index_select(0, flat).view(*index.shape, width)
+
+
+def squared_error(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Squared error times `1 / sqrt(width)`, summed over everything, in float32."""
+    return nn.functional.mse_loss(predictions.float(), targets, reduction="sum") * predictions.shape[-1] ** -0.5
+
+
+@torch.no_grad()
+def channel_std(values: torch.Tensor) -> torch.Tensor:
+    """The collapse guard's deviation over all vectors of (..., width): unbiased for each channel, `sqrt(var + 1e-6)`, their mean."""
+    return (values.float().flatten(0, -2).var(0) + 1e-6).sqrt().mean()
+
+
+@torch.no_grad()
+def content_share(targets: torch.Tensor) -> torch.Tensor:
+    """Variance over clips at a fixed patch position, divided by the total variance, of (clips, patches, width). NaN for one clip."""
+    if len(targets) == 1:
+        return targets.new_full((), torch.nan)
+    return targets.var(0).mean() / targets.flatten(0, 1).var(0).mean()
+
+
+class SSLAMDecoder(nn.Module):
+    """Predicts the masked patches from the visible ones around them: grouped convolutions over the grid of patches, and a projection."""
+
+    def __init__(self, config: SSLAMConfig):
+        super().__init__()
+        if config.hidden_size % config.decoder_num_groups:
+            raise ValueError(
+                f"hidden_size is {config.hidden_size} and decoder_num_groups is {config.decoder_num_groups}, but the decoder needs a width "
+                "that is a multiple of its groups: change one of them"
+            )
+        width, kernel = config.decoder_hidden_size, config.decoder_kernel_size
+        inputs = [config.hidden_size] + [width] * (config.decoder_num_hidden_layers - 1)
+        self.layers = nn.ModuleList(
+            nn.Conv2d(channels, width, kernel, padding=kernel // 2, groups=config.decoder_num_groups) for channels in inputs
+        )
+        self.projection = nn.Linear(width, config.hidden_size)
+
+    def forward(self, grid: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """(views, time, frequency, hidden_size) and indices (views, n) of masked patches -> (views, n, hidden_size)."""
+        for convolution in self.layers:
+            # Seen as (views, hidden_size, time, frequency), a grid with its channels last in memory is just what is fastest here.
+            features = convolution(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            features = nn.functional.gelu(nn.functional.layer_norm(features, features.shape[-1:]))
+            grid = grid + features if grid.shape == features.shape else features
+        return self.projection(gather_patches(grid.flatten(1, 2), masked))
+
+
+class SSLAMTeacher(SSLAMModel):
+    """A moving average of the student that makes the targets: never trained, always in eval mode, never narrower than float32."""
+
+    def __init__(self, config: SSLAMConfig):
+        super().__init__(config)
+        self.float()
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "SSLAMTeacher":
+        return super().train(False)
+
+    def _apply(self, fn, recurse: bool = True):
+        # Behind `.to()`, `.half()`, `.cuda()` and the like. An update of 2e-4 does not move a bfloat16 weight at all, so devices change,
+        # but the type never becomes narrower.
+        def keep_width(tensor: torch.Tensor) -> torch.Tensor:
+            probe = fn(tensor.new_empty(0))
+            return tensor.to(probe.device) if probe.element_size() < tensor.element_size() else fn(tensor)
+
+        return super()._apply(keep_width, recurse)
+
+    @torch.no_grad()
+    def targets(self, tokens: torch.Tensor, *num_layers: int) -> list[torch.Tensor]:
+        """For each number of top blocks, the target that they make: (clips, 1 + n, hidden_size) -> (clips, n, hidden_size), float32.
+
+        Each block's MLP output, before its residual and without CLS, is instance-normalised over the patches that are there; the blocks are
+        averaged, and the average layer-normalised.
+        """
+        sums = {n: torch.zeros((), device=tokens.device) for n in num_layers}
+        for from_top, layer in zip(range(len(self.layers), 0, -1), self.layers):
+            tokens, mlp_output = layer(tokens, return_mlp_output=True)
+            if from_top > max(num_layers):
+                continue
+            patches = mlp_output[:, 1:].float()
+            variance, mean = torch.var_mean(patches, dim=1, correction=0, keepdim=True)
+            normalised = (patches - mean) * (variance + 1e-5).rsqrt()
+            sums = {n: total + normalised if from_top <= n else total for n, total in sums.items()}
+        return [nn.functional.layer_norm(sums[n] / n, tokens.shape[-1:]) for n in num_layers]
+
+
+class SSLAMForPreTraining(SSLAMPreTrainedModel):
+    """The SSLAM objective: local and global targets for unmixed and partially mixed audio, and source retention for the mixed.
+
+    A checkpoint holds `sslam.*` (the student), `decoder.*` and `teacher.*`. Loaded from one that has no teacher, such as an encoder's, the
+    teacher starts as a copy of the student; an absent decoder starts anew.
+
+    Raises:
+        ValueError: if the decoder or the numbers of target layers do not fit the encoder.
+    """
+
+    # Tells Transformers what `SSLAMTeacher` itself sees to.
+    _keep_in_fp32_modules_strict = ["teacher"]
+
+    def __init__(self, config: SSLAMConfig):
+        super().__init__(config)
+        depth = config.num_hidden_layers
+        for name in ("local_target_layers", "global_target_layers"):
+            if (getattr(config, name) or depth) > depth:
+                raise ValueError(f"{name} is {getattr(config, name)}, but the encoder has {depth} layers (num_hidden_layers)")
+        self.sslam = SSLAMModel(config)
+        self.decoder = SSLAMDecoder(config)
+        self.teacher = SSLAMTeacher(config)
+        self.post_init()
+        # An encoder ignores these parts of a checkpoint; here nothing of them may be left over unnoticed.
+        self._keys_to_ignore_on_load_unexpected = []
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Called for the decoder's layers, for student and teacher have methods of their own: torch's defaults.
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            bound = module.weight[0].numel() ** -0.5
+            for parameter in module.parameters():
+                init.uniform_(parameter, -bound, bound)
+
+    def initialize_weights(self) -> None:
+        """Initialise what no checkpoint gave, at construction and after loading; of the teacher that is a copy of the student."""
+        super().initialize_weights()
+        for teacher, student in zip(self.teacher.state_dict(keep_vars=True).values(), self.sslam.state_dict().values()):
+            init.copy_(teacher, student)
+        self.teacher.requires_grad_(False)  # again each time: loading replaces parameters by new ones
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.sslam.get_input_embeddings()
+
+    @torch.no_grad()
+    def update_teacher(self, step: int) -> None:
+        """Move the teacher towards the student: `teacher = d * teacher + (1 - d) * student` with `d` from [`ema_decay`].
+
+        Positions are copied. Call it after each optimiser step that was not skipped, on the unwrapped model.
+
+        Args:
+            step: which update it is, counting from 1.
+
+        Raises:
+            ValueError: if `step` is under 1.
+        """
+        if step < 1:
+            raise ValueError(f"step is {step}, but updates count from 1, the first one after the first optimiser step")
+        decay = ema_decay(step, self.config.ema_decay, self.config.ema_end_decay, self.config.ema_anneal_end_step)
+        averages: list[torch.Tensor] = list(self.teacher.parameters())
+        weights = [student.to(average.dtype) for average, student in zip(averages, self.sslam.parameters())]
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        for teacher, student in zip(self.teacher.buffers(), self.sslam.buffers()):
+            teacher.copy_(student)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        unmixed_span_starts: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output_targets: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SSLAMForPreTrainingOutput:
+        r"""
+        Args:
+            input_values: `(batch, frames, num_mel_bins)`, scaled log-mels; `frames` is a multiple of 16.
+            bool_masked_pos: `(batch * views, patches)`, boolean, True = masked, one row a view, the views of a clip one after the other,
+                with the same number of visible patches in every row. Both halves use the same masks. When absent, `config.num_views` a
+                clip are drawn.
+            unmixed_span_starts: `(spans,)` or `(batch, spans)`, frames at which the unmixed spans of the mixtures start, multiples of 16.
+                When absent they are drawn as the configuration says. Only with `config.use_mixtures`.
+            attention_mask: `(batch, frames)`, 1 or `True` where there is sound. It has a say in mixtures only: padding is then never mixed
+                in, and yields to sound. The published runs had none: there, padding is as loud as any sound of its level.
+            generator: source of all random numbers, best on the model's device: in this order masks, spans, noise. By default torch's own.
+                `torch.compile` takes no generators, and breaks its graph where given masks or spans are checked: for a single graph leave
+                all three out and seed with `torch.manual_seed`.
+            output_targets: whether to return predictions, targets and what was drawn.
+
+        Raises:
+            ValueError: if the input does not fit the model, masks or spans do not fit the input, or spans are given without mixtures.
+        """
+        if input_values is None:
+            raise ValueError("input_values is None: give the log-mels that SSLAMFeatureExtractor makes")
+        self.sslam.embeddings.patch_embeddings.check(input_values)
+        masks, visible, masked = self._masks(input_values, bool_masked_pos, generator)
+        starts = self._spans(input_values, unmixed_span_starts, generator)
+        clips, mixed_patches = input_values, None
+        if starts is not None:
+            mixture, mixed_patches = self._mix(input_values, starts, attention_mask)
+            clips = torch.cat((input_values, mixture))
+            visible, masked = visible.repeat(2, 1), masked.repeat(2, 1)
+
+        targets = self._targets(clips, mixed_patches)
+        cls, predictions = self._predict(clips, visible, masked, generator, **kwargs)
+        output = self._score(cls, predictions, targets, masked, output_targets)
+        if output_targets:
+            output.bool_masked_pos, output.unmixed_span_starts = masks, starts
+            output.mixed_input_values = None if starts is None else clips[len(input_values) :]
+        return output
+
+    def _masks(
+        self, input_values: torch.Tensor, masks: torch.Tensor | None, generator: torch.Generator | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The masks, and for each view the indices of its visible and of its masked patches, in patch order."""
+        config = self.config
+        batch, time = len(input_values), input_values.shape[1] // config.patch_size
+        num_patches = time * config.num_frequency_patches
+        if masks is None:
+            num_visible = num_visible_patches(num_patches, config.mask_ratio)
+            masks = inverse_block_masks(
+                batch * config.num_views,
+                time,
+                config.num_frequency_patches,
+                mask_ratio=config.mask_ratio,
+                mask_ratio_adjust=config.mask_ratio_adjust,
+                block_size=config.mask_block_size,
+                generator=generator,
+                device=input_values.device,
+            )
+        else:
+            num_visible = count_visible(masks, batch, num_patches)
+        order = masks.to(input_values.device, torch.uint8).argsort(dim=1, stable=True)
+        return masks, order[:, :num_visible], order[:, num_visible:]
+
+    def _spans(self, input_values: torch.Tensor, starts: torch.Tensor | None, generator: torch.Generator | None) -> torch.Tensor | None:
+        """Where the unmixed spans start, or `None` where nothing is mixed."""
+        config = self.config
+        batch, frames = input_values.shape[:2]
+        if not config.use_mixtures:
+            if starts is not None:
+                raise ValueError("unmixed_span_starts is given, but config.use_mixtures is False: set it to True or leave the spans out")
+            return None
+        if starts is None:
+            return draw_unmixed_spans(
+                frames,
+                config.num_unmixed_spans,
+                config.unmixed_span_length,
+                config.patch_size,
+                num_clips=batch if config.unmixed_spans_per_clip else None,
+                generator=generator,
+                device=input_values.device,
+            )
+        check_unmixed_spans(starts, batch, frames, config.unmixed_span_length, config.patch_size)
+        return starts.to(input_values.device)
+
+    def _mix(
+        self, input_values: torch.Tensor, starts: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mixtures, (batch, frames, mel bins), and the indices of the patches in which they are mixed, (batch, n), in patch order."""
+        config = self.config
+        batch, frames = input_values.shape[:2]
+        mixed_time = mixed_time_patches(starts, frames, config.unmixed_span_length, config.patch_size)
+        mixture = partial_mixture(input_values, mixed_time, config.patch_size, attention_mask)
+        # Counted from sizes, not from values: nothing waits for the device.
+        num_mixed = (frames - starts.shape[-1] * config.unmixed_span_length) // config.patch_size
+        time = mixed_time.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :num_mixed]
+        patches = time.unsqueeze(2) * config.num_frequency_patches + torch.arange(config.num_frequency_patches, device=time.device)
+        return mixture, patches.flatten(1).expand(batch, -1)
+
+    @torch.no_grad()
+    def _targets(self, clips: torch.Tensor, mixed_patches: torch.Tensor | None) -> Targets:
+        """What the teacher makes of all clips, and of the sources of the mixtures.
+
+        It hears a foreign source as the mixture has it, without the unmixed spans, where the clip's own target stands in.
+        """
+        depth = self.config.num_hidden_layers
+        tokens = self.teacher.embeddings(clips)
+        local, last = self.teacher.targets(tokens, self.config.local_target_layers or depth, self.config.global_target_layers or depth)
+        overall = last.mean(1)
+        if mixed_patches is None:
+            return Targets(local, overall, None)
+        batch = len(mixed_patches)
+        own, foreign = local[:batch], tokens[:batch].roll(1, dims=0)
+        heard = torch.cat((foreign[:, :1], gather_patches(foreign[:, 1:], mixed_patches)), dim=1)
+        (foreign_local,) = self.teacher.targets(heard, self.config.local_target_layers or depth)
+        index = mixed_patches.unsqueeze(-1).expand_as(foreign_local)
+        return Targets(local, overall, (own + own.scatter(1, index, foreign_local)) / 2)
+
+    def _predict(
+        self,
+        clips: torch.Tensor,
+        visible: torch.Tensor,
+        masked: torch.Tensor,
+        generator: torch.Generator | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """CLS (views, hidden_size) and the decoder's outputs at masked patches (views, masked, hidden_size), of what is visible."""
+        patches = self.sslam.embeddings.patches(clips)
+        hidden_states = self.sslam.embeddings.tokens(gather_patches(patches, visible))
+        for layer in self.sslam.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        cls, encoded = hidden_states[:, 0], hidden_states[:, 1:]
+        shape = (len(visible), patches.shape[1], patches.shape[2])
+        if self.config.mask_noise_std:
+            source = encoded.device if generator is None else generator.device
+            noise = torch.randn(shape, generator=generator, device=source, dtype=encoded.dtype).to(encoded.device)
+            grid = noise * self.config.mask_noise_std
+        else:
+            grid = encoded.new_zeros(shape)
+        grid = grid.scatter(1, visible.unsqueeze(-1).expand_as(encoded), encoded)
+        return cls, self.decoder(grid.unflatten(1, (-1, self.config.num_frequency_patches)), masked)
+
+    def _score(
+        self, cls: torch.Tensor, predictions: torch.Tensor, targets: Targets, masked: torch.Tensor, output_targets: bool
+    ) -> SSLAMForPreTrainingOutput:
+        """Losses and the collapse guard's statistics."""
+        config = self.config
+        num_clips, num_views, sample_size = len(targets.local), len(cls), masked.numel()
+        local_targets = gather_patches(targets.local, masked)
+        local_loss = squared_error(predictions, local_targets) / sample_size
+        global_loss = squared_error(cls, targets.overall.repeat_interleave(num_views // num_clips, dim=0)) * config.global_loss_weight
+        if config.global_loss_reduction == "mean":
+            global_loss = global_loss / num_views
+        loss, unmixed = local_loss + global_loss, targets.local
+        retention_loss = retention_targets = None
+        if targets.retained is not None:
+            unmixed = targets.local[: num_clips // 2]
+            retention_targets = gather_patches(targets.retained, masked[num_views // 2 :])
+            retention_loss = squared_error(predictions[num_views // 2 :], retention_targets) / sample_size
+            retention_loss = retention_loss * config.source_retention_loss_weight
+            loss = loss + retention_loss
+        output = SSLAMForPreTrainingOutput(
+            loss=loss,
+            local_loss=local_loss,
+            global_loss=global_loss,
+            source_retention_loss=retention_loss,
+            loss_sum=loss * sample_size,
+            sample_size=sample_size,
+            target_std=channel_std(local_targets),
+            prediction_std=channel_std(predictions),
+            content_share=content_share(unmixed),
+        )
+        if output_targets:
+            output.predictions, output.cls_predictions = predictions, cls
+            output.local_targets, output.global_targets, output.source_retention_targets = local_targets, targets.overall, retention_targets
+        return output
+
+
+__all__ = ["SSLAMForPreTraining", "SSLAMForPreTrainingOutput", "ema_decay"]

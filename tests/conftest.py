@@ -1,0 +1,60 @@
+"""What several test files need: where reference numbers lie, small models, seeded sounds."""
+
+import os
+from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no test needs a network
+
+import numpy as np
+import pytest
+import torch
+
+from transformers_sslam import SSLAMConfig
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of reference numbers and real audio that lies beside a checkout on some machines, and on others not."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared (reference numbers and real audio), which is not part of the repository")
+    return SHARED
+
+
+@pytest.fixture
+def reference(shared: Path) -> Path:
+    return shared / "reference"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def tiny_config(**kwargs) -> SSLAMConfig:
+    """Two blocks of width 32, positions for 256 frames."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_length": 256}
+    return SSLAMConfig(**{**sizes, "decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_groups": 8, **kwargs})
+
+
+def relative_error(actual, expected) -> float:
+    """Relative L2 distance, as the tolerances of the reference numbers are given."""
+    actual, expected = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (actual, expected))
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def noise(seconds: float, seed: int = 0, sampling_rate: int = 16_000) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(round(seconds * sampling_rate)) * 0.1).astype(np.float32)
+
+
+def speech_like(seconds: float, sampling_rate: int = 16_000) -> np.ndarray:
+    """A gliding harmonic tone with syllables and pauses: loud and digitally silent stretches in one clip."""
+    t = np.arange(round(seconds * sampling_rate)) / sampling_rate
+    phase = 2 * np.pi * np.cumsum(120 + 30 * np.sin(2 * np.pi * 0.7 * t)) / sampling_rate
+    voice = sum(np.sin(k * phase) / k for k in range(1, 20))
+    return (0.2 * voice * np.maximum(0, np.sin(2 * np.pi * 3 * t))).astype(np.float32)

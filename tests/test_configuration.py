@@ -1,0 +1,51 @@
+"""The configuration's presets and what it refuses."""
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from transformers_sslam import SSLAMConfig, SSLAMModel
+
+
+@pytest.mark.parametrize(("preset", "layers", "width", "heads", "millions"), [("base", 12, 768, 12, 85.2), ("large", 24, 1024, 16, 302.6)])
+def test_presets_are_the_published_sizes(preset, layers, width, heads, millions):
+    config = getattr(SSLAMConfig, preset)(drop_path_rate=0.1)
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (layers, width, heads)
+    assert config.drop_path_rate == 0.1
+    assert config.max_length // config.patch_size == 768
+    with torch.device("meta"):
+        assert SSLAMModel(config).num_parameters() / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_save_and_load(tmp_path):
+    config = tiny_config(classifier_pooling="mean", id2label={0: "a", 1: "b", 2: "c"}, drop_path_rate=0.25)
+    config.save_pretrained(tmp_path)
+    loaded = SSLAMConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.num_labels == 3
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"hidden_size": 30}, "hidden_size is 30 and num_attention_heads is 4"),
+        ({"hidden_size": 30, "num_attention_heads": 5}, "hidden_size is 30.*multiple of 4"),
+        ({"num_mel_bins": 100}, "num_mel_bins is 100 and patch_size is 16"),
+        ({"max_length": 1000}, "max_length is 1000 and patch_size is 16"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0"),
+        ({"hidden_dropout_prob": -0.1}, "hidden_dropout_prob is -0.1"),
+        ({"layer_norm_eps": 0.0}, "layer_norm_eps is 0"),
+        ({"decoder_kernel_size": 2}, "decoder_kernel_size is 2"),
+        ({"decoder_hidden_size": 36}, "decoder_hidden_size is 36 and decoder_num_groups is 8"),
+    ],
+)
+def test_contradictions_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [{"hidden_size": "768"}, {"classifier_pooling": "max"}])
+def test_wrong_types_are_refused(kwargs):
+    with pytest.raises(Exception, match=next(iter(kwargs))):
+        SSLAMConfig(**kwargs)

@@ -1,0 +1,208 @@
+"""The feature extractor: definition of the input, lengths, masks, and a plain word about whatever is not a clip."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise, speech_like
+
+from transformers_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtractor
+from transformers_sslam.fbank import log_mel
+
+
+PADDING = (0 + 4.268) / (2 * 4.569)
+
+
+@pytest.fixture
+def extractor() -> SSLAMFeatureExtractor:
+    return SSLAMFeatureExtractor()
+
+
+def test_the_published_definition(extractor):
+    """Minus the clip's mean, log-mel, zero-padded to 1024 frames, and only then scaled."""
+    clip = noise(10.0) + 0.25
+    values = extractor(clip, sampling_rate=16_000, return_tensors="pt")["input_values"]
+    tensor = torch.from_numpy(clip)
+    expected = (log_mel(tensor - tensor.mean()) + 4.268) / (2 * 4.569)
+    assert values.shape == (1, 1024, 128)
+    assert values.dtype == torch.float32
+    assert torch.equal(values[0, :998], expected)
+    torch.testing.assert_close(values[0, 998:], torch.full((26, 128), PADDING))
+
+
+def test_clips_are_cut_to_the_length_and_centred_as_a_whole(extractor, caplog):
+    clip = np.concatenate([noise(11.0), noise(11.0) + 0.5]).astype(np.float32)
+    values = extractor(clip, sampling_rate=16_000, return_tensors="pt")["input_values"][0]
+    tensor = torch.from_numpy(clip)
+    expected = (log_mel(tensor - tensor.mean())[:1024] + 4.268) / (2 * 4.569)
+    torch.testing.assert_close(values, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("padding", "max_length", "frames"),
+    [
+        ("max_length", None, 1024),
+        ("longest", None, 208),
+        (True, None, 208),
+        (512, None, 512),
+        ("max_length", 256, 256),
+        ("longest", 128, 128),
+    ],
+)
+def test_lengths(extractor, padding, max_length, frames):
+    clips = [noise(0.5), noise(2.0)]  # 48 and 198 frames
+    out = extractor(clips, sampling_rate=16_000, padding=padding, max_length=max_length, return_attention_mask=True, return_tensors="np")
+    assert out["input_values"].shape == (2, frames, 128)
+    assert out["attention_mask"].shape == (2, frames)
+    assert out["attention_mask"].sum(1).tolist() == [48, min(198, frames)]
+    assert (np.diff(out["attention_mask"], axis=1) <= 0).all()
+
+
+def test_no_padding_keeps_every_clip_as_long_as_it_is(extractor):
+    out = extractor([noise(0.5), noise(2.0)], sampling_rate=16_000, padding=False)
+    assert [value.shape for value in out["input_values"]] == [(48, 128), (198, 128)]
+    with pytest.raises(ValueError, match=r"\[48, 198\].*padding"):
+        extractor([noise(0.5), noise(2.0)], sampling_rate=16_000, padding=False, return_tensors="pt")
+
+
+@pytest.mark.parametrize("signal", [noise, speech_like])
+def test_a_batch_equals_its_clips(extractor, signal):
+    clips = [signal(seconds) for seconds in (0.1, 1.0, 3.3, 10.0, 30.0)]
+    batch = extractor(clips, sampling_rate=16_000, padding="longest", return_tensors="pt")["input_values"]
+    for row, clip in zip(batch, clips):
+        one = extractor(clip, sampling_rate=16_000, padding="longest", return_tensors="pt")["input_values"][0]
+        assert torch.equal(row[: len(one)], one)
+        torch.testing.assert_close(row[len(one) :], torch.full_like(row[len(one) :], PADDING))
+
+
+def test_batched_as_on_an_accelerator_equals_clip_by_clip(extractor, monkeypatch):
+    """The one path that a CPU does not take by itself: clips of unequal length, padded into one batch of waveforms."""
+    clips = [torch.from_numpy(noise(seconds, seed=3)) for seconds in (0.1, 1.0, 3.3)]
+    expected = extractor._log_mels(clips, [8, 98, 50])
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("meta")
+
+    from transformers_sslam import feature_extraction_sslam as module
+
+    monkeypatch.setattr(module, "log_mel", lambda batch, *sizes: log_mel(batch.as_subclass(torch.Tensor), *sizes))
+    actual = extractor._log_mels([clip.as_subclass(Elsewhere) for clip in clips], [8, 98, 50])
+    assert [len(frames) for frames in actual] == [8, 98, 50]
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a.as_subclass(torch.Tensor), e, atol=1e-5, rtol=0)
+
+
+def test_arrays_tensors_and_lists_are_the_same_clip(extractor):
+    clip = noise(0.2)
+    readonly = clip.copy()
+    readonly.flags.writeable = False
+    kinds = [
+        clip,
+        torch.from_numpy(clip),
+        clip.tolist(),
+        readonly,
+        [clip],
+        clip[None],
+        np.repeat(clip, 2)[::2],
+        torch.from_numpy(clip)[None],
+    ]
+    values = [extractor(kind, sampling_rate=16_000, padding="longest", return_tensors="np")["input_values"] for kind in kinds]
+    assert all(np.array_equal(value, values[0]) for value in values)
+    assert values[0].shape == (1, 32, 128)
+    double = extractor(clip.astype(np.float64), sampling_rate=16_000, padding="longest", return_tensors="np")["input_values"]
+    assert double.dtype == np.float32
+    np.testing.assert_array_equal(double, values[0])
+
+
+def test_without_return_tensors_numpy_arrays_come_back(extractor):
+    out = extractor([noise(0.2)], sampling_rate=16_000, return_attention_mask=True)
+    assert isinstance(out["input_values"], list)
+    assert isinstance(out["input_values"][0], np.ndarray)
+    assert out["attention_mask"][0].dtype == np.int32
+
+
+def test_presets_hold_the_published_numbers():
+    assert set(NORMALIZATION_PRESETS) == {"audioset", "esc50", "speech_commands"}
+    esc50 = SSLAMFeatureExtractor.from_preset("esc50")
+    assert (esc50.mean, esc50.std, esc50.max_length) == (-6.627, 5.359, 512)
+    speech = SSLAMFeatureExtractor.from_preset("speech_commands", max_length=256)
+    assert (speech.mean, speech.std, speech.max_length) == (-6.846, 5.565, 256)
+    with pytest.raises(ValueError, match="'esc10'.*audioset"):
+        SSLAMFeatureExtractor.from_preset("esc10")
+
+
+def test_mean_and_deviation_of_a_data_set(extractor):
+    clips = [noise(0.5), noise(2.0, seed=1) * 5, speech_like(1.0)]
+    mean, std = extractor.compute_normalization(iter(clips))
+    everything = np.concatenate(
+        [SSLAMFeatureExtractor(do_normalize=False)(c, sampling_rate=16_000, padding=False)["input_values"][0].ravel() for c in clips]
+    ).astype(np.float64)
+    assert mean == pytest.approx(everything.mean(), abs=1e-9)
+    assert std == pytest.approx(everything.std(), abs=1e-9)
+    with pytest.raises(ValueError, match="no clip"):
+        extractor.compute_normalization([])
+
+
+def test_save_and_load(extractor, tmp_path):
+    SSLAMFeatureExtractor.from_preset("esc50", return_attention_mask=True).save_pretrained(tmp_path)
+    loaded = SSLAMFeatureExtractor.from_pretrained(tmp_path)
+    assert (loaded.mean, loaded.std, loaded.max_length, loaded.return_attention_mask) == (-6.627, 5.359, 512, True)
+    assert "attention_mask" in loaded(noise(0.2), sampling_rate=16_000)
+
+
+def spoilt(value: float) -> np.ndarray:
+    clip = noise(0.5)
+    clip[1234] = value
+    return clip
+
+
+@pytest.mark.parametrize(
+    ("raw_speech", "message"),
+    [
+        (np.zeros(0, np.float32), "clip 0 is empty"),
+        ([], "raw_speech is empty"),
+        ([noise(0.5), np.zeros(399, np.float32)], "clip 1 has 399 samples.*400"),
+        (np.zeros((16_000, 2), np.float32), r"clip 0 has 2 samples.*\(samples, channels\)"),
+        (np.zeros((2, 16_000), np.float32), r"\(2, 16000\).*two channels"),
+        ([np.zeros((2, 16_000), np.float32)], r"clip 0 has shape \(2, 16000\).*mix several channels down"),
+        (np.zeros((1, 2, 16_000), np.float32), r"clip 0 has shape \(1, 2, 16000\)"),
+        (spoilt(np.nan), "clip 0 holds NaN"),
+        ([noise(0.5), spoilt(np.inf)], "clip 1 holds NaN or infinite"),
+        (np.zeros(16_000, np.int16), "clip 0 has dtype int16.*32768"),
+        ([1] * 16_000, "clip 0 has dtype int64"),
+        (noise(0.5) * 32768, "clip 0 has a peak of"),
+        (np.float32(0.1), "raw_speech is a float32"),
+        (np.array(0.1, np.float32), r"clip 0 has 1 samples"),
+        ("sound.wav", "raw_speech is a str"),
+        (["sound.wav"], "clip 0 is no array of numbers"),
+        ({"array": noise(0.5), "sampling_rate": 16_000}, "raw_speech is a dict"),
+        ([None], "clip 0 is no array of numbers"),
+    ],
+)
+def test_what_is_no_clip_is_refused(extractor, raw_speech, message):
+    with pytest.raises(ValueError, match=message):
+        extractor(raw_speech, sampling_rate=16_000, return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"sampling_rate": 44_100}, "44100 Hz.*16000 Hz.*resample"),
+        ({"padding": 100}, "100 frames.*multiple of 16"),
+        ({"max_length": 0}, "0 frames.*multiple of 16"),
+        ({"padding": 512, "max_length": 256}, "512 frames and max_length 256"),
+        ({"max_length": 16, "truncation": False}, "48 frames.*max_length=16"),
+        ({"padding": "shortest"}, "shortest"),
+        ({"return_tensors": "jax"}, "jax"),
+    ],
+)
+def test_unusable_arguments_are_refused(extractor, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        extractor(noise(0.5), **{"sampling_rate": 16_000, **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"), [({"std": 0.0}, "std is 0"), ({"max_length": 1000}, "1000 frames"), ({"num_mel_bins": 0}, "num_mel_bins is 0")]
+)
+def test_unusable_settings_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SSLAMFeatureExtractor(**kwargs)
