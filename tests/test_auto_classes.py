@@ -1,0 +1,151 @@
+"""Auto classes and pipelines, with the package installed and, through the code beside a model, without it."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import noise, tiny_config
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, pipeline
+
+from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from transformers_sslam.hub import add_remote_code
+
+
+NAMES = ["dog", "rain", "siren"]
+WITHOUT_PACKAGE = """
+import json, sys
+sys.modules["transformers_sslam"] = None  # whoever imports it gets an ImportError
+import numpy as np, torch
+from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, AutoModelForPreTraining, pipeline)
+folder, trust = sys.argv[1], {"trust_remote_code": True}
+clip = np.load(sys.argv[2])
+extractor = AutoFeatureExtractor.from_pretrained(folder, **trust)
+inputs = extractor(clip, sampling_rate=16_000, padding="longest", return_tensors="pt")
+result = {"config": type(AutoConfig.from_pretrained(folder, **trust)).__name__, "extractor": type(extractor).__name__}
+with torch.inference_mode():
+    encoder = AutoModel.from_pretrained(folder, **trust).eval()
+    result |= {"encoder": type(encoder).__name__, "pooled": encoder(**inputs).pooler_output.tolist()}
+    if sys.argv[3] == "classifier":
+        classifier = AutoModelForAudioClassification.from_pretrained(folder, **trust).eval()
+        result |= {"model": type(classifier).__name__, "logits": classifier(**inputs).logits.tolist()}
+        result["scores"] = pipeline("audio-classification", model=folder, **trust)(clip)
+    else:
+        result["model"] = type(AutoModelForPreTraining.from_pretrained(folder, **trust)).__name__
+print("RESULT" + json.dumps(result))
+"""
+
+
+@pytest.fixture
+def classifier() -> SSLAMForAudioClassification:
+    model = SSLAMForAudioClassification(tiny_config(id2label=dict(enumerate(NAMES)), label2id={n: i for i, n in enumerate(NAMES)})).eval()
+    torch.nn.init.normal_(model.classifier.weight)  # scores that differ visibly
+    return model
+
+
+@pytest.fixture
+def folder(classifier, tmp_path):
+    classifier.save_pretrained(tmp_path / "model")
+    SSLAMFeatureExtractor(max_length=128).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_auto_classes_know_a_saved_folder(folder):
+    assert type(AutoConfig.from_pretrained(folder)) is SSLAMConfig
+    assert type(AutoFeatureExtractor.from_pretrained(folder)) is SSLAMFeatureExtractor
+    assert type(AutoModel.from_pretrained(folder)) is SSLAMModel
+    assert type(AutoModelForAudioClassification.from_pretrained(folder)) is SSLAMForAudioClassification
+
+
+def test_the_encoder_of_a_classifier_is_its_own(folder, classifier):
+    encoder = AutoModel.from_pretrained(folder)
+    assert all(torch.equal(tensor, encoder.state_dict()[name]) for name, tensor in classifier.sslam.state_dict().items())
+
+
+def test_the_pipeline_gives_softmax_scores(folder, classifier, caplog):
+    caplog.set_level(logging.WARNING)
+    transformers.logging.enable_propagation()
+    scores = pipeline("audio-classification", model=str(folder))(noise(1.0))
+    transformers.logging.disable_propagation()
+    with torch.inference_mode():
+        inputs = SSLAMFeatureExtractor(max_length=128)(noise(1.0), sampling_rate=16_000, return_tensors="pt")
+        expected = classifier(**inputs).logits[0].softmax(-1)
+    assert {score["label"]: score["score"] for score in scores} == pytest.approx(dict(zip(NAMES, expected.tolist())), rel=1e-5)
+    assert "not supported" not in caplog.text  # the pipeline knows the class
+
+
+def test_the_pipeline_gives_sigmoid_scores_for_tags_that_overlap(folder, classifier):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"problem_type": "multi_label_classification"}))
+    scores = pipeline("audio-classification", model=str(folder), top_k=None)(noise(1.0))
+    with torch.inference_mode():
+        inputs = SSLAMFeatureExtractor(max_length=128)(noise(1.0), sampling_rate=16_000, return_tensors="pt")
+        expected = classifier(**inputs).logits[0].sigmoid()
+    assert {score["label"]: score["score"] for score in scores} == pytest.approx(dict(zip(NAMES, expected.tolist())), rel=1e-5)
+
+
+def test_the_pipeline_resamples_and_takes_batches(folder):
+    pytest.importorskip("torchaudio")
+    classify = pipeline("audio-classification", model=str(folder))
+    clips = [{"array": noise(1.0, sampling_rate=44_100), "sampling_rate": 44_100}, noise(0.5)]
+    assert [len(scores) for scores in classify(clips, batch_size=2, top_k=1)] == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_pipeline_runs_in_half_precision(folder, dtype):
+    whole = pipeline("audio-classification", model=str(folder))(noise(1.0))
+    half = pipeline("audio-classification", model=str(folder), dtype=dtype)(noise(1.0))
+    scores = {score["label"]: score["score"] for score in whole}
+    assert {score["label"]: score["score"] for score in half} == pytest.approx(scores, abs=0.02)
+
+
+def run_without_package(folder, tmp_path, kind: str) -> dict:
+    np.save(tmp_path / "clip.npy", noise(1.0))
+    script = tmp_path / "without_package.py"
+    script.write_text(WITHOUT_PACKAGE)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    command = [sys.executable, str(script), str(folder), str(tmp_path / "clip.npy"), kind]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.partition("RESULT")[2])
+
+
+def test_a_classifier_loads_where_the_package_is_not_installed(folder, classifier, tmp_path):
+    add_remote_code(folder)
+    result = run_without_package(folder, tmp_path, "classifier")
+    assert [result[name] for name in ("config", "extractor", "encoder", "model")] == [
+        "SSLAMConfig",
+        "SSLAMFeatureExtractor",
+        "SSLAMModel",
+        "SSLAMForAudioClassification",
+    ]
+    with torch.inference_mode():
+        inputs = SSLAMFeatureExtractor()(noise(1.0), sampling_rate=16_000, padding="longest", return_tensors="pt")
+        torch.testing.assert_close(torch.tensor(result["logits"]), classifier(**inputs).logits, atol=1e-6, rtol=1e-6)
+    assert {score["label"] for score in result["scores"]} == set(NAMES)
+
+
+def test_code_beside_a_model_does_not_displace_the_package(folder):
+    add_remote_code(folder)
+    assert type(AutoModel.from_pretrained(folder)) is SSLAMModel
+    assert type(AutoFeatureExtractor.from_pretrained(folder)) is SSLAMFeatureExtractor
+
+
+def test_code_is_not_put_beside_what_is_no_model(tmp_path):
+    with pytest.raises(ValueError, match="holds no config.json"):
+        add_remote_code(tmp_path)
+
+
+def test_importing_the_package_is_cheap():
+    """Nothing of training is imported with the package, nor any of its dependencies that Transformers does not import by itself."""
+    program = (
+        "import sys, transformers_sslam; heavy = {'datasets', 'sklearn', 'evaluate', 'torchdata', 'tensorboard'};"
+        "print(sorted(heavy & set(sys.modules)), [m for m in sys.modules if m.startswith('transformers_sslam.') and m.count('.') > 1])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[] []"

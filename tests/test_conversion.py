@@ -1,0 +1,410 @@
+"""Official checkpoints: every layout, tensor by tensor; nothing in a file is ever run; what cannot be converted leaves nothing behind."""
+
+import csv
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FIXTURES
+from safetensors.torch import load_file, save_file
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, AutoModelForPreTraining
+
+from transformers_sslam import SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel
+from transformers_sslam.conversion import ConversionError, convert_checkpoint
+
+
+WIDTH, DEPTH, HEADS, GROUPS, CLASSES = 32, 2, 4, 8, 5
+SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_checkpoint.py"
+
+
+# --- checkpoints as the authors' code writes them
+
+
+def encoder_tensors(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    image = "modality_encoders.IMAGE."
+    shapes = {
+        f"{image}extra_tokens": (1, 1, WIDTH),
+        f"{image}local_encoder.proj.weight": (WIDTH, 1, 16, 16),
+        f"{image}local_encoder.proj.bias": (WIDTH,),
+        f"{image}fixed_positional_encoder.positions": (1, 16 * 8, WIDTH),
+        f"{image}context_encoder.norm.weight": (WIDTH,),
+        f"{image}context_encoder.norm.bias": (WIDTH,),
+    }
+    for i in range(DEPTH):
+        linear = {"attn.qkv": (3 * WIDTH, WIDTH), "attn.proj": (WIDTH, WIDTH), "mlp.fc1": (64, WIDTH), "mlp.fc2": (WIDTH, 64)}
+        for name, shape in linear.items():
+            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
+        shapes |= {f"blocks.{i}.{norm}.{part}": (WIDTH,) for norm in ("norm1", "norm2") for part in ("weight", "bias")}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def decoder_tensors() -> dict[str, torch.Tensor]:
+    shapes = {
+        "blocks.0.0.weight": (WIDTH, WIDTH // GROUPS, 3, 3),
+        "blocks.0.0.bias": (WIDTH,),
+        "proj.weight": (WIDTH, WIDTH),
+        "proj.bias": (WIDTH,),
+    }
+    return {f"modality_encoders.IMAGE.decoder.{name}": torch.randn(shape) for name, shape in shapes.items()}
+
+
+def settings(**changes) -> dict:
+    image = {"max_length": 16, "target_length": 256, "decoder": {"decoder_dim": WIDTH, "decoder_groups": GROUPS, "decoder_kernel": 3}}
+    return {
+        "embed_dim": WIDTH,
+        "depth": DEPTH,
+        "num_heads": HEADS,
+        "mlp_ratio": 2.0,
+        "norm_eps": 1e-6,
+        "modalities": {"image": image},
+        **changes,
+    }
+
+
+def save_pretrained_fairseq(path: Path, model: dict | None = None, **cfg) -> Path:
+    tensors = {**encoder_tensors(), **decoder_tensors(), "_ema": encoder_tensors(seed=1)}
+    torch.save({"cfg": {"model": settings(**cfg)}, "model": tensors if model is None else model, "optimizer_history": []}, path)
+    return path
+
+
+def save_fine_tuned_fairseq(path: Path, classes: int = CLASSES, **outer) -> Path:
+    head = {"fc_norm.weight": (WIDTH,), "fc_norm.bias": (WIDTH,), "head.weight": (classes, WIDTH), "head.bias": (classes,)}
+    model = {f"model.{name}": tensor for name, tensor in encoder_tensors().items()} | {n: torch.randn(s) for n, s in head.items()}
+    cfg = {
+        "num_classes": classes,
+        "target_length": 128,
+        "prediction_mode": "CLS_TOKEN",
+        "pretrained_model_args": {"model": settings()},
+        **outer,
+    }
+    torch.save({"cfg": {"model": cfg}, "model": model}, path)
+    return path
+
+
+def save_hub_folder(folder: Path, classes: int = 0, **changes) -> Path:
+    folder.mkdir()
+    tensors = {
+        "model." + name.replace("modality_encoders.IMAGE.", "").replace("context_encoder.norm", "pre_norm"): tensor
+        for name, tensor in encoder_tensors().items()
+    }
+    if classes:
+        head = {"fc_norm.weight": (WIDTH,), "fc_norm.bias": (WIDTH,), "head.weight": (classes, WIDTH), "head.bias": (classes,)}
+        tensors |= {f"model.{name}": torch.randn(shape) for name, shape in head.items()}
+    save_file(tensors, folder / "model.safetensors")
+    config = {
+        "model_type": "eat",
+        "embed_dim": WIDTH,
+        "depth": DEPTH,
+        "num_heads": HEADS,
+        "max_length": 16,
+        "img_size": [256, 128],
+        **changes,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+# --- every layout
+
+
+def test_a_pre_training_file_keeps_student_decoder_and_teacher(tmp_path):
+    source = save_pretrained_fairseq(tmp_path / "model.pt")
+    model = convert_checkpoint(source, tmp_path / "out")
+    assert type(model) is type(AutoModelForPreTraining.from_pretrained(tmp_path / "out")) is SSLAMForPreTraining
+    content = torch.load(source, weights_only=True)["model"]
+    q, k, v = content["blocks.1.attn.qkv.weight"].chunk(3)
+    teacher_q = content["_ema"]["blocks.1.attn.qkv.weight"].chunk(3)[0]
+    state = model.state_dict()
+    for name, expected in {
+        "sslam.layers.1.attention.q_proj.weight": q,
+        "sslam.layers.1.attention.k_proj.weight": k,
+        "sslam.layers.1.attention.v_proj.weight": v,
+        "sslam.layers.0.layernorm_after_attention.bias": content["blocks.0.norm1.bias"],
+        "sslam.layers.0.layernorm_after_mlp.bias": content["blocks.0.norm2.bias"],
+        "sslam.embeddings.position_embeddings": content["modality_encoders.IMAGE.fixed_positional_encoder.positions"],
+        "teacher.layers.1.attention.q_proj.weight": teacher_q,
+        "decoder.layers.0.weight": content["modality_encoders.IMAGE.decoder.blocks.0.0.weight"],
+        "decoder.projection.bias": content["modality_encoders.IMAGE.decoder.proj.bias"],
+    }.items():
+        assert torch.equal(state[name], expected), name
+    config = model.config
+    assert (config.num_attention_heads, config.intermediate_size, config.max_length, config.num_mel_bins) == (HEADS, 64, 256, 128)
+    assert (config.decoder_num_groups, config.decoder_num_hidden_layers, config.decoder_kernel_size) == (GROUPS, 1, 3)
+    assert AutoFeatureExtractor.from_pretrained(tmp_path / "out").max_length == 256
+    assert torch.equal(AutoModel.from_pretrained(tmp_path / "out").layers[1].attention.q_proj.weight, q)
+
+
+def test_a_file_without_a_teacher_starts_one_from_the_student(tmp_path):
+    model = convert_checkpoint(save_pretrained_fairseq(tmp_path / "m.pt", {**encoder_tensors(), **decoder_tensors()}), tmp_path / "out")
+    assert all(torch.equal(tensor, model.teacher.state_dict()[name]) for name, tensor in model.sslam.state_dict().items())
+
+
+def test_a_file_without_a_decoder_is_an_encoder(tmp_path):
+    assert type(convert_checkpoint(save_pretrained_fairseq(tmp_path / "m.pt", encoder_tensors()), tmp_path / "out")) is SSLAMModel
+
+
+def test_half_precision_weights_are_widened_exactly(tmp_path):
+    half = encoder_tensors(dtype=torch.float16)
+    model = convert_checkpoint(save_pretrained_fairseq(tmp_path / "m.pt", half), tmp_path / "out")
+    weight = model.layers[0].mlp.fc1.weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, half["blocks.0.mlp.fc1.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("outer", "mean", "frames"),
+    [({}, -4.268, 128), ({"spcv2_eval": True}, -6.846, 128), ({"esc50_eval": True, "target_length": 256}, -6.627, 256)],
+)
+def test_a_fine_tuned_file_becomes_a_classifier_with_its_own_scale(tmp_path, outer, mean, frames):
+    model = convert_checkpoint(save_fine_tuned_fairseq(tmp_path / "m.pt", **outer), tmp_path / "out")
+    assert type(model) is type(AutoModelForAudioClassification.from_pretrained(tmp_path / "out")) is SSLAMForAudioClassification
+    assert model.config.num_labels == CLASSES
+    assert model.config.problem_type == "single_label_classification"
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "out")
+    assert (extractor.mean, extractor.max_length) == (mean, frames)
+    assert model.config.padding_value == pytest.approx(-extractor.mean / (2 * extractor.std))
+
+
+@pytest.mark.parametrize(("classes", "kind"), [(0, SSLAMModel), (CLASSES, SSLAMForAudioClassification)])
+def test_hub_folders(tmp_path, classes, kind):
+    model = convert_checkpoint(save_hub_folder(tmp_path / "hub", classes), tmp_path / "out")
+    assert type(model) is kind
+    encoder = AutoModel.from_pretrained(tmp_path / "out")
+    tensors = load_file(tmp_path / "hub" / "model.safetensors")
+    assert torch.equal(encoder.layers[1].mlp.fc2.weight, tensors["model.blocks.1.mlp.fc2.weight"])
+    assert torch.equal(encoder.embeddings.layernorm.bias, tensors["model.pre_norm.bias"])
+    assert encoder.config.layer_norm_eps == 1e-6
+
+
+def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    folder = save_hub_folder(tmp_path / "hub")
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(folder)
+    )
+    convert_checkpoint("ta012/SSLAM_pretrain", tmp_path / "out")
+    assert asked == [("ta012/SSLAM_pretrain", ["config.json", "model.safetensors"])]
+
+
+def test_every_reference_checkpoint_converts(reference, tmp_path):
+    kinds = {
+        "pretrained_fairseq.pt": SSLAMForPreTraining,
+        "small_variance_fairseq.pt": SSLAMForPreTraining,
+        "finetuned_fairseq.pt": SSLAMForAudioClassification,
+        "hub_pretrain": SSLAMModel,
+        "hub_finetune": SSLAMForAudioClassification,
+    }
+    for name, kind in kinds.items():
+        assert type(convert_checkpoint(reference / name, tmp_path / name)) is kind
+
+
+# --- names of classes
+
+
+def write_labels(path: Path, names: list[str], column: str = "display_name") -> Path:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["index", "mid", column], *([i, f"/m/{i}", name] for i, name in enumerate(names))])
+    return path
+
+
+def test_audioset_classes_are_named_and_overlap(tmp_path):
+    names = [f'Sound {i}, "quoted"' for i in range(527)]
+    labels = write_labels(tmp_path / "class_labels_indices.csv", names)
+    model = convert_checkpoint(save_fine_tuned_fairseq(tmp_path / "m.pt", classes=527), tmp_path / "out", labels=labels)
+    assert model.config.id2label == dict(enumerate(names))
+    assert model.config.label2id[names[7]] == 7
+    assert model.config.problem_type == "multi_label_classification"
+
+
+@pytest.mark.parametrize(
+    ("names", "column", "message"),
+    [
+        (["a", "b"], "display_name", "2 rows.*5 classes"),
+        (list("abcdd"), "display_name", "4 different names"),
+        (list("abcde"), "words", "columns"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(tmp_path, names, column, message):
+    labels = write_labels(tmp_path / "labels.csv", names, column)
+    with pytest.raises(ConversionError, match=message):
+        convert_checkpoint(save_fine_tuned_fairseq(tmp_path / "m.pt"), tmp_path / "out", labels=labels)
+    assert not (tmp_path / "out").exists()
+
+
+# --- nothing in a file is run
+
+
+class Attack:
+    """Unpickled, this would create a file."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("function", [os.mkdir, os.system, exec, eval, subprocess.Popen, shutil.rmtree, pickle.loads])
+def test_a_hostile_pickle_runs_nothing(tmp_path, function):
+    victim = tmp_path / "victim"
+    argument = {exec: f"open({str(victim)!r}, 'w')", eval: f"open({str(victim)!r}, 'w')", os.system: f"touch {victim}"}.get(
+        function, str(victim)
+    )
+    if function is shutil.rmtree:
+        victim.mkdir()
+    if function is subprocess.Popen:
+        argument = ["touch", str(victim)]
+    existed = victim.exists()
+    source = tmp_path / "hostile.pt"
+    content = torch.load(save_pretrained_fairseq(source), weights_only=True)
+    torch.save({**content, "extra_state": Attack(function, argument)}, source)
+    try:
+        convert_checkpoint(source, tmp_path / "out")  # the rest of the file may well be good
+    except ConversionError:
+        assert not (tmp_path / "out").exists()
+    assert victim.exists() == existed
+
+
+class FairseqLeftover:
+    """A class as real checkpoints hold it: known where it was written, not where it is read."""
+
+    def __init__(self):
+        self.value = 3
+
+
+def test_unknown_classes_become_inert_stubs(tmp_path, monkeypatch):
+    import argparse
+
+    source = tmp_path / "m.pt"
+    content = torch.load(save_pretrained_fairseq(source), weights_only=True)
+    torch.save({**content, "args": argparse.Namespace(lr=[1e-3]), "task_state": FairseqLeftover(), "path": Path("x")}, source)
+    monkeypatch.delattr(sys.modules[__name__], "FairseqLeftover")
+    convert_checkpoint(source, tmp_path / "out")
+
+
+# --- what cannot be converted
+
+
+def damaged_sources(tmp_path: Path) -> dict[str, tuple[Path, str]]:
+    whole = save_pretrained_fairseq(tmp_path / "whole.pt").read_bytes()
+    files = {"truncated.pt": whole[: len(whole) // 2], "empty.pt": b"", "text.pt": b"<!DOCTYPE html>" * 100}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save({"state_dict": encoder_tensors()}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    tensors = {**encoder_tensors(), **decoder_tensors()}
+    missing = {n: t for n, t in tensors.items() if n not in ("blocks.1.mlp.fc2.bias", "blocks.0.norm1.weight")}
+    surplus = {**tensors, "blocks.0.gate.weight": torch.zeros(3)}
+    reshaped = {**tensors, "blocks.1.mlp.fc1.weight": torch.zeros(63, WIDTH)}
+    infinite = {**tensors, "blocks.1.mlp.fc1.bias": torch.full((64,), torch.inf)}
+    bert = {"embeddings.word_embeddings.weight": torch.zeros(10, WIDTH)}
+    hub = save_hub_folder(tmp_path / "truncated_hub")
+    (hub / "model.safetensors").write_bytes((hub / "model.safetensors").read_bytes()[:-100])
+    no_weights = save_hub_folder(tmp_path / "no_weights")
+    (no_weights / "model.safetensors").unlink()
+    return {
+        "truncated": (tmp_path / "truncated.pt", r"truncated\.pt cannot be read"),
+        "empty": (tmp_path / "empty.pt", r"empty\.pt cannot be read"),
+        "text": (tmp_path / "text.pt", r"text\.pt cannot be read"),
+        "another layout": (tmp_path / "other.pt", 'expected a dict with "model" and "cfg"'),
+        "no dict": (tmp_path / "list.pt", 'expected a dict with "model" and "cfg"'),
+        "another model": (save_pretrained_fairseq(tmp_path / "bert.pt", bert), "no SSLAM or EAT model.*word_embeddings"),
+        "no heads": (save_pretrained_fairseq(tmp_path / "heads.pt", num_heads=None), "num_heads"),
+        "missing": (save_pretrained_fairseq(tmp_path / "missing.pt", missing), r"lacks .*layers\.0\.layernorm_after_attention\.weight"),
+        "surplus": (save_pretrained_fairseq(tmp_path / "surplus.pt", surplus), r"beyond.*layers\.0\.gate\.weight"),
+        "reshaped": (save_pretrained_fairseq(tmp_path / "reshaped.pt", reshaped), r"fc1\.weight \(63, 32\) for \(64, 32\)"),
+        "infinite": (save_pretrained_fairseq(tmp_path / "infinite.pt", infinite), r"NaN or infinity in sslam\.layers\.1\.mlp\.fc1\.bias"),
+        "blocks missing": (save_pretrained_fairseq(tmp_path / "depth.pt", depth=3), "depth 3, but its tensors 2"),
+        "no tensor": (save_pretrained_fairseq(tmp_path / "value.pt", {**tensors, "epoch": 3}), "no tensors: epoch"),
+        "pre-norm": (save_pretrained_fairseq(tmp_path / "pre.pt", layer_norm_first=True), "pre-norm"),
+        "mean pooling": (save_fine_tuned_fairseq(tmp_path / "mean.pt", prediction_mode="MEAN_POOLING"), "MEAN_POOLING"),
+        "truncated hub": (hub, "truncated_hub cannot be read"),
+        "hub without weights": (no_weights, r"has no model\.safetensors"),
+        "another hub model": (save_hub_folder(tmp_path / "vit", model_type="vit"), "model_type 'vit'"),
+        "table's grid": (save_hub_folder(tmp_path / "grid", max_length=7), "128 rows.*max_length 7"),
+        "nothing there": (tmp_path / "absent.pt", "neither a file, nor a folder, nor a Hub id"),
+    }
+
+
+CASES = [
+    "truncated",
+    "empty",
+    "text",
+    "another layout",
+    "no dict",
+    "another model",
+    "no heads",
+    "missing",
+    "surplus",
+    "reshaped",
+    "infinite",
+    "blocks missing",
+    "no tensor",
+    "pre-norm",
+    "mean pooling",
+    "truncated hub",
+    "hub without weights",
+    "another hub model",
+    "table's grid",
+    "nothing there",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be_converted_is_named_and_leaves_nothing(tmp_path, case):
+    source, message = damaged_sources(tmp_path)[case]
+    target = tmp_path / "target"
+    target.mkdir()
+    with pytest.raises(ConversionError, match=message):
+        convert_checkpoint(source, target / "out")
+    assert list(target.iterdir()) == []
+
+
+def test_a_full_output_folder_is_not_touched(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ConversionError, match="not an empty folder"):
+        convert_checkpoint(FIXTURES / "small_hub_model", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_an_empty_output_folder_is_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    convert_checkpoint(FIXTURES / "small_hub_model", tmp_path / "out")
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "modeling_sslam.py", "fbank.py"} <= files
+
+
+def test_a_written_file_that_differs_is_noticed(tmp_path, monkeypatch):
+    original = SSLAMModel.save_pretrained
+
+    def bad_disk(model, folder):
+        with torch.no_grad():
+            model.layers[1].mlp.fc1.weight[0, 0] += 1
+        original(model, folder)
+
+    monkeypatch.setattr(SSLAMModel, "save_pretrained", bad_disk)
+    with pytest.raises(ConversionError, match=r"differs from the source.*layers\.1\.mlp\.fc1\.weight"):
+        convert_checkpoint(FIXTURES / "small_hub_model", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_script_says_in_one_line_what_it_did_or_why_not(tmp_path):
+    command = [sys.executable, str(SCRIPT)]
+    good = subprocess.run([*command, str(FIXTURES / "small_hub_model"), str(tmp_path / "out")], capture_output=True, text=True)
+    assert good.returncode == 0, good.stderr
+    assert "SSLAMModel, 0.0 M parameters, every tensor verified" in good.stdout
+    bad = subprocess.run([*command, str(tmp_path / "absent.pt"), str(tmp_path / "out2")], capture_output=True, text=True)
+    assert bad.returncode == 1
+    assert bad.stderr.strip().splitlines()[-1].startswith("convert_checkpoint: ")
+    assert "Traceback" not in bad.stderr
