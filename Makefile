@@ -1,0 +1,35 @@
+# `make demo` and `make test` do everything on a machine that has Python 3.11 or newer and make.
+# TRANSFORMERS=5.17.0 tests against that release of Transformers, in an environment of its own.
+PYTHON ?= python3
+TRANSFORMERS ?=
+VENV ?= .venv$(TRANSFORMERS)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: install demo test lint slow clean
+
+install: $(STAMP)
+
+# A stamp newer than pyproject.toml says that the environment is complete.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" $(if $(TRANSFORMERS),"transformers==$(TRANSFORMERS)")
+	touch $@
+
+demo: install
+	$(BIN)/python scripts/demo.py
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+slow: install
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+clean:
+	rm -rf .venv* build dist runs .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,1 @@
+"""Training programs: settings, augmentation, fine-tuning."""

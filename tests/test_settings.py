@@ -1,0 +1,157 @@
+"""Settings: typed values from YAML and the command line, and errors that help."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+
+from transformers_sslam.training.settings import (
+    SettingsError,
+    check_names,
+    list_settings,
+    parse_settings,
+    read_settings,
+    setting,
+    write_settings,
+)
+
+
+@dataclass
+class Group:
+    roll: bool = setting("rotate", True)
+    gain: float = setting("amplify", 10.0)
+
+
+@dataclass
+class Example:
+    data_dir: str = setting("where the clips are")
+    steps: int = setting("how many", 100)
+    learning_rate: float = setting("how fast", 5e-5)
+    separator: str | None = setting("between labels", None)
+    mode: Literal["fast", "exact"] = setting("how", "fast")
+    folds: list[int | str] = setting("which", [])
+    statistics: str | list[float] = setting("mean and deviation", "model")
+    model: dict[str, Any] = setting("arguments", {})
+    group: Group = setting("more", Group())
+
+
+def read(*overrides: str, file=None) -> Example:
+    return read_settings(Example, file, ["data_dir=clips", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("steps=7", 7),
+        ("learning_rate=1e-3", 1e-3),  # text in YAML 1.1
+        ("learning_rate=3", 3.0),
+        ("data_dir=7", "7"),  # text stays text whatever it looks like
+        ("data_dir=runs/a=b", "runs/a=b"),
+        ("separator=null", None),
+        ("separator=;", ";"),
+        ("separator=,", ","),
+        ("separator=|", "|"),
+        ("separator= ", " "),
+        ("mode=exact", "exact"),
+        ("folds=[1, b, 3]", [1, "b", 3]),
+        ("statistics=computed", "computed"),
+        ("statistics=[-6.6, 5]", [-6.6, 5.0]),
+        ("group.roll=false", False),
+        ("group.gain=0", 0.0),
+    ],
+)
+def test_an_override_takes_the_type_of_its_setting(override, expected):
+    value = read(override)
+    for name in override.split("=")[0].split("."):
+        value = getattr(value, name)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rat=1", "there is no setting learning_rat: did you mean learning_rate?"),
+        ("group.gian=1", "there is no setting group.gian: did you mean group.gain?"),
+        ("zzzz=1", "there is no setting zzzz: there are data_dir, steps"),
+        ("steps=many", "steps is 'many', but a whole number is expected"),
+        ("steps=1.5", "steps is 1.5, but a whole number is expected"),
+        ("steps=true", "steps is True, but a whole number is expected"),
+        ("group.roll=1", "group.roll is 1, but true or false is expected"),
+        ("mode=slow", "mode is 'slow', but one of fast, exact is expected"),
+        ("folds=3", "folds is 3, but a list .each item a whole number or text. is expected"),
+        ("group=3", "group is 3, but a group of settings is expected"),
+        ("steps.a=3", "steps is {'a': '3'}, but a whole number is expected"),
+        ("steps", "'steps' is no setting: write key=value"),
+    ],
+)
+def test_a_wrong_override_is_named_with_what_was_expected(override, message):
+    with pytest.raises(SettingsError, match=message):
+        read(override)
+
+
+def test_a_file_is_read_and_overrides_win(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("steps: 5\nlearning_rate: 1e-4\nmodel: {width: 64, eps: 1e-6}\ngroup: {gain: 3}\n")
+    settings = read("steps=6", "model.width=128", "model.name=x", file=file)
+    assert (settings.steps, settings.learning_rate, settings.group) == (6, 1e-4, Group(roll=True, gain=3.0))
+    assert settings.model == {"width": 128, "eps": 1e-6, "name": "x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 5\nsteps: 6", "steps stands twice"),
+        ("- 1", "holds a list, but lines of the form"),
+        ("steps: [", "is no YAML"),
+        ("steps: 5\nlearning_rate: fast", "learning_rate is 'fast', but a number is expected"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, text, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=message):
+        read(file=file)
+
+
+def test_a_setting_without_default_must_be_given():
+    with pytest.raises(SettingsError, match=r"data_dir is required \(where the clips are\)"):
+        read_settings(Example)
+
+
+def test_written_settings_are_complete_and_read_back(tmp_path):
+    settings = read("learning_rate=1e-7", "separator=|", "model.depth=2", "folds=[1, '2']")
+    write_settings(settings, tmp_path / "settings.yaml")
+    assert "steps: 100" in (tmp_path / "settings.yaml").read_text()
+    assert read_settings(Example, tmp_path / "settings.yaml") == settings
+
+
+def test_defaults_are_not_shared_between_instances():
+    first = read()
+    first.folds.append(1)
+    first.group.gain = 0.0
+    assert (read().folds, read().group.gain) == ([], 10.0)
+
+
+def test_every_setting_is_listed_with_default_and_explanation():
+    listing = list_settings(Example)
+    assert "data_dir (required)\n      where the clips are" in listing
+    assert "group.gain = 10.0\n      amplify" in listing
+
+
+def test_the_command_line_reports_a_mistake_in_one_line(capsys, tmp_path):
+    assert parse_settings(Example, "An example.", ["data_dir=x", "steps=3"]).steps == 3
+    with pytest.raises(SystemExit) as exit:
+        parse_settings(Example, "An example.", [str(tmp_path / "no.yaml")])
+    assert exit.value.code == 2
+    assert "no.yaml is not there" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        parse_settings(Example, "An example.", ["--help"])
+    assert exit.value.code == 0
+    assert "learning_rate = 5.0e-05" in capsys.readouterr().out
+
+
+def test_unknown_names_are_compared_with_known_ones():
+    check_names(["a"], ["a", "b"])
+    with pytest.raises(SettingsError, match="no setting model.hiden_size: did you mean model.hidden_size"):
+        check_names(["hiden_size"], ["hidden_size", "depth"], "model.")
