@@ -23,7 +23,9 @@ demo: install
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+ifeq ($(TRANSFORMERS),)  # annotations differ between releases of Transformers: the newest one's count
 	$(BIN)/mypy
+endif
 
 test: lint
 	$(BIN)/python -m pytest

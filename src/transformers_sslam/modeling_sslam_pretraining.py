@@ -5,12 +5,11 @@ Stage 1 (EAT, arXiv 2401.03497) and stage 2 (SSLAM, arXiv 2506.12222, with parti
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 

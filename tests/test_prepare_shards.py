@@ -1,0 +1,246 @@
+"""Shards written once: they hold what the sources held, and neither an interruption nor a full disk leaves half of one."""
+
+import errno
+import io
+import json
+import logging
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from conftest import noise
+from datasets import Audio, load_dataset
+
+from transformers_sslam import SSLAMFeatureExtractor
+from transformers_sslam.data.decoding import load_waveform
+from transformers_sslam.data.stream import ClipStream, DataSettings
+
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "prepare_shards.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import prepare_shards  # noqa: E402
+from prepare_shards import ShardSettings, prepare  # noqa: E402
+
+
+RECORDINGS, DAMAGED = 23, (4, 11)
+
+
+@pytest.fixture(autouse=True)
+def _a_cache_of_its_own(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory) -> Path:
+    """An audiofolder: stereo at two rates, one recording of 2.5 s, one too short, two that are damaged."""
+    root = tmp_path_factory.mktemp("recordings")
+    lines = ["file_name,label,fold"]
+    for number in range(RECORDINGS):
+        length = 2.5 if number == 7 else 0.05 if number == 9 else 0.3 + 0.01 * number
+        rate = 16_000 if number % 2 else 22_050
+        soundfile.write(root / f"{number:02d}.wav", np.stack([noise(length, number, rate), noise(length, 99 - number, rate)], axis=1), rate)
+        lines.append(f"{number:02d}.wav,kind{number % 3},{number % 5}")
+    for number in DAMAGED:
+        (root / f"{number:02d}.wav").write_bytes(b"no audio")
+    (root / "metadata.csv").write_text("\n".join(lines))
+    return root
+
+
+def settings(recordings: Path, **kwargs) -> ShardSettings:
+    source = {"kind": "audiofolder", "path": str(recordings)}
+    return ShardSettings([source], **{"clips_per_shard": 6, "clips_per_group": 3, "shuffle_rows": 8, **kwargs})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*") if path.name != "index.json"}
+
+
+def test_shards_hold_every_recording_once_with_its_columns_as_16_khz_mono_flac(recordings: Path, tmp_path: Path):
+    index = prepare(tmp_path / "shards", settings(recordings))
+    assert [shard["clips"] for shard in index["shards"]] == [6, 6, 6, 2]
+    assert index["clips"] == RECORDINGS - 3
+    assert index["report"]["too_short"] == 1
+    assert index["report"]["broken"] == {"unreadable": 2}
+    assert len(index["report"]["examples"]) == 2
+    assert index == json.loads((tmp_path / "shards" / "index.json").read_text())
+
+    rows = load_dataset("parquet", data_files=str(tmp_path / "shards" / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows.features["audio"] == Audio(sampling_rate=16_000)
+    rows = rows.cast_column("audio", Audio(decode=False))
+    numbers = [int(Path(row["audio"]["path"]).stem) for row in rows]
+    assert sorted(numbers) == [number for number in range(RECORDINGS) if number not in (*DAMAGED, 9)]
+    assert numbers != sorted(numbers)
+    total = 0
+    for number, row in zip(numbers, rows):
+        info = soundfile.info(io.BytesIO(row["audio"]["bytes"]))
+        assert (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", 16_000, 1)
+        expected = load_waveform(recordings / f"{number:02d}.wav")
+        np.testing.assert_allclose(load_waveform(row["audio"]["bytes"]), expected, rtol=0, atol=1.01 / 32768)
+        assert (row["label"], row["fold"]) == (f"kind{number % 3}", number % 5)
+        total += len(expected)
+    assert index["hours"] == pytest.approx(total / 16_000 / 3600)
+    assert pq.ParquetFile(tmp_path / "shards" / "shard-00000.parquet").num_row_groups == 2
+
+
+def test_shards_are_a_source_like_any_other(recordings: Path, tmp_path: Path):
+    prepare(tmp_path / "shards", settings(recordings))
+    source = {"kind": "parquet", "path": str(tmp_path / "shards")}
+    extractor = SSLAMFeatureExtractor(max_length=288)
+    ranks = [
+        ClipStream(DataSettings([source], columns=["label"]), extractor, batch_size=4, rank=rank, world_size=2, num_workers=2)
+        for rank in range(2)
+    ]
+    labels = {name: label for rank in ranks for batch in rank for name, label in zip(batch["names"], batch["label"])}
+    assert labels == {f"{number:02d}.flac": f"kind{number % 3}" for number in range(RECORDINGS) if number not in (*DAMAGED, 9)}
+
+
+def test_long_recordings_can_be_cut_into_windows(recordings: Path, tmp_path: Path):
+    index = prepare(tmp_path / "shards", settings(recordings, window_seconds=0.6))
+    names = [
+        row["path"]
+        for file in sorted((tmp_path / "shards").glob("*.parquet"))
+        for row in pq.read_table(file, columns=["audio"])["audio"].to_pylist()
+    ]
+    assert [name for name in sorted(names) if name.startswith("07")] == ["07.flac", "07_0.600s.flac", "07_1.200s.flac", "07_1.800s.flac"]
+    assert index["report"]["short_ends"] == 1  # the last 0.1 s
+    assert index["clips"] == len(names) == RECORDINGS - 3 + 3
+
+
+class _Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("whole_shards", [0, 1, 3])
+def test_interrupted_and_run_again_it_writes_the_same_files(
+    recordings: Path, tmp_path: Path, monkeypatch, whole_shards: int, num_workers: int
+):
+    wanted = prepare(tmp_path / "at once", settings(recordings, num_workers=num_workers))
+    write, replace, calls = prepare_shards.write_shard, Path.replace, Counter()
+
+    def interrupted(path: Path, target: Path):
+        if target.suffix == ".parquet":
+            calls["shards"] += 1
+            if calls["shards"] > whole_shards:
+                raise _Interrupted
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(_Interrupted):
+        prepare(tmp_path / "twice", settings(recordings, num_workers=num_workers))
+    assert (tmp_path / "twice" / f"shard-{whole_shards:05d}.unfinished").exists()
+    assert len(list((tmp_path / "twice").glob("*.parquet"))) == whole_shards
+    monkeypatch.undo()
+
+    written = []
+    monkeypatch.setattr(prepare_shards, "write_shard", lambda path, *args: [written.append(path.name), write(path, *args)][1])
+    index = prepare(tmp_path / "twice", settings(recordings, num_workers=num_workers))
+    assert written == [f"shard-{number:05d}.parquet" for number in range(whole_shards, 4)]
+    assert index == wanted
+    assert files(tmp_path / "twice") == files(tmp_path / "at once")
+
+
+def test_what_is_complete_is_left_alone(recordings: Path, tmp_path: Path):
+    index = prepare(tmp_path / "shards", settings(recordings))
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
+    assert prepare(tmp_path / "shards", settings(recordings)) == index
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()} == times
+
+
+def test_other_settings_than_the_first_time_are_refused(recordings: Path, tmp_path: Path):
+    prepare(tmp_path / "shards", settings(recordings))
+    with pytest.raises(ValueError, match=r"begun with other settings: seed \(0 then, 1 now\); min_seconds \(0.2 then, 0.3 now\)"):
+        prepare(tmp_path / "shards", settings(recordings, seed=1, min_seconds=0.3))
+    (tmp_path / "shards" / "shard-00001.parquet").unlink()
+    with pytest.raises(ValueError, match=r"lacks shard-00001.parquet"):
+        prepare(tmp_path / "shards", settings(recordings))
+    (tmp_path / "shards" / "index.json").unlink()
+    with pytest.raises(ValueError, match="parquet files of another origin"):
+        prepare(tmp_path / "shards", settings(recordings))
+
+
+def test_a_full_disk_leaves_whole_shards_only_and_says_which_could_not_be_finished(recordings: Path, tmp_path: Path, monkeypatch):
+    write, calls = pq.ParquetWriter.write_table, Counter()
+
+    def full(self, table):
+        calls["groups"] += 1
+        if calls["groups"] == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, table)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    with pytest.raises(OSError, match=r"shard-00001.parquet could not be finished \(.*No space left"):
+        prepare(tmp_path / "shards", settings(recordings))
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["index.json", "shard-00000.parquet"]
+    monkeypatch.undo()
+    assert prepare(tmp_path / "shards", settings(recordings))["clips"] == RECORDINGS - 3
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_decoded(recordings: Path, tmp_path: Path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        prepare(tmp_path / "file" / "shards", settings(recordings))
+    monkeypatch.setattr(prepare_shards, "BatchStream", lambda *args, **kwargs: pytest.fail("began to decode"))
+    monkeypatch.setattr(prepare_shards, "write_index", lambda *args: (_ for _ in ()).throw(PermissionError("read-only")))
+    with pytest.raises(PermissionError):
+        prepare(tmp_path / "shards", settings(recordings))
+
+
+def test_samples_beyond_full_scale_are_clipped_and_counted(tmp_path: Path, caplog):
+    (tmp_path / "in").mkdir()
+    for number, peak in enumerate((0.5, 1.5, 0.9)):
+        soundfile.write(tmp_path / "in" / f"{number}.wav", np.full(8000, peak), 16_000, subtype="FLOAT")
+    with caplog.at_level(logging.WARNING):
+        index = prepare(tmp_path / "shards", ShardSettings([{"kind": "folder", "path": str(tmp_path / "in")}], max_broken_share=0))
+    assert index["shards"] == [{"file": "shard-00000.parquet", "clips": 3, "clipped": 1}]
+
+
+def test_sources_of_one_shape_are_written_together_and_others_refused(recordings: Path, tmp_path: Path):
+    for name, value in (("same", "1"), ("other", "one")):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "a.wav", noise(0.5), 16_000)
+        (tmp_path / name / "metadata.csv").write_text(f"file_name,fold\na.wav,{value}\n")
+    first, same, other = ({"kind": "audiofolder", "path": str(path)} for path in (recordings, tmp_path / "same", tmp_path / "other"))
+    index = prepare(tmp_path / "both", ShardSettings([first, same]))
+    assert index["clips"] == RECORDINGS - 3 + 1
+    rows = pq.read_table(tmp_path / "both" / "shard-00000.parquet").to_pylist()
+    assert [(row["label"], row["fold"]) for row in rows if row["audio"]["path"] == "a.flac"] == [(None, 1)]
+    with pytest.raises(ValueError, match="'fold' of other is another source's too, of another type"):
+        prepare(tmp_path / "neither", ShardSettings([first, other]))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"clips_per_shard": 7}, "clips_per_shard is 7, but must be a positive multiple of clips_per_group, 3"),
+        ({"window_seconds": 0.1}, "window_seconds is 0.1"),
+        ({"sources": [{"kind": "folder", "path": "x", "weight": 2}]}, "x has a weight"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(recordings: Path, values: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        ShardSettings(**{"sources": settings(recordings).sources, "clips_per_group": 3, "clips_per_shard": 6, **values})
+
+
+def test_the_script_runs_from_the_command_line(recordings: Path, tmp_path: Path):
+    source = f"{{kind: folder, path: {recordings}}}"
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        str(tmp_path / "shards"),
+        "--source",
+        source,
+        "--clips-per-shard",
+        "8",
+        "--clips-per-group",
+        "4",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert f"3 shards, {RECORDINGS - 3} clips" in done.stdout
+    assert "/23" in done.stderr  # the progress bar
