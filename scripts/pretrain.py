@@ -1,0 +1,36 @@
+#!/usr/bin/env python
+"""Pre-train SSLAM on streamed audio.
+
+    accelerate launch scripts/pretrain.py scripts/recipes/pretrain_base_stage1.yaml output_dir=runs/stage1
+    accelerate launch scripts/pretrain.py scripts/recipes/pretrain_base_stage2.yaml output_dir=runs/stage2 init_from=runs/stage1/model
+
+Started again with the same output_dir, a run goes on from its latest whole checkpoint.
+"""
+
+import logging
+import sys
+
+import transformers
+from accelerate import PartialState
+
+from transformers_sslam.training.monitoring import CollapseError
+from transformers_sslam.training.pretraining import NonFiniteError, PreTrainer
+from transformers_sslam.training.pretraining_settings import PreTrainingSettings
+from transformers_sslam.training.settings import SettingsError, parse_settings
+
+
+def main() -> None:
+    settings = parse_settings(PreTrainingSettings, __doc__)
+    state = PartialState()
+    logging.basicConfig(
+        level=logging.INFO if state.is_main_process else logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+    )
+    transformers.logging.disable_progress_bar()
+    try:
+        PreTrainer(settings).run()
+    except (SettingsError, CollapseError, NonFiniteError, OSError) as error:
+        sys.exit(f"pretrain: {error}")
+
+
+if __name__ == "__main__":
+    main()

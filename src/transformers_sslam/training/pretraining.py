@@ -1,0 +1,492 @@
+"""The pre-training loop: streamed clips in, checkpoints that can be trusted out.
+
+Nothing random is carried from update to update: masks, mixtures and noise follow from (seed, attempt, rank), the order of clips from the
+stream's place, rates and decays from the update. So a resumed run is the same run, bit for bit on a CPU.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..configuration_sslam import PRETRAINING_STAGES, SSLAMConfig
+from ..data.stream import ClipStream, DataSettings
+from ..feature_extraction_sslam import SSLAMFeatureExtractor
+from ..hub import add_remote_code, write_model_card
+from ..modeling_sslam_pretraining import SSLAMForPreTraining
+from .checkpoints import begin_checkpoint, checkpoint_folder, finish_checkpoint, latest_whole_checkpoint, sweep, sweep_leftovers
+from .monitoring import CollapseGuard, Stopwatch, matmul_peak, peak_memory, training_flops_per_clip
+from .pretraining_settings import PreTrainingSettings
+from .schedules import adam_epsilon, learning_rate
+from .settings import SettingsError, refusals_as_settings_errors, write_settings
+
+
+logger = logging.getLogger(__name__)
+
+STAGE_NAMES = {1: "stage 1 (EAT)", 2: "stage 2 (SSLAM)"}
+LOSSES = ("loss", "local_loss", "global_loss", "source_retention_loss")
+STATISTICS = (*LOSSES, "target_std", "prediction_std", "content_share")
+
+
+class NonFiniteError(RuntimeError):
+    """Gradients were not finite for too many updates in a row."""
+
+
+class PreTrainer:
+    """A pre-training run: build it, then `run()`.
+
+    Args:
+        settings: of the run.
+
+    Raises:
+        SettingsError: (a `ValueError`) if the settings contradict each other, the data cannot be opened or the model not be built.
+    """
+
+    def __init__(self, settings: PreTrainingSettings):
+        self.settings = settings
+        self.output_dir = Path(settings.output_dir)
+        # Positions, the only buffers, never change: nothing to broadcast before each forward pass.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            (self.output_dir / ".writable").touch()
+            (self.output_dir / ".writable").unlink()
+        except OSError as error:
+            raise SettingsError(f"output_dir {self.output_dir} cannot be written to ({error}): choose another") from error
+        self.accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision,
+            log_with=settings.trackers or None,
+            project_dir=settings.output_dir,
+            kwargs_handlers=[ddp],
+        )
+        set_seed(settings.seed)
+        with refusals_as_settings_errors("features"):
+            self.extractor = SSLAMFeatureExtractor(**settings.features)
+        self.model = _build_model(settings, self.extractor)
+        self.clips = self._stream(settings.data, settings.num_workers)
+        self.validation_set = self._validation_set()
+        if settings.batch_size == 1 and self.accelerator.is_main_process:
+            logger.warning(
+                "batch_size is 1: the content share of the targets cannot be measured, so the guard cannot see a collapse to positions%s",
+                ", and each clip is mixed with itself" if self.model.config.use_mixtures else "",
+            )
+
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model, settings.weight_decay, settings.decay_all_weights),
+            lr=0.0,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            fused=True,
+        )
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.generator = torch.Generator(self.accelerator.device)
+        self.guard = CollapseGuard(
+            settings.min_target_std, settings.min_prediction_std, settings.min_content_share, settings.guard_after_updates
+        )
+
+        # Where the run stands. An attempt is an update that was begun; those with gradients that are not finite change nothing.
+        self.update = self.attempt = self.skipped = self.skipped_in_a_row = self.clips_seen = self.clips_logged = 0
+        self.stop_signal: int | None = None
+        self.pending: list[torch.Tensor] = []  # statistics of updates not yet logged
+
+    # --- the loop
+
+    def run(self) -> Path:
+        """Train to the last update, or to a SIGTERM or SIGINT, behind which a checkpoint is written.
+
+        Returns:
+            The last checkpoint's folder. After the last update the model also lies in `output_dir/model`.
+
+        Raises:
+            CollapseError: if targets or predictions collapse.
+            NonFiniteError: after too many updates in a row with gradients that are not finite.
+            OSError: if a checkpoint cannot be written. Former ones stay as they are.
+        """
+        settings = self.settings
+        if self.accelerator.is_main_process:
+            sweep_leftovers(self.output_dir)
+        self._resume()
+        self._start_logs()
+        batches, watch = self._batches(), Stopwatch()
+        bar = tqdm(total=settings.total_updates, initial=self.update, unit="update", disable=not self._shows_bar(), dynamic_ncols=True)
+        with _signals_to(self._ask_to_stop), bar, logging_redirect_tqdm(), self._metrics_file() as metrics:
+            while self.update < settings.total_updates:
+                micro_batches = [watch.wait_for(lambda: next(batches)) for _ in range(settings.gradient_accumulation_steps)]
+                clips, stop = self._agree(sum(len(batch) for batch in micro_batches), self.stop_signal is not None)
+                updated = self._train(micro_batches, clips)
+                bar.update(updated)
+                ends = stop or self.update == settings.total_updates
+                validates, saves = (
+                    ends or (updated and self.update % every == 0) for every in (settings.validate_every, settings.save_every)
+                )
+                if validates or saves or (updated and self.update % settings.log_every == 0):
+                    self._log(metrics, watch.lap())
+                if validates and self.validation_set:
+                    self._log_validation(metrics)
+                if saves:
+                    self._save()
+                if validates or saves:
+                    watch.lap()  # neither belongs to the speed of training
+                if stop:
+                    logger.warning("Stopped by a signal at update %d of %d; to go on, start again", self.update, settings.total_updates)
+                    break
+        if self.update == settings.total_updates and self.accelerator.is_main_process:
+            self._save_model()
+        self.accelerator.end_training()
+        return checkpoint_folder(self.output_dir, self.update)
+
+    def _train(self, micro_batches: list[torch.Tensor], clips: int) -> bool:
+        """One attempt at an update on `clips` clips over all devices. Returns whether the weights were updated."""
+        settings, update = self.settings, self.update + 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(
+                update, settings.learning_rate, settings.warmup_updates, settings.total_updates, settings.final_learning_rate
+            )
+            group["eps"] = adam_epsilon(update, settings.adam_epsilon, settings.adam_beta2)
+        statistics = torch.zeros(len(STATISTICS), device=self.accelerator.device)
+        self.wrapped.train()
+        for i, values in enumerate(micro_batches):
+            self._seed(self.attempt, i)
+            last = i == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                output = self.wrapped(values.to(self.accelerator.device, non_blocking=True), generator=self.generator)
+                # The published reduction divides sums over all devices by the masked patches of all devices. As every clip has equally
+                # many, that is this weight; DDP then takes the mean over devices, hence their number.
+                weight = len(values) / clips
+                self.accelerator.backward(output.loss * weight * self.accelerator.num_processes)
+            statistics += weight * torch.stack([_detached(output.get(name), output.loss) for name in STATISTICS])
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
+        finite = bool(torch.isfinite(norm))
+        if finite or self.accelerator.scaler is not None:  # a scaler must see what was not finite, to lower its scale
+            self.optimizer.step()
+            finite = not self.accelerator.optimizer_step_was_skipped
+        self.optimizer.zero_grad()
+        self.attempt += 1
+        self.clips_seen += clips
+        if not finite:
+            self._skip(norm)
+            return False
+        self.skipped_in_a_row = 0
+        self.update = update
+        self.model.update_teacher(update)
+        self.pending.append(statistics)
+        return True
+
+    def _skip(self, norm: torch.Tensor | None) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        logger.warning(
+            "Gradients of update %d are not finite (norm %s): left out, %d in a row", self.update + 1, norm, self.skipped_in_a_row
+        )
+        if self.skipped_in_a_row >= self.settings.max_skipped_in_a_row:
+            raise NonFiniteError(
+                f"gradients were not finite {self.skipped_in_a_row} times in a row at update {self.update + 1}: lower the learning rate, "
+                "look for clips with extreme values, or use bf16 rather than fp16; max_skipped_in_a_row sets how often this may happen"
+            )
+
+    def _batches(self) -> Iterator[torch.Tensor]:
+        """Log-mels of this rank, epoch after epoch."""
+        with refusals_as_settings_errors("data"):
+            while True:
+                for batch in self.clips:
+                    yield batch["input_values"]
+
+    def _seed(self, *numbers: int) -> None:
+        """Make all that is random in the next forward pass follow from the seed, these numbers and the rank."""
+        entropy = [self.settings.seed, self.accelerator.process_index, *numbers]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        self.generator.manual_seed(seed)
+        torch.manual_seed(seed)  # dropout, where there is any
+
+    def _agree(self, clips: int, stop: bool) -> tuple[int, bool]:
+        """Clips of the next update over all ranks, and whether any of them was asked to stop."""
+        if self.accelerator.num_processes > 1:  # otherwise nothing needs to wait for the device
+            numbers = torch.tensor([clips, int(stop)], device=self.accelerator.device)
+            clips, stop = self.accelerator.reduce(numbers, "sum").tolist()
+        return clips, bool(stop)
+
+    def _ask_to_stop(self, number: int) -> None:
+        self.stop_signal = number
+
+    # --- logs
+
+    def _start_logs(self) -> None:
+        settings, accelerator = self.settings, self.accelerator
+        flat = {name: value for name, value in asdict(settings).items() if isinstance(value, (int, float, str, bool))}
+        accelerator.init_trackers("sslam", config=flat)
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+        self.peak = matmul_peak(accelerator.device, autocast)
+        self.flops_per_clip = training_flops_per_clip(self.model.config, self.extractor.max_length)
+        if accelerator.is_main_process:
+            logger.info(
+                "Pre-training, %s, on %d x %s: %.1f M parameters, %.3g FLOP a clip; matrix products reach %.3g FLOP/s",
+                *(STAGE_NAMES[settings.stage], accelerator.num_processes, accelerator.device.type),
+                *(self.model.num_parameters(only_trainable=True) / 1e6, self.flops_per_clip, self.peak),
+            )
+
+    def _shows_bar(self) -> bool:
+        return self.accelerator.is_main_process and os.isatty(2)
+
+    @contextlib.contextmanager
+    def _metrics_file(self) -> Iterator[TextIO | None]:
+        """`metrics.jsonl`, a line an update, without those behind the checkpoint that the run goes on from."""
+        path = self.output_dir / "metrics.jsonl"
+        if not self.accelerator.is_main_process:
+            yield None
+            return
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be torn
+                if json.loads(line)["update"] <= self.update:
+                    kept.append(line + "\n")
+        replacement = path.with_suffix(".new")
+        replacement.write_text("".join(kept))
+        replacement.replace(path)
+        with open(path, "a") as file:
+            yield file
+
+    def _log(self, metrics: TextIO | None, lap: tuple[float, float]) -> None:
+        """Losses and statistics of the updates since the last line, over all devices, and the guard's look at them."""
+        if not self.pending:
+            return
+        rows = self.accelerator.reduce(torch.stack(self.pending).double(), "sum").tolist()
+        count, self.pending = len(rows), []
+        seconds, waited = lap
+        means = {name: float(np.mean([row[i] for row in rows])) for i, name in enumerate(STATISTICS)}
+        rate, self.clips_logged = (self.clips_seen - self.clips_logged) / seconds, self.clips_seen
+        speed = {
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "clips_per_second": rate,
+            "hours_heard": self.clips_seen * self.extractor.max_length / 360_000,
+            "flops_utilisation": rate * self.flops_per_clip / (self.peak * self.accelerator.num_processes),
+            "memory_gib": peak_memory(self.accelerator.device) / 2**30,
+            "data_wait_share": waited / seconds,
+            "skipped_updates": self.skipped,
+        }
+        self.accelerator.log({**means, **speed}, step=self.update)
+        if metrics is not None:
+            for update, row in enumerate(rows, self.update - count + 1):
+                metrics.write(json.dumps({"update": update, **dict(zip(STATISTICS, row))}) + "\n")
+            metrics.flush()
+            line = (
+                f"update {self.update}/{self.settings.total_updates}  loss {means['loss']:.4f} (local {means['local_loss']:.4f}, "
+                f"global {means['global_loss']:.4f}, retention {means['source_retention_loss']:.4f})  targets' deviation "
+                f"{means['target_std']:.3f}, content {means['content_share']:.3f}  {rate:.1f} clips/s, {speed['hours_heard']:.1f} h, "
+                f"{speed['flops_utilisation']:.0%} of the matrix peak, {speed['memory_gib']:.1f} GiB, waited {speed['data_wait_share']:.0%}"
+            )
+            logger.info(line)
+        self.guard.check(self.update, means["target_std"], means["prediction_std"], means["content_share"])
+
+    # --- validation
+
+    def _validation_set(self) -> list[torch.Tensor]:
+        """This rank's share of the fixed clips that the validation loss is taken on."""
+        if self.settings.validation is None:
+            return []
+        share = -(-self.settings.validation_clips // self.accelerator.num_processes)
+        stream = self._stream(self.settings.validation, num_workers=0)
+        batches, found = [], 0
+        for batch in stream:
+            batches.append(batch["input_values"][: share - found])
+            found += len(batches[-1])
+            if found >= share:
+                break
+        if not found:
+            raise SettingsError(f"validation: there is no clip for rank {self.accelerator.process_index}: give more, or use fewer devices")
+        return batches
+
+    @torch.no_grad()
+    def _log_validation(self, metrics: TextIO | None) -> None:
+        """Losses on the fixed clips under the same masks and mixtures each time."""
+        self.model.eval()
+        totals = torch.zeros(1 + len(LOSSES), dtype=torch.float64, device=self.accelerator.device)
+        for i, values in enumerate(self.validation_set):
+            self._seed(2**40, i)  # apart from all attempts
+            with self.accelerator.autocast():
+                output = self.model(values.to(self.accelerator.device), generator=self.generator)
+            losses = torch.stack([_detached(output.get(name), output.loss) for name in LOSSES]).double()
+            totals += len(values) * torch.cat((torch.ones(1, device=losses.device), losses))
+        count, *sums = self.accelerator.reduce(totals, "sum").tolist()
+        means = {f"validation_{name}": total / count for name, total in zip(LOSSES, sums)}
+        self.accelerator.log(means, step=self.update)
+        if metrics is not None:
+            metrics.write(json.dumps({"update": self.update, **means}) + "\n")
+            metrics.flush()
+            logger.info("update %d  validation loss %.4f on %d clips", self.update, means["validation_loss"], count)
+
+    # --- checkpoints
+
+    def _save(self) -> None:
+        """Write a checkpoint, all ranks together; if any of them cannot, none is left, and all raise the same error."""
+        accelerator, main = self.accelerator, self.accelerator.is_main_process
+        problem = None
+        try:
+            if main:
+                begin_checkpoint(self.output_dir, self.update)
+        except OSError as error:
+            problem = str(error)
+        accelerator.wait_for_everyone()
+        folder = checkpoint_folder(self.output_dir, self.update).with_suffix(".unfinished")
+        try:
+            if main and problem is None:
+                self.model.save_pretrained(folder)
+                self.extractor.save_pretrained(folder)
+                scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+                torch.save({"optimizer": self.optimizer.state_dict(), "scaler": scaler}, folder / "optimizer.pt")
+                (folder / "run.json").write_text(json.dumps({**self._place(), "settings": asdict(self.settings)}, indent=1))
+            if problem is None:
+                (folder / f"rank-{accelerator.process_index:05d}.json").write_text(json.dumps({"clips": self.clips.state_dict()}))
+        except (OSError, RuntimeError) as error:  # torch.save and safetensors tell of a full disk as a RuntimeError
+            problem = str(error)
+        problems = [text for text in gather_object([problem]) if text is not None]
+        if main and not problems:
+            try:
+                finish_checkpoint(folder)
+                sweep(self.output_dir, self.settings.keep_last, self.settings.keep_every)
+            except OSError as error:
+                problems = [str(error)]
+        problems = broadcast_object_list([problems])[0]
+        if problems:
+            if main:
+                sweep_leftovers(self.output_dir)
+            raise OSError(
+                f"the checkpoint of update {self.update} could not be written ({problems[0]}): make room in {self.output_dir} and start "
+                "again; former checkpoints are as they were"
+            )
+
+    def _save_model(self) -> None:
+        """The finished model in `output_dir/model`, with its feature extractor, code and card."""
+        folder, settings = self.output_dir / "model", self.settings
+        self.model.save_pretrained(folder)
+        self.extractor.save_pretrained(folder)
+        write_settings(settings, folder / "settings.yaml")
+        sources = ", ".join(f"`{source.name}`" for source in settings.data.sources)
+        hours = self.clips_seen * self.extractor.max_length / 360_000
+        start = "from scratch" if settings.init_from is None else f"from `{settings.init_from}`"
+        what = f"{self.update} updates, {self.clips_seen} clips, {hours:.1f} hours of input"
+        text = f"Pre-trained {start} on {sources}, {STAGE_NAMES[settings.stage]}: {what}. `settings.yaml` holds every setting. "
+        write_model_card(folder, text + "Student, decoder and teacher are kept.")
+        add_remote_code(folder)
+
+    def _place(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("update", "attempt", "skipped", "skipped_in_a_row", "clips_seen")} | {
+            "world_size": self.accelerator.num_processes
+        }
+
+    def _resume(self) -> None:
+        """Go to where the latest whole checkpoint stands, if there is one."""
+        accelerator = self.accelerator
+        found = latest_whole_checkpoint(self.output_dir) if self.settings.resume and accelerator.is_main_process else None
+        folder = broadcast_object_list([found])[0]
+        if folder is None:
+            return
+        run = json.loads((folder / "run.json").read_text())
+        for name in ("update", "attempt", "skipped", "skipped_in_a_row", "clips_seen"):
+            setattr(self, name, run[name])
+        self.clips_logged = self.clips_seen
+        self.model.load_state_dict(SSLAMForPreTraining.from_pretrained(folder).state_dict())
+        state = torch.load(folder / "optimizer.pt", map_location=accelerator.device, weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler is not None and state["scaler"] is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        same_world = run["world_size"] == accelerator.num_processes
+        rank = accelerator.process_index if same_world else 0
+        self.clips.load_state_dict(json.loads((folder / f"rank-{rank:05d}.json").read_text())["clips"])
+        if accelerator.is_main_process:
+            self._report_resuming(folder, run)
+
+    def _report_resuming(self, folder: Path, run: dict) -> None:
+        logger.info("Going on from %s: update %d of %d", folder, self.update, self.settings.total_updates)
+        if run["world_size"] != self.accelerator.num_processes:
+            logger.warning(
+                "The run had %d processes and now has %d: weights, optimiser and teacher go on as they were, but the size of an update's "
+                "batch, the masks and the order of clips are others, so it is no longer the same run",
+                *(run["world_size"], self.accelerator.num_processes),
+            )
+        now = json.loads(json.dumps(asdict(self.settings)))
+        changed = [f"{name} ({run['settings'].get(name)} then, {now[name]} now)" for name in now if run["settings"].get(name) != now[name]]
+        if changed:
+            logger.warning("Settings have changed since that checkpoint: %s", "; ".join(changed))
+
+    def _stream(self, data: DataSettings, num_workers: int) -> ClipStream:
+        with refusals_as_settings_errors("data"):
+            return ClipStream(
+                data,
+                self.extractor,
+                device=self.accelerator.device,
+                batch_size=self.settings.batch_size,
+                seed=self.settings.seed,
+                rank=self.accelerator.process_index,
+                world_size=self.accelerator.num_processes,
+                num_workers=num_workers,
+            )
+
+
+def _build_model(settings: PreTrainingSettings, extractor: SSLAMFeatureExtractor) -> SSLAMForPreTraining:
+    """The model that the settings ask for, in float32, on the CPU."""
+    fields: dict[str, Any] = {**PRETRAINING_STAGES[settings.stage], **settings.model}
+    unknown = [name for name in fields if not hasattr(SSLAMConfig(), name)]
+    if unknown:
+        raise SettingsError(f"model: SSLAMConfig has no field {', '.join(unknown)}")
+    fields.setdefault("padding_value", (extractor.padding_value - extractor.mean) / (2 * extractor.std))
+    with refusals_as_settings_errors("model" if settings.init_from is None else f"init_from {settings.init_from}"):
+        if settings.init_from is not None:
+            model = SSLAMForPreTraining.from_pretrained(settings.init_from, dtype=torch.float32, **fields)
+        else:
+            model = SSLAMForPreTraining(getattr(SSLAMConfig, settings.preset)(**fields))
+    if extractor.num_mel_bins != model.config.num_mel_bins or extractor.max_length > model.config.max_length:
+        raise SettingsError(
+            f"features give {extractor.max_length} frames of {extractor.num_mel_bins} mel bins, but the model takes up to "
+            f"{model.config.max_length} frames of {model.config.num_mel_bins}: change features or model"
+        )
+    return model
+
+
+def _parameter_groups(model: SSLAMForPreTraining, weight_decay: float, decay_all_weights: bool) -> list[dict]:
+    """Trained parameters, in groups with and without weight decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    spared = [
+        parameter
+        for parameter in trained
+        if not decay_all_weights and (parameter.dim() == 1 or parameter is model.sslam.embeddings.cls_token)
+    ]
+    ids = {id(parameter) for parameter in spared}
+    groups = [
+        {"params": [parameter for parameter in trained if id(parameter) not in ids], "weight_decay": weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _detached(value: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like) if value is None else value.detach().to(like.dtype)
+
+
+@contextlib.contextmanager
+def _signals_to(handler) -> Iterator[None]:
+    """Hand the first SIGTERM or SIGINT to `handler`; a second one does what it always does."""
+
+    def handle(number, frame):
+        signal.signal(number, before[number])
+        handler(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+__all__ = ["NonFiniteError", "PreTrainer"]

@@ -1,0 +1,401 @@
+"""The pre-training loop: the same run whatever interrupts it, a guard that stops what is pointless, and nothing lost when it fails."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForPreTraining
+
+from transformers_sslam import SSLAMForPreTraining, SSLAMModel
+
+
+soundfile = pytest.importorskip("soundfile")
+from transformers_sslam.data.stream import DataSettings  # noqa: E402
+from transformers_sslam.training.checkpoints import checkpoints, damage  # noqa: E402
+from transformers_sslam.training.monitoring import CollapseError, training_flops_per_clip  # noqa: E402
+from transformers_sslam.training.pretraining import NonFiniteError, PreTrainer  # noqa: E402
+from transformers_sslam.training.pretraining_settings import PreTrainingSettings  # noqa: E402
+from transformers_sslam.training.settings import SettingsError  # noqa: E402
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "pretrain.py"
+ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+MODEL = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_length": 64},
+    **{"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_groups": 8, "num_views": 2, "unmixed_span_length": 16},
+    **{"ema_decay": 0.9, "ema_end_decay": 0.99, "ema_anneal_end_step": 50, "hidden_dropout_prob": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory) -> Path:
+    """Twelve tones of their own pitch and length."""
+    folder = tmp_path_factory.mktemp("sounds")
+    for i in range(12):
+        t = np.arange(8_000 + 200 * i) / 16_000
+        soundfile.write(folder / f"{i:02d}.wav", 0.3 * np.sin(2 * np.pi * (200 + 150 * i) * t) * np.exp(-3 * t), 16_000)
+    return folder
+
+
+def recipe(sounds: Path, output_dir: Path, **changes) -> dict:
+    settings = {
+        **{"output_dir": str(output_dir), "data": {"sources": [{"kind": "folder", "path": str(sounds)}]}, "model": MODEL},
+        **{"features": {"max_length": 64}, "total_updates": 8, "warmup_updates": 2, "learning_rate": 1e-3, "batch_size": 4},
+        **{"num_workers": 0, "save_every": 3, "log_every": 2, "validate_every": 100, "trackers": [], "mixed_precision": "no"},
+    }
+    return settings | changes
+
+
+def trainer(sounds: Path, output_dir: Path, **changes) -> PreTrainer:
+    values = recipe(sounds, output_dir, **changes)
+    for name in ("data", "validation"):
+        if values.get(name) is not None:
+            values[name] = DataSettings(**values[name])
+    return PreTrainer(PreTrainingSettings(**values))
+
+
+def metrics(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- a whole run
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_ends_with_a_model_that_loads(sounds, tmp_path, stage):
+    folder = trainer(sounds, tmp_path, stage=stage).run()
+    assert folder == tmp_path / "checkpoint-00000008"
+    assert [line["update"] for line in metrics(tmp_path)] == list(range(1, 9))
+    assert all((line["source_retention_loss"] > 0) == (stage == 2) for line in metrics(tmp_path))
+    assert type(AutoModelForPreTraining.from_pretrained(tmp_path / "model")) is SSLAMForPreTraining
+    assert type(AutoModel.from_pretrained(folder)) is SSLAMModel  # every checkpoint is a model as well
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000006", "checkpoint-00000008"]
+
+
+def test_the_first_update_of_a_warm_up_changes_no_weight(sounds, tmp_path):
+    run = trainer(sounds, tmp_path, total_updates=3, warmup_updates=1)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    changed = []
+    real = run.model.update_teacher
+    run.model.update_teacher = lambda step: (
+        real(step),
+        changed.append(any(not torch.equal(before[name], tensor) for name, tensor in run.model.state_dict().items())),
+    )
+    run.run()
+    assert changed == [False, True, True]
+
+
+def test_a_fixed_validation_set_sees_the_loss_fall(sounds, tmp_path):
+    data = recipe(sounds, tmp_path)["data"]
+    changes = {"validation": data, "validation_clips": 6, "validate_every": 20, "log_every": 20, "save_every": 100, "total_updates": 60}
+    trainer(sounds, tmp_path, learning_rate=5e-3, warmup_updates=5, **changes).run()
+    losses = [line["validation_loss"] for line in metrics(tmp_path) if "validation_loss" in line]
+    assert len(losses) == 3
+    assert losses[2] < losses[0]
+
+
+def test_stage_2_goes_on_from_stage_1_with_decoder_and_teacher(sounds, tmp_path):
+    trainer(sounds, tmp_path / "1", stage=1).run()
+    second = trainer(
+        sounds, tmp_path / "2", stage=2, init_from=str(tmp_path / "1" / "model"), model={"num_views": 3, "unmixed_span_length": 16}
+    )
+    first = load_file(tmp_path / "1" / "model" / "model.safetensors")
+    assert second.model.config.use_mixtures
+    assert second.model.config.num_views == 3
+    assert all(torch.equal(tensor, first[name]) for name, tensor in second.model.state_dict().items())
+
+
+def test_weight_decay_falls_on_every_trained_tensor_unless_told_otherwise(sounds, tmp_path):
+    everything = trainer(sounds, tmp_path).optimizer.param_groups
+    assert [group["weight_decay"] for group in everything] == [0.05]
+    spared = trainer(sounds, tmp_path, decay_all_weights=False).optimizer.param_groups
+    assert [group["weight_decay"] for group in spared] == [0.05, 0.0]
+    assert all(parameter.dim() == 1 or parameter.shape == (1, 1, 32) for parameter in spared[1]["params"])
+    assert sum(len(group["params"]) for group in spared) == len(everything[0]["params"])
+    teacher = {id(parameter) for parameter in trainer(sounds, tmp_path).model.teacher.parameters()}
+    assert not teacher & {id(parameter) for parameter in everything[0]["params"]}
+
+
+def local_gradients(sounds, tmp_path, accumulation: int) -> list[torch.Tensor]:
+    """Gradients of the local loss of four clips under fixed masks, in so many forward passes."""
+    model = {**MODEL, "global_loss_weight": 0.0, "num_views": 1, "mask_noise_std": 0.0, "hidden_dropout_prob": 0.0}
+    size = 4 // accumulation
+    changes = {"stage": 1, "model": model, "batch_size": size, "gradient_accumulation_steps": accumulation}
+    run = trainer(sounds, tmp_path / str(accumulation), **changes)
+    masks = iter(torch.stack([torch.arange(32) % 8 != i for i in range(4)]).split(size))
+    forward, gradients = run.wrapped.forward, []
+    run.wrapped.forward = lambda values, **kwargs: forward(values, bool_masked_pos=next(masks), **kwargs)
+    run.optimizer.step = lambda: gradients.extend(p.grad.clone() for p in run.model.parameters() if p.grad is not None)
+    run._train(list(torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(0)).split(size)), 4)
+    return gradients
+
+
+def test_accumulated_gradients_are_those_of_the_whole(sounds, tmp_path):
+    whole, halves = (local_gradients(sounds, tmp_path, accumulation) for accumulation in (1, 2))
+    assert len(whole) > 20
+    for a, b in zip(whole, halves):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+# --- interruptions
+
+
+def interrupted_after(run: PreTrainer, updates: int, how) -> None:
+    """Let `how` happen behind so many updates."""
+    real = run.model.update_teacher
+
+    def update_teacher(step: int) -> None:
+        real(step)
+        if step == updates:
+            how()
+
+    run.model.update_teacher = update_teacher
+
+
+@pytest.mark.parametrize(("stop_at", "number"), [(1, signal.SIGTERM), (4, signal.SIGINT), (6, signal.SIGTERM)])
+def test_a_signal_ends_the_run_cleanly_and_it_goes_on_as_if_nothing_had_been(sounds, tmp_path, stop_at, number):
+    trainer(sounds, tmp_path / "whole").run()
+    run = trainer(sounds, tmp_path / "stopped")
+    interrupted_after(run, stop_at, lambda: os.kill(os.getpid(), number))
+    assert run.run().name == f"checkpoint-{stop_at + 1:08d}"  # the signal is seen with the next update
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    trainer(sounds, tmp_path / "stopped").run()
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    assert same_weights(tmp_path / "stopped" / "model", tmp_path / "whole" / "model")
+
+
+def test_a_damaged_checkpoint_is_passed_over(sounds, tmp_path, caplog):
+    trainer(sounds, tmp_path).run()
+    final = metrics(tmp_path)
+    weights = tmp_path / "checkpoint-00000008" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    again = trainer(sounds, tmp_path)
+    again._resume()
+    assert again.update == 6
+    assert "checkpoint-00000008 is damaged" in caplog.text
+    again.run()
+    assert metrics(tmp_path) == final
+    assert damage(tmp_path / "checkpoint-00000008") is None
+
+
+def test_changed_settings_are_named_when_a_run_goes_on(sounds, tmp_path, caplog):
+    trainer(sounds, tmp_path, total_updates=4).run()
+    trainer(sounds, tmp_path, total_updates=5, learning_rate=2e-3).run()
+    assert "learning_rate (0.001 then, 0.002 now)" in caplog.text
+    assert len(metrics(tmp_path)) == 5
+
+
+# --- what stops a run, or does not
+
+
+def test_gradients_that_are_not_finite_are_left_out_and_counted(sounds, tmp_path, caplog):
+    run = trainer(sounds, tmp_path)
+    forward, attempts = run.model.forward, []
+
+    def sometimes_infinite(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        attempts.append(run.update)
+        if len(attempts) in (3, 4):
+            output.loss = output.loss * torch.inf
+        return output
+
+    run.model.forward = sometimes_infinite
+    run.run()
+    assert attempts == [0, 1, 2, 2, 2, 3, 4, 5, 6, 7]  # two attempts failed, and eight updates were made all the same
+    assert (run.skipped, run.skipped_in_a_row) == (2, 0)
+    assert caplog.text.count("are not finite") == 2
+    assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path))
+    assert all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values())
+
+
+def test_too_many_in_a_row_stop_the_run(sounds, tmp_path):
+    run = trainer(sounds, tmp_path, max_skipped_in_a_row=3)
+    with torch.no_grad():
+        run.model.decoder.projection.bias.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="3 times in a row at update 1"):
+        run.run()
+
+
+@pytest.mark.parametrize("floor", ["min_target_std", "min_prediction_std", "min_content_share"])
+def test_the_guard_stops_a_run_under_a_floor_but_not_before_its_time(sounds, tmp_path, floor):
+    run = trainer(sounds, tmp_path, guard_after_updates=4, **{"min_prediction_std": 0.0, floor: 100.0})
+    with pytest.raises(CollapseError, match=f"at update 4 {floor.removeprefix('min_')} is .*under its floor of 100"):
+        run.run()
+    assert len(metrics(tmp_path)) == 4
+
+
+def test_a_full_disk_is_told_and_former_checkpoints_stay(sounds, tmp_path, monkeypatch):
+    real = torch.save
+
+    def save(value, path):
+        if "00000006" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(value, path)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="update 6 could not be written .*No space left"):
+        trainer(sounds, tmp_path).run()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-00000003"]
+    monkeypatch.undo()
+    trainer(sounds, tmp_path).run()
+    assert [line["update"] for line in metrics(tmp_path)] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"warmup_updates": 8}, "warmup_updates is 8.*total_updates, 8"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"model": {**MODEL, "hiden_size": 32}}, "no field hiden_size"),
+        ({"model": {**MODEL, "hidden_size": 30}}, "model: hidden_size is 30"),
+        ({"features": {"max_length": 128}}, "128 frames of 128 mel bins, but the model takes up to 64"),
+        ({"features": {"std": 0.0}}, "features: std is 0"),
+        ({"init_from": "absent/folder"}, "init_from absent/folder: "),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(sounds, tmp_path, changes, message):
+    with pytest.raises(SettingsError, match=message):
+        trainer(sounds, tmp_path, **changes)
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(sounds, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="cannot be written to"):
+        trainer(sounds, tmp_path / "file" / "runs")
+
+
+def test_a_batch_of_one_clip_is_warned_about(sounds, tmp_path, caplog):
+    trainer(sounds, tmp_path, batch_size=1, total_updates=3).run()
+    assert "content share of the targets cannot be measured" in caplog.text
+    assert "each clip is mixed with itself" in caplog.text
+
+
+def test_operations_of_a_clip_are_those_of_the_published_model():
+    from transformers_sslam import SSLAMConfig
+    from transformers_sslam.configuration_sslam import PRETRAINING_STAGES
+
+    counts = [training_flops_per_clip(SSLAMConfig.base(**PRETRAINING_STAGES[stage]), 1024) for stage in (1, 2)]
+    assert counts == pytest.approx([1.08e12, 1.23e12], rel=0.01)
+
+
+# --- processes: killed, and several of them
+
+
+def launch(folder: Path, settings: dict, processes: int) -> subprocess.Popen:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    log = open(folder / "log", "a")  # noqa: SIM115  # the process keeps it
+    command = [*on_processes(processes), str(SCRIPT), str(folder / "recipe.yaml")]
+    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=ON_CPU)
+
+
+def on_processes(count: int) -> list[str]:
+    """What starts a Python program on so many processes of a CPU (for more than one `accelerate launch` itself wants MPI)."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return [sys.executable, *(torchrun if count > 1 else [])]
+
+
+def finish(folder: Path, settings: dict, processes: int) -> None:
+    code = launch(folder, settings, processes).wait(timeout=500)
+    assert code == 0, (folder / "log").read_text()[-3000:]
+
+
+def kill_at_random_moments(sounds, tmp_path, processes: int, workers: int, kills: int, updates: int) -> None:
+    """However often a run is killed, its losses are those of the run that nobody touched, to the last bit, and each checkpoint is whole."""
+    changes = {"num_workers": workers, "batch_size": 3, "total_updates": updates, "save_every": 2, "log_every": 1}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(whole, recipe(sounds, whole, **changes), processes)
+    chance = random.Random(processes * 10 + workers)
+    settings = recipe(sounds, killed, **changes)
+    deaths = 0
+    while deaths < kills:
+        process = launch(killed, settings, processes)
+        seen = _progress(killed)
+        while process.poll() is None and _progress(killed) == seen:
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.5))  # somewhere in the updates and checkpoints that follow
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        deaths += 1
+        for folder in checkpoints(killed):
+            assert damage(folder) is None
+            SSLAMForPreTraining.from_pretrained(folder)
+    assert deaths == kills, (killed / "log").read_text()[-3000:]
+    finish(killed, settings, processes)
+    assert metrics(killed) == metrics(whole)
+    assert same_weights(killed / "model", whole / "model")
+
+
+def _progress(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def test_a_killed_run_goes_on_bit_for_bit(sounds, tmp_path):
+    kill_at_random_moments(sounds, tmp_path, processes=1, workers=0, kills=2, updates=40)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
+def test_twenty_kills_change_nothing(sounds, tmp_path, processes, workers):
+    kill_at_random_moments(sounds, tmp_path, processes, workers, kills=20, updates=400)
+
+
+def test_two_processes_hold_the_same_model_and_share_the_clips(sounds, tmp_path):
+    """After 50 updates: parameters, teacher and optimiser equal on both; two epochs heard each clip twice, whoever heard it."""
+    program = tmp_path / "two.py"
+    settings = recipe(sounds, tmp_path / "run", total_updates=50, batch_size=3, save_every=100)
+    program.write_text(
+        "import json, sys, hashlib\n"
+        "from transformers_sslam.data.stream import DataSettings\n"
+        "from transformers_sslam.training.pretraining import PreTrainer\n"
+        "from transformers_sslam.training.pretraining_settings import PreTrainingSettings\n"
+        "settings = json.loads(sys.argv[1]); settings['data'] = DataSettings(**settings['data'])\n"
+        "run, names = PreTrainer(PreTrainingSettings(**settings)), []\n"
+        "def batches():\n"
+        "    while True:\n"
+        "        epoch = run.clips.epoch\n"
+        "        for batch in run.clips:\n"
+        "            names.extend((epoch, name) for name in batch['names'])\n"
+        "            yield batch['input_values']\n"
+        "run._batches = batches; run.run()\n"
+        "state = hashlib.sha256(b''.join(t.numpy().tobytes() for t in run.model.state_dict().values())).hexdigest()\n"
+        "open(f'{sys.argv[2]}/{run.accelerator.process_index}.json', 'w').write(json.dumps([state, names]))\n"
+    )
+    command = [*on_processes(2), str(program), json.dumps(settings), str(tmp_path)]
+    outcome = subprocess.run(command, capture_output=True, text=True, env=ON_CPU)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    (first, heard), (second, also_heard) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    for epoch in (0, 1):
+        union = sorted(Path(name).name for e, name in heard + also_heard if e == epoch)
+        assert union == sorted(path.name for path in sounds.iterdir())
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_and_says_what_changes(sounds, tmp_path):
+    finish(tmp_path, recipe(sounds, tmp_path, total_updates=6), processes=1)
+    finish(tmp_path, recipe(sounds, tmp_path, total_updates=10), processes=2)
+    log = (tmp_path / "log").read_text()
+    assert "The run had 1 processes and now has 2" in log
+    assert "epoch 2 begins again" in log or "epoch 1 begins again" in log
+    assert [line["update"] for line in metrics(tmp_path)] == list(range(1, 11))
