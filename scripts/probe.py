@@ -25,7 +25,7 @@ from transformers_sslam.evaluation.probing import linear_probe, mean_patch_embed
 from transformers_sslam.training.settings import SettingsError, parse_settings, refusals_as_settings_errors, setting
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ProbeSettings:
     model: str = setting("checkpoint of the encoder, a folder or Hub id")
     data_dir: str = setting("folder of the clips, an 'audiofolder' of the datasets library")

@@ -147,6 +147,14 @@ def test_code_beside_a_model_does_not_displace_the_package(folder):
     assert type(AutoFeatureExtractor.from_pretrained(folder)) is SSLAMFeatureExtractor
 
 
+def test_what_is_saved_again_does_not_claim_code_that_is_not_there(folder, tmp_path):
+    add_remote_code(folder)
+    SSLAMForAudioClassification.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    AutoFeatureExtractor.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    for name in ("config.json", "preprocessor_config.json"):
+        assert "auto_map" not in json.loads((tmp_path / "again" / name).read_text())
+
+
 def test_code_is_not_put_beside_what_is_no_model(tmp_path):
     with pytest.raises(ValueError, match="holds no config.json"):
         add_remote_code(tmp_path)

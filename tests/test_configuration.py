@@ -35,6 +35,7 @@ def test_save_and_load(tmp_path):
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0"),
         ({"hidden_dropout_prob": -0.1}, "hidden_dropout_prob is -0.1"),
+        ({"hidden_act": "foo"}, "hidden_act is 'foo'"),
         ({"layer_norm_eps": 0.0}, "layer_norm_eps is 0"),
         ({"decoder_kernel_size": 2}, "decoder_kernel_size is 2"),
         ({"decoder_hidden_size": 36}, "decoder_hidden_size is 36 and decoder_num_groups is 8"),

@@ -141,6 +141,25 @@ def test_a_pre_training_file_keeps_student_decoder_and_teacher(tmp_path):
     assert torch.equal(AutoModel.from_pretrained(tmp_path / "out").layers[1].attention.q_proj.weight, q)
 
 
+def test_settings_of_the_pre_training_go_along(tmp_path):
+    image = {**settings()["modalities"]["image"], "mask_prob": 0.7, "mask_length": 3, "mask_noise_std": 0.5, "mask_prob_adjust": 0.05}
+    changes = {"modalities": {"image": image}, "clone_batch": 5, "ema_decay": 0.9, "ema_end_decay": 0.99, "ema_anneal_end_step": 7}
+    config = convert_checkpoint(save_pretrained_fairseq(tmp_path / "m.pt", average_top_k_layers=12, **changes), tmp_path / "out").config
+    assert (config.mask_ratio, config.mask_block_size, config.mask_noise_std, config.mask_ratio_adjust) == (0.7, 3, 0.5, 0.05)
+    assert (config.num_views, config.local_target_layers) == (5, 2)
+    assert (config.ema_decay, config.ema_end_decay, config.ema_anneal_end_step) == (0.9, 0.99, 7)
+
+
+def test_a_short_position_table_limits_the_feature_extractor(tmp_path):
+    convert_checkpoint(save_fine_tuned_fairseq(tmp_path / "m.pt", target_length=1024), tmp_path / "out")
+    assert AutoFeatureExtractor.from_pretrained(tmp_path / "out").max_length == 256
+
+
+def test_labels_need_a_classifier(tmp_path):
+    with pytest.raises(ConversionError, match="no classifier to name"):
+        convert_checkpoint(save_pretrained_fairseq(tmp_path / "m.pt"), tmp_path / "out", labels=write_labels(tmp_path / "l.csv", ["a"]))
+
+
 def test_a_file_without_a_teacher_starts_one_from_the_student(tmp_path):
     model = convert_checkpoint(save_pretrained_fairseq(tmp_path / "m.pt", {**encoder_tensors(), **decoder_tensors()}), tmp_path / "out")
     assert all(torch.equal(tensor, model.teacher.state_dict()[name]) for name, tensor in model.sslam.state_dict().items())
@@ -184,13 +203,14 @@ def test_hub_folders(tmp_path, classes, kind):
 
 
 def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
-    import huggingface_hub
-
     folder = save_hub_folder(tmp_path / "hub")
     asked = []
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(folder)
-    )
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("transformers_sslam.official.snapshot_download", download)
     convert_checkpoint("ta012/SSLAM_pretrain", tmp_path / "out")
     assert asked == [("ta012/SSLAM_pretrain", ["config.json", "model.safetensors"])]
 
@@ -220,6 +240,7 @@ def write_labels(path: Path, names: list[str], column: str = "display_name") -> 
 def test_audioset_classes_are_named_and_overlap(tmp_path):
     names = [f'Sound {i}, "quoted"' for i in range(527)]
     labels = write_labels(tmp_path / "class_labels_indices.csv", names)
+    labels.write_bytes(b"\xef\xbb\xbf" + labels.read_bytes())  # as spreadsheets write it
     model = convert_checkpoint(save_fine_tuned_fairseq(tmp_path / "m.pt", classes=527), tmp_path / "out", labels=labels)
     assert model.config.id2label == dict(enumerate(names))
     assert model.config.label2id[names[7]] == 7
@@ -295,6 +316,25 @@ def test_unknown_classes_become_inert_stubs(tmp_path, monkeypatch):
 # --- what cannot be converted
 
 
+def flip_a_bit(path: Path) -> Path:
+    """Damage one byte in the middle of a tensor: the file still has its length and its index."""
+    content = bytearray(path.read_bytes())
+    tensor = torch.load(path, weights_only=True)["model"]["blocks.1.mlp.fc1.weight"].numpy().tobytes()
+    content[content.index(tensor) + 100] ^= 64
+    path.write_bytes(content)
+    return path
+
+
+def with_config(folder: Path, text: str) -> Path:
+    (folder / "config.json").write_text(text)
+    return folder
+
+
+def save_old_format(path: Path) -> Path:
+    torch.save(torch.load(save_pretrained_fairseq(path), weights_only=True), path, _use_new_zipfile_serialization=False)
+    return path
+
+
 def damaged_sources(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     whole = save_pretrained_fairseq(tmp_path / "whole.pt").read_bytes()
     files = {"truncated.pt": whole[: len(whole) // 2], "empty.pt": b"", "text.pt": b"<!DOCTYPE html>" * 100}
@@ -326,12 +366,26 @@ def damaged_sources(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "infinite": (save_pretrained_fairseq(tmp_path / "infinite.pt", infinite), r"NaN or infinity in sslam\.layers\.1\.mlp\.fc1\.bias"),
         "blocks missing": (save_pretrained_fairseq(tmp_path / "depth.pt", depth=3), "depth 3, but its tensors 2"),
         "no tensor": (save_pretrained_fairseq(tmp_path / "value.pt", {**tensors, "epoch": 3}), "no tensors: epoch"),
-        "pre-norm": (save_pretrained_fairseq(tmp_path / "pre.pt", layer_norm_first=True), "pre-norm"),
+        "pre-norm": (save_pretrained_fairseq(tmp_path / "pre.pt", layer_norm_first=True), "layer_norm_first True.*False were published"),
         "mean pooling": (save_fine_tuned_fairseq(tmp_path / "mean.pt", prediction_mode="MEAN_POOLING"), "MEAN_POOLING"),
         "truncated hub": (hub, "truncated_hub cannot be read"),
         "hub without weights": (no_weights, r"has no model\.safetensors"),
         "another hub model": (save_hub_folder(tmp_path / "vit", model_type="vit"), "model_type 'vit'"),
         "table's grid": (save_hub_folder(tmp_path / "grid", max_length=7), "128 rows.*max_length 7"),
+        "one bit": (flip_a_bit(save_pretrained_fairseq(tmp_path / "bit.pt")), r"its part .* is damaged"),
+        "old format": (save_old_format(tmp_path / "old.pt"), "no whole file of torch.save in the format of torch 1.6"),
+        "odd heads": (save_pretrained_fairseq(tmp_path / "five.pt", num_heads=5), "hidden_size is 32 and num_attention_heads is 5"),
+        "odd epsilon": (save_pretrained_fairseq(tmp_path / "eps.pt", norm_eps="small"), "what it says does not make a model"),
+        "another decoder": (
+            save_pretrained_fairseq(tmp_path / "alibi.pt", use_alibi_encoder=True),
+            "use_alibi_encoder True.*False were published",
+        ),
+        "teacher is a list": (save_pretrained_fairseq(tmp_path / "ema.pt", {**tensors, "_ema": [1]}), '"_ema" in "model" is a list'),
+        "float64": (save_pretrained_fairseq(tmp_path / "double.pt", encoder_tensors(dtype=torch.float64)), "wider than float32"),
+        "classes": (save_fine_tuned_fairseq(tmp_path / "classes.pt", num_classes=9), "num_classes 9, but its head has 5"),
+        "overlapping patches": (save_hub_folder(tmp_path / "stride", stride=10), "stride 10, but its tensors 16"),
+        "variant": (save_hub_folder(tmp_path / "variant", model_variant="finetune"), "model_variant finetune, but lacks a head"),
+        "config is a list": (with_config(save_hub_folder(tmp_path / "list"), "[]"), "model_type None"),
         "nothing there": (tmp_path / "absent.pt", "neither a file, nor a folder, nor a Hub id"),
     }
 
@@ -356,6 +410,17 @@ CASES = [
     "hub without weights",
     "another hub model",
     "table's grid",
+    "one bit",
+    "old format",
+    "odd heads",
+    "odd epsilon",
+    "another decoder",
+    "teacher is a list",
+    "float64",
+    "classes",
+    "overlapping patches",
+    "variant",
+    "config is a list",
     "nothing there",
 ]
 

@@ -25,17 +25,11 @@ def kaldi(waveform: torch.Tensor, **kwargs) -> torch.Tensor:
     return fbank(waveform[None], **{**settings, "sample_frequency": 16_000.0, **kwargs})
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.5, 1.0, 10.0, 30.0])
+@pytest.mark.parametrize("seconds", [0.025, 0.1, 0.5, 1.0, 10.0, 30.0])
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_equals_torchaudio_bit_for_bit(signal, seconds):
     waveform = torch.from_numpy(SIGNALS[signal](seconds))
     assert torch.equal(log_mel(waveform), kaldi(waveform))
-
-
-def test_a_single_frame_differs_by_rounding_only():
-    waveform = torch.from_numpy(noise(0.025))
-    assert log_mel(waveform).shape == (1, 128)
-    torch.testing.assert_close(log_mel(waveform), kaldi(waveform), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("rate", "bins"), [(8_000, 64), (22_050, 80), (44_100, 128)])
@@ -87,6 +81,19 @@ def test_the_filters_serve_autograd_after_inference_mode():
     waveform = torch.from_numpy(noise(0.1)).requires_grad_()
     log_mel(waveform).sum().backward()
     assert waveform.grad.abs().sum() > 0
+
+
+def test_the_filters_do_not_depend_on_torchs_default_dtype():
+    mel_filters.cache_clear()
+    fbank._hann_window.cache_clear()
+    expected = log_mel(torch.from_numpy(noise(0.1)))
+    mel_filters.cache_clear()
+    fbank._hann_window.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(log_mel(torch.from_numpy(noise(0.1))), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_too_short_a_waveform_is_refused():

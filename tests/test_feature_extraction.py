@@ -120,6 +120,17 @@ def test_without_return_tensors_numpy_arrays_come_back(extractor):
     assert out["attention_mask"][0].dtype == np.int32
 
 
+def test_a_data_collator_pads_log_mels_as_the_extractor_does(extractor):
+    """`pad` on log-mels that were left unpadded, as a Trainer's collator does it for each batch."""
+    clips = [noise(0.5), noise(2.0)]
+    unpadded = [extractor(clip, sampling_rate=16_000, padding=False, return_attention_mask=True) for clip in clips]
+    examples = [{name: values[0] for name, values in example.items()} for example in unpadded]
+    padded = extractor.pad(examples, padding="longest", return_tensors="pt", return_attention_mask=True)
+    expected = extractor(clips, sampling_rate=16_000, padding="longest", return_attention_mask=True, return_tensors="pt")
+    torch.testing.assert_close(padded["input_values"], expected["input_values"])
+    assert torch.equal(padded["attention_mask"], expected["attention_mask"])
+
+
 def test_presets_hold_the_published_numbers():
     assert set(NORMALIZATION_PRESETS) == {"audioset", "esc50", "speech_commands"}
     esc50 = SSLAMFeatureExtractor.from_preset("esc50")
@@ -164,6 +175,7 @@ def spoilt(value: float) -> np.ndarray:
         (np.zeros((16_000, 2), np.float32), r"clip 0 has 2 samples.*\(samples, channels\)"),
         (np.zeros((2, 16_000), np.float32), r"\(2, 16000\).*two channels"),
         ([np.zeros((2, 16_000), np.float32)], r"clip 0 has shape \(2, 16000\).*mix several channels down"),
+        (np.zeros((0, 16_000), np.float32), r"shape \(0, 16000\), which holds no clip"),
         (np.zeros((1, 2, 16_000), np.float32), r"clip 0 has shape \(1, 2, 16000\)"),
         (spoilt(np.nan), "clip 0 holds NaN"),
         ([noise(0.5), spoilt(np.inf)], "clip 1 holds NaN or infinite"),

@@ -14,7 +14,7 @@ import soundfile
 import torch
 import yaml
 from conftest import noise
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
@@ -232,8 +232,19 @@ def test_a_classifier_of_other_classes_gives_its_encoder(settings, tmp_path):
     assert torch.equal(second.sslam.layers[1].mlp.fc1.weight, first.sslam.layers[1].mlp.fc1.weight)
 
 
-def test_an_encoder_of_another_size_is_refused_not_made_anew(settings, checkpoint):
-    settings = replace(settings, model=str(checkpoint), model_config={"intermediate_size": 128})
+@pytest.mark.parametrize(("name", "value"), [("intermediate_size", 128), ("num_attention_heads", 1), ("num_hidden_layers", 1)])
+def test_sizes_that_contradict_a_checkpoint_are_refused(settings, checkpoint, name, value):
+    """Other heads or fewer layers would load without a word, as another network."""
+    settings = replace(settings, model=str(checkpoint), model_config={name: value})
+    with pytest.raises(SettingsError, match=rf"model_config\.{name} is {value}, but .*leave the sizes out"):
+        build_model(settings, build_extractor(settings), ["a", "b"], multi_label=False)
+
+
+def test_a_checkpoint_that_lacks_a_part_of_the_encoder_is_refused(settings, checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["layers.1.mlp.fc1.weight"]
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    settings = replace(settings, model=str(checkpoint), model_config={})
     with pytest.raises(SettingsError, match="does not fill the encoder"):
         build_model(settings, build_extractor(settings), ["a", "b"], multi_label=False)
 

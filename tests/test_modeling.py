@@ -213,6 +213,7 @@ def test_a_mask_of_ones_is_no_mask(model):
         (torch.zeros(2, 128, 128), torch.ones(2, 100), r"\(2, 100\).*\(2, 128\).*\(2, 65\)"),
         (torch.zeros(2, 128, 128), torch.ones(1, 128), r"\(1, 128\).*\(2, 128\)"),
         (torch.zeros(2, 100, 128), torch.ones(2, 100), "100 frames.*multiple of 16"),
+        (torch.zeros(2, 128, 128), torch.arange(128).lt(64).float().expand(2, -1) - 1, "negative values"),
     ],
 )
 def test_unusable_inputs_are_refused(model, input_values, attention_mask, message):

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 # The two stages of the published pre-training: EAT's on unmixed audio, then SSLAM's on unmixed audio and partial mixtures. For a new
@@ -166,6 +167,14 @@ class SSLAMConfig(PreTrainedConfig):
         """Patches along the frequency axis: 8 for 128 mel bins."""
         return self.num_mel_bins // self.patch_size
 
+    def to_dict(self) -> dict[str, Any]:
+        """As saved. Where the code beside a checkpoint lies is no property of the model: what is saved elsewhere does not claim to have any
+        (`transformers_sslam.hub.add_remote_code` puts it there), unless Transformers itself copies it along."""
+        values = super().to_dict()
+        if self._auto_class is None:
+            values.pop("auto_map", None)
+        return values
+
     def validate_architecture(self):
         super().validate_architecture()
         for name in (
@@ -193,6 +202,8 @@ class SSLAMConfig(PreTrainedConfig):
             raise ValueError(f"decoder_kernel_size is {self.decoder_kernel_size}, but 'same' padding needs an odd kernel")
         if not self.layer_norm_eps > 0:
             raise ValueError(f"layer_norm_eps is {self.layer_norm_eps}, but must be above 0")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, but must be one of {', '.join(ACT2FN)}")
         for name in ("patch_embedding_gain", "position_embedding_scale"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but a factor must not be negative")

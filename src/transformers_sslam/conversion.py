@@ -1,21 +1,13 @@
-"""Official SSLAM and EAT checkpoints to this package's models, exactly and without running anything that a file holds.
-
-Layouts read: fairseq pre-training and fine-tuned `.pt` files, and folders or repositories of the authors' Hub models (`model_type` "eat").
-"""
+"""Official SSLAM and EAT checkpoints to this package's models, exactly."""
 
 import csv
-import json
-import pickle
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoFeatureExtractor, PreTrainedModel
 
 from .configuration_sslam import SSLAMConfig
@@ -23,9 +15,24 @@ from .feature_extraction_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtract
 from .hub import add_remote_code, write_model_card
 from .modeling_sslam import SSLAMForAudioClassification, SSLAMModel
 from .modeling_sslam_pretraining import SSLAMForPreTraining
+from .official import ConversionError, OfficialCheckpoint, listed, read_official_checkpoint
 
 
 NUM_AUDIOSET_CLASSES = 527
+PROBLEM_TYPES = (None, "multi_label_classification", "single_label_classification")
+
+# Official settings of the pre-training to ours, for those who go on with it.
+TRAINING_SETTINGS = {
+    "clone_batch": "num_views",
+    "mask_prob": "mask_ratio",
+    "mask_prob_adjust": "mask_ratio_adjust",
+    "mask_length": "mask_block_size",
+    "mask_noise_std": "mask_noise_std",
+    "cls_loss": "global_loss_weight",
+    "ema_decay": "ema_decay",
+    "ema_end_decay": "ema_end_decay",
+    "ema_anneal_end_step": "ema_anneal_end_step",
+}
 
 # Official module names to ours, tried in this order. `qkv` is split into three projections on the way.
 RENAMED = (
@@ -40,25 +47,6 @@ RENAMED = (
     (".norm1.", ".layernorm_after_attention."),
     (".norm2.", ".layernorm_after_mlp."),
 )
-
-
-class ConversionError(ValueError):
-    """A checkpoint cannot be converted; the message says which file, what is wrong with it, and what was expected."""
-
-
-@dataclass
-class OfficialCheckpoint:
-    """What a file says, in the official names: tensors of the encoder, and of whatever else it holds, and its settings."""
-
-    source: str
-    student: dict[str, torch.Tensor]
-    decoder: dict[str, torch.Tensor] = field(default_factory=dict)
-    teacher: dict[str, torch.Tensor] = field(default_factory=dict)
-    head: dict[str, torch.Tensor] = field(default_factory=dict)
-    settings: dict = field(default_factory=dict)  # embed_dim, depth, num_heads, norm_eps ... as the official code names them
-    time_patches: int | None = None  # length of the position table
-    target_length: int = 1024  # frames that the model was trained on
-    preset: str = "audioset"
 
 
 def convert_checkpoint(
@@ -88,203 +76,119 @@ def convert_checkpoint(
         ConversionError: (a `ValueError`) if the file is damaged, belongs to another model, or lacks or has too many tensors. Nothing is
             written then.
     """
-    output_dir = Path(output_dir)
+    output_dir = Path(output_dir).resolve()
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ConversionError(f"{output_dir} exists and is not an empty folder: choose another place, nothing is overwritten")
     if preset is not None and preset not in NORMALIZATION_PRESETS:
         raise ConversionError(f"there is no preset {preset!r}: choose one of {', '.join(NORMALIZATION_PRESETS)}")
+    if problem_type not in PROBLEM_TYPES:
+        raise ConversionError(f"there is no problem_type {problem_type!r}: choose one of {', '.join(PROBLEM_TYPES[1:])}")
     official = read_official_checkpoint(source)
-    extractor = SSLAMFeatureExtractor.from_preset(preset or official.preset, max_length=official.target_length)
-    config = _config(official, extractor, labels, problem_type)
-    model_class, tensors = _rename(official)
-    _check_tensors(official.source, model_class, config, tensors)
+    if labels is not None and not official.head:
+        raise ConversionError(f"{official.source} has no classifier to name the classes of: leave the labels out")
+    try:
+        config = _config(official, labels, problem_type)
+        extractor = _extractor(official, config, preset)
+        model_class, tensors = _rename(official)
+        _check_tensors(official.source, model_class, config, tensors)
+    except ConversionError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, StrictDataclassError) as error:
+        raise ConversionError(f"{official.source}: what it says does not make a model ({error})") from error
+    config.padding_value = (extractor.padding_value - extractor.mean) / (2 * extractor.std)
+    try:
+        _write(output_dir, model_class(config), tensors, extractor, official)
+    except OSError as error:
+        raise ConversionError(f"{output_dir} cannot be written ({error}): choose another place") from error
+    return model_class.from_pretrained(output_dir)
 
+
+def _write(
+    output_dir: Path,
+    model: PreTrainedModel,
+    tensors: dict[str, torch.Tensor],
+    extractor: SSLAMFeatureExtractor,
+    official: OfficialCheckpoint,
+) -> None:
+    """Write all files to a folder beside `output_dir`, verify them, and only then give them their place."""
+    model.load_state_dict(tensors)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as temporary:
         folder = Path(temporary) / "model"
-        model = model_class(config)
-        model.load_state_dict(tensors)
         model.save_pretrained(folder)
         extractor.save_pretrained(folder)
         write_model_card(folder, _card_text(official, model))
         add_remote_code(folder)
-        _verify(folder, model_class, tensors)
+        _verify(folder, type(model), tensors)
         if output_dir.exists():
             output_dir.rmdir()
         shutil.move(folder, output_dir)
-    return model_class.from_pretrained(output_dir)
-
-
-def read_official_checkpoint(source: str | Path) -> OfficialCheckpoint:
-    """Recognise the layout of `source` and read it; see [`convert_checkpoint`]."""
-    path = Path(source)
-    if path.is_file():
-        return _read_fairseq(path)
-    if path.is_dir():
-        return _read_hub_folder(path, str(source))
-    if str(source).count("/") == 1 and not path.suffix:
-        from huggingface_hub import snapshot_download
-
-        folder = snapshot_download(str(source), allow_patterns=["config.json", "model.safetensors"])
-        return _read_hub_folder(Path(folder), str(source))
-    raise ConversionError(f"{source} is neither a file, nor a folder, nor a Hub id (owner/name): check the path")
-
-
-# --- reading
-
-
-def _read_hub_folder(folder: Path, source: str) -> OfficialCheckpoint:
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise ConversionError(f"{source} has no {name}: expected the files of an official Hub model, config.json and model.safetensors")
-    try:
-        settings = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ConversionError(f"{source} cannot be read ({error}): is the download complete?") from error
-    if settings.get("model_type") != "eat":
-        raise ConversionError(f'{source} has model_type {settings.get("model_type")!r}, but the official SSLAM and EAT models have "eat"')
-    if not isinstance(settings.get("num_heads"), int):
-        raise ConversionError(f"{source}/config.json has no num_heads: the number of attention heads cannot be told from the weights")
-    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    head = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("fc_norm.", "head."))}
-    return OfficialCheckpoint(
-        source=source,
-        student=tensors,
-        head=head,
-        settings=settings,
-        time_patches=settings.get("max_length"),
-        target_length=settings.get("img_size", [1024])[0],
-    )
-
-
-def _read_fairseq(path: Path) -> OfficialCheckpoint:
-    content = _load_inert(path)
-    model = content.get("model") if isinstance(content, Mapping) else None
-    cfg = content.get("cfg") if isinstance(content, Mapping) else None
-    if not isinstance(model, Mapping) or not isinstance(cfg, Mapping):
-        raise ConversionError(f'{path} is no fairseq checkpoint: expected a dict with "model" and "cfg"')
-    tensors = dict(model)
-    teacher = tensors.pop("_ema", None) or {}
-    if strange := [name for name, value in (*tensors.items(), *teacher.items()) if not isinstance(value, torch.Tensor)]:
-        raise ConversionError(f'{path} has entries in "model" that are no tensors: {_listed(strange)}')
-    outer = _get(cfg, "model") or {}
-    fine_tuned = "head.weight" in tensors
-    settings = (_get(cfg, "model", "pretrained_model_args", "model") if fine_tuned else outer) or {}
-    if not isinstance(_get(settings, "num_heads"), int):
-        where = "cfg.model.pretrained_model_args.model" if fine_tuned else "cfg.model"
-        raise ConversionError(f"{path} has no {where}.num_heads: the number of attention heads cannot be told from the weights")
-    if fine_tuned and outer.get("prediction_mode", "CLS_TOKEN") != "CLS_TOKEN":
-        raise ConversionError(
-            f"{path} predicts from {outer['prediction_mode']}, but only classifiers on CLS_TOKEN were published and are read"
-        )
-
-    head = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("fc_norm.", "head."))}
-    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    decoder_prefix = "modality_encoders.IMAGE.decoder."
-    decoder = {name.removeprefix(decoder_prefix): tensors.pop(name) for name in list(tensors) if name.startswith(decoder_prefix)}
-    image = _get(settings, "modalities", "image") or {}
-    return OfficialCheckpoint(
-        source=str(path),
-        student=tensors,
-        decoder=decoder,
-        teacher=dict(teacher),
-        head=head,
-        settings={**settings, "decoder": image.get("decoder") or {}},
-        time_patches=image.get("max_length"),
-        target_length=outer.get("target_length") or image.get("target_length") or 1024,
-        preset="speech_commands" if outer.get("spcv2_eval") else "esc50" if outer.get("esc50_eval") else "audioset",
-    )
-
-
-def _load_inert(path: Path) -> Any:
-    """`torch.load` with `weights_only=True`; classes that it does not know become empty stubs, so that nothing in the file ever runs."""
-    try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        stubs: list = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in unknown]
-        with torch.serialization.safe_globals(stubs):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConversionError(
-            f"{path} cannot be read as a checkpoint of torch.save ({reason}): is it complete, and from a source you trust?"
-        ) from error
-
-
-class _Inert:
-    """Stands for any class or function that a pickle names: takes every argument and state, and does nothing with them."""
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-def _get(mapping: Any, *keys: str) -> Any:
-    """`mapping[key][key]...`, or None where something on the way is missing or no mapping."""
-    for key in keys:
-        mapping = mapping.get(key) if isinstance(mapping, Mapping) else None
-    return mapping
 
 
 # --- renaming
 
 
-def _config(
-    official: OfficialCheckpoint, extractor: SSLAMFeatureExtractor, labels: str | Path | None, problem_type: str | None
-) -> SSLAMConfig:
+def _config(official: OfficialCheckpoint, labels: str | Path | None, problem_type: str | None) -> SSLAMConfig:
     """Sizes from the tensors, checked against the settings; what tensors cannot tell (heads, table's grid) from the settings."""
-    names = {name: _rename_encoder_tensor(name) for name in official.student}
-    shapes = {ours: official.student[name].shape for name, ours in names.items()}
+    source, settings = official.source, official.settings
+    shapes = {_rename_encoder_tensor(str(name)): tensor.shape for name, tensor in official.student.items()}
     try:
         hidden_size, _, patch_size, _ = shapes["embeddings.patch_embeddings.projection.weight"]
         rows = shapes["embeddings.position_embeddings"][1]
         intermediate_size = shapes["layers.0.mlp.fc1.weight"][0]
+        depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("layers."))
     except (KeyError, IndexError, ValueError) as error:
         raise ConversionError(
-            f"{official.source} is no SSLAM or EAT model: it lacks the patch embedding, the position table or the first block ({error}). "
-            f"It holds {_listed(official.student)}"
+            f"{source} is no SSLAM or EAT model: it lacks the patch embedding, the position table or the blocks ({error}). It holds "
+            f"{listed(official.student)}"
         ) from error
-    depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("layers."))
-    for name, found in (("embed_dim", hidden_size), ("depth", depth)):
-        if official.settings.get(name, found) != found:
-            raise ConversionError(
-                f"{official.source}: its settings say {name} {official.settings[name]}, but its tensors {found}: missing tensors?"
-            )
-    if official.settings.get("layer_norm_first"):
-        raise ConversionError(f"{official.source} is a pre-norm model (layer_norm_first): SSLAM and EAT are post-norm")
-
     time_patches = official.time_patches or rows // 8  # 128 mel bins in patches of 16, where the settings do not say
     if rows % time_patches:
-        raise ConversionError(f"{official.source}: its position table has {rows} rows, but its settings say max_length {time_patches}")
+        raise ConversionError(f"{source}: its position table has {rows} rows, but its settings say max_length {time_patches}")
     frequency_patches = rows // time_patches
-    optional: dict = {}
-    if official.decoder:
-        widths = official.decoder["blocks.0.0.weight"].shape if "blocks.0.0.weight" in official.decoder else (768, 48, 3)
-        optional |= {
-            "decoder_hidden_size": widths[0],
-            "decoder_num_groups": hidden_size // widths[1],
-            "decoder_kernel_size": widths[2],
-            "decoder_num_hidden_layers": len({name.split(".")[1] for name in official.decoder if name.startswith("blocks.")}),
-        }
-    if official.head:
-        optional |= _label_settings(official, labels, problem_type)
+    qkv_bias = "layers.0.attn.qkv.bias" in shapes
+    for name, found in {
+        **{"embed_dim": hidden_size, "depth": depth, "mlp_ratio": intermediate_size / hidden_size, "qkv_bias": qkv_bias},
+        **{"patch_size": patch_size, "stride": patch_size, "mel_bins": frequency_patches * patch_size},
+    }.items():
+        if settings.get(name, found) not in (found, None):
+            raise ConversionError(f"{source}: its settings say {name} {settings[name]}, but its tensors {found}: missing tensors?")
     return SSLAMConfig(
         hidden_size=hidden_size,
         num_hidden_layers=depth,
-        num_attention_heads=official.settings["num_heads"],
+        num_attention_heads=settings["num_heads"],
         intermediate_size=intermediate_size,
-        layer_norm_eps=official.settings.get("norm_eps") or 1e-6,
-        qkv_bias="layers.0.attn.qkv.bias" in shapes,
+        layer_norm_eps=settings.get("norm_eps") or 1e-6,
+        qkv_bias=qkv_bias,
         patch_size=patch_size,
         num_mel_bins=frequency_patches * patch_size,
         max_length=time_patches * patch_size,
-        padding_value=(extractor.padding_value - extractor.mean) / (2 * extractor.std),
-        **optional,
+        **(_decoder_settings(official, hidden_size) if official.decoder else {}),
+        **(_label_settings(official, labels, problem_type) if official.head else {}),
+    )
+
+
+def _decoder_settings(official: OfficialCheckpoint, hidden_size: int) -> dict[str, Any]:
+    """The decoder's sizes, and how the pre-training was set."""
+    if "blocks.0.0.weight" not in official.decoder:
+        raise ConversionError(f"{official.source} has a decoder without its first convolution: it holds {listed(official.decoder)}")
+    width, group_width, kernel, _ = official.decoder["blocks.0.0.weight"].shape
+    top_layers = official.settings.get("average_top_k_layers")
+    return {
+        "decoder_hidden_size": width,
+        "decoder_num_groups": hidden_size // group_width,
+        "decoder_kernel_size": kernel,
+        "decoder_num_hidden_layers": len({name.split(".")[1] for name in official.decoder if name.startswith("blocks.")}),
+        "local_target_layers": None if top_layers is None else min(top_layers, official.settings.get("depth") or top_layers),
+        **{ours: official.settings[theirs] for theirs, ours in TRAINING_SETTINGS.items() if official.settings.get(theirs) is not None},
+    }
+
+
+def _extractor(official: OfficialCheckpoint, config: SSLAMConfig, preset: str | None) -> SSLAMFeatureExtractor:
+    """What the model was trained to hear; never more than its position table covers."""
+    length = min(official.target_length, config.max_length)
+    return SSLAMFeatureExtractor.from_preset(
+        preset or official.preset, max_length=length, num_mel_bins=config.num_mel_bins, pad_to_multiple_of=config.patch_size
     )
 
 
@@ -343,6 +247,10 @@ def _label_settings(official: OfficialCheckpoint, labels: str | Path | None, pro
     if "head.weight" not in official.head:
         raise ConversionError(f"{official.source} has a fc_norm but no head.weight: the classifier's last layer is missing")
     count = len(official.head["head.weight"])
+    if official.settings.get("num_classes", count) not in (count, None):
+        raise ConversionError(
+            f"{official.source}: its settings say num_classes {official.settings['num_classes']}, but its head has {count}"
+        )
     names = [f"LABEL_{i}" for i in range(count)] if labels is None else _read_labels(labels, count)
     default = "multi_label_classification" if count == NUM_AUDIOSET_CLASSES else "single_label_classification"
     return {
@@ -355,19 +263,19 @@ def _label_settings(official: OfficialCheckpoint, labels: str | Path | None, pro
 def _read_labels(path: str | Path, count: int) -> list[str]:
     """Names in the order of their index; every index from 0 to `count - 1` once, every name once."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise ConversionError(f"the labels cannot be read: {error}") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConversionError(f"the labels in {path} cannot be read as CSV in UTF-8: {error}") from error
     columns = list(rows[0]) if rows else []
     name_column = next((column for column in ("display_name", "label", "name") if column in columns), None)
     if "index" not in columns or name_column is None:
         raise ConversionError(f"{path} has the columns {columns}, but needs index and one of display_name, label, name")
     try:
         names = {int(row["index"]): row[name_column] for row in rows}
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConversionError(f"{path} has an index that is no whole number ({error})") from error
-    if sorted(names) != list(range(count)) or len(rows) != count or len(set(names.values())) != count:
+    if None in names.values() or sorted(names) != list(range(count)) or len(rows) != count or len(set(names.values())) != count:
         raise ConversionError(
             f"{path} has {len(rows)} rows with {len(set(names.values()))} different names, but the model's {count} classes need each index "
             f"from 0 to {count - 1} once, with a name of its own"
@@ -383,20 +291,15 @@ def _check_tensors(source: str, model_class: type[PreTrainedModel], config: SSLA
         expected = model_class(config).state_dict()
     problems = []
     if missing := [name for name in expected if name not in tensors]:
-        problems.append(f"it lacks {_listed(missing)}")
+        problems.append(f"it lacks {listed(missing)}")
     if surplus := [name for name in tensors if name not in expected]:
-        problems.append(f"it has, beyond what belongs there, {_listed(surplus)}")
+        problems.append(f"it has, beyond what belongs there, {listed(surplus)}")
     if wrong := [name for name in expected if name in tensors and tensors[name].shape != expected[name].shape]:
-        problems.append("shapes differ: " + _listed([f"{n} {tuple(tensors[n].shape)} for {tuple(expected[n].shape)}" for n in wrong]))
+        problems.append("shapes differ: " + listed([f"{n} {tuple(tensors[n].shape)} for {tuple(expected[n].shape)}" for n in wrong]))
     if bad := [name for name in expected if not wrong and name in tensors and not torch.isfinite(tensors[name]).all()]:
-        problems.append(f"NaN or infinity in {_listed(bad)}")
+        problems.append(f"NaN or infinity in {listed(bad)}")
     if problems:
         raise ConversionError(f"{source} does not hold a whole {model_class.__name__} (names are ours): " + "; ".join(problems))
-
-
-def _listed(names, most: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _verify(folder: Path, model_class: type[PreTrainedModel], tensors: dict[str, torch.Tensor]) -> None:
@@ -407,12 +310,12 @@ def _verify(folder: Path, model_class: type[PreTrainedModel], tensors: dict[str,
     extractor = AutoFeatureExtractor.from_pretrained(folder)
     encoder = SSLAMModel.from_pretrained(folder).eval()
     noise = torch.randn(extractor.sampling_rate, generator=torch.Generator().manual_seed(0)) * 0.1
-    inputs = extractor(noise, sampling_rate=extractor.sampling_rate, padding="longest", return_tensors="pt")
+    inputs = extractor(noise, sampling_rate=extractor.sampling_rate, return_tensors="pt")
     with torch.inference_mode():
         finite = bool(torch.isfinite(encoder(**inputs).last_hidden_state).all())
     if changed or not finite:
         raise ConversionError(
-            f"what was written differs from the source when loaded again ({_listed(changed) or 'features are not finite'})"
+            f"what was written differs from the source when loaded again ({listed(changed) or 'features are not finite'})"
         )
 
 
@@ -426,4 +329,4 @@ def _card_text(official: OfficialCheckpoint, model: PreTrainedModel) -> str:
     )
 
 
-__all__ = ["ConversionError", "OfficialCheckpoint", "convert_checkpoint", "read_official_checkpoint"]
+__all__ = ["ConversionError", "convert_checkpoint"]

@@ -56,7 +56,7 @@ def log_mel(waveforms: torch.Tensor, sampling_rate: int = 16_000, num_mel_bins: 
             "leave out such clips or pad them with zeros"
         )
     with torch.autocast(waveforms.device.type, enabled=False):
-        frames = waveforms.float().unfold(-1, length, shift)  # (..., frames, length): a view, nothing is copied yet
+        frames = waveforms.float().contiguous().unfold(-1, length, shift)  # (..., frames, length): a view, nothing is copied yet
         clips = math.prod(frames.shape[:-2])
         at_once = MAX_FRAMES_AT_ONCE.get(waveforms.device.type, MAX_FRAMES_AT_ONCE_ON_ACCELERATOR)
         chunks = frames.split(max(1, at_once // max(1, clips)), dim=-2)
@@ -78,7 +78,7 @@ def _frames_to_log_mel(frames: torch.Tensor, sampling_rate: int, num_mel_bins: i
 @lru_cache
 @torch.inference_mode(False)  # a tensor cached under inference mode could not serve autograd later
 def _hann_window(length: int, device: torch.device) -> torch.Tensor:
-    return torch.hann_window(length, periodic=False, dtype=torch.float32).to(device)
+    return torch.hann_window(length, periodic=False, dtype=torch.float32, device="cpu").to(device)
 
 
 @lru_cache
@@ -94,9 +94,13 @@ def mel_filters(num_mel_bins: int, fft_length: int, sampling_rate: int, device: 
 
     lowest, highest = (1127.0 * math.log(1.0 + f / 700.0) for f in (LOWEST_FREQUENCY, sampling_rate / 2))
     width = (highest - lowest) / (num_mel_bins + 1)
-    bins = torch.arange(num_mel_bins).unsqueeze(1)
+
+    def count(end: int) -> torch.Tensor:
+        return torch.arange(end, dtype=torch.float32, device="cpu")  # whatever the defaults are when this is first called
+
+    bins = count(num_mel_bins).unsqueeze(1)
     left, centre, right = (lowest + (bins + offset) * width for offset in (0.0, 1.0, 2.0))
-    frequencies = mel(sampling_rate / fft_length * torch.arange(fft_length / 2)).unsqueeze(0)
+    frequencies = mel(sampling_rate / fft_length * count(fft_length // 2)).unsqueeze(0)
     rising, falling = (frequencies - left) / (centre - left), (right - frequencies) / (right - centre)
     triangles = torch.minimum(rising, falling).clamp_min(0.0)
-    return nn.functional.pad(triangles, (0, 1)).T.contiguous().to(device)
+    return nn.functional.pad(triangles, (0, 1)).to(device).T  # this layout, because torchaudio's product has it: the same rounding

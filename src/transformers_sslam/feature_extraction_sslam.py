@@ -1,6 +1,7 @@
 """SSLAMFeatureExtractor: waveforms in, log-mels of the model's length and scale out, with a mask over frames."""
 
 from collections.abc import Iterable
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -67,8 +68,14 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             return_attention_mask=return_attention_mask,
             **kwargs,
         )
-        if not std > 0:
-            raise ValueError(f"std is {std}, but the log-mels are divided by it: give a positive number")
+        mean, std, self.padding_value = float(mean), float(std), float(padding_value)
+        if not (np.isfinite([mean, std, self.padding_value]).all() and std > 0):
+            raise ValueError(f"mean is {mean}, std is {std} and padding_value is {padding_value}: give finite numbers, and a std above 0")
+        if feature_size != 1 or self.padding_side != "right":
+            raise ValueError(
+                f"feature_size is {feature_size} and padding_side {self.padding_side!r}, but only mono waveforms (1), padded on the right, "
+                "are heard"
+            )
         if num_mel_bins < 1 or pad_to_multiple_of < 1:
             raise ValueError(f"num_mel_bins is {num_mel_bins} and pad_to_multiple_of {pad_to_multiple_of}: both must be at least 1")
         self.num_mel_bins = num_mel_bins
@@ -132,6 +139,29 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         if self.return_attention_mask if return_attention_mask is None else return_attention_mask:
             features["attention_mask"] = [(torch.arange(len(v), device=v.device) < k).to(torch.int32) for v, k in zip(values, kept)]
         return self._as_batch_feature(features, None if return_tensors is None else TensorType(return_tensors))
+
+    def _pad(  # type: ignore[override]  # the base class passes all by name
+        self, processed_features: dict, max_length: int, padding_strategy=PaddingStrategy.DO_NOT_PAD, **kwargs
+    ) -> dict:
+        """One example of `pad`, as data collators call it: log-mels `(frames, mel bins)` that `__call__(..., padding=False)` left as they
+        are get the padding it would have given them; waveforms, that of the base class."""
+        values = np.asarray(processed_features["input_values"])
+        if values.ndim != 2 or padding_strategy == PaddingStrategy.DO_NOT_PAD:
+            return super()._pad(processed_features, max_length=max_length, padding_strategy=padding_strategy, **kwargs)
+        missing = _round_up(max_length, self.pad_to_multiple_of) - len(values)
+        silence = (self.padding_value - self.mean) / (2 * self.std) if self.do_normalize else self.padding_value
+        if "attention_mask" in processed_features or kwargs.get("return_attention_mask"):
+            mask = processed_features.get("attention_mask", np.ones(len(values), dtype=np.int32))
+            processed_features["attention_mask"] = np.pad(mask, (0, missing))
+        processed_features["input_values"] = np.pad(values, ((0, missing), (0, 0)), constant_values=silence).astype(values.dtype)
+        return processed_features
+
+    def to_dict(self) -> dict:
+        """As saved; see `SSLAMConfig.to_dict` for what is left out."""
+        values = super().to_dict()
+        if self._auto_class is None:
+            values.pop("auto_map", None)
+        return values
 
     def compute_normalization(self, clips: Iterable) -> tuple[float, float]:
         """Mean and standard deviation of the log-mels of a data set, before scaling and without padding.
@@ -213,10 +243,10 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
 
     def _target_lengths(self, frames: list[int], padding, max_length: int | None, truncation: bool) -> tuple[int | None, list[int]]:
         """The length to pad to (`None`: no padding) and the number of frames of each clip that are kept."""
-        if isinstance(padding, int) and not isinstance(padding, bool):
+        if isinstance(padding, Integral) and not isinstance(padding, bool):
             if max_length not in (None, padding):
                 raise ValueError(f"padding is {padding} frames and max_length {max_length}: give one of them")
-            padding, max_length = "max_length", padding
+            padding, max_length = "max_length", int(padding)
         strategy = self._get_padding_strategies(padding, max_length or self.max_length)
         limit = max_length
         if strategy == PaddingStrategy.MAX_LENGTH and limit is None:
@@ -275,6 +305,8 @@ def _as_clips(raw_speech) -> list:
     """One clip or several, as a list of clips."""
     if isinstance(raw_speech, (np.ndarray, torch.Tensor)):
         if raw_speech.ndim == 2:
+            if len(raw_speech) == 0:
+                raise ValueError(f"raw_speech has shape {tuple(raw_speech.shape)}, which holds no clip: give at least one")
             if len(raw_speech) == 2:
                 raise ValueError(
                     f"an array of shape {tuple(raw_speech.shape)} may be two clips or the two channels of one: give two clips as a list of "

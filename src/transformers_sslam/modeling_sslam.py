@@ -153,7 +153,7 @@ class SSLAMAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        by_head = (*hidden_states.shape[:-1], -1, self.head_dim)
+        by_head = (*hidden_states.shape[:-1], self.config.num_attention_heads, self.head_dim)
         query, key, value = (
             projection(hidden_states).view(by_head).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -259,6 +259,9 @@ class SSLAMPreTrainedModel(PreTrainedModel):
 class SSLAMModel(SSLAMPreTrainedModel):
     """The SSLAM encoder: a log-mel in, a clip embedding and frame embeddings out."""
 
+    # Nor of a classifier's head.
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^teacher\.", r"^classifier\.", r"^layernorm\."]
+
     def __init__(self, config: SSLAMConfig):
         super().__init__(config)
         self.embeddings = SSLAMEmbeddings(config)
@@ -313,6 +316,11 @@ class SSLAMModel(SSLAMPreTrainedModel):
         batch, frames = input_values.shape[:2]
         size, patches_per_step = self.config.patch_size, self.config.num_frequency_patches
         tokens = 1 + frames // size * patches_per_step
+        if attention_mask.is_floating_point() and not torch.compiler.is_compiling() and (attention_mask < 0).any():
+            raise ValueError(
+                "attention_mask holds negative values, as masks that are added to attention scores do, but 1 (sound) and 0 (padding) are "
+                "expected: give the mask that the feature extractor returns"
+            )
         mask = attention_mask.to(torch.bool)
         if mask.shape == (batch, frames):
             input_values = input_values.masked_fill(~mask.unsqueeze(-1), self.config.padding_value)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    AutoConfig,
     AutoFeatureExtractor,
     AutoModelForAudioClassification,
     EvalPrediction,
@@ -42,6 +43,12 @@ from .settings import SettingsError, check_names, refusals_as_settings_errors, s
 
 
 logger = logging.get_logger(__name__)
+
+# What a checkpoint decides and a recipe cannot change. (Its position table is loaded, so `max_length` belongs here too.)
+ARCHITECTURE = {
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps", "qkv_bias"),
+    *("patch_size", "num_mel_bins", "max_length"),
+}
 
 
 @dataclass
@@ -301,6 +308,7 @@ def build_model(
         if settings.model is None:
             model = SSLAMForAudioClassification(SSLAMConfig(**changes))
         else:
+            _check_architecture(settings, AutoConfig.from_pretrained(settings.model))
             # A classifier of other classes gives its encoder, and its own head is replaced.
             model, loading = AutoModelForAudioClassification.from_pretrained(
                 settings.model, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **changes
@@ -313,6 +321,16 @@ def build_model(
     silence = extractor.padding_value
     model.config.padding_value = (silence - extractor.mean) / (2 * extractor.std) if extractor.do_normalize else silence
     return model
+
+
+def _check_architecture(settings: FineTuningSettings, config: SSLAMConfig) -> None:
+    """A recipe's sizes must not silently make another network of a checkpoint."""
+    for name in ARCHITECTURE & settings.model_config.keys():
+        if settings.model_config[name] != getattr(config, name, None):
+            raise SettingsError(
+                f"model_config.{name} is {settings.model_config[name]}, but {settings.model} has {getattr(config, name, None)}: with "
+                "`model` leave the sizes out, for example by model_config={}"
+            )
 
 
 def evaluate_predictions(prediction: EvalPrediction | PredictionOutput, classes: list[str]) -> dict[str, Any]:
