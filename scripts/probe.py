@@ -1,12 +1,13 @@
-"""Linear probe on the mean patch tokens of a frozen encoder, against the same network untrained.
+"""Linear probe on the mean patch tokens of a frozen encoder, against the same network untrained: each fold in turn is held out.
 
-python scripts/probe.py model=runs/tiny/stage2/model data_dir=PATH/TO/esc10 fold_column=fold train_folds=[1,2,3] eval_folds=[4]
+python scripts/probe.py model=runs/tiny/stage2/model data_dir=PATH/TO/esc10 fold_column=fold
 """
 
-import json
 import sys
 from dataclasses import dataclass
 
+import datasets
+import numpy as np
 import torch
 import transformers
 
@@ -19,44 +20,49 @@ from transformers_sslam.data.labelled import (
     keep_rows,
     load_audio_folder,
     read_rows,
-    select_folds,
 )
 from transformers_sslam.evaluation.probing import linear_probe, mean_patch_embeddings
 from transformers_sslam.training.settings import SettingsError, parse_settings, refusals_as_settings_errors, setting
 
 
-@dataclass(kw_only=True)
+@dataclass
 class ProbeSettings:
     model: str = setting("checkpoint of the encoder, a folder or Hub id")
     data_dir: str = setting("folder of the clips, an 'audiofolder' of the datasets library")
     label_column: str = setting("column of the labels, one a clip", "label")
-    fold_column: str = setting("column to choose rows by", "fold")
-    train_folds: list[int | str] = setting("its values to fit the classifier on")
-    eval_folds: list[int | str] = setting("its values to evaluate on")
+    fold_column: str = setting("column whose values are held out in turn", "fold")
     strength: float = setting("inverse of the L2 regularisation of the logistic regression", 1.0)
-    seed: int = setting("of the untrained network", 0)
+    seeds: list[int] = setting("of the untrained networks", [0, 1, 2])
 
 
-def probe(settings: ProbeSettings) -> dict[str, float]:
+def probe(settings: ProbeSettings) -> dict[str, dict[str, float]]:
+    """Accuracy by fold, for the trained network and each untrained one."""
     with refusals_as_settings_errors(f"model {settings.model}"):
         extractor = SSLAMFeatureExtractor.from_pretrained(settings.model)
-        trained = SSLAMModel.from_pretrained(settings.model, dtype=torch.float32)
-    torch.manual_seed(settings.seed)
-    models = {"trained": trained, "untrained": SSLAMModel(trained.config)}
+        models = {"trained": SSLAMModel.from_pretrained(settings.model, dtype=torch.float32)}
+    for seed in settings.seeds:
+        torch.manual_seed(seed)
+        models[f"untrained, seed {seed}"] = SSLAMModel(models["trained"].config)
 
-    splits, parts = load_audio_folder(settings.data_dir), []
-    for folds in (settings.train_folds, settings.eval_folds):
-        rows = read_rows(select_folds(splits, settings.fold_column, folds), settings.label_column)
-        waveforms = Waveforms(rows.sources, extractor.sampling_rate)
-        waveforms.check_unreadable(0.01, "probed")
-        parts.append((keep_rows(rows, waveforms.kept), list(waveforms)))
-    classes = choose_classes(parts[0][0])
-    labels = [encode_labels(rows, classes).numpy() for rows, _ in parts]
+    clips = datasets.concatenate_datasets(list(load_audio_folder(settings.data_dir).values()))
+    rows = read_rows(clips, settings.label_column)
+    waveforms = Waveforms(rows.sources, extractor.sampling_rate)
+    waveforms.check_unreadable(0.01, "probed")
+    rows = keep_rows(rows, waveforms.kept)
+    labels = encode_labels(rows, choose_classes(rows)).numpy()
+    if settings.fold_column not in clips.column_names:
+        raise DatasetError(f"there is no column {settings.fold_column!r}, only {', '.join(clips.column_names)}: name another")
+    folds = np.array([str(fold) for fold in clips[settings.fold_column]])[waveforms.kept]
 
     accuracy = {}
     for name, model in models.items():
-        train, evaluation = (mean_patch_embeddings(model, extractor, waveforms) for _, waveforms in parts)
-        accuracy[name] = linear_probe(train, labels[0], evaluation, labels[1], settings.strength)
+        features = mean_patch_embeddings(model, extractor, waveforms)
+        accuracy[name] = {
+            fold: linear_probe(
+                features[folds != fold], labels[folds != fold], features[folds == fold], labels[folds == fold], settings.strength
+            )
+            for fold in sorted(set(folds))
+        }
     return accuracy
 
 
@@ -67,9 +73,11 @@ def main() -> None:
         accuracy = probe(settings)
     except (DatasetError, SettingsError) as error:
         sys.exit(f"error: {error}")
-    print(json.dumps(accuracy))
-    gain = accuracy["trained"] - accuracy["untrained"]
-    print(f"linear probe: {accuracy['trained']:.1%}, untrained {accuracy['untrained']:.1%}, gain {100 * gain:+.1f} points")
+    means = {name: float(np.mean(list(by_fold.values()))) for name, by_fold in accuracy.items()}
+    for name, by_fold in accuracy.items():
+        print(f"{name:20} {means[name]:.1%}  by fold: " + ", ".join(f"{fold} {value:.1%}" for fold, value in by_fold.items()))
+    untrained = [mean for name, mean in means.items() if name != "trained"]
+    print(f"gain: {100 * (means['trained'] - np.mean(untrained)):+.1f} points over the mean of {len(untrained)} untrained networks")
 
 
 if __name__ == "__main__":
