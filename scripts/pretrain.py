@@ -8,10 +8,10 @@ Started again with the same output_dir, a run goes on from its latest whole chec
 """
 
 import logging
+import os
 import sys
 
 import transformers
-from accelerate import PartialState
 
 from transformers_sslam.training.monitoring import CollapseError
 from transformers_sslam.training.pretraining import NonFiniteError, PreTrainer
@@ -21,10 +21,8 @@ from transformers_sslam.training.settings import SettingsError, parse_settings
 
 def main() -> None:
     settings = parse_settings(PreTrainingSettings, __doc__)
-    state = PartialState()
-    logging.basicConfig(
-        level=logging.INFO if state.is_main_process else logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
-    )
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING  # before Accelerate knows the ranks
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     transformers.logging.disable_progress_bar()
     try:
         PreTrainer(settings).run()

@@ -391,6 +391,12 @@ def test_two_processes_hold_the_same_model_and_share_the_clips(sounds, tmp_path)
         assert union == sorted(path.name for path in sounds.iterdir())
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(sounds, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match="2 processes were started, but Accelerate sees 1"):
+        trainer(sounds, tmp_path)
+
+
 @pytest.mark.slow
 def test_another_number_of_processes_goes_on_and_says_what_changes(sounds, tmp_path):
     finish(tmp_path, recipe(sounds, tmp_path, total_updates=6), processes=1)

@@ -71,6 +71,12 @@ class PreTrainer:
             project_dir=settings.output_dir,
             kwargs_handlers=[ddp],
         )
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != self.accelerator.num_processes:  # they would not know of each other, and write over each other's files
+            raise SettingsError(
+                f"{started} processes were started, but Accelerate sees {self.accelerator.num_processes}: on CPUs set "
+                "ACCELERATE_USE_CPU=true"
+            )
         set_seed(settings.seed)
         with refusals_as_settings_errors("features"):
             self.extractor = SSLAMFeatureExtractor(**settings.features)
