@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -61,8 +62,7 @@ class PreTrainer:
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            (self.output_dir / ".writable").touch()
-            (self.output_dir / ".writable").unlink()
+            tempfile.TemporaryFile(dir=self.output_dir).close()
         except OSError as error:
             raise SettingsError(f"output_dir {self.output_dir} cannot be written to ({error}): choose another") from error
         self.accelerator = Accelerator(
