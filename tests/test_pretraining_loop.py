@@ -1,5 +1,6 @@
 """The pre-training loop: the same run whatever interrupts it, a guard that stops what is pointless, and nothing lost when it fails."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -332,8 +334,7 @@ def kill_at_random_moments(sounds, tmp_path, processes: int, workers: int, kills
         time.sleep(chance.uniform(0, 0.5))  # somewhere in the updates and checkpoints that follow
         if process.poll() is not None:
             break
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_with_all_it_started(process)
         deaths += 1
         for folder in checkpoints(killed):
             assert damage(folder) is None
@@ -342,6 +343,16 @@ def kill_at_random_moments(sounds, tmp_path, processes: int, workers: int, kills
     finish(killed, settings, processes)
     assert metrics(killed) == metrics(whole)
     assert same_weights(killed / "model", whole / "model")
+
+
+def kill_with_all_it_started(process: subprocess.Popen) -> None:
+    """`kill -9` of a program, its ranks and their readers. (torchrun gives each rank a session of its own.)"""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    psutil.wait_procs(family)
 
 
 def _progress(folder: Path) -> int:

@@ -402,7 +402,7 @@ class PreTrainer:
             setattr(self, name, run[name])
         self.clips_logged = self.clips_seen
         self.model.load_state_dict(SSLAMForPreTraining.from_pretrained(folder).state_dict())
-        state = torch.load(folder / "optimizer.pt", map_location=accelerator.device, weights_only=True)
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)  # goes to the parameters' device below
         self.optimizer.load_state_dict(state["optimizer"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
