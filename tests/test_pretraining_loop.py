@@ -172,10 +172,10 @@ def interrupted_after(run: PreTrainer, updates: int, how) -> None:
 @pytest.mark.parametrize(("stop_at", "number"), [(1, signal.SIGTERM), (4, signal.SIGINT), (6, signal.SIGTERM)])
 def test_a_signal_ends_the_run_cleanly_and_it_goes_on_as_if_nothing_had_been(sounds, tmp_path, stop_at, number):
     trainer(sounds, tmp_path / "whole").run()
-    run = trainer(sounds, tmp_path / "stopped")
+    run, before = trainer(sounds, tmp_path / "stopped"), signal.getsignal(number)
     interrupted_after(run, stop_at, lambda: os.kill(os.getpid(), number))
     assert run.run().name == f"checkpoint-{stop_at + 1:08d}"  # the signal is seen with the next update
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(number) is before
     trainer(sounds, tmp_path / "stopped").run()
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
     assert same_weights(tmp_path / "stopped" / "model", tmp_path / "whole" / "model")
@@ -267,7 +267,7 @@ def test_a_full_disk_is_told_and_former_checkpoints_stay(sounds, tmp_path, monke
         ({"model": {**MODEL, "hiden_size": 32}}, "no field hiden_size"),
         ({"model": {**MODEL, "hidden_size": 30}}, "model: hidden_size is 30"),
         ({"features": {"max_length": 128}}, "128 frames of 128 mel bins, but the model takes up to 64"),
-        ({"features": {"std": 0.0}}, "features: std is 0"),
+        ({"features": {"std": 0.0}}, "features: .*std is 0"),
         ({"init_from": "absent/folder"}, "init_from absent/folder: "),
     ],
 )
