@@ -244,6 +244,24 @@ def test_columns_travel_with_their_clips(kinds):
         assert [int(Path(name).stem) for name in batch["names"]] == batch["number"]
 
 
+def test_an_audiofolder_can_be_heard_in_part(kinds):
+    """By values of its metadata, of whatever type; the rest is neither heard nor counted."""
+    chosen = open_stream({**kinds["audiofolder"], "keep": {"number": [5, "12", 30]}})
+    assert sorted(heard(chosen)) == [("05", 0.0), ("12", 0.0), ("30", 0.0)]
+    source = Source(SourceSettings(**kinds["audiofolder"], keep={"number": [5, 12]}))
+    assert (source.num_rows, source.num_shards) == (2, 2)
+    assert source.signature != Source(SourceSettings(**kinds["audiofolder"], keep={"number": [5, 13]})).signature
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [({"number": [5, 99, 100]}, "keep asks for number 100, 99, but .* has 0, 1, 10"), ({"fold": [1]}, "keep names the column 'fold', but")],
+)
+def test_a_part_that_is_not_there_is_refused(kinds, keep: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        open_stream({**kinds["audiofolder"], "keep": keep})
+
+
 def damage(folder: Path) -> dict[str, int]:
     """One file in twenty of a hundred is damaged, each in another way."""
     folder.mkdir()
@@ -398,6 +416,8 @@ def test_links_to_folders_are_followed_once(folder: Path, tmp_path: Path):
         ({"kind": "folder", "path": "x", "weight": 0}, "weight of x is 0"),
         ({"kind": "folder", "path": "x", "weight": "1"}, "weight of x is '1'"),
         ({"kind": "folder", "path": "x", "subset": "big"}, "only hub sources have one"),
+        ({"kind": "folder", "path": "x", "keep": {"fold": [1]}}, "keep is .*, but only audiofolder sources can be chosen from"),
+        ({"kind": "audiofolder", "path": "x", "keep": {"fold": 1}}, "must give a list for each column"),
     ],
 )
 def test_settings_of_a_source_that_cannot_be_are_refused(settings: dict, message: str):

@@ -33,6 +33,7 @@ class Windows:
         hop: samples from one window's start to the next one's.
         choose: `"every"` window, the last one as long as what is left, or one `"random"` window, drawn anew each time.
         shortest: samples below which a recording, or what is left of it for the last window, is left out.
+        roll: rotate each window by a random number of samples, drawn anew each time.
     """
 
     sampling_rate: int
@@ -40,6 +41,7 @@ class Windows:
     hop: int
     choose: Literal["every", "random"]
     shortest: int
+    roll: bool = False
 
     def starts(self, samples: int, generator: np.random.Generator) -> list[int]:
         """Where the windows of a recording of so many samples begin; a last one that is too short is among them."""
@@ -126,7 +128,7 @@ def read_clips(row: Row, windows: Windows, generator: np.random.Generator, tally
     Args:
         row: the recording.
         windows: how to cut it.
-        generator: draws a random window.
+        generator: draws a random window, and how far it is rolled.
         tally: the recording and whatever is left out of it are added here; clips are counted by whoever gives them out.
     """
     tally.recordings += 1
@@ -149,5 +151,7 @@ def read_clips(row: Row, windows: Windows, generator: np.random.Generator, tally
         if len(window) < windows.shortest:
             tally.short_ends += 1
             continue
+        if windows.roll:
+            window = np.roll(window, generator.integers(len(window)))
         clips.append(Clip(window, row.name, start / windows.sampling_rate, row.columns))
     return clips

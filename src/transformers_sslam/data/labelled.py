@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ try:
     import datasets
 except ImportError as error:
     raise ImportError('reading a labelled data set needs datasets: pip install "transformers-sslam[train]"') from error
+
+
+# Why a clip cannot be used: what `load_waveform` finds, and behind it what `decode_clip` finds.
+CAUSES = ("missing", "empty", "unreadable", "truncated", "not finite", "too short", "out of scale")
 
 
 class DatasetError(ValueError):
@@ -36,7 +41,7 @@ class LabelledRows:
         declared_classes: all class names in their order where the data set declares them (a `ClassLabel` column), else `None`.
     """
 
-    sources: list[dict]
+    sources: Sequence[dict]
     labels: list[list[str]]
     multi_label: bool
     declared_classes: list[str] | None
@@ -72,13 +77,13 @@ def load_audio_folder(data_dir: str | Path) -> datasets.DatasetDict:
     return splits.cast_column("audio", datasets.Audio(decode=False))
 
 
-def select_split(splits: datasets.DatasetDict, name: str) -> datasets.Dataset:
-    """One split, by name. `DatasetError` if there is none or it is empty."""
+def select_split(splits: datasets.DatasetDict | datasets.IterableDatasetDict, name: str) -> datasets.Dataset | datasets.IterableDataset:
+    """One split, by name. `DatasetError` if there is none or, unless it is a stream, whose length is not known, it is empty."""
     if name not in splits:
         raise DatasetError(
             f"there is no split {name!r}, only {', '.join(splits)}: make folders train/ and test/, or choose rows by fold_column"
         )
-    if len(splits[name]) == 0:
+    if isinstance(splits[name], datasets.Dataset) and len(splits[name]) == 0:
         raise DatasetError(f"the split {name!r} has no clip")
     return splits[name]
 
@@ -103,37 +108,85 @@ def select_folds(splits: datasets.DatasetDict, column: str, values: Sequence[int
     return rows.select([i for i, fold in enumerate(folds) if fold in wanted])
 
 
+@dataclass(frozen=True)
+class LabelReader:
+    """Reads the names of a row's classes out of its label column.
+
+    Args:
+        column: of `ClassLabel`s, text or integers: one class a clip; of lists of these, or of names joined by `separator`: several.
+        separator: between the names in a column of text. Space around a name is dropped; an empty cell means no class.
+        is_list: whether the column holds lists.
+        declared_classes: all class names in their order where the data set declares them, else `None`.
+    """
+
+    column: str
+    separator: str | None
+    is_list: bool
+    declared_classes: list[str] | None
+
+    @classmethod
+    def of(cls, rows: datasets.Dataset | datasets.IterableDataset, column: str, separator: str | None = None) -> "LabelReader":
+        """For the column of a data set. `DatasetError` if there is none of this name."""
+        _check_column(rows, column)
+        feature = rows.features[column]
+        is_list = isinstance(feature, (datasets.List, datasets.LargeList))
+        item = feature.feature if is_list else feature
+        return cls(column, separator, is_list, item.names if isinstance(item, datasets.ClassLabel) else None)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a clip may have several classes, or none."""
+        return self.is_list or self.separator is not None
+
+    def __call__(self, row: dict) -> list[str]:
+        """Names of the classes of a row with an `audio` column. `DatasetError` if it lacks one that it needs, or has one not declared."""
+        cell: Any = row[self.column]
+        parts: Sequence[Any]
+        if cell is None or cell == "":
+            parts = []
+        elif self.separator is not None and isinstance(cell, str):
+            parts = [part.strip() for part in cell.split(self.separator) if part.strip()]
+        else:
+            parts = cell if self.is_list else [cell]
+        if not parts and not self.multi_label:
+            raise DatasetError(f"{source_name(row['audio'])} has no label in the column {self.column!r}: give it one or leave it out")
+        if self.declared_classes is None:
+            return [str(part) for part in parts]
+        for part in parts:
+            if not 0 <= part < len(self.declared_classes):  # `datasets` marks clips without a label by -1
+                raise DatasetError(
+                    f"{source_name(row['audio'])} has {part} in the column {self.column!r}, but the numbers of its classes are 0 to "
+                    f"{len(self.declared_classes) - 1}: leave it out"
+                )
+        return [self.declared_classes[part] for part in parts]
+
+
+def fold_values(splits: datasets.DatasetDict, column: str) -> list[int | str]:
+    """The values of a column of folds, over all splits, sorted. `DatasetError` if there is no such column, a clip has no fold, or there are
+    fewer than two."""
+    rows = datasets.concatenate_datasets(list(splits.values()))
+    _check_column(rows, column)
+    found: set[Any] = set(rows[column])
+    if None in found:
+        raise DatasetError(f"the column {column!r} has rows without a value: give each clip its fold, or leave the clip out")
+    values: list[int | str] = sorted(found)
+    if len(values) < 2:
+        raise DatasetError(f"the column {column!r} holds {values}, but to hold out each fold in turn takes at least two")
+    return values
+
+
 def read_rows(rows: datasets.Dataset, label_column: str, separator: str | None = None) -> LabelledRows:
-    """Sources and label names.
+    """Sources, which stay in their files, and label names, see [`LabelReader`].
 
     Args:
         rows: with an undecoded audio column.
-        label_column: of `ClassLabel`s, text or integers: one class a clip; of lists of these, or of names joined by `separator`: several.
-        separator: between the names in a column of text. Space around a name is dropped; an empty cell means no class.
 
     Raises:
         DatasetError: if the column is missing, or a clip has no label where it needs one.
     """
-    _check_column(rows, label_column)
-    feature = rows.features[label_column]
-    is_list = isinstance(feature, (datasets.List, datasets.LargeList))
-    item = feature.feature if is_list else feature
-    declared = item.names if isinstance(item, datasets.ClassLabel) else None
-    sources, labels = list(rows["audio"]), []
-    for cell in rows[label_column]:
-        if cell is None or cell == "":
-            parts = []
-        elif separator is not None and isinstance(cell, str):
-            parts = [part.strip() for part in cell.split(separator) if part.strip()]
-        else:
-            parts = cell if is_list else [cell]
-        labels.append([str(part if declared is None else declared[part]) for part in parts])
-    multi_label = is_list or separator is not None
-    if not multi_label and [] in labels:
-        raise DatasetError(
-            f"{source_name(sources[labels.index([])])} has no label in the column {label_column!r}: give it one or leave it out"
-        )
-    return LabelledRows(sources, labels, multi_label, declared)
+    reader, sources = LabelReader.of(rows, label_column, separator), rows["audio"]
+    labels = [reader({"audio": source, label_column: cell}) for source, cell in zip(sources, rows[label_column])]
+    return LabelledRows(sources, labels, reader.multi_label, reader.declared_classes)
 
 
 def choose_classes(rows: LabelledRows) -> list[str]:
@@ -163,12 +216,11 @@ def encode_labels(rows: LabelledRows, classes: Sequence[str]) -> torch.Tensor:
         DatasetError: if a clip's label is none of `classes`.
     """
     index = {name: i for i, name in enumerate(classes)}
-    for source, labels in zip(rows.sources, rows.labels):
+    for number, labels in enumerate(rows.labels):
         for label in labels:
             if label not in index:
-                raise DatasetError(
-                    f"{source_name(source)} is labelled {label!r}, which is none of the {len(classes)} classes: {', '.join(classes)}"
-                )
+                name = source_name(rows.sources[number])
+                raise DatasetError(f"{name} is labelled {label!r}, which is none of the {len(classes)} classes: {', '.join(classes)}")
     if not rows.multi_label:
         return torch.tensor([index[label] for (label,) in rows.labels])
     targets = torch.zeros(len(rows), len(classes))
@@ -186,22 +238,34 @@ class Waveforms:
         sampling_rate: in Hz.
         memory_gb: memory for decoded clips, in 10^9 bytes. A minute of mono at 16 kHz takes 0.004.
         description: of the progress bar.
+        check: decode every clip now. Without, all count as kept, and one that cannot be read raises where it is asked for.
 
     Attributes:
         kept: `waveforms[i]` comes from `sources[kept[i]]`.
         unreadable: names of the other files, by cause.
     """
 
-    def __init__(self, sources: Sequence[dict], sampling_rate: int, memory_gb: float = 4.0, description: str = "decoding"):
+    def __init__(
+        self,
+        sources: Sequence[dict],
+        sampling_rate: int,
+        memory_gb: float = 4.0,
+        description: str = "decoding",
+        check: bool = True,
+    ):
         self.sources, self.sampling_rate = sources, sampling_rate
-        self.kept: list[int] = []
+        self.kept = [] if check else list(range(len(sources)))
         self.unreadable: dict[str, list[str]] = defaultdict(list)
-        self._decoded: list[np.ndarray | None] = []
-        free = memory_gb * 1e9
+        self._decoded: list[np.ndarray | None] = [] if check else [None] * len(sources)
+        if check:
+            self._decode_all(memory_gb * 1e9, description)
+
+    def _decode_all(self, free: float, description: str) -> None:
+        numbers = range(len(self.sources))  # not the sources themselves: a pool would fetch them all at once
         with ThreadPoolExecutor() as pool:  # decoders and resampler run outside Python's lock
-            for i, outcome in enumerate(tqdm(pool.map(self._try, sources), total=len(sources), desc=description, unit="clip")):
+            for i, outcome in enumerate(tqdm(pool.map(self._try, numbers), total=len(numbers), desc=description, unit="clip")):
                 if isinstance(outcome, AudioDecodingError):
-                    self.unreadable[outcome.cause].append(source_name(sources[i]))
+                    self.unreadable[outcome.cause].append(source_name(self.sources[i]))
                     continue
                 self.kept.append(i)
                 fits = outcome.nbytes <= free
@@ -213,7 +277,7 @@ class Waveforms:
 
     def __getitem__(self, i: int) -> np.ndarray:
         decoded = self._decoded[i]
-        return self._decode(self.sources[self.kept[i]]) if decoded is None else decoded
+        return decode_clip(self.sources[self.kept[i]], self.sampling_rate) if decoded is None else decoded
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[i] for i in range(len(self)))
@@ -228,20 +292,25 @@ class Waveforms:
                 f"that is allowed: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
             )
 
-    def _try(self, source: dict) -> np.ndarray | AudioDecodingError:
+    def _try(self, i: int) -> np.ndarray | AudioDecodingError:
         try:
-            return self._decode(source)
+            return decode_clip(self.sources[i], self.sampling_rate)
         except AudioDecodingError as error:
             return error
 
-    def _decode(self, source: dict) -> np.ndarray:
-        """Beyond decoding, refuse what the feature extractor would refuse, while the file's name is known."""
-        waveform = load_waveform(source, self.sampling_rate)
-        if num_frames(len(waveform), self.sampling_rate) == 0:
-            raise AudioDecodingError("too short", f"{source_name(source)} has {len(waveform)} samples, less than one frame of 25 ms")
-        if (peak := np.abs(waveform).max()) > LARGEST_PLAUSIBLE_AMPLITUDE:
-            raise AudioDecodingError("out of scale", f"{source_name(source)} has a peak of {peak:g}, but samples lie in [-1, 1]")
-        return waveform
+
+def decode_clip(source: dict, sampling_rate: int) -> np.ndarray:
+    """`load_waveform`, and beyond it refuse what the feature extractor would refuse, while the file's name is known: `(samples,)`, float32.
+
+    Raises:
+        AudioDecodingError: as `load_waveform`, and with the cause "too short" (no frame of 25 ms) or "out of scale".
+    """
+    waveform = load_waveform(source, sampling_rate)
+    if num_frames(len(waveform), sampling_rate) == 0:
+        raise AudioDecodingError("too short", f"{source_name(source)} has {len(waveform)} samples, less than one frame of 25 ms")
+    if (peak := np.abs(waveform).max()) > LARGEST_PLAUSIBLE_AMPLITUDE:
+        raise AudioDecodingError("out of scale", f"{source_name(source)} has a peak of {peak:g}, but samples lie in [-1, 1]")
+    return waveform
 
 
 def keep_rows(rows: LabelledRows, kept: Iterable[int]) -> LabelledRows:

@@ -9,7 +9,7 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from itertools import accumulate, islice
 from pathlib import Path
@@ -42,6 +42,7 @@ class SourceSettings:
         subset: configuration name of a Hub data set.
         revision: commit or tag of a Hub data set. Without one, a data set that changes on the Hub changes the run.
         audio_column: column that holds the audio; by default the only one of type `Audio`.
+        keep: rows of an audiofolder to read, by values of their columns: `{fold: [1, 2, 3]}` leaves the other folds unheard.
 
     Raises:
         ValueError: if a value is out of range or has no meaning for the kind.
@@ -55,6 +56,7 @@ class SourceSettings:
     subset: str | None = None
     revision: str | None = None
     audio_column: str | None = None
+    keep: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.kind not in get_args(Kind):
@@ -67,6 +69,10 @@ class SourceSettings:
         for option in ("subset", "revision"):
             if self.kind != "hub" and getattr(self, option) is not None:
                 raise ValueError(f"{option} is {getattr(self, option)!r}, but only hub sources have one, and {self.path} is a {self.kind}")
+        if self.keep and self.kind != "audiofolder":
+            raise ValueError(f"keep is {self.keep}, but only audiofolder sources can be chosen from, and {self.path} is a {self.kind}")
+        if not isinstance(self.keep, dict) or not all(isinstance(values, list) for values in self.keep.values()):
+            raise ValueError(f"keep of {self.path} is {self.keep!r}, but must give a list for each column, for example {{fold: [1, 2]}}")
         self.name = self.name or Path(self.path).name
 
     @classmethod
@@ -210,7 +216,7 @@ def random_generator(purpose: Literal["pass", "epoch", "block", "window"], *numb
 
 def _open_folder(settings: SourceSettings):
     root = _existing(settings)
-    names = sorted(_files_below(root, AUDIO_SUFFIXES))
+    names = sorted(files_below(root, AUDIO_SUFFIXES))
     if not names:
         raise ValueError(f"the folder {root} is empty: no file below it ends in {', '.join(AUDIO_SUFFIXES)}")
     return _table([os.path.join(root, name) for name in names]), names, len(names)
@@ -222,8 +228,21 @@ def _open_audiofolder(settings: SourceSettings):
     data = _load(settings, "audiofolder", data_dir=str(root), split=settings.split)
     if "audio" not in data.features:
         return data, [], len(data)
+    for column, values in settings.keep.items():
+        data = _keep(settings, data, column, values)
     paths = data.data.column("audio").combine_chunks().field("path").to_pylist()
     return data, [os.path.relpath(path, root) if path else "" for path in paths], len(data)
+
+
+def _keep(settings: SourceSettings, data, column: str, values: list):
+    """The rows whose column holds one of these values; 1 and "1" count as equal, for a file of text cannot tell them apart."""
+    if column not in data.features:
+        raise ValueError(f"keep names the column {column!r}, but the audiofolder {settings.path} has only {', '.join(data.features)}")
+    found, wanted = [str(value) for value in data[column]], {str(value) for value in values}
+    if absent := sorted(wanted - set(found)):
+        there = ", ".join(sorted(set(found)))
+        raise ValueError(f"keep asks for {column} {', '.join(absent)}, but the audiofolder {settings.path} has {there}")
+    return data.select([row for row, value in enumerate(found) if value in wanted]).flatten_indices()
 
 
 def _open_manifest(settings: SourceSettings):
@@ -243,7 +262,7 @@ def _open_manifest(settings: SourceSettings):
 
 def _open_shards(settings: SourceSettings):
     path, suffixes = _existing(settings), SHARD_SUFFIXES[settings.kind]
-    names = sorted(_files_below(path, suffixes)) if path.is_dir() else [path.name]
+    names = sorted(files_below(path, suffixes)) if path.is_dir() else [path.name]
     if not names:
         raise ValueError(f"the folder {path} is empty: no file below it ends in {', '.join(suffixes)}")
     files = [os.path.join(path, name) for name in names] if path.is_dir() else [str(path)]
@@ -299,7 +318,7 @@ def _existing(settings: SourceSettings) -> Path:
     return path
 
 
-def _files_below(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
+def files_below(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
     """Paths relative to `root`. Links to folders are followed, each folder once, so that a ring of links ends."""
 
     def stop(error: OSError):  # a folder that cannot be read would otherwise be missing without a word

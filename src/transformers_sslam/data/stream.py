@@ -39,6 +39,8 @@ class DataSettings:
     Args:
         sources: the mixture. An epoch hears each clip of a source `weight` times; with weights of 1, each clip exactly once.
         windows: `"every"` window of a recording longer than the model's input, or one `"random"` window, another each time.
+        roll: rotate each clip by a random number of samples, another each time it is heard: no epoch then cuts the same sound into the same
+            patches, which keeps a small set of short clips fresh. Not part of the published pre-training.
         min_seconds: recordings, and ends of long ones, that are shorter are left out and counted.
         shuffle_rows: recordings that a worker shuffles together, undecoded; that many files' bytes are held in memory.
         max_broken_share: more than this share of recordings that cannot be decoded stops the run.
@@ -52,6 +54,7 @@ class DataSettings:
 
     sources: list[SourceSettings] = field(default_factory=list)
     windows: Literal["every", "random"] = "every"
+    roll: bool = False
     min_seconds: float = 0.2
     shuffle_rows: int = 256
     max_broken_share: float = 0.2
@@ -444,9 +447,8 @@ class ClipStream(BatchStream):
         rate = feature_extractor.sampling_rate
         length, shift = frame_geometry(rate)
         frames = feature_extractor.max_length
-        windows = Windows(
-            rate, (frames - 1) * shift + length, frames * shift, settings.windows, max(length, round(settings.min_seconds * rate))
-        )
+        shortest = max(length, round(settings.min_seconds * rate))
+        windows = Windows(rate, (frames - 1) * shift + length, frames * shift, settings.windows, shortest, settings.roll)
         in_worker = settings.features == "worker"
         super().__init__(
             settings,

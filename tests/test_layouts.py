@@ -1,0 +1,466 @@
+"""Data sets as their authors distribute them, each built in miniature: what is read, and how each kind of damage is refused."""
+
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+
+from transformers_sslam.data import layouts
+from transformers_sslam.data.labelled import DatasetError, read_rows
+from transformers_sslam.data.layouts import KEYWORDS, LAYOUTS, WORDS_V1, WORDS_V2, open_data_set
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def write_clip(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.zeros(160), 16_000)
+
+
+def write_text(path: Path, *lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def table(rows, column: str = "label") -> dict[str, object]:
+    """Labels by name of the clip, through the same reader as the programs use."""
+    read = read_rows(rows, column)
+    return {Path(source["path"]).name: labels if read.multi_label else labels[0] for source, labels in zip(read.sources, read.labels)}
+
+
+def test_every_layout_says_what_it_expects_in_one_line():
+    names = {"audiofolder", "parquet", "hub", "esc50", "speech_commands", "audioset", "spass", "urban_sed", "idmt_desed"}
+    assert set(LAYOUTS) == names
+    assert all(expects and "\n" not in expects for expects in LAYOUTS.values())
+
+
+@pytest.mark.parametrize(
+    ("layout", "subset", "message"),
+    [
+        ("esc_50", None, "layout is 'esc_50', but one of audiofolder, .*esc50.* is expected"),
+        ("esc50", "esc20", "subset is 'esc20', but the layout esc50 has null, esc10"),
+        ("spass", None, "subset is null, but the layout spass has Square, Park, Waterfront, Street, Market"),
+        ("audiofolder", "train", "subset is 'train', but the layout audiofolder has null"),
+        ("parquet", None, "there is no folder .*nowhere, but the layout parquet expects parquet files"),
+    ],
+)
+def test_what_does_not_exist_is_refused(tmp_path, layout, subset, message):
+    with pytest.raises(DatasetError, match=message):
+        open_data_set(str(tmp_path / "nowhere"), layout, subset=subset)
+
+
+def test_audio_folder(tmp_path):
+    for name in ("train/hum/1.wav", "train/hiss/2.wav", "test/hum/3.wav"):
+        write_clip(tmp_path / name)
+    splits = open_data_set(str(tmp_path), "audiofolder")
+    assert {name: table(rows) for name, rows in splits.items()} == {"train": {"1.wav": "hum", "2.wav": "hiss"}, "test": {"3.wav": "hum"}}
+
+
+# Parquet and the Hub
+
+
+def write_parquet(path: Path, *names: str, column: str = "audio", audio: bool = True) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoded = io.BytesIO()
+    soundfile.write(encoded, np.zeros(160), 16_000, format="FLAC")
+    features = datasets.Features({"labels": datasets.List(datasets.ClassLabel(names=["hum", "hiss"]))})
+    columns = {"labels": [[0, 1] for _ in names]}
+    if audio:
+        features[column] = datasets.Audio(sampling_rate=16_000, decode=False)
+        columns[column] = [{"bytes": encoded.getvalue(), "path": name} for name in names]
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_files_are_sorted_into_splits_by_their_names(tmp_path, streaming):
+    write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", "a")
+    write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", "b")
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", "c")
+    write_parquet(tmp_path / "validate" / "shard-00000.parquet", "d")  # a folder that `datasets` alone would pass over
+    write_text(tmp_path / "README.md", "not a table")
+    splits = open_data_set(str(tmp_path), "parquet", streaming=streaming)
+    found = {name: [row["audio"]["path"] for row in rows] for name, rows in splits.items()}
+    assert found == {"train": ["a", "b"], "test": ["c"], "validate": ["d"]}
+    first = next(iter(splits["test"]))
+    assert first["labels"] == [0, 1]
+    assert soundfile.info(io.BytesIO(first["audio"]["bytes"])).frames == 160
+    assert isinstance(splits, datasets.IterableDatasetDict) == streaming
+
+
+def test_shards_beside_their_index_are_a_training_split(tmp_path):
+    write_parquet(tmp_path / "shard-00000.parquet", "a")
+    write_parquet(tmp_path / "shard-00001.parquet", "b")
+    write_text(tmp_path / "index.json", "{}")
+    splits = open_data_set(str(tmp_path), "parquet")
+    assert {name: [audio["path"] for audio in rows["audio"]] for name, rows in splits.items()} == {"train": ["a", "b"]}
+
+
+def test_another_name_of_the_audio_column_is_found(tmp_path):
+    write_parquet(tmp_path / "train.parquet", "a", column="recording")
+    assert open_data_set(str(tmp_path), "parquet")["train"][0]["audio"]["path"] == "a"
+
+
+def test_parquet_without_audio_without_a_split_or_without_files_is_refused(tmp_path):
+    write_text(tmp_path / "empty" / "notes.txt", "")
+    with pytest.raises(DatasetError, match="holds notes.txt, but the layout parquet expects"):
+        open_data_set(str(tmp_path / "empty"), "parquet")
+    write_parquet(tmp_path / "silent" / "train.parquet", "a", audio=False)
+    with pytest.raises(DatasetError, match=r"has 0 columns of type Audio \(columns labels\), but must have one"):
+        open_data_set(str(tmp_path / "silent"), "parquet")
+    write_parquet(tmp_path / "nameless" / "-0.parquet", "a")
+    with pytest.raises(DatasetError, match="does not tell its split: name it train-00000.parquet"):
+        open_data_set(str(tmp_path / "nameless"), "parquet")
+    write_text(tmp_path / "broken" / "train.parquet", "no table")
+    with pytest.raises(DatasetError, match="broken cannot be opened"):
+        open_data_set(str(tmp_path / "broken"), "parquet")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_data_set_as_a_local_folder_with_configurations(tmp_path, streaming):
+    write_parquet(tmp_path / "balanced" / "train-00000.parquet", "a")
+    write_parquet(tmp_path / "full" / "train-00000.parquet", "b", "c")
+    card = ["---", "configs:"]
+    for name in ("balanced", "full"):
+        card += [f"- config_name: {name}", "  data_files:", "  - split: train", f"    path: {name}/*.parquet"]
+    write_text(tmp_path / "README.md", *card, "---")
+    splits = open_data_set(str(tmp_path), "hub", subset="full", streaming=streaming)
+    assert [row["audio"]["path"] for row in splits["train"]] == ["b", "c"]
+    with pytest.raises(DatasetError, match="cannot be opened: .*half"):
+        open_data_set(str(tmp_path), "hub", subset="half")
+
+
+def test_what_is_not_on_the_hub_is_refused(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("no such host")))
+    with pytest.raises(DatasetError, match="the data set someone/sounds cannot be opened: ConnectionError: no such host"):
+        open_data_set("someone/sounds", "hub")
+
+
+# ESC-50
+
+
+ESC50 = [
+    ("1-100032-A-0.wav", 1, 0, "dog", True),
+    ("1-100038-A-14.wav", 1, 14, "chirping_birds", False),
+    ("2-100210-B-36.wav", 2, 36, "vacuum_cleaner", False),
+    ("2-101296-A-19.wav", 2, 19, "thunderstorm", False),
+    ("5-9032-A-0.wav", 5, 0, "dog", True),
+    ("5-203128-A-1.wav", 5, 1, "rooster", True),
+]
+
+
+@pytest.fixture
+def esc50(tmp_path) -> Path:
+    lines = ["filename,fold,target,category,esc10,src_file,take"]
+    for name, fold, target, category, esc10 in ESC50:
+        write_clip(tmp_path / "audio" / name)
+        lines.append(f"{name},{fold},{target},{category},{esc10},{name.split('-')[1]},A")
+    write_text(tmp_path / "meta" / "esc50.csv", *lines)
+    return tmp_path
+
+
+def test_esc50_has_labels_and_folds(esc50):
+    (rows,) = open_data_set(str(esc50), "esc50").values()
+    assert rows.features["label"].names == ["dog", "rooster", "chirping_birds", "thunderstorm", "vacuum_cleaner"]
+    assert table(rows) == {name: category for name, _, _, category, _ in ESC50}
+    assert rows["fold"][:] == [1, 1, 2, 2, 5, 5]
+    assert rows[0]["audio"] == {"bytes": None, "path": str(esc50 / "audio" / "1-100032-A-0.wav")}
+
+
+def test_esc10_is_what_the_table_marks(esc50):
+    (rows,) = open_data_set(str(esc50), "esc50", subset="esc10").values()
+    assert rows.features["label"].names == ["dog", "rooster"]
+    assert rows["fold"][:] == [1, 5, 5]
+
+
+def test_a_table_of_files_is_streamed_in_shards(esc50):
+    splits = open_data_set(str(esc50), "esc50", streaming=True)
+    assert isinstance(splits, datasets.IterableDatasetDict)
+    assert splits["train"].num_shards == len(ESC50)
+    assert [Path(row["audio"]["path"]).name for row in splits["train"]] == [name for name, *_ in ESC50]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: (root / "audio" / ESC50[3][0]).unlink(), r"clips of .*esc50.csv that are not in .*audio: 1 \(2-101296-A-19.wav\)"),
+        (lambda root: write_clip(root / "audio" / "9-1-A-0.wav"), r"that .*esc50.csv does not label: 1 \(9-1-A-0.wav\)"),
+        (lambda root: (root / "meta" / "esc50.csv").unlink(), "there is no .*esc50.csv"),
+        (lambda root: write_text(root / "meta" / "esc50.csv", "filename,fold,target"), "has no column category, esc10, only filename"),
+        (lambda root: write_text(root / "meta" / "esc50.csv", "filename,fold,target,category,esc10"), "has no rows"),
+        (lambda root: edit(root / "meta" / "esc50.csv", "B-36.wav,2,36", "B-36.wav,two,36"), "a fold or a target that is no whole number"),
+        (
+            lambda root: edit(root / "meta" / "esc50.csv", "5-9032-A-0.wav,5,0,dog", "5-9032-A-0.wav,5,0,cat"),
+            "calls target 0 both dog and cat",
+        ),
+        (lambda root: edit(root / "meta" / "esc50.csv", "19,thunderstorm,", "19,,"), "line 5 of .*esc50.csv has nothing in category"),
+    ],
+)
+def test_damage_to_esc50_is_named(esc50, damage, message):
+    damage(esc50)
+    with pytest.raises(DatasetError, match=message):
+        open_data_set(str(esc50), "esc50")
+
+
+def edit(path: Path, before: str, after: str) -> None:
+    text = path.read_text()
+    assert text.count(before) == 1, f"{before!r} is in {path} {text.count(before)} times"
+    path.write_text(text.replace(before, after))
+
+
+# Speech Commands
+
+
+def write_speech_commands(root: Path, words: tuple[str, ...]) -> Path:
+    """Three clips a word, the second for validation and the third for testing, and two recordings of background."""
+    for word in words:
+        for speaker in "abc":
+            write_clip(root / word / f"{speaker}_nohash_0.wav")
+    for noise in ("pink_noise", "running_tap"):
+        write_clip(root / "_background_noise_" / f"{noise}.wav")
+    write_text(root / "_background_noise_" / "README.md")
+    write_text(root / "validation_list.txt", *(f"{word}/b_nohash_0.wav" for word in words))
+    write_text(root / "testing_list.txt", *(f"{word}/c_nohash_0.wav" for word in words))
+    return root
+
+
+@pytest.mark.parametrize(("subset", "words", "number"), [("v1", WORDS_V1, 30), ("v2", WORDS_V2, 35)])
+def test_speech_commands_is_split_by_its_lists(tmp_path, subset, words, number):
+    splits = open_data_set(str(write_speech_commands(tmp_path, words)), "speech_commands", subset=subset)
+    assert len(words) == len(set(words)) == number
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": number, "validation": number, "test": number}
+    for name, speaker in (("train", "a"), ("validation", "b"), ("test", "c")):
+        rows = splits[name]
+        assert rows.features["label"].names == sorted(words)
+        for row in rows:
+            path = Path(row["audio"]["path"])
+            assert (path.parent.name, path.name) == (rows.features["label"].names[row["label"]], f"{speaker}_nohash_0.wav")
+
+
+def test_twelve_classes_take_unknown_words_and_background_in_and_the_test_archive(tmp_path):
+    write_speech_commands(tmp_path / "speech_commands_v0.01", WORDS_V1)
+    for name in (*KEYWORDS, "_unknown_", "_silence_"):
+        write_clip(tmp_path / "speech_commands_test_set_v0.01" / name / "t.wav")
+    splits = open_data_set(str(tmp_path), "speech_commands", subset="v1_12")
+    labels = {name: read_rows(rows, "label").labels for name, rows in splits.items()}
+    count = {name: {word: found.count([word]) for word in ("yes", "_unknown_", "_silence_")} for name, found in labels.items()}
+    assert count == {
+        "train": {"yes": 1, "_unknown_": 20, "_silence_": 2},
+        "validation": {"yes": 1, "_unknown_": 20, "_silence_": 0},
+        "test": {"yes": 1, "_unknown_": 1, "_silence_": 1},
+    }
+    assert {name: len(found) for name, found in labels.items()} == {"train": 32, "validation": 30, "test": 12}
+    assert all("test_set" in audio["path"] for audio in splits["test"]["audio"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: (root / "testing_list.txt").unlink(), "has no testing_list.txt"),
+        (lambda root: (root / "bed" / "b_nohash_0.wav").unlink(), r"validation_list.txt that are not there, .*: 1 \(bed/b_nohash_0.wav\)"),
+        (lambda root: write_text(root / "testing_list.txt", "bed/b_nohash_0.wav"), r"or in both lists: 1 \(bed/b_nohash_0.wav\)"),
+        (lambda root: write_clip(root / "visual" / "a.wav"), "are not the 30 expected: 1 differ, visual among"),
+        (lambda root: [path.unlink() for path in (root / "zero").iterdir()], r"without a clip: 1 \(zero\)"),
+    ],
+)
+def test_damage_to_speech_commands_is_named(tmp_path, damage, message):
+    damage(write_speech_commands(tmp_path, WORDS_V1))
+    with pytest.raises(DatasetError, match=message):
+        open_data_set(str(tmp_path), "speech_commands", subset="v1")
+
+
+def test_twelve_classes_need_both_archives(tmp_path):
+    write_speech_commands(tmp_path / "speech_commands_v0.01", WORDS_V1)
+    with pytest.raises(DatasetError, match="there is no folder .*speech_commands_test_set_v0.01"):
+        open_data_set(str(tmp_path), "speech_commands", subset="v1_12")
+
+
+# AudioSet
+
+
+HEADER = (
+    "# Segments csv created Sun Mar  5 10:54:31 2017",
+    "# num_ytids=3, num_segs=3",
+    "# YTID, start_seconds, end_seconds, positive_labels",
+)
+
+
+@pytest.fixture
+def audioset(tmp_path) -> Path:
+    write_text(
+        tmp_path / "class_labels_indices.csv",
+        "index,mid,display_name",
+        '0,/m/09x0r,"Speech"',
+        '1,/m/05zppz,"Male speech, man speaking"',
+        '2,/t/dd00088,"Gush"',
+    )
+    write_text(
+        tmp_path / "eval_segments.csv", *HEADER, '--4gqARaEJE, 0.000, 10.000, "/m/09x0r"', 'Y_abcdefghi, 30.000, 40.000, "/t/dd00088"'
+    )
+    write_text(
+        tmp_path / "balanced_train_segments.csv",
+        *HEADER,
+        '--PJHxphWEs, 30.000, 40.000, "/m/05zppz,/t/dd00088"',
+        '--ZhevVpy1s, 50.000, 60.000, "/m/09x0r"',
+    )
+    write_text(tmp_path / "unbalanced_train_segments.csv", *HEADER, '---1_cCGK4M, 0.000, 10.000, "/m/09x0r"')
+    for name in ("eval/--4gqARaEJE.wav", "eval/YY_abcdefghi.flac", "train/Y--PJHxphWEs.wav", "train/more/--ZhevVpy1s_50.000.wav"):
+        write_clip(tmp_path / name)
+    write_clip(tmp_path / "train" / "---1_cCGK4M_0_10000.wav")
+    return tmp_path
+
+
+def test_audioset_20k_is_balanced_and_evaluation_segments(audioset):
+    splits = open_data_set(str(audioset), "audioset", subset="20k")
+    assert splits["train"].features["labels"].feature.names == ["Speech", "Male speech, man speaking", "Gush"]
+    assert {name: table(rows, "labels") for name, rows in splits.items()} == {
+        "train": {"Y--PJHxphWEs.wav": ["Male speech, man speaking", "Gush"], "--ZhevVpy1s_50.000.wav": ["Speech"]},
+        "test": {"--4gqARaEJE.wav": ["Speech"], "YY_abcdefghi.flac": ["Gush"]},
+    }
+
+
+def test_audioset_2m_trains_on_both_tables(audioset):
+    splits = open_data_set(str(audioset), "audioset", subset="2m")
+    assert [len(splits["train"]), len(splits["test"])] == [3, 2]
+    assert "---1_cCGK4M_0_10000.wav" in table(splits["train"], "labels")
+
+
+def test_missing_clips_of_audioset_are_counted(audioset, monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr(layouts.logger, "warning", warnings.append)
+    (audioset / "train" / "Y--PJHxphWEs.wav").unlink()
+    splits = open_data_set(str(audioset), "audioset", subset="20k")
+    assert len(splits["train"]) == 1
+    (warning,) = warnings
+    assert "split train: 1 of 2 clips (50.0%) are not below" in warning
+    assert "--PJHxphWEs" in warning
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: [clip.unlink() for clip in (root / "eval").iterdir()], "none of the 2 clips of the split test is below"),
+        (lambda root: write_clip(root / "again" / "--4gqARaEJE.flac"), "are the same clip of AudioSet: keep one of them"),
+        (lambda root: (root / "eval_segments.csv").unlink(), "there is no .*eval_segments.csv: expected is"),
+        (
+            lambda root: edit(root / "eval_segments.csv", '"/m/09x0r"', '"/m/0"'),
+            "line 4 of .*eval_segments.csv has the label '/m/0', which is none",
+        ),
+        (lambda root: edit(root / "eval_segments.csv", "30.000, 40.000", "40.000, 30.000"), "line 5 .* goes from 40.000 s to 30.000 s"),
+        (lambda root: edit(root / "eval_segments.csv", "30.000, 40.000, ", "30.000, "), "line 5 .*, but must be YTID, start_seconds"),
+        (lambda root: (root / "class_labels_indices.csv").unlink(), "there is no .*class_labels_indices.csv"),
+    ],
+)
+def test_damage_to_audioset_is_named(audioset, damage, message):
+    damage(audioset)
+    with pytest.raises(DatasetError, match=message):
+        open_data_set(str(audioset), "audioset", subset="20k")
+
+
+# Strong labels
+
+
+@pytest.fixture
+def urban_sed(tmp_path) -> Path:
+    events = {
+        "train": ["0.5\t4.25\tsiren", "1.0\t2.0\tair_conditioner", "7.0\t9.5\tsiren"],
+        "validate": ["0.0\t10.0\tdrilling"],
+        "test": [],
+    }
+    for split, lines in events.items():
+        write_clip(tmp_path / "audio" / split / f"soundscape_{split}_0.wav")
+        write_text(tmp_path / "annotations" / split / f"soundscape_{split}_0.txt", *lines)
+        write_text(tmp_path / "annotations" / split / f"soundscape_{split}_0.jams", "{}")
+    return tmp_path
+
+
+def test_urban_sed_has_events_and_their_labels_once_each(urban_sed):
+    splits = open_data_set(str(urban_sed), "urban_sed")
+    assert set(splits) == {"train", "validation", "test"}
+    assert table(splits["train"], "labels") == {"soundscape_train_0.wav": ["air_conditioner", "siren"]}
+    assert splits["train"][0]["events"] == [
+        {"label": "siren", "onset": 0.5, "offset": 4.25},
+        {"label": "air_conditioner", "onset": 1.0, "offset": 2.0},
+        {"label": "siren", "onset": 7.0, "offset": 9.5},
+    ]
+    assert table(splits["test"], "labels") == {"soundscape_test_0.wav": []}
+    assert len(splits["test"].features["labels"].feature.names) == 10
+
+
+def test_a_table_of_all_events_of_a_split_is_read_too(tmp_path):
+    for name in ("1", "2", "3"):
+        write_clip(tmp_path / "audio" / "train" / f"{name}.wav")
+    write_text(
+        tmp_path / "metadata" / "train.tsv",
+        *("filename\tonset\toffset\tevent_label", "2.wav\t1.5\t2\tDog", "1.wav\t0\t10\tVacuum_cleaner"),
+        *("2.wav\t0\t0.5\tCat", "3.wav\t\t\t"),
+    )
+    (rows,) = open_data_set(str(tmp_path), "idmt_desed").values()
+    assert table(rows, "labels") == {"1.wav": ["Vacuum_cleaner"], "2.wav": ["Cat", "Dog"], "3.wav": []}
+    assert rows[1]["events"][0] == {"label": "Dog", "onset": 1.5, "offset": 2.0}
+
+
+def test_a_scene_of_spass_has_the_classes_that_occur_in_it(urban_sed, tmp_path_factory):
+    root = tmp_path_factory.mktemp("spass")
+    urban_sed.rename(root / "Park")
+    splits = open_data_set(str(root), "spass", subset="Park")
+    assert splits["train"].features["labels"].feature.names == ["air_conditioner", "drilling", "siren"]
+    assert table(splits["train"], "labels") == {"soundscape_train_0.wav": ["air_conditioner", "siren"]}
+    with pytest.raises(DatasetError, match="holds Park/, but a folder Street was expected"):
+        open_data_set(str(root), "spass", subset="Street")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("0.5\t4.25\tsirens", "has the label 'sirens', which is none of the 10 classes: air_conditioner"),
+        ("4.25\t0.5\tsiren", "goes from '4.25' to '0.5', but an event has an onset, in seconds, and an offset not before it"),
+        ("-1\t0.5\tsiren", "goes from '-1' to '0.5'"),
+        ("0\tnan\tsiren", "goes from '0' to 'nan'"),
+        ("onset\toffset\tsiren", "goes from 'onset' to 'offset'"),
+        ("0.5 4.25 siren", "is '0.5 4.25 siren', but must be onset<TAB>offset<TAB>label"),
+        ("0.5\t4.25\t", "has no label"),
+    ],
+)
+def test_an_impossible_event_is_named_by_its_line(urban_sed, line, message):
+    path = urban_sed / "annotations" / "validate" / "soundscape_validate_0.txt"
+    write_text(path, "0.0\t1.0\tdrilling", line)
+    with pytest.raises(DatasetError, match=f"line 2 of {path} {message}"):
+        open_data_set(str(urban_sed), "urban_sed")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: write_clip(root / "audio" / "train" / "more.wav"), r"audio/train without annotation: 1 \(more\)"),
+        (lambda root: write_text(root / "annotations" / "test" / "more.txt"), r"annotations without a clip in .*audio/test: 1 \(more\)"),
+        (lambda root: (root / "audio" / "test" / "soundscape_test_0.wav").unlink(), "audio/test has no audio file directly in it"),
+        (lambda root: write_clip(root / "audio" / "test" / "soundscape_test_0.flac"), "are one clip twice"),
+        (lambda root: write_clip(root / "audio" / "validation" / "a.wav"), "has both validate/ and validation/"),
+        (lambda root: write_clip(root / "audio" / "more" / "a.wav"), "annotations/more is missing, though there is audio/more"),
+        (lambda root: (root / "metadata").mkdir(), "holds annotations/, audio/, metadata/, but expected is either"),
+        (lambda root: (root / "annotations").rename(root / "labels"), "holds audio/, labels/, but expected is either"),
+    ],
+)
+def test_damage_to_a_set_of_strong_labels_is_named(urban_sed, damage, message):
+    damage(urban_sed)
+    with pytest.raises(DatasetError, match=message):
+        open_data_set(str(urban_sed), "urban_sed")
+
+
+def test_a_table_without_its_columns_or_with_half_an_event_is_refused(tmp_path):
+    write_clip(tmp_path / "audio" / "train" / "1.wav")
+    write_text(tmp_path / "metadata" / "train.tsv", "filename\tlabel", "1.wav\tDog")
+    with pytest.raises(DatasetError, match="train.tsv has the columns filename, label, but needs filename, onset, offset, event_label"):
+        open_data_set(str(tmp_path), "idmt_desed")
+    write_text(tmp_path / "metadata" / "train.tsv", "filename\tonset\toffset\tevent_label", "1.wav\t\t\tDog")
+    with pytest.raises(DatasetError, match="line 2 of .*train.tsv goes from '' to ''"):
+        open_data_set(str(tmp_path), "idmt_desed")
+    (tmp_path / "metadata" / "train.tsv").unlink()
+    with pytest.raises(DatasetError, match="train.tsv is missing, though there is audio/train"):
+        open_data_set(str(tmp_path), "idmt_desed")
