@@ -256,6 +256,62 @@ def test_drop_path_grows_with_depth_and_keeps_the_mean():
     assert torch.equal(drop_path.eval()(torch.ones(8, 3, 2)), torch.ones(8, 3, 2))
 
 
+# --- patches that training leaves out
+
+
+def test_training_leaves_out_a_share_of_each_clips_patches_and_evaluation_none():
+    """Of 64 patches 0.3, rounded down, are 19."""
+    model = perturbed(SSLAMModel(tiny_config(patch_drop_rate=0.3)))
+    whole = model(log_mels()).last_hidden_state
+    assert whole.shape == (2, 65, 32)
+    assert torch.equal(whole, model(log_mels()).last_hidden_state)
+    assert model.train()(log_mels()).last_hidden_state.shape == (2, 1 + 45, 32)
+
+
+def test_patches_that_are_left_keep_their_order_behind_cls():
+    """And so do their positions: the first block hears a subset of what it hears in evaluation, another one of each clip."""
+    model, heard = perturbed(SSLAMModel(tiny_config(patch_drop_rate=0.5))).train(), []
+    model.layers[0].register_forward_pre_hook(lambda module, inputs: heard.append(inputs[0]))
+    model(log_mels())
+    whole, chosen = model.embeddings(log_mels()), []
+    for tokens, all_tokens in zip(heard[0], whole):
+        matches = (tokens.unsqueeze(1) == all_tokens).all(-1)
+        assert (matches.sum(1) == 1).all()
+        chosen.append(matches.int().argmax(1).tolist())
+    assert all(numbers[0] == 0 and numbers == sorted(set(numbers)) and len(numbers) == 33 for numbers in chosen)
+    assert chosen[0] != chosen[1]
+
+
+def test_every_patch_is_as_likely_to_be_left_and_the_mask_follows():
+    """Tokens that are their own number, and a mask over the even ones."""
+    model = SSLAMModel(tiny_config(patch_drop_rate=0.25))
+    numbers = torch.arange(17.0).expand(8000, 17)
+    tokens, mask = model._drop_patches(numbers.unsqueeze(-1), numbers % 2 == 0)
+    assert tokens.shape == (8000, 13, 1)
+    assert torch.equal(mask, tokens[..., 0] % 2 == 0)
+    kept = torch.bincount(tokens.int().flatten(), minlength=17) / 8000
+    assert kept[0] == 1
+    torch.testing.assert_close(kept[1:], torch.full((16,), 0.75), rtol=0, atol=0.025)
+
+
+@pytest.mark.parametrize("sounding", [None, 64])
+def test_mean_pooling_is_over_the_patches_that_are_left(sounding):
+    model = perturbed(SSLAMModel(tiny_config(patch_drop_rate=0.5, classifier_pooling="mean"))).train()
+    masks, drop = [], model._drop_patches
+
+    def record(hidden_states, token_mask):
+        tokens, token_mask = drop(hidden_states, token_mask)
+        masks.append(torch.ones(tokens.shape[:2], dtype=torch.bool) if token_mask is None else token_mask)
+        return tokens, token_mask
+
+    model._drop_patches = record
+    attention_mask = None if sounding is None else torch.arange(128).expand(2, 128) < sounding
+    outputs = model(log_mels(), attention_mask=attention_mask)
+    for pooled, tokens, mask in zip(outputs.pooler_output, outputs.last_hidden_state, masks[0]):
+        assert 0 < mask[1:].sum() <= 32
+        torch.testing.assert_close(pooled, tokens[1:][mask[1:]].mean(0))
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for checkpointing in (False, True):

@@ -32,6 +32,9 @@ class SSLAMConfig(PreTrainedConfig):
         attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout of the attention probabilities.
         drop_path_rate (`float`, defaults to 0.0):
             Probability to skip a residual branch of the last block, growing linearly from 0 in the first. Fine-tuning uses 0.1.
+        patch_drop_rate (`float`, defaults to 0.0):
+            Share of each clip's patches that training leaves out, at random (Patchout, Koutini et al., arXiv 2110.05069): a step costs
+            that much less, and small data sets are overfitted less. None in evaluation.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the linear weights at the start.
         patch_embedding_gain (`float`, defaults to 1.0):
             Factor on the patch projection's weights at the start. Small models that are pre-trained on little audio collapse less
@@ -59,6 +62,9 @@ class SSLAMConfig(PreTrainedConfig):
         use_mixtures (`bool`, defaults to `True`):
             Whether pre-training sees partial mixtures beside the unmixed clips: stage 2, SSLAM. Without, it is stage 1, EAT. See
             `PRETRAINING_STAGES` for the settings that differ.
+        use_unmixed (`bool`, defaults to `True`):
+            Whether pre-training with mixtures sees the unmixed clips as well. Without, there is no source retention, whose weight must
+            be 0: the paper's ablation on mixtures alone (MB-PMA).
         num_views (`int`, defaults to 8): Masks under which each clip is seen in a step; stage 1 uses 16.
         mask_ratio (`float`, defaults to 0.8): Share of the patches that each mask hides.
         mask_ratio_adjust (`float`, defaults to 0.07): Added to the visible share when counting the blocks to keep.
@@ -104,6 +110,7 @@ class SSLAMConfig(PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
+    patch_drop_rate: float | int = 0.0
     initializer_range: float = 0.02
     patch_embedding_gain: float | int = 1.0
     position_embedding_scale: float | int = 1.0
@@ -120,6 +127,7 @@ class SSLAMConfig(PreTrainedConfig):
     decoder_kernel_size: int = 3
     decoder_num_groups: int = 16
     use_mixtures: bool = True
+    use_unmixed: bool = True
     num_views: int = 8
     mask_ratio: float = 0.8
     mask_ratio_adjust: float | int = 0.07
@@ -207,7 +215,7 @@ class SSLAMConfig(PreTrainedConfig):
         for name in ("patch_embedding_gain", "position_embedding_scale"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but a factor must not be negative")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "classifier_dropout"):
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate", "classifier_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but a probability to drop must lie in [0, 1)")
         self._validate_pretraining()
@@ -226,6 +234,11 @@ class SSLAMConfig(PreTrainedConfig):
         for name in ("ema_decay", "ema_end_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but a decay must lie in [0, 1]")
+        if not self.use_unmixed and (not self.use_mixtures or self.source_retention_loss_weight):
+            raise ValueError(
+                f"use_unmixed is False, use_mixtures {self.use_mixtures} and source_retention_loss_weight "
+                f"{self.source_retention_loss_weight:g}, but mixtures alone need use_mixtures=True and a weight of 0"
+            )
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio is {self.mask_ratio}, but must lie between 0 and 1")
         if not 0 <= 1 - self.mask_ratio + self.mask_ratio_adjust <= 1:

@@ -290,6 +290,8 @@ class SSLAMModel(SSLAMPreTrainedModel):
                 without sound are not attended to, and in a patch that is partly sound the rest is replaced by `config.padding_value`.
             output_hidden_states, output_attentions, output_mlp_outputs: see [`SSLAMModelOutput`].
 
+        In training with `config.patch_drop_rate` the output holds the tokens that are left.
+
         Raises:
             ValueError: if the number of mel bins or frames does not fit the model, or the mask neither frames nor tokens.
         """
@@ -299,6 +301,8 @@ class SSLAMModel(SSLAMPreTrainedModel):
         if attention_mask is not None:
             input_values, token_mask = self._apply_mask(input_values, attention_mask)
         hidden_states = self.embeddings(input_values)
+        if self.training and self.config.patch_drop_rate:
+            hidden_states, token_mask = self._drop_patches(hidden_states, token_mask)
         bias = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, bias, **kwargs)
@@ -333,6 +337,15 @@ class SSLAMModel(SSLAMPreTrainedModel):
                 f"and patches), {(batch, tokens)}"
             )
         return input_values, mask
+
+    def _drop_patches(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """CLS and a random choice of each clip's patches, in their order, and the mask over these."""
+        batch, patches = hidden_states.shape[0], hidden_states.shape[1] - 1
+        kept = patches - int(patches * self.config.patch_drop_rate)
+        chosen = torch.rand(batch, patches, device=hidden_states.device).topk(kept, dim=1).indices.sort(dim=1).values
+        tokens = nn.functional.pad(chosen + 1, (1, 0))
+        token_mask = None if token_mask is None else token_mask.gather(1, tokens)
+        return hidden_states.gather(1, tokens.unsqueeze(-1).expand(-1, -1, hidden_states.shape[2])), token_mask
 
     def _pool(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
         if self.config.classifier_pooling == "cls":

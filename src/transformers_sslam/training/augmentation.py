@@ -1,20 +1,35 @@
-"""What the published recipes change about a clip before the model hears it. Training only."""
+"""What the published recipes change about training clips before the model hears them: waveforms one by one, log-mels batch by batch."""
 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from .settings import SettingsError, setting
 
 
 @dataclass
 class AugmentationSettings:
+    """Defaults are what the published fine-tuning recipes share (SSLAM, arXiv 2506.12222)."""
+
     roll: bool = setting("rotate the waveform by a random number of samples; of a clip that will be cut, this also chooses the part", True)
     gain: float = setting("multiply the waveform by 0.5 + a draw from Beta(gain, gain), so by about 1; 0 for none", 10.0)
+    noise: float = setting("add uniform noise in [0, a) to the scaled log-mel, `a` itself uniform in [0, noise); 0 for none", 0.0)
+    mixup_alpha: float = setting("mix log-mels and targets of two clips by a share from Beta(alpha, alpha); 0 for none", 0.8)
+    mixup_probability: float = setting("share of the clips that are mixed", 0.9)
+    time_mask: float = setting("SpecAugment: the largest share of the frames that is hidden; 0 for none", 0.2)
+    frequency_mask: float = setting("SpecAugment: the largest share of the mel bins that is hidden; 0 for none", 0.2)
 
     def __post_init__(self):
-        if self.gain < 0:
-            raise SettingsError(f"augmentation.gain is {self.gain:g}, but must be positive, or 0 for none")
+        for name in ("gain", "noise", "mixup_alpha"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"augmentation.{name} is {getattr(self, name):g}, but must be positive, or 0 for none")
+        for name in ("mixup_probability", "time_mask", "frequency_mask"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"augmentation.{name} is {getattr(self, name):g}, but a share lies in [0, 1]")
+
+
+NO_AUGMENTATION = AugmentationSettings(roll=False, gain=0, noise=0, mixup_alpha=0, mixup_probability=0, time_mask=0, frequency_mask=0)
 
 
 def augment_waveform(waveform: np.ndarray, settings: AugmentationSettings, generator: np.random.Generator) -> np.ndarray:
@@ -24,3 +39,71 @@ def augment_waveform(waveform: np.ndarray, settings: AugmentationSettings, gener
     if settings.gain:
         waveform = waveform * waveform.dtype.type(0.5 + generator.beta(settings.gain, settings.gain))
     return waveform
+
+
+def augment_batch(
+    input_values: torch.Tensor, targets: torch.Tensor, settings: AugmentationSettings, generator: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixup, then noise and SpecAugment, so that what these hide is hidden of both clips of a mixture.
+
+    Args:
+        input_values: `(batch, frames, mel bins)`, scaled log-mels.
+        targets: `(batch, classes)`, in [0, 1].
+
+    Returns:
+        Both, in the same shapes. The inputs are not changed.
+    """
+    if settings.mixup_alpha:
+        chosen = generator.random(len(targets)) < settings.mixup_probability
+        shares = np.where(chosen, generator.beta(settings.mixup_alpha, settings.mixup_alpha, len(targets)), 1.0)
+        partners = generator.permutation(len(targets))
+        input_values, targets = mixup(input_values, targets, torch.from_numpy(shares).float(), torch.from_numpy(partners))
+    if settings.noise:
+        strength = torch.from_numpy(generator.uniform(0, settings.noise, (len(targets), 1, 1)).astype(np.float32))
+        uniform = torch.from_numpy(generator.random(tuple(input_values.shape), dtype=np.float32))
+        input_values = input_values + strength * uniform
+    return spec_augment(input_values, settings.time_mask, settings.frequency_mask, int(generator.integers(2**63))), targets
+
+
+def mixup(
+    input_values: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor, partners: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`share * own + (1 - share) * partner's`, of log-mels and of targets alike (Zhang et al., ICLR 2018, arXiv 1710.09412).
+
+    Args:
+        input_values: `(batch, frames, mel bins)`.
+        targets: `(batch, classes)`.
+        shares: `(batch,)`, of the clip itself; 1 leaves it as it is.
+        partners: `(batch,)`, the row that each is mixed with.
+    """
+    own, rest = shares.view(-1, 1, 1), (1 - shares).view(-1, 1, 1)
+    mixed = own * input_values + rest * input_values[partners]
+    return mixed, own[:, 0] * targets + rest[:, 0] * targets[partners]
+
+
+def spec_augment(input_values: torch.Tensor, time_mask: float, frequency_mask: float, seed: int) -> torch.Tensor:
+    """Hide one stretch of frames and one band of mel bins of each clip behind 0, the mean of a scaled log-mel (SpecAugment, Park et al.,
+    Interspeech 2019, arXiv 1904.08779), with torchaudio's masks.
+
+    Args:
+        input_values: `(batch, frames, mel bins)`.
+        time_mask, frequency_mask: the largest share of either axis that is hidden. How many frames or bins that makes, rounded, is
+            torchaudio's bound: it hides a whole number of them, each from 0 to one below the bound as likely.
+        seed: torchaudio draws from torch's own generator on the CPU, which is seeded here and then put back.
+    """
+    from torchaudio.transforms import FrequencyMasking, TimeMasking
+
+    frames, bins = input_values.shape[1:]
+    spectrograms = input_values.transpose(1, 2).unsqueeze(1)  # (batch, channel, frequency, time)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed accelerators too, which nothing puts back
+        if width := round(time_mask * frames):
+            spectrograms = TimeMasking(width, iid_masks=True)(spectrograms)
+        if width := round(frequency_mask * bins):
+            spectrograms = FrequencyMasking(width, iid_masks=True)(spectrograms)
+    return spectrograms.squeeze(1).transpose(1, 2)
+
+
+def smooth_targets(targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """`(1 - smoothing) * target + smoothing / classes`, as `torch.nn.CrossEntropyLoss(label_smoothing=)` does: `(batch, classes)`."""
+    return targets * (1 - smoothing) + smoothing / targets.shape[-1] if smoothing else targets

@@ -1,0 +1,178 @@
+"""Fine-tuning over folds and seeds: which runs are made, which are not made again, and what they say together."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import scipy.stats
+import soundfile
+import yaml
+
+from transformers_sslam.data.labelled import DatasetError
+from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
+from transformers_sslam.training.repeats import expand, format_runs, repeat_fine_tuning
+from transformers_sslam.training.settings import SettingsError
+
+
+RUNS = ["fold-1-seed-0", "fold-1-seed-1", "fold-2-seed-0", "fold-2-seed-1", "fold-3-seed-0", "fold-3-seed-1"]
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory) -> tuple[FineTuningSettings, dict]:
+    """Three folds of three clips by two seeds, and their summary."""
+    root = tmp_path_factory.mktemp("series")
+    (root / "clips").mkdir()
+    lines = ["file_name,label,fold"]
+    draws = np.random.default_rng(0)
+    for i, (label, fold) in enumerate((label, fold) for fold in (1, 2, 3) for label in ("a", "b", "b")):
+        soundfile.write(root / "clips" / f"{i}.wav", draws.standard_normal(6000) / 10, 16_000)
+        lines.append(f"{i}.wav,{label},{fold}")
+    (root / "clips" / "metadata.csv").write_text("\n".join(lines))
+    settings = FineTuningSettings(
+        data_dir=str(root / "clips"),
+        output_dir=str(root / "runs"),
+        fold_column="fold",
+        cross_validate=True,
+        seeds=[0, 1],
+        model_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "max_length": 32},
+        max_length=32,
+        batch_size=6,
+        total_updates=1,
+        trainer={"disable_tqdm": True},
+    )
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = root / "cache"
+    yield settings, repeat_fine_tuning(settings)
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.fixture
+def copy(series, tmp_path) -> FineTuningSettings:
+    """The series in a folder of its own, with two of its runs: fold 1, held out with either seed."""
+    settings, _ = series
+    (tmp_path / "runs").mkdir()
+    changes = {"eval_folds": [1], "output_dir": str(tmp_path / "runs")}
+    for name in RUNS[:2]:
+        shutil.copytree(Path(settings.output_dir) / name, tmp_path / "runs" / name)
+        file = tmp_path / "runs" / name / "settings.yaml"
+        file.write_text(file.read_text().replace(settings.output_dir, changes["output_dir"]))
+    return replace(settings, **changes)
+
+
+def made(settings: FineTuningSettings) -> dict[str, int]:
+    """When each run's model was written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in sorted(Path(settings.output_dir).glob("*/model.safetensors"))}
+
+
+def test_each_fold_is_held_out_in_turn_with_each_seed(series):
+    settings, _ = series
+    assert list(made(settings)) == RUNS
+    for name in RUNS:
+        run = yaml.safe_load((Path(settings.output_dir) / name / "settings.yaml").read_text())
+        fold, seed = int(name[5]), int(name[-1])
+        assert run["eval_folds"] == [fold]
+        assert run["train_folds"] == [other for other in (1, 2, 3) if other != fold]
+        assert (run["seed"], run["seeds"], run["cross_validate"]) == (seed, [], False)
+        results = json.loads((Path(settings.output_dir) / name / "results.json").read_text())
+        assert results["clips"] == {"training": 6, "evaluation": 3}
+
+
+def test_the_summary_is_that_of_the_runs_results(series):
+    """Against scipy's own interval."""
+    settings, summary = series
+    results = {name: json.loads((Path(settings.output_dir) / name / "results.json").read_text()) for name in RUNS}
+    for metric in ("accuracy", "loss"):
+        values = [results[name]["metrics"][metric] for name in RUNS]
+        found = summary["metrics"][metric]
+        assert found["runs"] == dict(zip(RUNS, values))
+        assert found["mean"] == pytest.approx(sum(values) / 6, rel=1e-12)
+        assert found["std"] == pytest.approx(np.std(values, ddof=1), rel=1e-9)
+        low, high = scipy.stats.t.interval(0.95, 5, np.mean(values), scipy.stats.sem(values)) if found["std"] else (values[0],) * 2
+        assert (found["low"], found["high"]) == pytest.approx((low, high), rel=1e-9)
+    assert summary["metrics"]["loss"]["std"] > 0
+    assert summary["seconds"] == pytest.approx(sum(result["seconds"]["total"] for result in results.values()))
+    assert json.loads((Path(settings.output_dir) / "summary.json").read_text()) == summary
+    assert yaml.safe_load((Path(settings.output_dir) / "series.yaml").read_text())["seeds"] == [0, 1]
+
+
+def test_the_table_has_a_line_for_each_run_and_one_for_all():
+    values = {"one": 0.5, "two": 0.7, "three": 0.9}
+    lines = format_runs({"metrics": {"accuracy": {"runs": values}}}).splitlines()
+    assert lines[0] == "| run | accuracy |"
+    assert lines[2:5] == ["| one | 0.5000 |", "| two | 0.7000 |", "| three | 0.9000 |"]
+    half = 4.302653 * 0.2 / 3**0.5  # Student's t for two degrees of freedom
+    assert lines[5:] == [f"| mean ± std [95 %] | 0.7000 ± 0.2000 [{0.7 - half:.4f}, {0.7 + half:.4f}] |"]
+
+
+def test_without_evaluation_there_is_no_table(copy, tmp_path):
+    single = {"cross_validate": False, "eval_folds": [], "train_folds": [1], "seeds": [], "evaluate": False}
+    summary = repeat_fine_tuning(replace(copy, output_dir=str(tmp_path / "single"), **single))
+    assert summary["metrics"] == {}
+    assert format_runs(summary) == "nothing was evaluated"
+    assert "not evaluated" in (tmp_path / "single" / "README.md").read_text()
+
+
+def test_finished_runs_are_not_made_again(series, copy):
+    before = made(copy)
+    summary = repeat_fine_tuning(copy)
+    assert made(copy) == before
+    assert summary["metrics"]["loss"]["runs"] == {name: series[1]["metrics"]["loss"]["runs"][name] for name in RUNS[:2]}
+
+
+def test_a_series_goes_on_where_it_was_interrupted(series, copy):
+    """Before a run, and in the middle of one: its model is saved, its results are not written."""
+    first, second = (Path(copy.output_dir) / name for name in RUNS[:2])
+    shutil.rmtree(second)
+    (first / "results.json").unlink()
+    before = made(copy)
+    summary = repeat_fine_tuning(copy)
+    assert made(copy)[RUNS[0]] > before[RUNS[0]]
+    expected = {name: series[1]["metrics"]["loss"]["runs"][name] for name in RUNS[:2]}
+    assert summary["metrics"]["loss"]["runs"] == pytest.approx(expected, rel=1e-6)
+    before = made(copy)
+    repeat_fine_tuning(copy)
+    assert made(copy) == before
+
+
+def test_further_seeds_add_runs(copy):
+    before = made(copy)
+    summary = repeat_fine_tuning(replace(copy, seeds=[0, 1, 2]))
+    assert list(summary["metrics"]["loss"]["runs"]) == [*RUNS[:2], "fold-1-seed-2"]
+    assert made(copy).items() > before.items()
+
+
+def test_changed_settings_are_refused_or_run_again(copy):
+    changed, before = replace(copy, learning_rate=1e-3), made(copy)
+    with pytest.raises(SettingsError, match="fold-1-seed-0 holds a model already: .*overwrite=true"):
+        repeat_fine_tuning(changed)
+    assert made(copy) == before
+    repeat_fine_tuning(replace(changed, overwrite=True))
+    after = made(copy)
+    assert all(after[name] > before[name] for name in before)
+    repeat_fine_tuning(changed)  # which are finished now
+    assert made(copy) == after
+
+
+def test_a_fold_that_is_not_there_is_an_error_before_the_first_run(copy, tmp_path):
+    settings = replace(copy, eval_folds=[1, 7], output_dir=str(tmp_path / "none"))
+    with pytest.raises(DatasetError, match="the column 'fold' has no fold 7, only 1, 2, 3"):
+        repeat_fine_tuning(settings)
+    assert not (tmp_path / "none").exists()
+
+
+def test_one_run_lies_in_the_folder_itself(copy):
+    single = replace(copy, cross_validate=False, train_folds=[2], seeds=[])
+    assert expand(single) == {"": single}
+    assert list(expand(replace(single, seeds=[3]))) == ["seed-3"]
+    assert list(expand(replace(copy, seeds=[], eval_folds=["2"]))) == ["fold-2"]
+    assert expand(replace(copy, seeds=[], eval_folds=["2"]))["fold-2"].train_folds == [1, 3]
+
+
+@pytest.mark.parametrize(("name", "values"), [("seeds", [1, 1]), ("eval_folds", [1, "1"])])
+def test_the_same_run_twice_is_an_error(copy, name, values):
+    with pytest.raises(SettingsError, match=f"{name} is .*the same twice"):
+        replace(copy, **{name: values})
