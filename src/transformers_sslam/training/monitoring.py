@@ -53,7 +53,7 @@ def training_flops_per_clip(config: SSLAMConfig, frames: int) -> float:
     width, depth, hidden = config.hidden_size, config.num_hidden_layers, config.intermediate_size
     patches = frames // config.patch_size * config.num_frequency_patches
     visible = num_visible_patches(patches, config.mask_ratio)
-    halves = 2 if config.use_mixtures else 1
+    halves = config.use_mixtures + config.use_unmixed
 
     def encoder(tokens: int) -> float:
         return depth * (2 * tokens * (4 * width**2 + 2 * width * hidden) + 4 * tokens**2 * width)
@@ -66,7 +66,7 @@ def training_flops_per_clip(config: SSLAMConfig, frames: int) -> float:
     decoder = sum(2 * patches * channels * inner * kernel for channels in layers) + 2 * (patches - visible) * inner * width
     student = halves * config.num_views * (encoder(1 + visible) + decoder) + patch_embedding(halves)
     teacher = halves * encoder(1 + patches) + patch_embedding(halves)
-    if config.use_mixtures:
+    if config.use_mixtures and config.source_retention_loss_weight:
         foreign = patches - config.num_unmixed_spans * config.unmixed_span_length // config.patch_size * config.num_frequency_patches
         teacher += encoder(1 + foreign)
     return 3 * student + teacher

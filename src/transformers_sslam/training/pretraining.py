@@ -442,7 +442,7 @@ class PreTrainer:
 def _build_model(settings: PreTrainingSettings, extractor: SSLAMFeatureExtractor) -> SSLAMForPreTraining:
     """The model that the settings ask for, in float32, on the CPU."""
     fields: dict[str, Any] = {**PRETRAINING_STAGES[settings.stage], **settings.model}
-    unknown = [name for name in fields if not hasattr(SSLAMConfig(), name)]
+    unknown = [name for name in fields if name != "attn_implementation" and not hasattr(SSLAMConfig(), name)]
     if unknown:
         raise SettingsError(f"model: SSLAMConfig has no field {', '.join(unknown)}")
     fields.setdefault("padding_value", (extractor.padding_value - extractor.mean) / (2 * extractor.std))

@@ -1,0 +1,244 @@
+"""What mixtures and source retention are worth, by how many sounds overlap: the four variants of SSLAM's ablation at equal compute.
+
+python scripts/study_polyphony.py data_dir=PATH/TO/esc10
+python scripts/study_polyphony.py data_dir=PATH/TO/esc10 seeds='[0,2,4]'  # and, at the same time, the others: 'seeds=[1,3]'
+
+Each seed holds out a fold. On the others, stage 1 is pre-trained once, and stage 2 goes on from it in four ways (section 5 of SSLAM,
+ICLR 2025, arXiv 2506.12222): unmixed clips only (MB-UA), mixtures only (MB-PMA), both (MB-UA-PMA), both and source retention (SSLAM), with
+the same number of views a clip and as many updates as the same floating-point operations allow. Then each is probed, frozen, and fine-tuned
+on mixtures of k events made from the same folds, and tested on mixtures of the fold held out: mean average precision by k.
+Stage 1 is shared with scripts/study_small_model.py where `stage1_dir` and the changes are the same. Finished steps are found again.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+
+from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
+from transformers_sslam.data.labelled import DatasetError, fold_values, load_audio_folder
+from transformers_sslam.data.polyphonic_benchmark import BenchmarkSettings, make_benchmark
+from transformers_sslam.data.polyphony import MixtureSettings
+from transformers_sslam.evaluation.features import encode_clips
+from transformers_sslam.evaluation.frozen import FrozenSettings, read_task
+from transformers_sslam.evaluation.intervals import summarize, summarize_difference
+from transformers_sslam.evaluation.metrics import average_precision
+from transformers_sslam.evaluation.probing import build_probe
+from transformers_sslam.evaluation.reports import format_summary, markdown_table, write_json
+from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
+from transformers_sslam.training.monitoring import training_flops_per_clip
+from transformers_sslam.training.pretraining_settings import PreTrainingSettings
+from transformers_sslam.training.settings import SettingsError, parse_settings, read_settings, setting
+from transformers_sslam.training.steps import copy_clips, fine_tune_once, pretrain_on_folds
+
+
+RECIPES = Path(__file__).parent / "recipes"
+# Fields of the model, over those of the recipe; one half has twice the views, so that a clip is seen as often.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "unmixed": {"use_mixtures": False},
+    "mixed": {"use_unmixed": False, "source_retention_loss_weight": 0},
+    "both": {"source_retention_loss_weight": 0},
+    "retention": {},
+}
+TITLES = {
+    "unmixed": "unmixed only (MB-UA)",
+    "mixed": "mixed only (MB-PMA)",
+    "both": "both (MB-UA-PMA)",
+    "retention": "both + retention (SSLAM)",
+}
+METHODS = {"linear": "frozen, linear on mean patches", "attentive": "frozen, attentive probe", "fine-tuned": "fine-tuned"}
+ALL = "all"  # beside the numbers of events
+
+
+@dataclass
+class StudySettings:
+    data_dir: str = setting("folder of single sounds, an 'audiofolder' with the columns `label`, `fold` and `source`")
+    output_dir: str = setting("folder for all models and results", "runs/polyphony")
+    stage1_dir: str = setting("folder for the runs of stage 1", "runs/small_model")
+    seeds: list[int] = setting("one repetition each; seed s holds out fold number s modulo the number of folds", [0, 1, 2, 3, 4])
+    stage1: str = setting("recipe of the first stage", str(RECIPES / "pretrain_tiny_stage1.yaml"))
+    stage2: str = setting("recipe of the second stage; its updates are those of `retention`", str(RECIPES / "pretrain_tiny_stage2.yaml"))
+    fine_tuning: str = setting("recipe of the fine-tuning", str(RECIPES / "finetune_tiny_polyphonic.yaml"))
+    pretraining_changes: list[str] = setting("key=value, over both recipes of pre-training", [])
+    stage2_changes: list[str] = setting("key=value, over the recipe of the second stage alone", [])
+    fine_tuning_changes: list[str] = setting("key=value, over the recipe of fine-tuning", [])
+    num_events: list[int] = setting("numbers of events of a mixture", [1, 2, 3, 4, 6, 8, 10, 14])
+    train_clips: int = setting("training mixtures for each number of events", 40)
+    test_clips: int = setting("test mixtures for each number of events", 60)
+
+
+def variant_settings(settings: StudySettings, variant: str, stage1: Path) -> tuple[int, list[str]]:
+    """Of a variant's stage 2: updates, as many as cost what those of the recipe cost with retention; and its fields, views among them."""
+    changes = [*settings.pretraining_changes, *settings.stage2_changes, "data.sources=[{kind: folder, path: none}]"]
+    recipe = read_settings(PreTrainingSettings, settings.stage2, changes)
+
+    def fields(name: str) -> dict[str, Any]:
+        halves = 2 if name in ("both", "retention") else 1
+        views = recipe.model.get("num_views", PRETRAINING_STAGES[2]["num_views"]) * 2 // halves
+        return {**VARIANTS[name], "num_views": views}
+
+    def cost(name: str) -> float:
+        model: dict[str, Any] = {**PRETRAINING_STAGES[2], **recipe.model, **fields(name)}
+        model.pop("attn_implementation", None)
+        return training_flops_per_clip(SSLAMConfig.from_pretrained(stage1, **model), recipe.features["max_length"])
+
+    updates = round(recipe.total_updates * cost("retention") / cost(variant))
+    return updates, [f"total_updates={updates}", *(f"model.{name}={json.dumps(value)}" for name, value in fields(variant).items())]
+
+
+def make_mixtures(settings: StudySettings, clips: Path, others: Sequence[int | str], fold: int | str, seed: int, seconds: float) -> Path:
+    """Mixtures of the folds to train on and of the one held out, as long as the model's input."""
+    output = Path(settings.output_dir) / f"seed-{seed}" / "mixtures"
+    if not output.exists():
+        make_benchmark(
+            BenchmarkSettings(
+                data_dir=str(clips),
+                output_dir=str(output),
+                group_column="source",
+                fold_column="fold",
+                train_folds=list(others),
+                test_folds=[fold],
+                num_events=settings.num_events,
+                train_clips=settings.train_clips,
+                test_clips=settings.test_clips,
+                mixing=MixtureSettings(clip_seconds=seconds, event_seconds=seconds / 2),
+                seed=seed,
+            )
+        )
+    return output
+
+
+def by_events(scores: np.ndarray, targets: np.ndarray, num_events: np.ndarray) -> dict[str, float]:
+    """Mean average precision over the classes that have positives: of the clips of each number of events, and of all."""
+
+    def mean(rows: np.ndarray) -> float:
+        return float(np.nanmean(average_precision(scores[rows], targets[rows])))
+
+    found = {str(k): mean(num_events == k) for k in sorted(set(num_events.tolist()))}
+    return {**found, ALL: mean(np.ones(len(scores), bool))}
+
+
+def probe(model: Path, mixtures: Path, num_events: np.ndarray) -> dict[str, dict[str, float]]:
+    """Frozen student: probes trained on the training mixtures, on the test mixtures."""
+    extractor = SSLAMFeatureExtractor.from_pretrained(model)
+    task = read_task(
+        FrozenSettings(model=str(model), data_dir=str(mixtures), layout="parquet", label_column="labels", fold_column=None),
+        extractor.sampling_rate,
+    )
+    (partition,) = task.partitions
+    features = encode_clips(SSLAMModel.from_pretrained(model, dtype=torch.float32), extractor, task.waveforms)
+    train, test = features.select(partition.train), features.select(partition.evaluation)
+    found = {}
+    for name, probe_name in (("linear", "linear_mean"), ("attentive", "attentive")):
+        scores = build_probe(probe_name).fit(train, task.targets[partition.train], seed=0).scores(test)
+        found[name] = by_events(scores, task.targets[partition.evaluation], num_events)
+    return found
+
+
+def run(settings: StudySettings, clips: Path, every: Sequence[int | str], seed: int) -> dict:
+    """All variants of one seed: mean average precision by variant, method and number of events."""
+    fold = every[seed % len(every)]
+    others = [other for other in every if other != fold]
+    output = Path(settings.output_dir) / f"seed-{seed}"
+    shared = [f"seed={seed}", *settings.pretraining_changes]
+    stage1, _ = pretrain_on_folds(settings.stage1, clips, others, Path(settings.stage1_dir) / f"fold-{fold}-seed-{seed}" / "stage1", shared)
+    seconds = SSLAMFeatureExtractor.from_pretrained(stage1).max_length / 100
+    mixtures = make_mixtures(settings, clips, others, fold, seed, seconds)
+    num_events = np.array(datasets.load_dataset(str(mixtures), split="test")["num_events"])
+    record: dict = {"fold": fold, "precision": {}, "updates": {}, "cpu_seconds": {}}
+    for variant in VARIANTS:
+        record["updates"][variant], own = variant_settings(settings, variant, stage1)
+        changes = [*shared, *settings.stage2_changes, f"init_from={stage1}", *own]
+        model, record["cpu_seconds"][variant] = pretrain_on_folds(settings.stage2, clips, others, output / variant, changes)
+        tuned = output / f"{variant}-fine-tuned"
+        fixed = [f"data_dir={mixtures}", f"model={model}", f"output_dir={tuned}", f"seed={seed}"]
+        fine_tune_once(read_settings(FineTuningSettings, settings.fine_tuning, [*settings.fine_tuning_changes, *fixed]))
+        scores = np.load(tuned / "scores.npz")
+        record["precision"][variant] = {
+            **probe(model, mixtures, num_events),
+            "fine-tuned": by_events(scores["logits"], scores["targets"], num_events),
+        }
+    write_json(output / "results.json", record)
+    return record
+
+
+def report(settings: StudySettings) -> str:
+    """Tables by method of all seeds that are finished, `results.json` of what they hold, and the plot."""
+    records = {file.parent.name: json.loads(file.read_text()) for file in sorted(Path(settings.output_dir).glob("seed-*/results.json"))}
+    columns = [*map(str, settings.num_events), ALL]
+    precision = {
+        method: {
+            variant: {k: [record["precision"][variant][method][k] for record in records.values()] for k in columns} for variant in VARIANTS
+        }
+        for method in METHODS
+    }
+    write_json(Path(settings.output_dir) / "results.json", {"runs": records, "precision": precision})
+    tables = []
+    for method, title in METHODS.items():
+        rows = []
+        for variant, values in precision[method].items():
+            gain = summarize_difference(values[ALL], precision[method]["unmixed"][ALL])
+            cells = [f"{100 * np.mean(values[k]):.1f}" for k in columns[:-1]]
+            overall = format_summary(summarize(values[ALL]))
+            rows.append([TITLES[variant], *cells, overall, "-" if variant == "unmixed" else format_summary(gain)])
+        header = [
+            f"{title}: mAP, % by k",
+            *columns[:-1],
+            f"all, mean ± deviation [95 %] of {len(records)} seeds",
+            "over unmixed only, paired",
+        ]
+        tables.append(markdown_table(header, rows))
+    plot(settings, precision)
+    return "\n\n".join(tables)
+
+
+def plot(settings: StudySettings, precision: dict) -> Path:
+    """Mean average precision against the number of events, with 95 % intervals over seeds: `precision.png`."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(METHODS), figsize=(4.2 * len(METHODS), 3.6), sharex=True, constrained_layout=True)
+    for axis, (method, title) in zip(axes, METHODS.items()):
+        for offset, (variant, values) in enumerate(precision[method].items()):
+            summaries = [summarize(values[str(k)]) for k in settings.num_events]
+            means = np.array([summary.mean for summary in summaries])
+            bounds = np.abs(np.array([[summary.low, summary.high] for summary in summaries]).T - means)
+            places = np.array(settings.num_events) + 0.12 * (offset - 1.5)  # side by side, so that no interval hides another
+            axis.errorbar(places, 100 * means, 100 * bounds, label=TITLES[variant], capsize=2, marker="o", markersize=3, linewidth=1)
+        axis.set(title=title, xlabel="events that sound at once (k)", ylabel="mAP, %", xticks=settings.num_events)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    path = Path(settings.output_dir) / "precision.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def main() -> None:
+    transformers.logging.disable_progress_bar()
+    settings = parse_settings(StudySettings, __doc__)
+    try:
+        every = fold_values(load_audio_folder(settings.data_dir), "fold")
+        clips = copy_clips(settings.data_dir, Path(settings.stage1_dir) / "clips")
+        for seed in settings.seeds:
+            precision = run(settings, clips, every, seed)["precision"]
+            print(
+                f"seed {seed}: " + json.dumps({v: {m: round(p[ALL], 3) for m, p in found.items()} for v, found in precision.items()}),
+                flush=True,
+            )
+    except (DatasetError, SettingsError) as error:
+        sys.exit(f"error: {error}")
+    print(report(settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""What pre-training is worth to a small model on a small data set: cross-validated, over seeds, against its twin from scratch.
+
+python scripts/study_small_model.py data_dir=PATH/TO/esc10
+python scripts/study_small_model.py data_dir=PATH/TO/esc10 folds='[1,2]'  # and, at the same time, the others: 'folds=[3,4]'
+python scripts/study_small_model.py data_dir=PATH/TO/esc10 ship=true      # also trains the model to ship, on every fold
+
+For each fold held out and each seed: SSLAM pre-training on the other folds without their labels, in both stages; then fine-tuning of
+that and of the same network from scratch. "Equal compute": the twin trains for as many CPU seconds as pre-training and fine-tuning took
+together. Finished steps are found again, so that the study can be interrupted, and split over processes by fold; each prints what is there.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
+from transformers_sslam.data.labelled import DatasetError, fold_values, load_audio_folder
+from transformers_sslam.evaluation.features import encode_clips
+from transformers_sslam.evaluation.frozen import FrozenSettings, read_task
+from transformers_sslam.evaluation.intervals import summarize, summarize_difference
+from transformers_sslam.evaluation.probing import run_probe
+from transformers_sslam.evaluation.reports import format_summary, markdown_table, write_json
+from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
+from transformers_sslam.training.settings import SettingsError, parse_settings, read_settings, setting
+from transformers_sslam.training.steps import copy_clips, epochs_of_equal_cost, fine_tune_once, pretrain_on_folds
+
+
+RECIPES = Path(__file__).parent / "recipes"
+# What the network from scratch shares with the pre-trained one.
+TWIN = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_length"),
+    *("patch_embedding_gain", "position_embedding_scale"),
+)
+TITLES = {
+    "full": "pre-trained, all clips",
+    "scratch": "from scratch, equal compute",
+    "short": "pre-trained, {short} epochs",
+    "scratch_short": "from scratch, {short} epochs",
+    "few": "pre-trained, {short} epochs, {few} clips a class",
+    "scratch_few": "from scratch, {short} epochs, {few} clips a class",
+    "probe": "frozen student, linear probe on mean patches",
+    "statistics": "log-mel statistics, logistic regression",
+}
+PAIRS = (
+    ("full", "scratch"),
+    ("short", "scratch_short"),
+    ("few", "scratch_few"),
+    ("few_short", "scratch_few_short"),
+    ("probe", "statistics"),
+)
+
+
+@dataclass
+class StudySettings:
+    data_dir: str = setting("folder of the clips, an 'audiofolder' with a column `fold`")
+    output_dir: str = setting("folder for all models and results", "runs/small_model")
+    folds: list[int | str] = setting("folds to hold out in turn; empty: all", [])
+    repetitions: int = setting("runs for each fold, every one with a seed of its own", 2)
+    stage1: str = setting("recipe of the first stage", str(RECIPES / "pretrain_tiny_stage1.yaml"))
+    stage2: str = setting("recipe of the second stage", str(RECIPES / "pretrain_tiny_stage2.yaml"))
+    fine_tuning: str = setting("recipe of the fine-tuning", str(RECIPES / "finetune_tiny.yaml"))
+    pretraining_changes: list[str] = setting("key=value, over both recipes of pre-training", [])
+    fine_tuning_changes: list[str] = setting("key=value, over the recipe of fine-tuning", [])
+    short_epochs: int = setting("epochs of the short runs", 20)
+    clips_per_class: int = setting("clips of each class in the short runs on few clips", 10)
+    ship: bool = setting("whether to train on every fold as well, for a model to ship", False)
+
+
+def pretrain(settings: StudySettings, clips: Path, folds: Sequence[int | str], output: Path, seed: int) -> tuple[Path, float]:
+    """Both stages on these folds: the model's folder, and the CPU seconds of both."""
+    shared = [f"seed={seed}", *settings.pretraining_changes]
+    origin, cost = pretrain_on_folds(settings.stage1, clips, folds, output / "stage1", shared)
+    model, more = pretrain_on_folds(settings.stage2, clips, folds, output / "stage2", [*shared, f"init_from={origin}"])
+    return model, cost + more
+
+
+def fine_tuning(settings: StudySettings, clips: Path, output: Path, seed: int, *changes: str) -> FineTuningSettings:
+    fixed = [f"data_dir={clips}", "fold_column=fold", f"seed={seed}", f"output_dir={output}"]
+    return read_settings(FineTuningSettings, settings.fine_tuning, [*settings.fine_tuning_changes, *fixed, *changes])
+
+
+def from_scratch(model: Path, recipe: FineTuningSettings) -> str:
+    """The setting that makes the pre-trained model's twin: its sizes and its way of starting, none of its weights."""
+    config = SSLAMConfig.from_pretrained(model)
+    return f"model_config={json.dumps({**recipe.model_config, **{name: getattr(config, name) for name in TWIN}})}"
+
+
+def run(settings: StudySettings, clips: Path, every: Sequence[int | str], fold: int | str, seed: int) -> dict[str, Any]:
+    """All conditions for one fold and seed: accuracies by condition, epochs and CPU seconds."""
+    output = Path(settings.output_dir) / f"fold-{fold}-seed-{seed}"
+    others = [other for other in every if other != fold]
+    model, pretraining_cost = pretrain(settings, clips, others, output, seed)
+    parts = [f"train_folds={json.dumps(others)}", f"eval_folds={json.dumps([fold])}"]
+
+    def tune(name: str, *changes: str) -> dict[str, Any]:
+        return fine_tune_once(fine_tuning(settings, clips, output / name, seed, *parts, *changes))
+
+    recipe = fine_tuning(settings, clips, output, seed, *parts)
+    start, scratch = f"model={model}", from_scratch(model, recipe)
+    short, few = f"epochs={settings.short_epochs}", f"clips_per_class={settings.clips_per_class}"
+    results = {"full": tune("full", start)}
+    cost = results["full"]["seconds"]["training_cpu"]
+    epochs = epochs_of_equal_cost(recipe.epochs, cost, cost + pretraining_cost)
+    results |= {
+        "short": tune("short", start, short),
+        "scratch_short": tune("scratch_short", scratch, short),
+        "few": tune("few", start, short, few),
+        "scratch_few": tune("scratch_few", scratch, short, few),
+        "scratch": tune("scratch", scratch, f"epochs={epochs}"),
+    }
+    record = {
+        "accuracy": {**{name: result["metrics"]["accuracy"] for name, result in results.items()}, **probe(clips, model, fold)},
+        "epochs": {"full": recipe.epochs, "scratch": epochs},
+        "cpu_seconds": {
+            "pretraining": pretraining_cost,
+            **{name: result["seconds"]["training_cpu"] for name, result in results.items()},
+        },
+        "parameters": results["full"]["parameters"],
+    }
+    write_json(output / "results.json", record)
+    return record
+
+
+def probe(clips: Path, model: Path, fold: int | str) -> dict[str, float]:
+    """Accuracy of logistic regressions on the held-out fold: on the frozen student's mean patches, and on log-mel statistics."""
+    extractor = SSLAMFeatureExtractor.from_pretrained(model)
+    task = read_task(FrozenSettings(model=str(model), data_dir=str(clips)), extractor.sampling_rate)
+    partitions = [partition for partition in task.partitions if partition.name == str(fold)]
+    features = encode_clips(SSLAMModel.from_pretrained(model, dtype=torch.float32), extractor, task.waveforms, keep_patches=False)
+    probes = {"probe": "linear_mean", "statistics": "log_mel_statistics"}
+    return {key: float(run_probe(name, features, task.targets, partitions)[0, 0]) for key, name in probes.items()}
+
+
+def ship(settings: StudySettings, clips: Path, every: Sequence[int | str]) -> Path:
+    """Pre-train and fine-tune on every fold, by the recipe whose accuracy the cross-validation tells."""
+    output, seed = Path(settings.output_dir) / "ship", 0
+    model, _ = pretrain(settings, clips, every, output, seed)
+    fine_tune_once(
+        fine_tuning(settings, clips, output / "model", seed, f"model={model}", f"train_folds={json.dumps(list(every))}", "evaluate=false")
+    )
+    return output / "model"
+
+
+def report(settings: StudySettings) -> str:
+    """Tables of all runs that are finished, and `results.json` of what they hold."""
+    records = {file.parent.name: json.loads(file.read_text()) for file in sorted(Path(settings.output_dir).glob("fold-*/results.json"))}
+    values = {name: [record["accuracy"][name] for record in records.values()] for name in TITLES}
+    titles = {name: title.format(short=settings.short_epochs, few=settings.clips_per_class) for name, title in TITLES.items()}
+    summaries = {name: summarize(accuracies) for name, accuracies in values.items()}
+    gains = {f"{a} - {b}": summarize_difference(values[a], values[b]) for a, b in PAIRS}
+    write_json(
+        Path(settings.output_dir) / "results.json",
+        {
+            "runs": records,
+            "accuracy": {name: summary.to_dict() for name, summary in summaries.items()},
+            "gains": {name: gain.to_dict() for name, gain in gains.items()},
+        },
+    )
+    accuracy = markdown_table(
+        [f"accuracy, %, mean ± deviation [95 %] of {len(records)} runs", ""],
+        [[titles[name], format_summary(summary)] for name, summary in summaries.items()],
+    )
+    paired = markdown_table(
+        ["points gained, run by run", ""], [[f"{titles[a]} over {titles[b]}", format_summary(gains[f"{a} - {b}"])] for a, b in PAIRS]
+    )
+    return f"{accuracy}\n\n{paired}"
+
+
+def main() -> None:
+    transformers.logging.disable_progress_bar()
+    settings = parse_settings(StudySettings, __doc__)
+    try:
+        every = fold_values(load_audio_folder(settings.data_dir), "fold")
+        clips = copy_clips(settings.data_dir, Path(settings.output_dir) / "clips")
+        for repetition in range(settings.repetitions):
+            for fold in settings.folds or every:
+                seed = repetition * len(every) + every.index(fold)
+                print(f"fold {fold}, seed {seed}: {run(settings, clips, every, fold, seed)['accuracy']}", flush=True)
+        if settings.ship:
+            print(f"the model to ship lies in {ship(settings, clips, every)}")
+    except (DatasetError, SettingsError) as error:
+        sys.exit(f"error: {error}")
+    print(report(settings))
+
+
+if __name__ == "__main__":
+    main()

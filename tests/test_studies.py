@@ -1,0 +1,207 @@
+"""Studies: steps that are done once, and comparisons at equal cost."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+from conftest import noise, tiny_config
+from sklearn.metrics import average_precision_score
+
+from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
+from transformers_sslam.data.decoding import load_waveform
+from transformers_sslam.data.labelled import DatasetError
+from transformers_sslam.training import steps
+from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
+from transformers_sslam.training.monitoring import training_flops_per_clip
+from transformers_sslam.training.steps import copy_clips, epochs_of_equal_cost, fine_tune_once, pretrain_on_folds
+
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+FOLDS = (1, 2, 3)
+SIZES = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_length": 256},
+    **{"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_groups": 8, "num_views": 2, "unmixed_span_length": 16},
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look their annotations up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def clips(tmp_path) -> Path:
+    """Four clips of 0.7 s, 22.05 kHz, of two classes in each of three folds."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    lines = ["file_name,label,fold,source"]
+    for fold in FOLDS:
+        for i, label in enumerate(("hum", "hiss") * 2):
+            name, time = f"{fold}-{i}.wav", np.arange(15435) / 22050
+            tone = 0.3 * np.sin(2 * np.pi * (200 + 20 * i) * time) if label == "hum" else 0
+            soundfile.write(folder / name, noise(0.7, seed=10 * fold + i, sampling_rate=22050) + tone, 22050)
+            lines.append(f"{name},{label},{fold},{fold}-{i}")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    """Two updates of a network of two blocks."""
+    path = tmp_path / "stage1.json"  # which is YAML too
+    settings = {
+        "stage": 1,
+        "data": {"sources": [{"kind": "folder", "path": "replaced"}]},
+        "features": {"max_length": 64},
+        "model": {name: value for name, value in SIZES.items() if name != "unmixed_span_length"},
+        **{"total_updates": 2, "warmup_updates": 1, "batch_size": 2, "num_workers": 0, "mixed_precision": "no", "trackers": []},
+    }
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def test_a_copy_of_clips_is_what_a_model_would_decode_and_is_made_once(clips, tmp_path):
+    copy = copy_clips(clips, tmp_path / "copy")
+    rows = {row["file_name"]: row for row in datasets.load_dataset("csv", data_files=str(copy / "metadata.csv"), split="train")}
+    assert len(rows) == 12
+    assert rows["2-1.wav"] == {"file_name": "2-1.wav", "label": "hiss", "fold": 2, "source": "2-1"}
+    np.testing.assert_array_equal(soundfile.read(copy / "2-1.wav", dtype="float32")[0], load_waveform(clips / "2-1.wav"))
+    (copy / "2-1.wav").unlink()
+    assert copy_clips(clips, tmp_path / "copy") == copy
+    assert not (copy / "2-1.wav").exists()
+
+
+def test_a_copy_with_a_broken_clip_is_refused(clips, tmp_path):
+    (clips / "3-0.wav").write_bytes(b"no audio")
+    with pytest.raises(DatasetError, match=r"1 of 12 study clips cannot be used \(1 unreadable\)"):
+        copy_clips(clips, tmp_path / "copy")
+    assert not (tmp_path / "copy" / "metadata.csv").exists()
+
+
+def test_a_finished_pre_training_is_found_again_and_its_cost_with_it(clips, recipe, tmp_path, monkeypatch):
+    model, cost = pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", ["seed=4"])
+    assert (model / "model.safetensors").is_file()
+    assert cost > 0
+    settings = json.loads((tmp_path / "run" / "step.json").read_text())["settings"]
+    assert settings["data"]["sources"][0]["keep"] == {"fold": [1, 3]}
+    monkeypatch.setattr(steps, "PreTrainer", lambda settings: pytest.fail("it was run again"))
+    assert pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", ["seed=4"]) == (model, cost)
+    with pytest.raises(pytest.fail.Exception):
+        pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", ["seed=5"])
+
+
+def test_a_pre_training_that_a_signal_stopped_does_not_count_as_finished(clips, recipe, tmp_path, monkeypatch):
+    class Stopped:
+        update = 1
+
+        def __init__(self, settings): ...
+
+        def run(self): ...
+
+    monkeypatch.setattr(steps, "PreTrainer", Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain_on_folds(recipe, clips, [1], tmp_path / "run", [])
+    assert not (tmp_path / "run" / "step.json").exists()
+
+
+def test_a_finished_fine_tuning_is_found_again(clips, tmp_path, monkeypatch):
+    settings = FineTuningSettings(
+        data_dir=str(clips),
+        output_dir=str(tmp_path / "model"),
+        fold_column="fold",
+        train_folds=[1],
+        eval_folds=[2],
+        max_length=64,
+        model_config={name: SIZES[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")},
+        total_updates=1,
+        trainer={"disable_tqdm": True},
+    )
+    first = fine_tune_once(settings)
+    monkeypatch.setattr(steps, "fine_tune", lambda settings: "run again")
+    assert fine_tune_once(settings)["metrics"]["accuracy"] == first["metrics"]["accuracy"]
+    assert fine_tune_once(replace(settings, seed=1)) == "run again"
+
+
+def test_epochs_of_equal_cost_are_rounded_up():
+    assert epochs_of_equal_cost(40, cost=100, total=100) == 40
+    assert epochs_of_equal_cost(40, cost=100, total=250) == 100
+    assert epochs_of_equal_cost(40, cost=100, total=251) == 101
+
+
+def test_variants_differ_in_what_they_see_and_cost_the_same(tmp_path):
+    study = load_script("study_polyphony")
+    SSLAMForPreTraining(tiny_config(**{**PRETRAINING_STAGES[1], **SIZES})).save_pretrained(tmp_path / "stage1")
+    SSLAMFeatureExtractor(max_length=64).save_pretrained(tmp_path / "stage1")
+    stage2 = {
+        **{"output_dir": "x", "stage": 2, "data": {"sources": [{"kind": "folder", "path": "x"}]}, "features": {"max_length": 64}},
+        **{"model": {"num_views": 4, "unmixed_span_length": 16}, "total_updates": 1000, "warmup_updates": 10},
+    }
+    (tmp_path / "stage2.json").write_text(json.dumps(stage2))
+    settings = study.StudySettings(data_dir="x", stage2=str(tmp_path / "stage2.json"))
+    cost, fields = {}, {}
+    for variant in study.VARIANTS:
+        updates, changes = study.variant_settings(settings, variant, tmp_path / "stage1")
+        assert changes[0] == f"total_updates={updates}"
+        fields[variant] = {name[len("model.") :]: json.loads(value) for name, value in (change.split("=") for change in changes[1:])}
+        config = SSLAMConfig.from_pretrained(tmp_path / "stage1", **{**PRETRAINING_STAGES[2], **stage2["model"], **fields[variant]})
+        cost[variant] = updates * training_flops_per_clip(config, 64)
+    assert fields == {
+        "unmixed": {"use_mixtures": False, "num_views": 8},
+        "mixed": {"use_unmixed": False, "source_retention_loss_weight": 0, "num_views": 8},
+        "both": {"source_retention_loss_weight": 0, "num_views": 4},
+        "retention": {"num_views": 4},
+    }
+    np.testing.assert_allclose(list(cost.values()), cost["retention"], rtol=5e-4)  # to half an update of a thousand
+
+
+def test_precision_by_number_of_events_is_that_of_the_clips_that_have_so_many():
+    by_events = load_script("study_polyphony").by_events
+    generator = np.random.default_rng(0)
+    scores, targets = generator.standard_normal((60, 4)), (generator.random((60, 4)) < 0.4).astype(np.int64)
+    num_events = np.repeat([1, 3, 14], 20)
+    targets[num_events == 1, 2] = 0  # a class without positives among these
+    found = by_events(scores, targets, num_events)
+    assert list(found) == ["1", "3", "14", "all"]
+    expected = [average_precision_score(targets[num_events == 1, i], scores[num_events == 1, i]) for i in (0, 1, 3)]
+    assert found["1"] == pytest.approx(np.mean(expected), abs=1e-12)
+    assert found["all"] == pytest.approx(average_precision_score(targets, scores, average="macro"), abs=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["study_small_model", "study_polyphony"])
+def test_a_study_in_miniature(study, shared, tmp_path):
+    """The real programs on a few updates: what they print and write."""
+    small = ["total_updates=2", "warmup_updates=1", "batch_size=2"]
+    arguments = [f"pretraining_changes={json.dumps(small)}", 'fine_tuning_changes=["epochs=1", "trainer.disable_tqdm=true"]']
+    if study == "study_small_model":
+        arguments += ["folds=[2]", "repetitions=1", "short_epochs=1", "clips_per_class=2"]
+    else:
+        arguments += ["seeds=[0]", "num_events=[1, 3]", "train_clips=10", "test_clips=10", f"stage1_dir={tmp_path / 'stage1'}"]
+    command = [sys.executable, str(SCRIPTS / f"{study}.py"), f"data_dir={shared / 'data' / 'esc10'}", f"output_dir={tmp_path / 'out'}"]
+    process = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    if study == "study_small_model":
+        accuracy = results["runs"]["fold-2-seed-1"]["accuracy"]
+        assert set(accuracy) == {"full", "scratch", "short", "scratch_short", "few", "scratch_few", "probe", "statistics"}
+        assert f"| pre-trained, all clips | {100 * accuracy['full']:.1f} |" in process.stdout
+        assert accuracy["statistics"] > 0.7
+    else:
+        assert set(results["precision"]["fine-tuned"]) == {"unmixed", "mixed", "both", "retention"}
+        assert (tmp_path / "out" / "precision.png").is_file()
