@@ -1,83 +1,77 @@
-"""Linear probe on the mean patch tokens of a frozen encoder, against the same network untrained: each fold in turn is held out.
+"""What a frozen encoder knows: probes on its features, against the same network untrained and against no network at all.
 
-python scripts/probe.py model=runs/tiny/stage2/model data_dir=PATH/TO/esc10 fold_column=fold
+python scripts/probe.py model=runs/tiny/stage2/model data_dir=PATH/TO/esc10                     # each fold held out in turn
+python scripts/probe.py model=MODEL data_dir=PATH/TO/spass layout=spass subset=Park fold_column=null label_column=labels
+python scripts/probe.py model=MODEL data_dir=PATH/TO/esc10 probes='[published_linear]' published='[epochs=10]'
+python scripts/probe.py --help
+
+Accuracy, or mean average precision where clips have several labels: mean ± deviation [95 % interval] over folds, each the mean of its
+seeds; without folds, over seeds. The published linear protocol is fine-tuning with the encoder frozen (SSLAM, arXiv 2506.12222).
 """
 
+import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import datasets
 import numpy as np
-import torch
 import transformers
 
-from transformers_sslam import SSLAMFeatureExtractor, SSLAMModel
-from transformers_sslam.data.labelled import (
-    DatasetError,
-    Waveforms,
-    choose_classes,
-    encode_labels,
-    keep_rows,
-    load_audio_folder,
-    read_rows,
+from transformers_sslam.data.labelled import DatasetError
+from transformers_sslam.evaluation.features import ProbeError
+from transformers_sslam.evaluation.frozen import FrozenSettings, evaluate_frozen, results_table
+from transformers_sslam.evaluation.probing import Partition
+from transformers_sslam.evaluation.reports import write_json
+from transformers_sslam.training.fine_tuning import FineTuningSettings, fine_tune
+from transformers_sslam.training.settings import SettingsError, parse_settings, read_settings, setting
+
+
+# As in recipes/linear_spass.yaml, for any data: length and statistics are the checkpoint's, exclusive classes have cross-entropy.
+PUBLISHED_PROTOCOL = (
+    *("freeze_encoder=true", "learning_rate=1e-3", "epochs=50", "warmup_share=0", "batch_size=48"),
+    *("augmentation.mixup_alpha=0.8", "augmentation.mixup_probability=0.9"),
+    *("augmentation.time_mask=0.2", "augmentation.frequency_mask=0.2", "model_config.drop_path_rate=0.1"),
 )
-from transformers_sslam.evaluation.probing import linear_probe, mean_patch_embeddings
-from transformers_sslam.training.settings import SettingsError, parse_settings, refusals_as_settings_errors, setting
+SHARED = (
+    *("model", "data_dir", "layout", "subset", "label_column", "label_separator", "fold_column", "train_split", "eval_split"),
+    *("max_unreadable", "max_length", "memory_gb"),
+)
 
 
-@dataclass
-class ProbeSettings:
-    model: str = setting("checkpoint of the encoder, a folder or Hub id")
-    data_dir: str = setting("folder of the clips, an 'audiofolder' of the datasets library")
-    label_column: str = setting("column of the labels, one a clip", "label")
-    fold_column: str = setting("column whose values are held out in turn", "fold")
-    strength: float = setting("inverse of the L2 regularisation of the logistic regression", 1.0)
-    seeds: list[int] = setting("of the untrained networks", [0, 1, 2])
+@dataclass(kw_only=True)
+class Settings(FrozenSettings):
+    published: list[str] = setting("changes to the published protocol: settings of scripts/finetune.py as key=value", [])
 
 
-def probe(settings: ProbeSettings) -> dict[str, dict[str, float]]:
-    """Accuracy by fold, for the trained network and each untrained one."""
-    with refusals_as_settings_errors(f"model {settings.model}"):
-        extractor = SSLAMFeatureExtractor.from_pretrained(settings.model)
-        models = {"trained": SSLAMModel.from_pretrained(settings.model, dtype=torch.float32)}
-    for seed in settings.seeds:
-        torch.manual_seed(seed)
-        models[f"untrained, seed {seed}"] = SSLAMModel(models["trained"].config)
-
-    clips = datasets.concatenate_datasets(list(load_audio_folder(settings.data_dir).values()))
-    rows = read_rows(clips, settings.label_column)
-    waveforms = Waveforms(rows.sources, extractor.sampling_rate)
-    waveforms.check_unreadable(0.01, "probed")
-    rows = keep_rows(rows, waveforms.kept)
-    labels = encode_labels(rows, choose_classes(rows)).numpy()
-    if settings.fold_column not in clips.column_names:
-        raise DatasetError(f"there is no column {settings.fold_column!r}, only {', '.join(clips.column_names)}: name another")
-    folds = np.array([str(fold) for fold in clips[settings.fold_column]])[waveforms.kept]
-
-    accuracy = {}
-    for name, model in models.items():
-        features = mean_patch_embeddings(model, extractor, waveforms)
-        accuracy[name] = {
-            fold: linear_probe(
-                features[folds != fold], labels[folds != fold], features[folds == fold], labels[folds == fold], settings.strength
-            )
-            for fold in sorted(set(folds))
-        }
-    return accuracy
+def run_published_protocol(settings: Settings, partitions: Sequence[Partition]) -> np.ndarray:
+    """One fine-tuning run each, `(partitions, seeds)`, which leaves its model and results below `output_dir`."""
+    shared = [f"{name}={value}" for name in SHARED if (value := getattr(settings, name)) is not None]
+    values = np.empty((len(partitions), len(settings.seeds)))
+    for row, partition in enumerate(partitions):
+        for column, seed in enumerate(settings.seeds):
+            own = [f"output_dir={settings.output_dir}/published/{partition.name}-seed-{seed}", f"seed={seed}", "overwrite=true"]
+            if settings.fold_column is not None:
+                others = [other.name for other in partitions if other is not partition]
+                own += [f"train_folds={json.dumps(others)}", f"eval_folds={json.dumps([partition.name])}"]
+            run = read_settings(FineTuningSettings, None, [*PUBLISHED_PROTOCOL, *shared, *own, *settings.published])
+            metrics = fine_tune(run)["metrics"]
+            values[row, column] = metrics["accuracy" if "accuracy" in metrics else "mean_average_precision"]
+    return values
 
 
 def main() -> None:
     transformers.logging.disable_progress_bar()
-    settings = parse_settings(ProbeSettings, __doc__)
     try:
-        accuracy = probe(settings)
-    except (DatasetError, SettingsError) as error:
+        settings = parse_settings(Settings, __doc__)
+        results = evaluate_frozen(settings, run_published_protocol)  # type: ignore[arg-type]  # it is given these settings
+    except (DatasetError, SettingsError, ProbeError) as error:
         sys.exit(f"error: {error}")
-    means = {name: float(np.mean(list(by_fold.values()))) for name, by_fold in accuracy.items()}
-    for name, by_fold in accuracy.items():
-        print(f"{name:20} {means[name]:.1%}  by fold: " + ", ".join(f"{fold} {value:.1%}" for fold, value in by_fold.items()))
-    untrained = [mean for name, mean in means.items() if name != "trained"]
-    print(f"gain: {100 * (means['trained'] - np.mean(untrained)):+.1f} points over the mean of {len(untrained)} untrained networks")
+    output = Path(settings.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "results.json", results)
+    print(results_table(results))
+    print(f"\nevery number is in {output / 'results.json'}")
 
 
 if __name__ == "__main__":

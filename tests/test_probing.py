@@ -1,37 +1,359 @@
-"""Frozen features and the linear classifier on them."""
+"""Probes: each finds what only it can find, the same seed finds the same, and what cannot be learnt is refused. And the program."""
 
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import datasets
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import noise, tiny_config
+from scipy.stats import t
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+from sklearn.preprocessing import StandardScaler
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMModel
-from transformers_sslam.evaluation.probing import linear_probe, mean_patch_embeddings
+from transformers_sslam.evaluation import probing
+from transformers_sslam.evaluation.features import Features, ProbeError
+from transformers_sslam.evaluation.pooling import HeadSettings, PrototypePooling
+from transformers_sslam.evaluation.probing import (
+    PROBES,
+    TITLES,
+    Partition,
+    ProbeSettings,
+    build_probe,
+    check_partitions,
+    hold_out_each,
+    run_probe,
+    score,
+    summarize_gain,
+    summarize_runs,
+)
 
 
-def test_features_are_the_mean_of_the_patches_that_are_heard():
-    """Clips of unequal length in one batch, each as if alone and without its padding."""
-    model, extractor = SSLAMModel(tiny_config()).eval(), SSLAMFeatureExtractor(max_length=256)
-    clips = [noise(0.5), noise(2.0, seed=1), noise(1.3, seed=2)]
-    features = mean_patch_embeddings(model, extractor, clips, batch_size=2)
-    assert features.shape == (3, 32)
-    for row, clip in zip(features, clips):
-        inputs = extractor(clip, sampling_rate=16_000, padding="longest", return_tensors="pt")
-        with torch.inference_mode():
-            alone = model(**inputs).last_hidden_state[0, 1:].mean(0)
-        np.testing.assert_allclose(row, alone, atol=1e-5)
+FAST = ProbeSettings(heads=HeadSettings(queries=4, prototypes=8, epochs=80))
+TRAIN, TEST = np.arange(240), np.arange(240, 400)
+
+
+def features_of(vectors: np.ndarray, patches: np.ndarray | None = None, heard: int | None = None) -> Features:
+    """Every view holds the same vectors."""
+    vectors = vectors.astype(np.float32)
+    count = 0 if patches is None else patches.shape[1]
+    numbers = np.full(len(vectors), count if heard is None else heard)
+    return Features(vectors, vectors, vectors, numbers, patches, np.arange(len(vectors)))
+
+
+def one_patch_decides(tags: np.ndarray, heard: int = 20, seed: int = 0) -> Features:
+    """Noise of 24 patches, 20 of them heard, in which one patch a tag stands out; their mean says nothing, for it is zero in every clip.
+    In the patches that are not heard stands the mark of any class, louder."""
+    generator = np.random.default_rng(seed)
+    clips, classes = tags.shape
+    marks = np.linalg.qr(generator.standard_normal((16, 16)))[0][:classes]
+    patches = generator.standard_normal((clips, 24, 16))
+    for clip, row in enumerate(tags):
+        places = generator.permutation(heard)
+        for place, tag in zip(places, np.flatnonzero(row)):
+            patches[clip, place] += 9 * marks[tag]
+        patches[clip, :heard] -= patches[clip, :heard].mean(0)
+        patches[clip, heard:] = 20 * marks[clip % classes]
+    return features_of(patches[:, :heard].mean(1), patches.astype(np.float32), heard)
+
+
+@pytest.fixture(scope="module")
+def labels() -> np.ndarray:
+    return np.random.default_rng(1).permutation(np.arange(400) % 4)
+
+
+@pytest.fixture(scope="module")
+def marked(labels) -> Features:
+    return one_patch_decides(np.eye(4)[labels])
+
+
+def result(name: str, features: Features, targets: np.ndarray, seed: int = 0) -> float:
+    probe = build_probe(name, FAST).fit(features.select(TRAIN), targets[TRAIN], seed)
+    return score(probe.scores(features.select(TEST)), targets[TEST])
 
 
 def test_a_linear_probe_finds_what_is_linear_and_only_that():
     generator = np.random.default_rng(0)
-    labels = np.arange(90) % 3
-    features = generator.standard_normal((90, 8))
-    assert linear_probe(features[:60], labels[:60], features[60:], labels[60:]) < 0.7
-    features[:, 0] += 1e3 * labels  # on its own scale, which standardising takes away
-    assert linear_probe(features[:60], labels[:60], features[60:], labels[60:]) > 0.95
+    labels = np.arange(400) % 3
+    vectors = generator.standard_normal((400, 8))
+    assert result("linear_mean", features_of(vectors), labels) < 0.5
+    vectors[:, 0] += 1e3 * labels  # on its own scale, which standardising takes away
+    assert result("linear_mean", features_of(vectors), labels) > 0.95
 
 
-def test_features_that_are_not_finite_are_refused():
-    features = np.full((4, 2), np.nan)
-    with pytest.raises(ValueError, match="NaN"):
-        linear_probe(features, np.arange(4), features, np.arange(4))
+@pytest.mark.parametrize("name", ["attentive", "prototype"])
+def test_what_one_patch_says_is_found_by_probes_that_choose_patches(name, marked, labels):
+    assert result(name, marked, labels) > 0.95
+    assert result("linear_mean", marked, labels) < 0.45
+    assert result("knn", marked, labels) < 0.45
+
+
+@pytest.mark.parametrize("name", ["attentive", "prototype"])
+def test_several_tags_in_one_clip_are_found(name):
+    tags = (np.random.default_rng(2).random((400, 4)) < 0.4).astype(np.int64)
+    assert result(name, one_patch_decides(tags), tags) > 0.9
+
+
+@pytest.mark.parametrize("name", ["attentive", "prototype"])
+def test_patches_that_are_not_heard_have_no_influence(name, marked, labels):
+    probe = build_probe(name, FAST).fit(marked.select(TRAIN), labels[TRAIN])
+    louder = features_of(marked.mean, np.array(marked.patches), heard=20)
+    louder.patches[:, 20:] = 1e3
+    np.testing.assert_array_equal(probe.scores(louder), probe.scores(marked))
+    retrained = build_probe(name, FAST).fit(louder.select(TRAIN), labels[TRAIN])
+    np.testing.assert_array_equal(retrained.scores(marked), probe.scores(marked))
+
+
+@pytest.mark.parametrize("name", ["attentive", "prototype"])
+def test_a_seed_decides_a_head_and_nothing_else_does(name, marked, labels):
+    def scores(seed: int) -> np.ndarray:
+        return build_probe(name, FAST).fit(marked.select(TRAIN[:64]), labels[TRAIN[:64]], seed).scores(marked)
+
+    torch.manual_seed(5)
+    expected, state = scores(3), torch.get_rng_state()
+    torch.manual_seed(5)
+    assert torch.equal(torch.get_rng_state(), state)  # of which nothing was used
+    torch.manual_seed(6)
+    np.testing.assert_array_equal(scores(3), expected)
+    assert np.abs(scores(4) - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", list(PROBES))
+@pytest.mark.parametrize("classes", [2, 3])
+def test_scores_have_one_column_a_class(name, classes):
+    generator = np.random.default_rng(0)
+    tags = (generator.random((60, classes)) < 0.5).astype(np.int64)
+    for targets in (np.arange(60) % classes, tags, tags[:, :1]):
+        vectors = generator.standard_normal((60, 8))
+        vectors[:, :classes] += 4 * (
+            np.eye(classes)[targets] if targets.ndim == 1 else np.pad(targets, ((0, 0), (0, classes - targets.shape[1])))
+        )
+        features = features_of(vectors, np.repeat(vectors[:, None], 3, axis=1).astype(np.float16))
+        scores = build_probe(name, FAST).fit(features, targets).scores(features)
+        assert scores.shape == (60, classes if targets.ndim == 1 else targets.shape[1])
+        assert score(scores, targets) > 0.9
+
+
+def test_tags_have_a_logistic_regression_each():
+    generator = np.random.default_rng(0)
+    vectors, tags = generator.standard_normal((80, 5)).astype(np.float32), generator.integers(0, 2, (80, 3))
+    scores = build_probe("linear_cls", ProbeSettings(strength=0.3)).fit(features_of(vectors), tags).scores(features_of(vectors))
+    scaled = StandardScaler().fit_transform(vectors)
+    for column in range(3):
+        expected = LogisticRegression(C=0.3, max_iter=5000).fit(scaled, tags[:, column]).decision_function(scaled)
+        np.testing.assert_allclose(scores[:, column], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_nearest_neighbors_are_those_that_brute_force_finds(multi_label):
+    generator = np.random.default_rng(0)
+    train, test = (generator.standard_normal((count, 6)).astype(np.float32) for count in (50, 9))
+    targets = generator.integers(0, 2, (50, 3)) if multi_label else np.arange(50) % 3
+    scores = build_probe("knn", ProbeSettings(neighbors=4)).fit(features_of(train), targets).scores(features_of(test))
+    mean, std = train.mean(0), train.std(0)
+    train, test = (train - mean) / std, (test - mean) / std
+    one_hot = targets if multi_label else np.eye(3)[targets]
+    for row, clip in zip(scores, test):
+        distance = 1 - train @ clip / np.linalg.norm(train, axis=1) / np.linalg.norm(clip)
+        nearest = np.argsort(distance)[:4]
+        weights = 1 / distance[nearest]
+        np.testing.assert_allclose(row, (weights[:, None] * one_hot[nearest]).sum(0) / weights.sum(), rtol=1e-4)
+
+
+def test_a_prototype_is_compared_with_the_patch_most_like_it():
+    head = PrototypePooling(2, classes=2, prototypes=1)
+    with torch.no_grad():
+        head.prototypes.copy_(torch.tensor([[3.0, 0.0], [0.0, 0.5]]))
+    tokens = torch.tensor([[[0.6, 0.8], [0.0, -2.0], [5.0, 0.0]]])
+    logits = head(tokens, torch.tensor([[True, True, False]]))
+    torch.testing.assert_close(logits, torch.tensor([[6.0, 8.0]]))  # ten times the cosines with the first patch
+
+
+def test_each_fold_is_held_out_once():
+    first, second, third = hold_out_each(["b", "a", "b", "c"])
+    assert [p.name for p in (first, second, third)] == ["a", "b", "c"]
+    assert (second.train.tolist(), second.evaluation.tolist()) == ([1, 3], [0, 2])
+    with pytest.raises(ProbeError, match="must be two"):
+        hold_out_each(["a", "a"])
+
+
+def test_a_run_holds_each_partition_and_each_seed_that_matters(marked, labels):
+    partitions = hold_out_each([str(i % 2) for i in range(400)])
+    settings = ProbeSettings(heads=HeadSettings(epochs=2))
+    values = run_probe("attentive", marked, labels, partitions, [0, 1, 2], settings)
+    assert values.shape == (2, 3)
+    train, evaluation = partitions[1].train, partitions[1].evaluation
+    probe = build_probe("attentive", settings).fit(marked.select(train), labels[train], seed=2)
+    assert values[1, 2] == (probe.scores(marked.select(evaluation)).argmax(1) == labels[evaluation]).mean()
+    assert run_probe("linear_mean", marked, labels, partitions, [0, 1, 2]).shape == (2, 1)
+
+
+def test_the_score_is_accuracy_or_mean_average_precision():
+    generator = np.random.default_rng(0)
+    scores, tags = generator.random((40, 3)), generator.integers(0, 2, (40, 3))
+    assert score(scores, np.arange(40) % 3) == (scores.argmax(1) == np.arange(40) % 3).mean()
+    assert score(scores, tags) == pytest.approx(average_precision_score(tags, scores, average="macro"))
+
+
+def test_folds_count_as_runs_and_seeds_only_where_there_is_one_partition():
+    values, others = np.array([[0.5, 0.7], [0.8, 0.8]]), np.array([[0.1], [0.4]])
+    summary = summarize_runs(values)  # of 0.6 and 0.8
+    assert (summary.count, summary.mean, summary.std) == pytest.approx((2, 0.7, 0.02**0.5))
+    assert summary.high == pytest.approx(0.7 + t.ppf(0.975, 1) * 0.1)
+    gain = summarize_gain(values, others)  # of 0.5 and 0.4
+    assert (gain.count, gain.mean, gain.std) == pytest.approx((2, 0.45, 0.005**0.5))
+    assert summarize_runs(values[:1]).to_dict() == pytest.approx(
+        {"mean": 0.6, "std": 0.02**0.5, "low": 0.6 - t.ppf(0.975, 1) * 0.1, "high": 0.6 + t.ppf(0.975, 1) * 0.1, "count": 2}
+    )
+    assert (summarize_gain(values[:1], others[:1]).count, summarize_gain(values[:1], others[:1]).mean) == (1, pytest.approx(0.5))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (np.array([0, 1, 3, 1]), "no training clip has the class 2"),
+        (np.array([0, 0, 0, 0]), "every training clip has the class 0"),
+        (np.array([[0, 1], [0, 0], [0, 1], [0, 0]]), "no training clip has the class 0"),
+        (np.array([[0, 1], [1, 1], [0, 1], [1, 1]]), "every training clip has the class 1"),
+        (np.array([0, 1, -1, 1]), "between -1 and 1"),
+        (np.array([0.0, 1.0, 0.5, 1.0]), "whole numbers"),
+        (np.array([[0, 1], [2, 1], [0, 0], [1, 1]]), "0 and 1"),
+        (np.array([0, 1, 1]), "4 clips.*3 targets"),
+    ],
+)
+def test_targets_that_cannot_be_learnt_are_refused(targets, message):
+    with pytest.raises(ProbeError, match=message):
+        build_probe("linear_cls").fit(features_of(np.eye(4)), targets)
+
+
+def test_partitions_are_checked_by_the_names_of_classes(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(probing.logger, "warning", warnings.append)
+    targets = np.array([0, 1, 2, 0, 1])
+    with pytest.raises(ProbeError, match="fold 7 held out has the class rain"):
+        check_partitions([Partition("fold 7", np.array([0, 1]), np.array([2, 3, 4]))], targets, ["dog", "cat", "rain"])
+    check_partitions([Partition("fold 7", np.array([0, 1, 2]), np.array([3, 4]))], targets, ["dog", "cat", "rain"])
+    assert len(warnings) == 1
+    assert "rain" in warnings[0]
+    with pytest.raises(ProbeError, match="0 to 1"):
+        check_partitions([Partition("fold 7", np.array([0, 1, 2]), np.array([3, 4]))], targets, ["dog", "cat"])
+
+
+@pytest.mark.parametrize("name", ["linear_cls", "linear_mean", "knn", "log_mel_statistics"])
+def test_features_that_are_not_finite_are_refused(name):
+    with pytest.raises(ProbeError, match="NaN"):
+        build_probe(name, ProbeSettings(neighbors=1)).fit(features_of(np.full((4, 2), np.nan)), np.arange(4))
+
+
+def test_settings_that_cannot_be_are_refused():
+    with pytest.raises(ProbeError, match="there is no probe 'linear', only linear_cls"):
+        build_probe("linear")
+    with pytest.raises(ProbeError, match="neighbors is 10.*4 training clips"):
+        build_probe("knn").fit(features_of(np.eye(4)), np.array([0, 1, 0, 1]))
+    for wrong in ({"strength": 0.0}, {"neighbors": 0}):
+        with pytest.raises(ProbeError, match="must be positive"):
+            ProbeSettings(**wrong)
+    for wrong in ({"epochs": 0}, {"learning_rate": -1.0}):
+        with pytest.raises(ProbeError, match="must be"):
+            HeadSettings(**wrong)
+
+
+def test_every_probe_has_a_title():
+    assert list(TITLES) == list(PROBES)
+
+
+@pytest.fixture(scope="module")
+def program():
+    """scripts/probe.py, imported rather than run in a process of its own, which would take seconds each time."""
+    spec = importlib.util.spec_from_file_location("probe", Path(__file__).parents[1] / "scripts" / "probe.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["probe"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(program, tmp_path, tmp_path_factory, monkeypatch, capsys):
+    """Run the program on a small model and two folds of hums and hisses: its table and its results.json."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+    clips = tmp_path / "clips"
+    for split in ("train", "test"):
+        (clips / split).mkdir(parents=True)
+    for i in range(16):
+        hum = 0.3 * np.sin(2 * np.pi * (150 + 9 * i) * np.arange(9600) / 16_000)
+        soundfile.write(clips / ("train" if i < 10 else "test") / f"{i:02}.wav", hum if i % 2 else noise(0.6, seed=i), 16_000)
+    for split, numbers in (("train", range(10)), ("test", range(10, 16))):
+        rows = [f"{i:02}.wav,{('hiss', 'hum')[i % 2]},{'' if i % 2 else 'broad'};{'x' if i % 4 < 2 else ''},{i // 2 % 2}" for i in numbers]
+        (clips / split / "metadata.csv").write_text("\n".join(["file_name,label,tags,fold", *rows]))
+    torch.manual_seed(100)  # no network that the program calls untrained
+    SSLAMModel(tiny_config(max_length=64)).save_pretrained(tmp_path / "model")
+    SSLAMFeatureExtractor(max_length=64).save_pretrained(tmp_path / "model")
+
+    def run(*arguments: str) -> tuple[str, dict]:
+        own = [f"model={tmp_path / 'model'}", f"data_dir={clips}", f"output_dir={tmp_path / 'out'}", f"cache_dir={tmp_path / 'cache'}"]
+        monkeypatch.setattr(sys, "argv", ["probe.py", *own, "neighbors=3", "heads.epochs=3", "seeds=[0, 1]", *arguments])
+        program.main()
+        return capsys.readouterr().out, json.loads((tmp_path / "out" / "results.json").read_text())
+
+    return run
+
+
+def test_the_program_makes_one_table_of_all_probes_against_untrained_networks(run, tmp_path):
+    text, results = run()
+    lines = text.splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:8]] == list(TITLES.values())
+    assert lines[0] == "| accuracy, % | trained | untrained | gain |"
+    assert lines[7].endswith("| - | - |")  # no network is in the statistics
+    assert {name: np.shape(found["trained"]["values"]) for name, found in results["probes"].items()} == {
+        **dict.fromkeys(["linear_cls", "linear_mean", "knn", "log_mel_statistics"], (2, 1)),
+        **dict.fromkeys(["attentive", "prototype"], (2, 2)),
+    }
+    assert np.shape(results["probes"]["knn"]["untrained"]["values"]) == (2, 2)
+    assert results["probes"]["log_mel_statistics"]["trained"]["summary"]["mean"] == 1  # hum and hiss: a mean is enough
+    assert results["clips"] == {fold: {"training": 8, "evaluation": 8} for fold in ("0", "1")}
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 3  # the network and two untrained ones
+
+
+def test_the_program_takes_splits_and_several_labels(run):
+    text, results = run("fold_column=null", "label_column=tags", "label_separator=;", "untrained=false", "probes=[attentive, linear_cls]")
+    assert text.startswith("| mean average precision, % | trained |")
+    assert results["classes"] == ["broad", "x"]
+    assert results["clips"] == {"test": {"training": 10, "evaluation": 6}}
+    assert np.shape(results["probes"]["attentive"]["trained"]["values"]) == (1, 2)
+    assert results["probes"]["linear_cls"]["trained"]["summary"]["std"] is None
+
+
+def test_the_published_protocol_is_fine_tuning_of_a_frozen_encoder(run, tmp_path):
+    _, results = run("probes=[published_linear]", "seeds=[3]", "published=[epochs=1, augmentation.roll=false]")
+    assert np.shape(results["probes"]["published_linear"]["trained"]["values"]) == (2, 1)
+    settings = (tmp_path / "out" / "published" / "1-seed-3" / "settings.yaml").read_text()
+    for line in ("freeze_encoder: true", "learning_rate: 0.001", "epochs: 1.0", "batch_size: 48", "warmup_share: 0.0", "seed: 3"):
+        assert line in settings
+    before, after = (SSLAMModel.from_pretrained(folder) for folder in (tmp_path / "model", tmp_path / "out" / "published" / "1-seed-3"))
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fold_column=room"], "no column 'room'"),
+        (["probes=[linear]"], "there is no probe .linear., only linear_cls"),
+        (["neighbors=9", "probes=[knn]"], "neighbors is 9.*8 training clips"),
+        (["fold_column=null", "train_split=test", "eval_split=test"], "both 'test'"),
+        (["fold_column=null", "train_split=valid"], "no split 'valid'"),
+        (["strength=0"], "must be positive"),
+        (["max_length=128"], "128 frames.*64"),
+    ],
+)
+def test_mistakes_end_the_program_with_one_sentence(arguments, message, run, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    said = capsys.readouterr().err if stopped.value.code == 2 else str(stopped.value.code)  # 2: argparse has said it
+    assert re.search(message, said), said
