@@ -1,0 +1,237 @@
+"""Model cards: those of the repository are what their JSON says, can be read by the Hub, and their code runs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from conftest import noise, tiny_config
+from huggingface_hub import ModelCard
+
+from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel
+from transformers_sslam.conversion import _config, _extractor
+from transformers_sslam.model_cards import (
+    CardError,
+    ReportedResult,
+    generate_model_card,
+    is_description,
+    read_description,
+    write_model_card,
+)
+from transformers_sslam.official import OfficialCheckpoint
+
+
+CARDS = {path.parent.name: path for path in sorted((Path(__file__).parents[1] / "model_cards").glob("*/README.md"))}
+OFFICIAL = {
+    "sslam-base": (768, 12, 12, 0),
+    "sslam-base-as2m": (768, 12, 12, 527),
+    "eat-base": (768, 12, 12, 0),
+    "eat-large": (1024, 24, 16, 0),
+}
+CLASSES = {cls.__name__: cls for cls in (SSLAMModel, SSLAMForAudioClassification, SSLAMForPreTraining)}
+MINIMAL = {"name": "small", "title": "Small", "summary": "Hears little."}
+RESULT = {"task_type": "audio-classification", "dataset_type": "esc50", "dataset_name": "ESC-50", "metric_type": "accuracy"}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A model's configurations, as saved, with nothing yet that describes it."""
+    SSLAMConfig(architectures=["SSLAMForAudioClassification"], id2label={i: f"class {i}" for i in range(7)}).save_pretrained(tmp_path)
+    SSLAMFeatureExtractor(max_length=512).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def describe(folder: Path, **fields) -> Path:
+    (folder / "results.json").write_text(json.dumps({**MINIMAL, **fields}))
+    return folder / "results.json"
+
+
+def front_matter(folder: Path) -> ModelCard:
+    return ModelCard.load(folder / "README.md")
+
+
+# --- the cards of this repository
+
+
+def test_the_official_models_have_cards():
+    assert OFFICIAL.keys() <= CARDS.keys()
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_no_card_is_stale(name, tmp_path):
+    source = CARDS[name].parent
+    for file in ("config.json", "preprocessor_config.json", "results.json"):
+        (tmp_path / file).write_bytes((source / file).read_bytes())
+    assert generate_model_card(tmp_path).read_text() == CARDS[name].read_text(), "run scripts/write_model_card.py model_cards/*"
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_hub_can_read_the_front_matter(name):
+    card, described = ModelCard.load(CARDS[name]), json.loads((CARDS[name].parent / "results.json").read_text())
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag in ("audio-classification", "feature-extraction")
+    assert card.data.license
+    read = [(r.dataset_name, r.dataset_config, r.metric_value, r.source_url) for r in card.data.eval_results or []]
+    keys = ("dataset_name", "dataset_config", "metric_value", "source_url")
+    assert read == [tuple(result.get(key) for key in keys) for result in described.get("results", [])]
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_code_of_a_card_runs(name, tmp_path, monkeypatch):
+    """With a small model of the same class in place of the one that the card is about."""
+    kind = json.loads((CARDS[name].parent / "config.json").read_text())["architectures"][0]
+    CLASSES[kind](tiny_config()).save_pretrained(tmp_path / "stand-in")
+    SSLAMFeatureExtractor(max_length=128).save_pretrained(tmp_path / "stand-in")
+    soundfile.write(tmp_path / "clip.wav", noise(1.0), 16_000)
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", CARDS[name].read_text(), flags=re.DOTALL)
+    assert f'"{name}"' in program
+    names: dict = {}
+    exec(program.replace(f'"{name}"', '"stand-in"'), names)
+    if kind == "SSLAMForAudioClassification":
+        assert len(names["classify"](names["waveform"])) == 2
+    else:
+        assert names["outputs"].pooler_output.shape == (1, 32)
+        assert names["model"].frame_embeddings(names["outputs"].last_hidden_state).shape == (1, 8, 8, 32)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_the_configuration_beside_a_card_is_what_the_converter_makes_of_that_model(name):
+    """Of its shapes, that is: the tensors are on no device."""
+    width, depth, heads, classes = OFFICIAL[name]
+    shapes = {
+        "extra_tokens": (1, 1, width),
+        "local_encoder.proj.weight": (width, 1, 16, 16),
+        "fixed_positional_encoder.positions": (1, 768 * 8, width),
+        **{f"blocks.{i}.mlp.fc1.weight": (4 * width, width) for i in range(depth)},
+        "blocks.0.attn.qkv.bias": (3 * width,),
+    }
+    official = OfficialCheckpoint(
+        name,
+        {name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
+        head={"head.weight": torch.empty(classes, width, device="meta")} if classes else {},
+        settings={"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": 4.0, "norm_eps": 1e-6},
+        time_patches=768,
+    )
+    config, folder = _config(official, None, None), CARDS[name].parent
+    extractor = _extractor(official, config, None)
+    config.padding_value = (extractor.padding_value - extractor.mean) / (2 * extractor.std)
+    saved = SSLAMConfig.from_pretrained(folder)
+    assert saved.architectures == ["SSLAMForAudioClassification" if classes else "SSLAMModel"]
+    config.architectures, config.dtype = saved.architectures, saved.dtype
+    unlike = ("transformers_version", "_name_or_path")
+    assert {k: v for k, v in saved.to_dict().items() if k not in unlike} == {k: v for k, v in config.to_dict().items() if k not in unlike}
+    assert SSLAMFeatureExtractor.from_pretrained(folder).to_dict() == extractor.to_dict()
+    assert len(saved.id2label) == (classes or 2)
+
+
+def test_published_numbers_stand_beside_what_others_found():
+    card = ModelCard.load(CARDS["sslam-base"])
+    tuned = [r for r in card.data.eval_results if r.task_name == "fine-tuning"]
+    assert [r.metric_value for r in tuned] == [50.2, 47.8, 40.9, 40.3, 96.2, 98.1, 98.8]
+    assert [r.metric_value for r in card.data.eval_results[len(tuned) :]] == [64.2, 64.2, 59.5, 67.4, 68.5, 77.8, 71.4, 16.9]
+    repeated = [r for r in tuned if "re-run" in r.metric_name]
+    assert [(r.metric_value, r.source_url) for r in repeated] == [(47.8, None), (40.3, None)]  # not under the paper's name
+    assert all("a single run, best on the evaluation set" in r.metric_name for r in tuned if r not in repeated)
+    assert [r.metric_value for r in ModelCard.load(CARDS["sslam-base-as2m"]).data.eval_results] == [50.2, 47.8]
+    assert [r.metric_value for r in ModelCard.load(CARDS["eat-base"]).data.eval_results] == [48.6, 40.2, 95.9, 98.3]
+    assert ModelCard.load(CARDS["eat-large"]).data.eval_results is None
+
+
+# --- any card
+
+
+def test_a_result_says_how_sure_it_is_and_where_it_comes_from(folder):
+    source = {"source_name": "the paper", "source_url": "https://arxiv.org/abs/2506.12222"}
+    ours = {**RESULT, "metric_name": "accuracy (%)", "metric_value": 84.25, "interval": [82.9, 85.5], "note": "mean of 5 folds"}
+    describe(folder, results=[{**RESULT, "metric_value": 96.2, **source}, ours])
+    generate_model_card(folder)
+    theirs, ours = front_matter(folder).data.eval_results
+    assert (theirs.metric_value, theirs.metric_name, theirs.source_url) == (96.2, "accuracy", source["source_url"])
+    assert (ours.metric_value, ours.source_url) == (84.25, None)
+    assert ours.metric_name == "accuracy (%), 95 % interval [82.9, 85.5] (mean of 5 folds)"
+    text = front_matter(folder).text
+    assert "| ESC-50 | audio-classification | accuracy | 96.2 | [the paper](https://arxiv.org/abs/2506.12222) |" in text
+    assert "| ESC-50 | audio-classification | accuracy (%) | 84.25 [82.9, 85.5] | mean of 5 folds |" in text
+
+
+def test_a_card_has_the_sections_that_are_filled_and_no_other(folder):
+    describe(folder)
+    generate_model_card(folder)
+    headings = re.findall(r"^#+ .*", (folder / "README.md").read_text(), flags=re.MULTILINE)
+    assert headings == ["# Small", "## Use", "## Citation"]
+    full = {
+        "training": "On clips.",
+        "intended_use": "Play.",
+        "limits": ["Deaf to bats.", "Slow."],
+        "license": "mit",
+        "license_text": "Free.",
+    }
+    describe(folder, **full, how_to_get="Ask.", results=[{**RESULT, "metric_value": 1}], results_text="Few.", datasets=["me/clips"])
+    generate_model_card(folder)
+    text = (folder / "README.md").read_text()
+    headings = re.findall(r"^#+ .*", text, flags=re.MULTILINE)
+    assert headings[1:] == [f"## {title}" for title in ("Use", "Results", "Training", "Intended use", "Limits", "Licence", "Citation")]
+    assert "- Deaf to bats.\n- Slow.\n" in text
+    assert "7 classes. Input: mono audio at 16000 Hz" in text
+    assert "log-mels of 512 frames" in text
+    assert (front_matter(folder).data.license, front_matter(folder).data.datasets) == ("mit", ["me/clips"])
+
+
+def test_the_card_of_a_training_run_can_hold_numbers(folder):
+    write_model_card(folder, "Trained on clips.", results=[ReportedResult(**RESULT, metric_value=84.0, note="one run")])
+    card = front_matter(folder)
+    assert [(r.metric_value, r.metric_name) for r in card.data.eval_results] == [(84.0, "accuracy (one run)")]
+    assert "Trained on clips." in card.text
+    assert '"PATH_OR_ID"' in card.text
+    write_model_card(folder, "Trained on clips.", title="Mine")
+    assert front_matter(folder).text.lstrip().startswith("# Mine\n")
+    assert front_matter(folder).data.eval_results is None
+
+
+def test_a_results_file_of_a_training_run_describes_no_model(folder):
+    (folder / "results.json").write_text(json.dumps({"metrics": {"accuracy": 0.9}, "classes": ["a"]}))
+    assert not is_description(folder / "results.json")
+    assert not is_description(folder / "nothing.json")
+    assert is_description(describe(folder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"licence": "mit"}, "the file has the unknown field 'licence'; there are name, title"),
+        ({"title": 3}, "'title' expected str"),
+        ({"limits": "none"}, "'limits' expected a list"),
+        ({"citation": ["beats"]}, "no citation 'beats': choose from sslam, eat"),
+        ({"license": "other"}, "needs license_name and license_link"),
+        ({"results": [RESULT]}, "metric_value"),
+        ({"results": [{**RESULT, "metric_value": 1, "score": 2}]}, r"results\[0\] has the unknown field 'score'"),
+        ({"results": [{**RESULT, "metric_value": "high"}]}, "metric_value.*'high'"),
+        ({"results": [{**RESULT, "metric_value": 5, "dataset_name": 7}]}, "'dataset_name' expected str"),
+        ({"results": [{**RESULT, "metric_value": float("nan")}]}, "metric_value is nan"),
+        ({"results": [{**RESULT, "metric_value": 5, "interval": [6, 7]}]}, r"metric_value is 5 and interval \[6, 7\]"),
+        ({"results": [{**RESULT, "metric_value": 5, "interval": [5]}]}, "low and high end around the value"),
+        ({"results": [{**RESULT, "metric_value": 5, "source_name": "me"}]}, "source_url"),
+        ({"results": [3]}, r"results\[0\] is a int, but must be an object"),
+    ],
+)
+def test_a_description_with_a_mistake_is_refused(folder, fields, sentence):
+    with pytest.raises(CardError, match=f"results.json does not describe a model.*{sentence}"):
+        read_description(describe(folder, **fields))
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "results.json"])
+def test_a_missing_file_is_named(folder, name):
+    describe(folder)
+    (folder / name).unlink()
+    with pytest.raises(CardError, match=re.escape(name)):
+        generate_model_card(folder)
+
+
+def test_a_configuration_of_nothing_is_refused(folder):
+    describe(folder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CardError, match="lacks 'architectures'"):
+        generate_model_card(folder)

@@ -1,0 +1,342 @@
+"""Publishing: what goes up and what does not, with the real client against a Hub on this machine, and loaded back from there."""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from conftest import noise, tiny_config
+from hub_server import TOKEN, HubServer
+from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file, save_file
+
+from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel, hub
+from transformers_sslam.hub import PublishError, prepare_publication, upload, write_model_card
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "publish.py"
+REPOSITORY = "tests/small-sounds"
+SOURCE = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json", "results.json"]
+CODE = ["configuration_sslam", "fbank", "feature_extraction_sslam", "masking", "mixing", "modeling_sslam", "modeling_sslam_pretraining"]
+PUBLISHED = sorted([*SOURCE, *(f"{name}.py" for name in CODE)])
+LOAD = """
+import json, sys
+if sys.argv[3] == "without the package":
+    sys.modules["transformers_sslam"] = None  # whoever imports it gets an ImportError
+    how = {"trust_remote_code": True}
+else:
+    sys.modules.update({"scipy": None, "evaluate": None})  # not installed with the package alone
+    import transformers_sslam.conversion
+    how = {}
+import numpy as np, torch
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification
+name = sys.argv[1]
+inputs = AutoFeatureExtractor.from_pretrained(name, **how)(np.load(sys.argv[2]), sampling_rate=16_000, return_tensors="pt")
+with torch.inference_mode():
+    classifier = AutoModelForAudioClassification.from_pretrained(name, **how).eval()
+    encoder = AutoModel.from_pretrained(name, **how).eval()
+    result = {"logits": classifier(**inputs).logits.tolist(), "pooled": encoder(**inputs).pooler_output.tolist()}
+result["classes"] = [type(model).__name__ + " of " + type(model).__module__.split(".")[0] for model in (classifier, encoder)]
+print("RESULT" + json.dumps(result))
+"""
+
+
+@pytest.fixture
+def server():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def api(server, monkeypatch) -> HfApi:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    return HfApi(endpoint=server.url, token=TOKEN)
+
+
+@pytest.fixture
+def model() -> SSLAMForAudioClassification:
+    return SSLAMForAudioClassification(tiny_config(id2label={0: "dog", 1: "rain"}, label2id={"dog": 0, "rain": 1})).eval()
+
+
+@pytest.fixture
+def folder(model, tmp_path) -> Path:
+    """What a training leaves: the model, and what is nobody else's business."""
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    SSLAMFeatureExtractor(max_length=128).save_pretrained(folder)
+    write_model_card(folder, "Trained on two sounds.")
+    (folder / "results.json").write_text(json.dumps({"metrics": {"accuracy": 0.5}}))
+    (folder / "training_args.bin").write_bytes(b"a pickle")
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / "optimizer.pt").write_bytes(b"another")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def environment(server: HubServer, tmp_path: Path) -> dict[str, str]:
+    hub_settings = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    return {**os.environ, **hub_settings, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def run_script(server: HubServer, tmp_path: Path, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(server, tmp_path), cwd=tmp_path)
+
+
+def load_back(server: HubServer, tmp_path: Path, how: str) -> dict:
+    command = [sys.executable, "-c", LOAD, REPOSITORY, "clip.npy", how]
+    settings = environment(server, tmp_path / how)  # a cache of its own
+    run = subprocess.run(command, capture_output=True, text=True, env=settings, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.partition("RESULT")[2])
+
+
+def test_what_is_published_loads_from_there_with_the_package_and_without(server, folder, model, tmp_path):
+    before = contents(folder)
+    run = run_script(server, tmp_path, folder, REPOSITORY)
+    assert run.returncode == 0, run.stderr
+    assert f"published: {server.url}/{REPOSITORY}" in run.stdout
+    assert "stays here: checkpoint-3/, training_args.bin" in run.stdout
+    assert contents(folder) == before
+
+    remote = server.repositories[REPOSITORY].branches["main"]
+    assert sorted(remote.keys() - {".gitattributes"}) == PUBLISHED
+    package = Path(hub.__file__).parent
+    assert all(remote[f"{name}.py"] == (package / f"{name}.py").read_bytes() for name in CODE)
+    assert all(remote[name] == before[name] for name in ("model.safetensors", "results.json"))
+    auto_classes = {"AutoConfig", "AutoModel", "AutoModelForAudioClassification", "AutoModelForPreTraining"}
+    assert json.loads(remote["config.json"])["auto_map"].keys() == auto_classes
+    assert json.loads(remote["preprocessor_config.json"])["auto_map"].keys() == {"AutoFeatureExtractor"}
+    card = ModelCard(remote["README.md"].decode())
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "audio-classification")
+    assert f'model="{REPOSITORY}"' in card.text
+
+    with torch.inference_mode():
+        inputs = SSLAMFeatureExtractor(max_length=128)(noise(1.0), sampling_rate=16_000, return_tensors="pt")
+        logits, pooled = model(**inputs).logits, model.sslam(**inputs).pooler_output
+    homes = {"without the package": "transformers_modules", "with the package": "transformers_sslam"}
+    np.save(tmp_path / "clip.npy", noise(1.0))
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda how: load_back(server, tmp_path, how), homes))
+    for home, result in zip(homes.values(), results):
+        assert result["classes"] == [f"SSLAMForAudioClassification of {home}", f"SSLAMModel of {home}"]
+        torch.testing.assert_close(torch.tensor(result["logits"]), logits, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(torch.tensor(result["pooled"]), pooled, atol=1e-6, rtol=1e-6)
+
+
+def test_a_dry_run_lists_sizes_and_sends_nothing(server, folder, tmp_path):
+    run = run_script(server, tmp_path, folder, REPOSITORY, "--dry-run")
+    assert run.returncode == 0, run.stderr
+    listed = {
+        name: int(size.replace(",", "")) for size, name in re.findall(r"^ *([\d,]+) bytes  (\S+\.\S+)$", run.stdout, flags=re.MULTILINE)
+    }
+    assert sorted(listed) == PUBLISHED
+    assert listed["model.safetensors"] == (folder / "model.safetensors").stat().st_size
+    assert f"nothing was sent to {REPOSITORY}" in run.stdout
+    assert "note: the card names no licence" in run.stdout
+    assert server.writes == []
+    assert server.repositories == {}
+
+
+def test_publishing_again_sends_only_what_changed(server, api, folder, model):
+    for change in (None, "card", "weights"):
+        if change == "card":
+            write_model_card(folder, "Trained on two sounds, and tried by a friend.")
+        elif change == "weights":
+            torch.nn.init.ones_(model.classifier.bias)
+            model.save_pretrained(folder)
+        server.writes.clear()
+        with prepare_publication(folder, REPOSITORY) as publication:
+            upload(publication, api=api)
+        stored = [write for write in server.writes if write.startswith("PUT")]
+        assert len(stored) == (change != "card")  # objects; only the weights are one
+    first, *others = server.repositories[REPOSITORY].commits
+    assert sorted(first) == PUBLISHED
+    assert others == [["README.md"], ["model.safetensors"]]
+    with prepare_publication(folder, REPOSITORY) as publication:
+        upload(publication, api=api)
+    assert len(server.repositories[REPOSITORY].commits) == 3
+
+
+def test_other_files_of_the_repository_and_other_branches_are_left_alone(server, api, folder):
+    api.create_repo(REPOSITORY)
+    server.repositories[REPOSITORY].branches["main"]["notes.md"] = b"mine"
+    with prepare_publication(folder, REPOSITORY) as publication:
+        assert upload(publication, revision="second", api=api) == f"{server.url}/{REPOSITORY}/tree/second"
+        upload(publication, revision="second", api=api)  # the branch is there now
+    branches = server.repositories[REPOSITORY].branches
+    assert branches["main"].keys() == {".gitattributes", "notes.md"}
+    assert sorted(branches["second"].keys() - branches["main"].keys()) == PUBLISHED
+    assert branches["second"]["notes.md"] == b"mine"
+
+
+def test_private_means_private(server, api, folder):
+    with prepare_publication(folder, REPOSITORY) as publication:
+        upload(publication, private=True, api=api)
+        assert server.repositories[REPOSITORY].private
+        server.repositories[REPOSITORY].private = False
+        with pytest.raises(PublishError, match=f"{REPOSITORY} exists already and is public"):
+            upload(publication, private=True, api=api)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "preprocessor_config.json", "model.safetensors", "README.md"])
+def test_a_folder_that_is_not_whole_is_refused_by_name(folder, missing):
+    (folder / missing).unlink()
+    with pytest.raises(PublishError, match=f"lacks {re.escape(missing)}"), prepare_publication(folder, REPOSITORY):
+        pass
+
+
+def test_weights_in_a_pickle_are_no_weights(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(PublishError, match=r"lacks model\.safetensors.*as safetensors"), prepare_publication(folder, REPOSITORY):
+        pass
+
+
+def damage_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def damage_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+
+
+def take_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["classifier.bias"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def take_weights_of_another_model(folder: Path) -> None:
+    SSLAMModel(tiny_config()).save_pretrained(folder / "other")
+    (folder / "other" / "model.safetensors").rename(folder / "model.safetensors")
+
+
+def take_another_extractor(folder: Path) -> None:
+    SSLAMFeatureExtractor(num_mel_bins=64).save_pretrained(folder)
+
+
+def write_no_front_matter(folder: Path) -> None:
+    (folder / "README.md").write_text("# A model\n")
+
+
+def damage_front_matter(folder: Path) -> None:
+    (folder / "README.md").write_text("---\ntags: [\n---\n# A model\n")
+
+
+def damage_model_index(folder: Path) -> None:
+    (folder / "README.md").write_text("---\nlibrary_name: transformers\nmodel-index:\n- name: x\n---\n# A model\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (damage_config, "cannot be published: .*property name"),
+        (damage_weights, "holds a model that does not load"),
+        (take_a_weight, r"1 weights do not fit its config.json, such as classifier.bias, which is missing and should be \(2,\)"),
+        (take_weights_of_another_model, "which is missing and should be"),
+        (take_another_extractor, "gives 64 mel bins, the model hears 128"),
+        (write_no_front_matter, "README.md lacks library_name, pipeline_tag"),
+        (damage_front_matter, "README.md has a front matter that cannot be read"),
+        (damage_model_index, "README.md has a front matter that cannot be read.*model_index"),
+    ],
+)
+def test_what_would_not_load_is_refused(folder, damage, sentence):
+    damage(folder)
+    with pytest.raises(PublishError, match=sentence), prepare_publication(folder, REPOSITORY):
+        pass
+
+
+def test_a_file_that_is_too_large_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(hub, "LARGEST_FILE", 50_000)
+    with pytest.raises(PublishError, match=r"model\.safetensors is larger than 5e-05 GB"), prepare_publication(folder, REPOSITORY):
+        pass
+
+
+def test_a_pretraining_model_in_shards_is_whole(tmp_path):
+    SSLAMForPreTraining(tiny_config()).save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    SSLAMFeatureExtractor(max_length=128).save_pretrained(tmp_path / "model")
+    write_model_card(tmp_path / "model", "Untrained.")
+    with prepare_publication(tmp_path / "model", REPOSITORY) as publication:
+        shards = [name for name in publication.files if name.startswith("model-")]
+        assert len(shards) > 1
+        assert publication.files[shards[0]] == (tmp_path / "model" / shards[0]).stat().st_size
+    (tmp_path / "model" / shards[0]).unlink()
+    with pytest.raises(PublishError, match="weights do not fit"), prepare_publication(tmp_path / "model", REPOSITORY):
+        pass
+
+
+def test_a_description_becomes_the_card(folder, tmp_path):
+    result = {"task_type": "audio-classification", "dataset_type": "two", "dataset_name": "Two sounds", "metric_type": "accuracy"}
+    description = {"name": "small", "title": "Small", "summary": "Hears two sounds.", "license": "mit", "how_to_get": "Ask me."}
+    (tmp_path / "described.json").write_text(json.dumps({**description, "results": [{**result, "metric_value": 50}]}))
+    with prepare_publication(folder, REPOSITORY, results=tmp_path / "described.json") as publication:
+        card = ModelCard((publication.folder / "README.md").read_text())
+        assert (card.data.license, card.data.eval_results[0].metric_value) == ("mit", 50)
+        assert "Hears two sounds." in card.text
+        assert f'"{REPOSITORY}"' in card.text
+        assert "Ask me." not in card.text  # it is there
+        assert publication.notes == []
+        assert (publication.folder / "results.json").read_bytes() == (tmp_path / "described.json").read_bytes()
+    (folder / "README.md").unlink()
+    (tmp_path / "described.json").rename(folder / "results.json")  # now the folder's own
+    with prepare_publication(folder, REPOSITORY) as publication:
+        assert "Hears two sounds." in (publication.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["no spaces please", "a/b/c", "--x"])
+def test_a_name_that_the_hub_would_refuse_is_refused_here(folder, name):
+    with pytest.raises(PublishError, match="give owner/name"), prepare_publication(folder, name):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("part", "status", "sentence"),
+    [
+        ("/api/repos/create", 403, "403 .*: log in with a token that may write there"),
+        ("/api/repos/create", 500, "500 .*: try again; what the Hub holds already is not sent twice"),
+        ("/commit/", 400, "Bad request.*told to fail.*: try again"),
+        ("/objects/", 404, "404 .*/objects/"),
+    ],
+)
+def test_a_hub_that_fails_gets_a_sentence(server, api, folder, part, status, sentence):
+    server.failures[part] = status
+    with prepare_publication(folder, REPOSITORY) as publication, pytest.raises(PublishError, match=sentence) as raised:
+        upload(publication, api=api)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_wrong_token_or_no_hub_gets_a_sentence(server, api, folder):
+    with prepare_publication(folder, REPOSITORY) as publication:
+        with pytest.raises(PublishError, match="401 .*: log in with a token"):
+            upload(publication, api=HfApi(endpoint=server.url, token="hf_stolen"))
+        with pytest.raises(PublishError, match="could not be published.*: try again"):
+            upload(publication, api=HfApi(endpoint="http://127.0.0.1:9", token=TOKEN))
+    assert server.writes == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_bytes_that_arrive_otherwise_are_noticed(server, api, folder, name):
+    server.damage.add(name)
+    with (
+        prepare_publication(folder, REPOSITORY) as publication,
+        pytest.raises(PublishError, match=f"does not hold what was sent \\({name} "),
+    ):
+        upload(publication, api=api)
+
+
+def test_the_script_prints_a_sentence_and_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "nowhere"), REPOSITORY])
+    with pytest.raises(SystemExit, match=r"^publish: .*nowhere is no folder"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
