@@ -51,7 +51,6 @@ PAIRS = (
     ("full", "scratch"),
     ("short", "scratch_short"),
     ("few", "scratch_few"),
-    ("few_short", "scratch_few_short"),
     ("probe", "statistics"),
 )
 
@@ -150,6 +149,8 @@ def ship(settings: StudySettings, clips: Path, every: Sequence[int | str]) -> Pa
 def report(settings: StudySettings) -> str:
     """Tables of all runs that are finished, and `results.json` of what they hold."""
     records = {file.parent.name: json.loads(file.read_text()) for file in sorted(Path(settings.output_dir).glob("fold-*/results.json"))}
+    if not records:
+        return "no run is finished yet"
     values = {name: [record["accuracy"][name] for record in records.values()] for name in TITLES}
     titles = {name: title.format(short=settings.short_epochs, few=settings.clips_per_class) for name, title in TITLES.items()}
     summaries = {name: summarize(accuracies) for name, accuracies in values.items()}
