@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import transformers
 
 from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
 from transformers_sslam.data.labelled import DatasetError, fold_values, load_audio_folder
+from transformers_sslam.data.layouts import open_data_set
 from transformers_sslam.data.polyphonic_benchmark import BenchmarkSettings, make_benchmark
 from transformers_sslam.data.polyphony import MixtureSettings
 from transformers_sslam.evaluation.features import encode_clips
@@ -151,7 +151,7 @@ def run(settings: StudySettings, clips: Path, every: Sequence[int | str], seed: 
     stage1, _ = pretrain_on_folds(settings.stage1, clips, others, Path(settings.stage1_dir) / f"fold-{fold}-seed-{seed}" / "stage1", shared)
     seconds = SSLAMFeatureExtractor.from_pretrained(stage1).max_length / 100
     mixtures = make_mixtures(settings, clips, others, fold, seed, seconds)
-    num_events = np.array(datasets.load_dataset(str(mixtures), split="test")["num_events"])
+    num_events = np.array(open_data_set(str(mixtures), "parquet")["test"]["num_events"])
     record: dict = {"fold": fold, "precision": {}, "updates": {}, "cpu_seconds": {}}
     for variant in VARIANTS:
         record["updates"][variant], own = variant_settings(settings, variant, stage1)

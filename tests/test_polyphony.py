@@ -269,6 +269,15 @@ def test_a_benchmark_is_a_data_set_of_two_splits(benchmark):
     assert splits["train"]["num_events"] == [1, 3, 12] * 3
 
 
+def test_a_benchmark_is_not_taken_for_another_in_a_folder_of_the_same_name(folder: Path, benchmark, tmp_path: Path):
+    """`datasets` does that, in its cache, to folders whose card lists `configs`."""
+    output = tmp_path / "elsewhere" / benchmark[0].name
+    output.parent.mkdir()
+    make_benchmark(benchmark_settings(folder, output, num_events=[2]))
+    assert set(datasets.load_dataset(str(benchmark[0]), split="test")["num_events"]) != {2}
+    assert set(datasets.load_dataset(str(output), split="test")["num_events"]) == {2}
+
+
 def test_labels_are_those_of_what_was_mixed_and_the_mixture_is_the_sum_of_its_sources(folder: Path, benchmark):
     splits = datasets.load_dataset(str(benchmark[0])).cast_column("audio", datasets.Audio(decode=False))
     with (folder / "metadata.csv").open() as stream:

@@ -243,6 +243,8 @@ ONSETS = {
 }
 MEANS = {"clips": ".0f", "classes": ".1f", "overlap": ".1f"}  # columns of the card's first table
 
+# No `configs:` here: file names tell the splits, and with it `datasets` takes a folder for any other of the same name that it has
+# in its cache, and silently gives the rows of that one.
 CARD = """---
 license: other
 license_name: of-each-source
@@ -253,13 +255,6 @@ tags:
 - audio
 - polyphony
 - sound-event-detection
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/train-*.parquet
-  - split: test
-    path: data/test-*.parquet
 ---
 
 # {title}
