@@ -269,6 +269,20 @@ def test_a_benchmark_is_a_data_set_of_two_splits(benchmark):
     assert splits["train"]["num_events"] == [1, 3, 12] * 3
 
 
+def test_sources_may_lie_in_any_layout(folder: Path, tmp_path: Path):
+    """ESC-50's own: the same sounds, so the same mixtures."""
+    (tmp_path / "esc50" / "meta").mkdir(parents=True)
+    (tmp_path / "esc50" / "audio").symlink_to(folder)
+    rows = list(csv.DictReader((folder / "metadata.csv").open()))
+    lines = [f"{row['file_name']},{row['fold']},{sorted(CLASSES).index(row['label'])},{row['label']},False" for row in rows]
+    (tmp_path / "esc50" / "meta" / "esc50.csv").write_text("\n".join(["filename,fold,target,category,esc10", *lines]))
+    settings = {"num_events": [2], "group_column": None}
+    make_benchmark(benchmark_settings(folder, tmp_path / "a", **settings))
+    make_benchmark(benchmark_settings(tmp_path / "esc50", tmp_path / "b", layout="esc50", **settings))
+    a, b = (datasets.load_dataset(str(tmp_path / name), split="train").cast_column("audio", datasets.Audio(decode=False)) for name in "ab")
+    assert [row["bytes"] for row in a["audio"]] == [row["bytes"] for row in b["audio"]]
+
+
 def test_a_benchmark_is_not_taken_for_another_in_a_folder_of_the_same_name(folder: Path, benchmark, tmp_path: Path):
     """`datasets` does that, in its cache, to folders whose card lists `configs`."""
     output = tmp_path / "elsewhere" / benchmark[0].name

@@ -26,7 +26,8 @@ import yaml
 from tqdm.auto import tqdm
 
 from .. import __version__
-from .labelled import DatasetError, Waveforms, load_audio_folder, read_rows, select_folds, select_split
+from .labelled import DatasetError, Waveforms, read_rows, select_folds, select_split
+from .layouts import open_data_set
 from .polyphony import Mixture, MixtureSettings, Sound, find_sound, plan_mixtures, render
 
 
@@ -42,8 +43,10 @@ class BenchmarkSettings:
         DatasetError: (a `ValueError`) if a value is out of range, or two settings contradict each other.
     """
 
-    data_dir: str = field(metadata={"help": "folder of the single sounds, an 'audiofolder' of the datasets library"})
+    data_dir: str = field(metadata={"help": "folder of the single sounds"})
     output_dir: str = field(metadata={"help": "folder of the benchmark; it must not be there yet"})
+    layout: str = field(default="audiofolder", metadata={"help": "how they are laid out, see transformers_sslam.data.layouts"})
+    subset: str | None = field(default=None, metadata={"help": "part of a data set that has several"})
 
     label_column: str = field(default="label", metadata={"help": "column of the class, one a source"})
     group_column: str | None = field(default=None, metadata={"help": "column of the recording a source is cut from; null: each is its own"})
@@ -107,7 +110,7 @@ def make_benchmark(settings: BenchmarkSettings) -> dict[str, Any]:
     target = Path(settings.output_dir)
     if target.exists():
         raise DatasetError(f"output_dir is {target}, which is there already: choose another, or remove it")
-    rows = select_sources(load_audio_folder(settings.data_dir), settings)
+    rows = select_sources(open_data_set(settings.data_dir, settings.layout, subset=settings.subset), settings)
     recordings = {split: _recordings(rows[split], settings) for split in SPLITS}
     _check_apart(recordings, "recording")
     sources = {split: read_sources(rows[split], recordings[split], split, settings) for split in SPLITS}
@@ -455,8 +458,10 @@ def _recordings(rows: datasets.Dataset, settings: BenchmarkSettings) -> list[str
 
 
 def _file_names(rows: datasets.Dataset, settings: BenchmarkSettings) -> list[str]:
-    """The sources' paths, seen from `data_dir`."""
-    return [os.path.relpath(source["path"], settings.data_dir) for source in rows["audio"]]
+    """The sources' paths, seen from `data_dir`; of sources that lie in larger files, their names there."""
+    return [
+        os.path.relpath(source["path"], settings.data_dir) if source.get("bytes") is None else source["path"] for source in rows["audio"]
+    ]
 
 
 def _digest(source: dict) -> str:
