@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a machine that has Python 3.11 or newer and make.
-# TRANSFORMERS=5.17.0 tests against that release of Transformers, in an environment of its own.
+# FILE=recording.wav lets the demonstration listen to it; TRANSFORMERS=5.17.0 tests against that release of Transformers, in an environment of its own.
 PYTHON ?= python3
 TRANSFORMERS ?=
 VENV ?= .venv$(TRANSFORMERS)
@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: install
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/demo.py $(if $(FILE),--file "$(FILE)")
 
 lint: install
 	$(BIN)/ruff format --check .

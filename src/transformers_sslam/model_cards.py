@@ -196,8 +196,10 @@ def build_model_card(config: dict, extractor: dict, description: ModelDescriptio
     kind = config["architectures"][0]
     task = TASKS.get(kind, "feature-extraction")
     usage = USAGE[task].format(model_id=model_id or description.name, sampling_rate=extractor["sampling_rate"])
+    how_to_get = description.how_to_get if model_id is None else None
+    code = REMOTE_CODE if "auto_map" in config or how_to_get else None  # conversion brings it along
     sections = {
-        "Use": "\n\n".join(filter(None, [description.how_to_get if model_id is None else None, f"```python\n{usage}\n```", REMOTE_CODE])),
+        "Use": "\n\n".join(filter(None, [how_to_get, f"```python\n{usage}\n```", code])),
         "Results": "\n\n".join(
             filter(None, [_results_table(description.results) if description.results else None, description.results_text])
         ),

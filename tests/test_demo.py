@@ -1,0 +1,220 @@
+"""The demonstration: made-up sounds, scores of windows that slide over a recording, their picture, and the whole program."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise, speech_like, tiny_config
+from transformers import pipeline
+
+from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
+
+
+soundfile = pytest.importorskip("soundfile")
+matplotlib_image = pytest.importorskip("matplotlib.image")
+from transformers_sslam.evaluation.tagging import Event, plot_scores, score_over_time, window_starts  # noqa: E402
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "demo.py"
+RATE = 16_000
+FRAMES = 64
+WINDOW = 63 * 160 + 400  # samples of 64 frames
+
+
+@pytest.fixture(scope="module")
+def demo():
+    specification = importlib.util.spec_from_file_location("demo", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def classifier(classes=("dog", "rain", "sea"), **config) -> SSLAMForAudioClassification:
+    """Random, with scores that differ from clip to clip."""
+    torch.manual_seed(0)
+    labels = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    # Larger weights than usual, and the mean of all patches: so random a network tells clips apart.
+    sensitive = {"initializer_range": 0.3, "classifier_pooling": "mean"}
+    return SSLAMForAudioClassification(tiny_config(**labels, **sensitive, **config)).eval()
+
+
+def save(model: SSLAMForAudioClassification, folder: Path, frames: int) -> Path:
+    model.save_pretrained(folder)
+    SSLAMFeatureExtractor(max_length=frames).save_pretrained(folder)
+    return folder
+
+
+def score(waveform, hop=0.25, batch_size=8, **config):
+    return score_over_time(classifier(**config), SSLAMFeatureExtractor(max_length=FRAMES), waveform, hop, batch_size)
+
+
+# --- sounds
+
+
+def test_every_sound_is_whole_in_range_and_the_same_for_the_same_seed(demo):
+    for name in demo.SOUNDS:
+        sound = demo.make_sound(name, 3)
+        assert sound.shape == (5 * RATE,)
+        assert np.isfinite(sound).all()
+        assert 0.3 * 0.98 <= np.abs(sound).max() <= 0.7  # the fade may take a little of a peak at the end
+        assert np.array_equal(sound, demo.make_sound(name, 3))
+        assert not np.array_equal(sound, demo.make_sound(name, 4))
+
+
+def test_the_recording_holds_each_sound_where_it_says(demo):
+    scene, events = demo.make_scene()
+    assert np.abs(scene).max() <= 1
+    assert len(scene) == RATE * max(event.end for event in events)
+    assert any(a.start < b.start < a.end for a in events for b in events), "nothing overlaps"
+    alone = demo.make_sound(events[0].name, 1, 0)
+    part = scene[: round(RATE * min(event.start for event in events[1:]))]
+    assert np.corrcoef(part, alone[: len(part)])[0, 1] > 0.999999
+
+
+# --- scores over time
+
+
+@pytest.mark.parametrize(
+    ("samples", "starts"),
+    [(50, [0]), (100, [0]), (101, [0, 1]), (140, [0, 40]), (180, [0, 40, 80]), (190, [0, 40, 80, 90])],
+)
+def test_windows_cover_a_recording_and_the_last_ends_with_it(samples, starts):
+    assert window_starts(samples, length=100, hop=40) == starts
+
+
+def test_each_window_has_the_scores_it_would_have_as_a_clip():
+    waveform = np.concatenate((noise(1.0), speech_like(1.0)))
+    heard = score(waveform, batch_size=3)
+    starts = [0, 4_000, 8_000, 12_000, 16_000, 20_000, len(waveform) - WINDOW]
+    assert np.array_equal(heard.starts * RATE, starts)
+    assert (heard.window, heard.duration, heard.classes) == (WINDOW / RATE, 2.0, ["dog", "rain", "sea"])
+    classify = pipeline(
+        "audio-classification", model=classifier(), feature_extractor=SSLAMFeatureExtractor(max_length=FRAMES), device="cpu"
+    )
+    for start, row in zip(starts, heard.scores):
+        single = {guess["label"]: guess["score"] for guess in classify(waveform[start : start + WINDOW])}
+        assert row == pytest.approx([single[name] for name in heard.classes], abs=1e-6)
+    assert heard.scores.std(0).max() > 0.01, "scores that do not change show nothing"
+
+
+def test_scores_of_tags_are_sigmoids_and_of_classes_softmaxes():
+    waveform = speech_like(1.5)
+    tags, classes = (score(waveform, problem_type=f"{kind}_label_classification") for kind in ("multi", "single"))
+    logits = np.log(tags.scores / (1 - tags.scores))
+    assert classes.scores == pytest.approx(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), abs=1e-5)
+
+
+def test_a_moment_belongs_to_the_window_whose_centre_is_nearest():
+    heard = score(noise(2.0), hop=0.5)
+    centres = heard.starts + WINDOW / RATE / 2
+    for moment in np.linspace(0, 2, 37)[1:-1]:
+        assert np.searchsorted(heard.edges, moment) - 1 == np.abs(centres - moment).argmin()
+    assert (heard.edges[0], heard.edges[-1]) == (0, 2)
+
+
+def test_a_recording_shorter_than_a_window_has_one():
+    heard = score(noise(0.3))
+    assert heard.scores.shape == (1, 3)
+    assert heard.edges.tolist() == [0, 0.3]
+
+
+@pytest.mark.parametrize(("waveform", "hop", "message"), [(noise(0.02), 1.0, "320 samples"), (noise(1.0), 0.0, "hop is 0.0 s")])
+def test_what_cannot_be_scored_is_an_error(waveform, hop, message):
+    with pytest.raises(ValueError, match=message):
+        score(waveform, hop)
+
+
+# --- the picture
+
+
+def test_the_picture_shows_log_mel_scores_and_outlines(tmp_path):
+    waveform = speech_like(2.0)
+    heard = score(waveform)
+    plot_scores(heard, waveform, tmp_path / "plain.png", "A title")
+    plot_scores(heard, waveform, tmp_path / "outlined.png", "A title", [Event("rain", 0.5, 1.5)])
+    plain, outlined = (matplotlib_image.imread(tmp_path / f"{name}.png")[..., :3] for name in ("plain", "outlined"))
+    assert plain.shape == (round(150 * (3.2 + 3 * 0.28)), 1500, 3)  # 10 inches at 150 dots an inch
+
+    def vermilion(image):
+        return (np.abs(image - np.array([0xD5, 0x5E, 0x00]) / 255).max(-1) < 0.02).sum()
+
+    assert vermilion(plain) < 50 < vermilion(outlined) - 500
+
+
+def test_of_many_classes_the_likeliest_and_the_true_ones_are_drawn(tmp_path, monkeypatch):
+    heard = score(speech_like(2.0), classes=[f"class {i}" for i in range(30)])
+    ranked = heard.scores.max(0).argsort()[::-1]
+    drawn = []
+    monkeypatch.setattr("transformers_sslam.evaluation.tagging._draw_scores", lambda axes, heard, shown, truth: drawn.extend(shown))
+    least = int(ranked[-1])
+    plot_scores(heard, speech_like(2.0), tmp_path / "many.png", truth=[Event(f"class {least}", 0, 1)], most_classes=4)
+    assert drawn == sorted([least, *ranked[:3].tolist()])
+
+
+# --- the program
+
+
+def test_a_stereo_file_of_another_rate_is_scored_as_its_mono_mix(demo, tmp_path, capsys):
+    t = np.arange(3 * 44_100) / 44_100
+    left, right = 0.3 * np.sin(2 * np.pi * 440 * t), 0.1 * np.sin(2 * np.pi * 1500 * t)
+    soundfile.write(tmp_path / "stereo.wav", np.stack((left, right), axis=1), 44_100, subtype="FLOAT")
+    extractor = SSLAMFeatureExtractor(max_length=FRAMES)
+    demo.score_recording(
+        classifier(), extractor, demo.load_waveform(tmp_path / "stereo.wav"), tmp_path / "new" / "scores.png", "stereo.wav"
+    )
+
+    t = np.arange(3 * RATE) / RATE
+    mono = (0.15 * np.sin(2 * np.pi * 440 * t) + 0.05 * np.sin(2 * np.pi * 1500 * t)).astype(np.float32)
+    expected = score(mono, hop=1.0).scores
+    likeliest = expected.max(0).argmax()
+    assert f"{['dog', 'rain', 'sea'][likeliest]:<15} at most {expected.max():.2f}, from " in capsys.readouterr().out
+    assert matplotlib_image.imread(tmp_path / "new" / "scores.png").shape[1] == 1500
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("text.wav", "text.wav cannot be read as audio"),
+        ("nowhere.wav", "nowhere.wav is not there"),
+        ("short.wav", "short.wav cannot be classified: clip 0 has 320 samples, but one frame takes 400"),
+    ],
+)
+def test_a_file_that_cannot_be_classified_is_refused_in_one_sentence(demo, tmp_path, monkeypatch, file, reason):
+    save(classifier(), tmp_path / "model", FRAMES)
+    (tmp_path / "text.wav").write_text("no audio")
+    soundfile.write(tmp_path / "short.wav", noise(0.02), RATE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["demo.py", "--model", "model", "--file", file])
+    with pytest.raises(SystemExit, match=f"^error: {reason}"):
+        demo.main()
+
+
+def test_a_missing_model_is_named(demo, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["demo.py", "--model", "nowhere"])
+    with pytest.raises(SystemExit, match="^error: there is no model in nowhere: give the folder of a SSLAM classifier with --model$"):
+        demo.main()
+
+
+@pytest.mark.slow
+def test_the_whole_demonstration_runs_and_its_losses_fall(demo, tmp_path):
+    save(classifier(classes=[*demo.SOUNDS, "dog_bark"], max_length=512), tmp_path / "model", 512)
+    soundfile.write(tmp_path / "own.wav", np.stack([noise(7.0, sampling_rate=44_100)] * 2, axis=1), 44_100)
+    command = [sys.executable, SCRIPT, tmp_path / "demo", "--model", tmp_path / "model", "--file", tmp_path / "own.wav"]
+    for _ in range(2):  # a second time, it begins anew in the same folder
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert process.returncode == 0, process.stderr
+    for name in ("scores.png", "file_scores.png", "scene.wav", "sounds/rain.wav", "pretraining/model/config.json"):
+        assert (tmp_path / "demo" / name).is_file(), name
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "demo" / "pretraining" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 60
+    first, last = np.mean(losses[:10]), np.mean(losses[-10:])
+    assert last < first
+    assert f"   {'loss':<22}{first:8.3f} -> {last:.3f}\n" in process.stdout
+    assert [line[0] for line in process.stdout.splitlines() if line[1:3] == ". "] == list("1234")
