@@ -24,7 +24,7 @@ from transformers import AudioClassificationPipeline, pipeline
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
 from transformers_sslam.data.decoding import AudioDecodingError, load_waveform
-from transformers_sslam.evaluation.tagging import Event, plot_scores, score_over_time
+from transformers_sslam.evaluation.tagging import Event, plot_scores
 
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -196,7 +196,7 @@ def score_recording(
     truth: Sequence[Event] = (),
 ) -> None:
     """Score windows over a recording, print where each of the likeliest classes is likeliest, and write the picture."""
-    heard = score_over_time(model, extractor, waveform)
+    heard = model.score_over_time(waveform, extractor, hop=1.0)
     best = heard.scores.argmax(0)
     for i in heard.scores.max(0).argsort()[::-1][: max(5, len({event.name for event in truth}))]:
         start = heard.starts[best[i]]

@@ -18,7 +18,7 @@ from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassificatio
 
 soundfile = pytest.importorskip("soundfile")
 matplotlib_image = pytest.importorskip("matplotlib.image")
-from transformers_sslam.evaluation.tagging import Event, plot_scores, score_over_time, window_starts  # noqa: E402
+from transformers_sslam.evaluation.tagging import Event, plot_scores  # noqa: E402
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "demo.py"
@@ -51,7 +51,7 @@ def save(model: SSLAMForAudioClassification, folder: Path, frames: int) -> Path:
 
 
 def score(waveform, hop=0.25, batch_size=8, **config):
-    return score_over_time(classifier(**config), SSLAMFeatureExtractor(max_length=FRAMES), waveform, hop, batch_size)
+    return classifier(**config).score_over_time(waveform, SSLAMFeatureExtractor(max_length=FRAMES), hop=hop, batch_size=batch_size)
 
 
 # --- sounds
@@ -78,14 +78,6 @@ def test_the_recording_holds_each_sound_where_it_says(demo):
 
 
 # --- scores over time
-
-
-@pytest.mark.parametrize(
-    ("samples", "starts"),
-    [(50, [0]), (100, [0]), (101, [0, 1]), (140, [0, 40]), (180, [0, 40, 80]), (190, [0, 40, 80, 90])],
-)
-def test_windows_cover_a_recording_and_the_last_ends_with_it(samples, starts):
-    assert window_starts(samples, length=100, hop=40) == starts
 
 
 def test_each_window_has_the_scores_it_would_have_as_a_clip():

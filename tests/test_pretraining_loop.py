@@ -89,6 +89,20 @@ def test_a_run_ends_with_a_model_that_loads(sounds, tmp_path, stage):
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000006", "checkpoint-00000008"]
 
 
+def test_a_compiled_run_resumes_as_if_it_had_not_been_interrupted(sounds, tmp_path, monkeypatch):
+    monkeypatch.setattr(SSLAMForPreTraining, "compile", lambda self: torch.nn.Module.compile(self, backend="aot_eager"))  # no C++ compiler
+    changes = {"compile": True, "save_every": 2, "total_updates": 4, "model": {**MODEL, "num_hidden_layers": 1}}
+    trainer(sounds, tmp_path / "whole", **changes).run()
+    first = trainer(sounds, tmp_path / "halves", **changes)
+    compiled = first.model._compiled_call_impl
+    assert compiled is not None
+    first._log = lambda *_: first._ask_to_stop(signal.SIGTERM)  # behind the first line of the log, which is due after two updates
+    first.run()
+    assert first.update == 3
+    trainer(sounds, tmp_path / "halves", **changes).run()
+    assert same_weights(tmp_path / "whole" / "model", tmp_path / "halves" / "model")
+
+
 def test_the_first_update_of_a_warm_up_changes_no_weight(sounds, tmp_path):
     run = trainer(sounds, tmp_path, total_updates=3, warmup_updates=1)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}

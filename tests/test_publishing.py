@@ -25,7 +25,8 @@ from transformers_sslam.hub import PublishError, prepare_publication, upload, wr
 SCRIPT = Path(__file__).parents[1] / "scripts" / "publish.py"
 REPOSITORY = "tests/small-sounds"
 SOURCE = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json", "results.json"]
-CODE = ["configuration_sslam", "fbank", "feature_extraction_sslam", "masking", "mixing", "modeling_sslam", "modeling_sslam_pretraining"]
+CODE = ["configuration_sslam", "fbank", "feature_extraction_sslam", "inference", "masking", "mixing", "modeling_sslam"]
+CODE += ["modeling_sslam_pretraining"]
 PUBLISHED = sorted([*SOURCE, *(f"{name}.py" for name in CODE)])
 LOAD = """
 import json, sys

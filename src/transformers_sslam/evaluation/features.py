@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .. import __version__
+from ..allocator import keep_freed_memory
 from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
@@ -177,6 +178,8 @@ def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def _fill(arrays: dict[str, np.ndarray], model: SSLAMModel, extractor: SSLAMFeatureExtractor, waveforms: Clips, batch_size: int) -> None:
     model.eval()
+    if model.device.type == "cpu":
+        keep_freed_memory()
     for start in tqdm(range(0, len(waveforms), batch_size), desc="encoding clips", unit="batch"):
         clips = range(start, min(start + batch_size, len(waveforms)))
         encoded = _encode_batch(model, extractor, [waveforms[i] for i in clips])

@@ -1,24 +1,22 @@
-"""What a classifier hears in a recording as time goes by: scores of windows that slide over it, and a picture of them.
+"""A picture of what a classifier hears in a recording as time goes by.
 
 ```python
 waveform = load_waveform("street.wav")
-heard = score_over_time(model, extractor, waveform)
+heard = model.score_over_time(waveform, extractor)  # inference.py
 heard.scores.argmax(1)  # the likeliest class of each window
 plot_scores(heard, waveform, "street.png")
 ```
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from ..fbank import LOWEST_FREQUENCY, frame_geometry, log_mel
-from ..feature_extraction_sslam import SSLAMFeatureExtractor
-from ..modeling_sslam import SSLAMForAudioClassification
+from ..fbank import LOWEST_FREQUENCY, log_mel
+from ..inference import ScoresOverTime
 
 
 if TYPE_CHECKING:
@@ -29,83 +27,12 @@ DYNAMIC_RANGE = 80  # dB below the loudest, which a picture shows
 OUTLINE = "#d55e00"  # Okabe and Ito's vermilion: stands out from blues to every kind of eye
 
 
-@dataclass(frozen=True)
-class ScoresOverTime:
-    """Scores of windows that slide over a recording.
-
-    Attributes:
-        scores: `(windows, classes)` in [0, 1]: sigmoid of tags, otherwise softmax over classes.
-        starts: `(windows,)`, where each begins, in seconds.
-        window: length of a window in seconds. A recording that is shorter has one, padded.
-        duration: of the recording in seconds.
-        sampling_rate: of the recording in Hz.
-        classes: their names.
-    """
-
-    scores: np.ndarray
-    starts: np.ndarray
-    window: float
-    duration: float
-    sampling_rate: int
-    classes: list[str]
-
-    @property
-    def edges(self) -> np.ndarray:
-        """`(windows + 1,)`, in seconds: between `edges[i]` and `edges[i + 1]` the centre of window `i` is the nearest one."""
-        centres = self.starts + self.window / 2
-        return np.concatenate(([0.0], (centres[1:] + centres[:-1]) / 2, [self.duration]))
-
-
 class Event(NamedTuple):
     """A sound that is known to be in a recording from `start` to `end`, in seconds."""
 
     name: str
     start: float
     end: float
-
-
-def window_starts(samples: int, length: int, hop: int) -> list[int]:
-    """Where windows of `length` samples begin: every `hop`, and the last one so that it ends where the recording does."""
-    last = max(0, samples - length)
-    return [*range(0, last, hop), last]
-
-
-@torch.inference_mode()
-def score_over_time(
-    model: SSLAMForAudioClassification,
-    extractor: SSLAMFeatureExtractor,
-    waveform: np.ndarray,
-    hop: float = 1.0,
-    batch_size: int = 8,
-) -> ScoresOverTime:
-    """Score windows of as many frames as the extractor gives, each as if it were a clip of its own.
-
-    Args:
-        model: the classifier, which is put into eval mode.
-        extractor: its feature extractor.
-        waveform: `(samples,)`, mono, in [-1, 1], at the extractor's rate.
-        hop: seconds from one window's start to the next one's.
-        batch_size: windows at a time.
-
-    Raises:
-        ValueError: if `hop` is shorter than one sample, or the extractor refuses the waveform (too short, out of scale, not finite).
-    """
-    rate = extractor.sampling_rate
-    if not round(hop * rate) >= 1:
-        raise ValueError(f"hop is {hop} s, but must be at least one sample, {1 / rate:.2g} s")
-    frame, shift = frame_geometry(rate)
-    length = (extractor.max_length - 1) * shift + frame
-    starts = window_starts(len(waveform), length, round(hop * rate))
-    model.eval()
-    batches = []
-    for first in range(0, len(starts), batch_size):
-        windows = [waveform[start : start + length] for start in starts[first : first + batch_size]]
-        inputs = extractor(windows, sampling_rate=rate, return_tensors="pt", device=model.device)
-        logits = model(**inputs).logits.float()
-        tags = model.config.problem_type == "multi_label_classification"
-        batches.append((logits.sigmoid() if tags else logits.softmax(1)).cpu().numpy())
-    classes = [str(name) for _, name in sorted((model.config.id2label or {}).items())]
-    return ScoresOverTime(np.concatenate(batches), np.array(starts) / rate, length / rate, len(waveform) / rate, rate, classes)
 
 
 def plot_scores(
@@ -185,4 +112,4 @@ def _mel(frequency: float) -> float:
     return 1127 * float(np.log1p(frequency / 700))
 
 
-__all__ = ["Event", "ScoresOverTime", "plot_scores", "score_over_time", "window_starts"]
+__all__ = ["Event", "plot_scores"]

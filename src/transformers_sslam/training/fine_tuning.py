@@ -15,6 +15,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioClassification, Trainer, TrainerCallback, set_seed
 from transformers.utils import cached_file, logging
 
+from ..allocator import keep_freed_memory
 from ..configuration_sslam import SSLAMConfig
 from ..conversion import ConversionError, convert_checkpoint
 from ..data.labelled import (
@@ -116,6 +117,8 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
     if (output / "config.json").exists() and not settings.overwrite and not _lacks_results(settings):
         raise SettingsError(f"output_dir {output} holds a model already: choose another folder, or set overwrite=true to replace it")
     arguments = settings.training_arguments()
+    if arguments.device.type == "cpu":
+        keep_freed_memory()
     origin = resolve_checkpoint(settings)
     extractor = build_extractor(settings, origin)
     data = _stream(settings, extractor) if settings.streaming else _load(settings, extractor)

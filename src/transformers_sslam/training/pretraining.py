@@ -22,6 +22,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..allocator import keep_freed_memory
 from ..configuration_sslam import PRETRAINING_STAGES, SSLAMConfig
 from ..data.stream import ClipStream, DataSettings
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
@@ -77,6 +78,8 @@ class PreTrainer:
                 f"{started} processes were started, but Accelerate sees {self.accelerator.num_processes}: on CPUs set "
                 "ACCELERATE_USE_CPU=true"
             )
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         set_seed(settings.seed)
         with refusals_as_settings_errors("features"):
             self.extractor = SSLAMFeatureExtractor(**settings.features)
@@ -95,8 +98,11 @@ class PreTrainer:
             betas=(settings.adam_beta1, settings.adam_beta2),
             fused=True,
         )
+        if settings.compile:
+            self.model.compile()
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.generator = torch.Generator(self.accelerator.device)
+        # Compiled code takes no generators: it draws from torch's own, which is seeded alike.
+        self.generator = None if settings.compile else torch.Generator(self.accelerator.device)
         self.guard = CollapseGuard(
             settings.min_target_std, settings.min_prediction_std, settings.min_content_share, settings.guard_after_updates
         )
@@ -206,14 +212,17 @@ class PreTrainer:
         with refusals_as_settings_errors("data"):
             while True:
                 for batch in self.clips:
-                    yield batch["input_values"]
+                    values = batch["input_values"]
+                    # From pinned memory the copy to the GPU does not wait for what the GPU is doing.
+                    yield values.pin_memory() if self.accelerator.device.type == "cuda" and values.device.type == "cpu" else values
 
     def _seed(self, *numbers: int) -> None:
         """Make all that is random in the next forward pass follow from the seed, these numbers and the rank."""
         entropy = [self.settings.seed, self.accelerator.process_index, *numbers]
         seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        self.generator.manual_seed(seed)
-        torch.manual_seed(seed)  # dropout, where there is any
+        if self.generator is not None:
+            self.generator.manual_seed(seed)
+        torch.manual_seed(seed)  # of dropout, where there is any, and of all that compiled code draws
 
     def _agree(self, clips: int, stop: bool) -> tuple[int, bool]:
         """Clips of the next update over all ranks, and whether any of them was asked to stop."""

@@ -36,6 +36,9 @@ class PreTrainingSettings:
     weight_decay: float = setting("decoupled weight decay", 0.05)
     decay_all_weights: bool = setting("decay biases, norms and CLS as well, as the published runs did", True)
     max_grad_norm: float = setting("gradients are clipped to this norm", 4.0)
+    compile: bool = setting(
+        "compile the model with torch.compile: minutes at the start, then faster on a GPU; masks are drawn otherwise", False
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = setting("autocast; null: as `accelerate launch` says", None)
 
     seed: int = setting("of everything that is random", 0)

@@ -1,0 +1,316 @@
+"""Tags of every recording of a folder or a list, written as they are found, so that a run that is stopped goes on where it was.
+
+Beside the output stands its journal: which model and settings it is from, and after each recording how long the output then was. What
+stands after the last length is of a recording that was not finished; it is cut off and the recording done again.
+"""
+
+import csv
+import hashlib
+import inspect
+import io
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self, TypeVar
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..allocator import keep_freed_memory
+from ..configuration_sslam import SSLAMConfig
+from ..data.decoding import AudioDecodingError, read_blocks
+from ..data.sources import AUDIO_SUFFIXES
+from ..feature_extraction_sslam import SSLAMFeatureExtractor
+from ..inference import ScoresOverTime
+from ..modeling_sslam import SSLAMForAudioClassification
+from ..training.settings import SettingsError, refusals_as_settings_errors, setting
+from .pooling import best_device
+
+
+CSV_HEADER = ("path", "start", "end", "label", "score", "error")
+NO_MATTER = ("inputs", "output", "batch_size", "device")  # to what is written of a recording: these may change when a run goes on
+DIGITS = 4  # of scores
+Item = TypeVar("Item")
+
+
+@dataclass
+class TagSettings:
+    """Settings of `scripts/tag.py`."""
+
+    model: str = setting("folder or Hub id of a SSLAM classifier")
+    inputs: str | list[str] = setting(
+        "a folder (every audio file below it), an audio file, or a text file with one path a line (relative ones start at its folder); or "
+        "a list of these"
+    )
+    output: str = setting("file to write: .jsonl, one line a recording, or .csv, one row for each window and label")
+    top_k: int = setting("labels at most of a recording and of a window", 5)
+    threshold: float = setting("least score of a label", 0.0)
+    pool: Literal["max", "mean"] = setting("over windows, for a recording's scores in .jsonl", "max")
+    windows: bool = setting("whether .jsonl has every window's labels too", False)
+    hop: float | None = setting("seconds from one window's start to the next one's; null: half a window", None)
+    window: float | None = setting("seconds, a multiple of 0.16; null: the feature extractor's length", None)
+    batch_size: int = setting("windows at a time", 16)
+    device: str | None = setting("cpu, cuda, cuda:1 ...; null: the accelerator of this machine, or else its CPU", None)
+    dtype: Literal["float32", "float16", "bfloat16"] = setting("of the model", "float32")
+
+    def __post_init__(self):
+        if Path(self.output).suffix not in (".jsonl", ".csv"):
+            raise SettingsError(f"output is {self.output!r}, but a file that ends in .jsonl or .csv is expected")
+        if self.windows and self.output.endswith(".csv"):
+            raise SettingsError("windows is true, but a .csv has every window as it is: leave it out")
+        if self.top_k < 1 or not 0 <= self.threshold <= 1:
+            raise SettingsError(
+                f"top_k is {self.top_k} and threshold {self.threshold:g}, but at least 1 and a score in [0, 1] are expected"
+            )
+
+
+@dataclass
+class TagSummary:
+    """What a run did: recordings tagged, skipped because they were finished before, and not usable by cause; seconds of audio and of the
+    run."""
+
+    tagged: int = 0
+    skipped: int = 0
+    unusable: dict[str, int] = field(default_factory=dict)
+    audio_seconds: float = 0.0
+    run_seconds: float = 0.0
+
+    @property
+    def speed(self) -> float:
+        """Seconds of audio in a second."""
+        return self.audio_seconds / max(self.run_seconds, 1e-9)
+
+    def count(self, heard: ScoresOverTime | ValueError, run_seconds: float) -> None:
+        """One more recording was tagged, or could not be, `run_seconds` after the start."""
+        self.run_seconds = run_seconds
+        if isinstance(heard, ScoresOverTime):
+            self.tagged += 1
+            self.audio_seconds += heard.duration
+        else:
+            self.unusable[_cause(heard)] = self.unusable.get(_cause(heard), 0) + 1
+
+    def __str__(self) -> str:
+        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(self.unusable.items()))
+        return (
+            f"{self.tagged} recordings tagged ({self.audio_seconds / 3600:.2f} h, {self.speed:.0f} x real time), {self.skipped} finished "
+            f"before, {sum(self.unusable.values())} not usable" + (f" ({causes})" if causes else "")
+        )
+
+
+def tag_files(settings: TagSettings) -> TagSummary:
+    """Tag all recordings of `settings.inputs` that the output does not hold yet.
+
+    The next seconds of audio are decoded while a batch is scored. A recording that cannot be read or scored (broken, too short, out of
+    scale) is written with its error and counted, and the run goes on.
+
+    Raises:
+        SettingsError: if an input or the model is not there or not usable, or the output is from another model or other settings.
+        FloatingPointError: if the model's scores are not finite.
+    """
+    paths = find_recordings(settings.inputs)
+    model, extractor = _load(settings)
+    options: dict[str, Any] = {"hop": settings.hop, "window": settings.window, "batch_size": settings.batch_size}
+    with refusals_as_settings_errors("these settings do not fit the model"):
+        next(model.score_windows(np.zeros(extractor.sampling_rate, dtype=np.float32), extractor, **options))
+    as_text = _csv_rows if settings.output.endswith(".csv") else _json_line
+    summary, started = TagSummary(), time.monotonic()
+    with _Output(Path(settings.output), _identity(settings, model, extractor)) as output:
+        left = [path for path in paths if path not in output.finished]
+        summary.skipped = len(paths) - len(left)
+        with tqdm(total=len(left), desc="tagging", unit="file") as progress:
+            for path, items in groupby(_ahead(_decoded(left, extractor.sampling_rate)), key=itemgetter(0)):
+                heard: ScoresOverTime | ValueError
+                try:
+                    heard = model.score_over_time(_blocks(items), extractor, **options)
+                except ValueError as error:  # the settings fit, so it is the audio
+                    heard = error
+                output.write(path, as_text(path, heard, settings))
+                summary.count(heard, time.monotonic() - started)
+                progress.update()
+                progress.set_postfix_str(f"{summary.speed:.0f} x real time")
+    return summary
+
+
+def find_recordings(inputs: str | Sequence[str]) -> list[str]:
+    """Paths of all recordings, each once: those below folders sorted, those of lists in their order.
+
+    Raises:
+        SettingsError: if an input is not there, is no text, or holds no recording.
+    """
+    found: dict[str, None] = {}
+    for name in [inputs] if isinstance(inputs, str) else inputs:
+        path = Path(name)
+        if path.is_dir():
+            here = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
+        elif path.suffix.lower() in AUDIO_SUFFIXES:
+            here = [name]
+        else:
+            with refusals_as_settings_errors(f"{name} is no folder, audio file or list of paths"):
+                lines = path.read_text(encoding="utf-8").splitlines()
+            here = [line if "://" in line else str(path.parent / line) for line in lines if line.strip()]
+        if not here:
+            raise SettingsError(
+                f"{name} holds no recording: a folder's are known by {', '.join(AUDIO_SUFFIXES)}, a list has one path a line"
+            )
+        found |= dict.fromkeys(here)
+    return list(found)
+
+
+class _Output:
+    """The file that is written and its journal. What both say of a recording counts only once its line of the journal is whole."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]):
+        self.path, self.identity = path, identity
+        self.journal = path.with_name(path.name + ".journal")
+        self.finished: set[str] = set()
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.journal.read_bytes().splitlines(keepends=True) if self.journal.exists() else []
+        whole = [line for line in lines if line.endswith(b"\n")]
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if not whole and size:
+            raise SettingsError(
+                f"{self.path} is there, but not its journal {self.journal.name}, so nothing can be added: give another output"
+            )
+        self._check_identity(json.loads(whole[0]) if whole else self.identity)
+        entries = [entry for entry in map(json.loads, whole[1:]) if entry["length"] <= size]
+        self.finished = {entry["path"] for entry in entries}
+        self._output, self._journal = self.path.open("ab"), self.journal.open("ab")
+        self._output.truncate(entries[-1]["length"] if entries else 0)
+        self._journal.truncate(sum(map(len, whole[: 1 + len(entries)])))
+        if not whole:
+            self._append(self._journal, json.dumps(self.identity) + "\n")
+        if not entries and self.path.suffix == ".csv":
+            self._append(self._output, ",".join(CSV_HEADER) + "\n")
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._output.close()
+        self._journal.close()
+
+    def write(self, path: str, text: str) -> None:
+        """All of a recording, and then that it is all."""
+        self._append(self._output, text)
+        self._append(self._journal, json.dumps({"path": path, "length": self._output.tell()}) + "\n")
+
+    def _check_identity(self, before: dict[str, Any]) -> None:
+        for name, value in self.identity.items():
+            if before.get(name) != value:
+                raise SettingsError(
+                    f"{self.path} was written with {name}={before.get(name)!r}, but {name} is {value!r} now: give the same model and "
+                    "settings, or another output"
+                )
+
+    @staticmethod
+    def _append(file: BinaryIO, text: str) -> None:
+        file.write(text.encode())
+        file.flush()
+
+
+def _identity(settings: TagSettings, model: SSLAMForAudioClassification, extractor: SSLAMFeatureExtractor) -> dict[str, Any]:
+    """All that decides what is written of a recording; the model by its contents, wherever it lies."""
+    names = (*inspect.get_annotations(SSLAMConfig), "id2label", "problem_type")
+    about = {name: getattr(model.config, name) for name in names} | {"extractor": extractor.to_dict()}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    kept = {name: value for name, value in asdict(settings).items() if name not in NO_MATTER}
+    return kept | {"model": f"sha256:{digest.hexdigest()[:32]}"}
+
+
+def _load(settings: TagSettings) -> tuple[SSLAMForAudioClassification, SSLAMFeatureExtractor]:
+    with refusals_as_settings_errors(f"{settings.model} cannot be loaded as a SSLAM classifier with its feature extractor"):
+        extractor = SSLAMFeatureExtractor.from_pretrained(settings.model)
+        loaded: Any = SSLAMForAudioClassification.from_pretrained(
+            settings.model, dtype=getattr(torch, settings.dtype), output_loading_info=True
+        )
+    model, loading = loaded
+    if loading["missing_keys"]:
+        raise SettingsError(
+            f"{settings.model} holds no classifier ({min(loading['missing_keys'])} is missing): give one that was fine-tuned"
+        )
+    device = settings.device or best_device()
+    if str(device) == "cpu":
+        keep_freed_memory()
+    try:
+        return model.to(device), extractor
+    except (RuntimeError, AssertionError) as error:  # unknown, not there, or torch was built without it
+        raise SettingsError(f"device is {settings.device!r}, which cannot be used: {error}") from error
+
+
+def _decoded(paths: Iterable[str], sampling_rate: int) -> Iterator[tuple[str, np.ndarray | AudioDecodingError]]:
+    """All blocks of all recordings; where one cannot be read, the error in their place."""
+    for path in paths:
+        try:
+            for block in read_blocks(path, sampling_rate):
+                yield path, block
+        except AudioDecodingError as error:
+            yield path, error
+
+
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each made in the background while the one before is used."""
+    with ThreadPoolExecutor(1) as background:
+        upcoming = background.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = background.submit(next, items, None)
+            yield item
+
+
+def _blocks(items: Iterable[tuple[str, np.ndarray | AudioDecodingError]]) -> Iterator[np.ndarray]:
+    for _, item in items:
+        if isinstance(item, AudioDecodingError):
+            raise item
+        yield item
+
+
+def _cause(error: ValueError) -> str:
+    return error.cause if isinstance(error, AudioDecodingError) else "refused"
+
+
+def _json_line(path: str, heard: ScoresOverTime | ValueError, settings: TagSettings) -> str:
+    if isinstance(heard, ValueError):
+        return json.dumps({"path": path, "error": str(heard), "cause": _cause(heard)}, ensure_ascii=False) + "\n"
+    pooled = heard.scores.max(0) if settings.pool == "max" else heard.scores.mean(0)
+    record = {"path": path, "duration": round(heard.duration, 3), "tags": _tags(pooled, heard.classes, settings)}
+    if settings.windows:
+        record["windows"] = [
+            {"start": start, "end": end, "tags": _tags(scores, heard.classes, settings)} for start, end, scores in _windows(heard)
+        ]
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _csv_rows(path: str, heard: ScoresOverTime | ValueError, settings: TagSettings) -> str:
+    rows: list[Sequence[Any]] = [(path, "", "", "", "", heard)]
+    if isinstance(heard, ScoresOverTime):
+        rows = [
+            (path, start, end, tag["label"], tag["score"], "")
+            for start, end, scores in _windows(heard)
+            for tag in _tags(scores, heard.classes, settings)
+        ]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _windows(heard: ScoresOverTime) -> Iterator[tuple[float, float, np.ndarray]]:
+    """Start and end of each window in seconds, and its scores `(classes,)`."""
+    for start, scores in zip(heard.starts.tolist(), heard.scores):
+        yield round(start, 3), round(min(start + heard.window, heard.duration), 3), scores
+
+
+def _tags(scores: np.ndarray, classes: list[str], settings: TagSettings) -> list[dict[str, Any]]:
+    """The likeliest labels with their scores, the highest first."""
+    best = [i for i in np.argsort(-scores, kind="stable")[: settings.top_k] if scores[i] >= settings.threshold]
+    return [{"label": classes[i], "score": round(float(scores[i]), DIGITS)} for i in best]
+
+
+__all__ = ["TagSettings", "TagSummary", "find_recordings", "tag_files"]

@@ -1,0 +1,365 @@
+"""Windows over long recordings, frame embeddings over time, and many clips: each as if alone, in memory that does not grow."""
+
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise, speech_like, tiny_config
+
+from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from transformers_sslam.inference import Windowing
+
+
+RATE, STEP = 16_000, 2560  # samples in a second, and in a time step of 160 ms
+FRAMES = 64
+WINDOW = 63 * 160 + 400  # samples of 64 frames
+EXTRACTOR = SSLAMFeatureExtractor(max_length=FRAMES)
+SENSITIVE = {"initializer_range": 0.3, "classifier_pooling": "mean"}  # so random a network tells sounds apart
+
+
+def classifier(**config) -> SSLAMForAudioClassification:
+    torch.manual_seed(0)
+    return SSLAMForAudioClassification(tiny_config(**{"num_labels": 3, **SENSITIVE, **config})).eval()
+
+
+def recording(seconds: float) -> np.ndarray:
+    return np.concatenate((noise(seconds / 2), speech_like(seconds / 2)))
+
+
+def in_blocks(waveform: np.ndarray, size: int):
+    return (waveform[i : i + size] for i in range(0, len(waveform), size))
+
+
+@torch.inference_mode()
+def alone(model, waveform, **options) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and the mean over frequency of the last hidden state of one clip, `(steps, hidden_size)`."""
+    inputs = EXTRACTOR(waveform, sampling_rate=RATE, return_tensors="pt", **options)
+    outputs = model(**inputs, output_hidden_states=True)
+    return outputs.logits[0].numpy(), outputs.hidden_states[-1][0, 1:].unflatten(0, (-1, 8)).mean(1).numpy()
+
+
+# --- where windows lie
+
+
+@pytest.mark.parametrize(
+    ("samples", "starts"),
+    [(50, [0]), (100, [0]), (101, [0, 1]), (140, [0, 40]), (180, [0, 40, 80]), (190, [0, 40, 80, 90])],
+)
+def test_windows_cover_a_recording_and_the_last_ends_with_it(samples, starts):
+    assert Windowing(length=100, hop=40, frames=1, step=None, sampling_rate=RATE).starts(samples) == starts
+
+
+@pytest.mark.parametrize(
+    ("frames", "starts"), [(1, [0]), (64, [0]), (65, [0, 1]), (80, [0, 1]), (81, [0, 2]), (96, [0, 2]), (97, [0, 2, 3]), (113, [0, 2, 4])]
+)
+def test_on_the_grid_of_frame_embeddings_the_last_window_holds_the_last_frame(frames, starts):
+    windowing = Windowing(length=WINDOW, hop=2 * STEP, frames=64, step=STEP, sampling_rate=RATE)
+    assert [start / STEP for start in windowing.starts((frames - 1) * 160 + 400)] == starts
+
+
+# --- scores
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_each_window_is_scored_as_a_clip_of_its_own(batch_size):
+    waveform, model = recording(3.1), classifier()
+    batches = list(model.score_windows(waveform, EXTRACTOR, hop=0.25, batch_size=batch_size))
+    assert all(len(batch.scores) == batch_size for batch in batches[:-1])
+    starts = [*range(0, len(waveform) - WINDOW, 4000), len(waveform) - WINDOW]
+    assert np.concatenate([batch.starts for batch in batches]).tolist() == pytest.approx([start / RATE for start in starts])
+    expected = torch.tensor(np.array([alone(model, waveform[start : start + WINDOW])[0] for start in starts])).softmax(1)
+    scores = np.concatenate([batch.scores for batch in batches])
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    assert scores.std(0).max() > 0.01
+
+
+@pytest.mark.parametrize("size", [1, 159, 1000, WINDOW, WINDOW + 1, 10**6])
+@pytest.mark.parametrize("hop", [0.16, 0.64, 1.5])  # overlapping, side by side, with gaps
+@pytest.mark.parametrize("seconds", [0.3, WINDOW / RATE, 2.0])
+def test_blocks_of_any_size_give_what_the_whole_gives(size, hop, seconds):
+    waveform, model = recording(seconds), classifier()
+    options = {"hop": hop, "batch_size": 3, "embeddings": hop < 1}
+    whole = model.score_over_time(waveform, EXTRACTOR, **options)
+    blocks = model.score_over_time(in_blocks(waveform, size), EXTRACTOR, **options)
+    np.testing.assert_array_equal(blocks.scores, whole.scores)
+    np.testing.assert_array_equal(blocks.starts, whole.starts)
+    np.testing.assert_array_equal(blocks.embeddings, whole.embeddings)
+    assert blocks.duration == whole.duration == len(waveform) / RATE
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_a_producer_may_use_its_buffer_again(kind):
+    waveform, model, buffer = recording(2.0), classifier(), np.empty(500, dtype=np.float32)
+
+    def blocks():
+        for block in in_blocks(waveform, len(buffer)):
+            buffer[: len(block)] = block
+            yield kind(buffer[: len(block)])
+
+    expected = model.score_over_time(waveform, EXTRACTOR)
+    np.testing.assert_array_equal(model.score_over_time(blocks(), EXTRACTOR).scores, expected.scores)
+
+
+@pytest.mark.parametrize("convert", [np.float64, torch.tensor, lambda x: np.frombuffer(x.tobytes(), dtype=np.float32)])
+def test_arrays_of_other_kinds_are_read_too(convert):
+    waveform, model = recording(1.5), classifier()
+    expected = model.score_over_time(waveform, EXTRACTOR).scores
+    np.testing.assert_array_equal(model.score_over_time(convert(waveform), EXTRACTOR).scores, expected)
+
+
+def test_windows_may_have_another_length():
+    waveform, model = recording(3.0), classifier()
+    heard = model.score_over_time(waveform, EXTRACTOR, window=1.28, hop=0.5)
+    assert heard.window == (127 * 160 + 400) / RATE
+    expected = alone(model, waveform[8000 : 8000 + 127 * 160 + 400], padding="longest")[0]
+    np.testing.assert_allclose(heard.scores[1], torch.tensor(expected).softmax(0), atol=1e-6)
+
+
+def test_tags_have_sigmoids():
+    waveform, model = recording(1.0), classifier(problem_type="multi_label_classification", num_labels=1)
+    heard = model.score_over_time(waveform[:WINDOW], EXTRACTOR)
+    np.testing.assert_allclose(heard.scores[0], 1 / (1 + np.exp(-alone(model, waveform[:WINDOW])[0])), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_float32_scores_close_to_the_full_ones(dtype):
+    waveform, model = recording(2.0), classifier(initializer_range=0.1)
+    full = model.score_over_time(waveform, EXTRACTOR, hop=0.64, embeddings=True)
+    half = model.to(dtype).score_over_time(waveform, EXTRACTOR, hop=0.64, embeddings=True)
+    assert (half.scores.dtype, half.embeddings.dtype) == (np.float32, np.float32)
+    np.testing.assert_allclose(half.scores, full.scores, atol=0.02)
+
+
+def test_the_training_flags_are_as_they_were_between_batches_and_afterwards():
+    model = classifier(classifier_dropout=0.9, drop_path_rate=0.5).train()
+    model.sslam.layers[0].eval()  # frozen by its owner
+    before = [module.training for module in model.modules()]
+    for _ in range(2):
+        for _ in model.score_windows(recording(2.0), EXTRACTOR, batch_size=1):
+            assert [module.training for module in model.modules()] == before
+            assert torch.is_grad_enabled()
+            assert not torch.is_inference_mode_enabled()
+    model.sslam.encode([noise(0.3)], EXTRACTOR)
+    assert [module.training for module in model.modules()] == before
+    expected = classifier(classifier_dropout=0.9, drop_path_rate=0.5).score_over_time(recording(2.0), EXTRACTOR)
+    np.testing.assert_array_equal(model.score_over_time(recording(2.0), EXTRACTOR).scores, expected.scores)
+    assert not model.sslam._forward_hooks
+
+
+# --- frame embeddings
+
+
+def test_frame_embeddings_are_means_over_the_windows_that_hold_them():
+    waveform, model = recording(3.0), classifier()
+    heard = model.score_over_time(waveform, EXTRACTOR, hop=0.32, embeddings=True, batch_size=2)
+    assert heard.embeddings.shape == (19, 32)  # 298 frames
+    sums, counts = np.zeros((40, 32)), np.zeros((40, 1))
+    for start in (0, 2, 4, 6, 8, 10, 12, 14, 15):  # steps; 298 frames end within the last window, 240 + 58
+        steps = alone(model, waveform[start * STEP : start * STEP + WINDOW])[1]
+        sums[start : start + 4] += steps
+        counts[start : start + 4] += 1
+    np.testing.assert_allclose(heard.embeddings, (sums / np.maximum(counts, 1))[:19], atol=1e-5)
+    assert heard.embeddings.std(0).max() > 0.1
+
+
+def test_windows_side_by_side_have_the_embeddings_of_each_alone():
+    waveform, model = recording(2.0), classifier()
+    heard = model.score_over_time(waveform, EXTRACTOR, hop=0.64, embeddings=True)
+    np.testing.assert_allclose(heard.embeddings[4:8], alone(model, waveform[4 * STEP : 4 * STEP + WINDOW])[1], atol=1e-5)
+
+
+def test_of_a_padded_recording_only_what_sounds_has_embeddings():
+    waveform, model = noise(0.3), classifier()  # 28 frames: two steps
+    heard = model.score_over_time(waveform, EXTRACTOR, hop=0.64, embeddings=True)
+    np.testing.assert_allclose(heard.embeddings, alone(model, waveform)[1][:2], atol=1e-6)
+
+
+def test_embeddings_come_as_soon_as_no_later_window_adds_to_them():
+    batches = list(classifier().score_windows(recording(4.0), EXTRACTOR, hop=0.32, batch_size=3, embeddings=True))
+    assert [len(batch.embeddings) for batch in batches] == [5, 6, 6, 8]  # up to the steps 4, 10 and 16, where the latest window begins
+
+
+# --- memory
+
+
+def test_memory_is_flat_in_the_length_of_a_recording(monkeypatch):
+    """Half an hour in blocks of a second: of the blocks one is alive, and of samples never more than a batch of windows spans."""
+    hop, batch_size = 8.0, 4
+    alive, most, held, join = weakref.WeakSet(), 0, [], torch.cat
+
+    class Samples(np.ndarray):
+        __hash__ = object.__hash__
+
+    def blocks():
+        nonlocal most
+        for i in range(1800):
+            block = noise(1.0, seed=i).view(Samples)
+            alive.add(block)
+            most = max(most, len(alive))
+            yield block
+
+    def counted(tensors, *args, **kwargs):
+        if tensors[0].dim() == 1:
+            held.append(sum(map(len, tensors)))
+        return join(tensors, *args, **kwargs)
+
+    monkeypatch.setattr("transformers_sslam.inference.torch.cat", counted)
+    windows = sum(len(batch.starts) for batch in classifier().score_windows(blocks(), EXTRACTOR, hop=hop, batch_size=batch_size))
+    assert windows == 1 + 225  # those that begin each 8 s and end before the end, and the last one
+    assert most <= 2
+    assert max(held) <= batch_size * hop * RATE + WINDOW + RATE
+
+
+# --- clips
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_each_clip_is_encoded_as_if_alone_and_in_its_place(pooling, batch_size):
+    model = SSLAMModel(tiny_config(**SENSITIVE | {"classifier_pooling": pooling, "padding_value": 0.46706})).eval()
+    extractor = SSLAMFeatureExtractor(max_length=256)
+    clips = [noise(seconds, seed=i) for i, seconds in enumerate((2.5, 0.1, 1.0, 0.03, 1.7, 1.0, 0.5, 2.56))]
+    vectors = model.encode(clips, extractor, batch_size=batch_size)
+    assert (vectors.shape, vectors.dtype, vectors.device.type) == ((8, 32), torch.float32, "cpu")
+    for clip, vector in zip(clips, vectors):
+        inputs = extractor(clip, sampling_rate=RATE, padding="longest", return_attention_mask=True, return_tensors="pt")
+        with torch.inference_mode():
+            expected = model(**inputs).pooler_output[0]
+        torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_batches_hold_similar_lengths_in_few_shapes_and_a_mask_only_with_padding(monkeypatch):
+    seen, forward = [], SSLAMModel.forward
+
+    def recorded(self, input_values, attention_mask=None, **kwargs):
+        seen.append((*input_values.shape[:2], attention_mask is not None))
+        return forward(self, input_values, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(SSLAMModel, "forward", recorded)
+
+    def clip(frames):
+        return noise(((frames - 1) * 160 + 400) / RATE)
+
+    extractor = SSLAMFeatureExtractor(max_length=240)
+    clips = [clip(frames) for frames in (200, 32, 150, 64, 130, 32, 20, 225)]
+    SSLAMModel(tiny_config()).eval().encode(clips, extractor, batch_size=2)
+    # sorted 20 32 | 32 64 | 130 150 | 200 225: two steps; 64 = 4 * 16; 150 up to 160 = 5 * 32; 225 up to 256, but at most 240
+    assert seen == [(2, 32, True), (2, 64, True), (2, 160, True), (2, 240, True)]
+    seen.clear()
+    SSLAMModel(tiny_config()).eval().encode([clip(208), clip(208), clip(200)], extractor, batch_size=2)
+    assert seen == [(2, 208, True), (1, 208, False)]
+
+
+def test_a_lazy_sequence_is_read_once_and_never_held_whole():
+    reads, alive, most = [], weakref.WeakSet(), 0
+
+    class Lazy:
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, i):
+            nonlocal most
+            reads.append(i)
+            clip = torch.from_numpy(noise(0.1, seed=i))
+            alive.add(clip)
+            most = max(most, len(alive))
+            return clip
+
+    model = SSLAMModel(tiny_config()).eval()
+    vectors = model.encode(Lazy(), EXTRACTOR, batch_size=1)
+    assert reads == list(range(100))
+    assert most <= 2
+    torch.testing.assert_close(vectors[77], model.encode([noise(0.1, seed=77)], EXTRACTOR)[0], atol=1e-5, rtol=0)
+
+
+def test_a_clip_that_is_too_long_is_the_mean_of_its_pieces_by_their_frames():
+    model, clip = SSLAMModel(tiny_config(**SENSITIVE)).eval(), recording(1.6)  # 158 frames: 64, 64 and 30
+    pieces = [clip[start : start + WINDOW] for start in (0, 64 * 160, 128 * 160)]
+    first, second, rest = model.encode(pieces, EXTRACTOR)
+    torch.testing.assert_close(model.encode([clip], EXTRACTOR)[0], (64 * first + 64 * second + 30 * rest) / 158, atol=1e-5, rtol=1e-5)
+
+
+def test_no_clip_has_no_vector():
+    assert SSLAMModel(tiny_config()).encode([], EXTRACTOR).shape == (0, 32)
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hop": 0.0}, "hop is 0.0 s"),
+        ({"hop": float("nan")}, "hop is nan s"),
+        ({"hop": -1.0}, "hop is -1.0 s"),
+        ({"hop": 1.0, "embeddings": True}, "hop is 1.0 s, but with frame embeddings it must be a multiple of 0.16 s"),
+        ({"hop": 0.8, "embeddings": True}, "no longer than a window, 0.64 s"),
+        ({"window": 1.0}, "window is 1.0 s, but must be a positive multiple of 0.16 s"),
+        ({"window": 0.0}, "window is 0.0 s"),
+        ({"window": 3.2}, "a window of 3.2 s gives 320 frames .* up to 256"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"sampling_rate": 44_100}, "sampling_rate is 44100 Hz, but the model hears 16000 Hz"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_before_any_audio_is_read(options, message):
+    with pytest.raises(ValueError, match=message):
+        classifier().score_windows(iter(()), EXTRACTOR, **options)
+
+
+@pytest.mark.parametrize(
+    ("audio", "message"),
+    [
+        (np.zeros(0, dtype=np.float32), "the audio is empty"),
+        ([], "the audio is empty"),
+        (noise(0.02), "320 samples"),
+        (np.zeros((2, 16_000), dtype=np.float32), r"shape \(2, 16000\)"),
+        ([0.1, 0.2], "is a float"),
+        (np.zeros(16_000, dtype=np.int16), "dtype int16"),
+        (noise(1.0) * 1e4, "has a peak of"),
+        ([noise(1.0), np.full(8000, np.nan, dtype=np.float32)], "NaN or infinite samples between 1.00 and 1.50 s"),
+    ],
+)
+def test_audio_that_cannot_be_scored_is_refused(audio, message):
+    with pytest.raises(ValueError, match=message):
+        list(classifier().score_windows(audio, EXTRACTOR))
+
+
+@pytest.mark.parametrize("config", [{"problem_type": "regression"}, {"num_labels": 1}])
+def test_regression_has_no_scores(config):
+    with pytest.raises(ValueError, match="is no choice between classes"):
+        classifier(**config).score_windows(noise(1.0), EXTRACTOR)
+
+
+def test_scores_that_are_not_finite_are_an_error():
+    model = classifier()
+    model.classifier.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="begin between 0.00 and 0.34 s are NaN"):
+        list(model.score_windows(noise(1.0), EXTRACTOR))
+
+
+@pytest.mark.parametrize(
+    ("clips", "message"),
+    [
+        ([noise(1.0), noise(0.02)], "clip 1 has 320 samples"),
+        (noise(1.0), "clip 0 is a single number"),
+        ([noise(1.0), np.full(8000, np.nan, dtype=np.float32)], "clip 1 holds NaN"),
+    ],
+)
+def test_clips_that_cannot_be_encoded_are_named(clips, message):
+    with pytest.raises(ValueError, match=message):
+        SSLAMModel(tiny_config()).encode(clips, EXTRACTOR, batch_size=1)
+
+
+def test_an_extractor_longer_than_the_model_is_refused():
+    with pytest.raises(ValueError, match="max_length gives 512 frames .* up to 256"):
+        SSLAMModel(tiny_config()).encode([noise(1.0)], SSLAMFeatureExtractor(max_length=512))
+
+
+@pytest.mark.parametrize(("frames", "seconds"), [(1024, 5.12), (128, 0.64), (48, 0.16), (16, 0.16)])
+def test_windows_overlap_by_half_unless_told_otherwise(frames, seconds):
+    extractor = SSLAMFeatureExtractor(max_length=frames)
+    model = SSLAMForAudioClassification(tiny_config(num_labels=3, max_length=1024)).eval()
+    batches = list(model.score_windows(recording(4 * frames / 100), extractor, embeddings=True))
+    starts = np.concatenate([batch.starts for batch in batches])
+    assert np.diff(starts)[:-1] == pytest.approx(seconds)

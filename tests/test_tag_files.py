@@ -1,0 +1,349 @@
+"""Recordings decoded in blocks, and a folder of them tagged: resumed where it was stopped, refused where it would not be the same."""
+
+import csv
+import io
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise, speech_like, tiny_config
+
+from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+
+
+soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("torchaudio")
+from transformers_sslam.data.decoding import AudioDecodingError, load_waveform, read_blocks  # noqa: E402
+from transformers_sslam.evaluation import tag_files as module  # noqa: E402
+from transformers_sslam.evaluation.tag_files import TagSettings, find_recordings, tag_files  # noqa: E402
+from transformers_sslam.training.settings import SettingsError  # noqa: E402
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "tag.py"
+SMALL_MODEL = ROOT / "model_cards" / "sslam-tiny-esc10"
+RATE = 16_000
+
+
+def encoded(samples: np.ndarray, rate: int = RATE, kind: str = "WAV", subtype: str | None = None) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=kind, subtype=subtype)
+    return file.getvalue()
+
+
+# --- blocks of a file
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000])
+@pytest.mark.parametrize("seconds", [0.0001, 0.013, 0.5, 100.0])
+def test_blocks_together_are_the_whole_waveform(tmp_path, rate, seconds):
+    samples = noise(0.1 if seconds < 0.01 else 1.7, sampling_rate=rate)
+    soundfile.write(tmp_path / "a.wav", np.stack((samples, samples[::-1]), axis=1), rate, subtype="FLOAT")
+    blocks = list(read_blocks(tmp_path / "a.wav", RATE, seconds))
+    whole = load_waveform(tmp_path / "a.wav", RATE)
+    assert {(block.dtype, block.ndim) for block in blocks} == {(np.dtype("float32"), 1)}
+    assert min(map(len, blocks)) > 0
+    np.testing.assert_allclose(np.concatenate(blocks), whole, rtol=0, atol=0 if rate == RATE else 1e-6)
+    assert len(whole) == -(-len(samples) * RATE // rate)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 440, 441, 442, 883])
+def test_recordings_of_a_few_samples_are_whole_too(samples):
+    data = encoded(noise(1.0)[:samples], 44_100, subtype="FLOAT")
+    np.testing.assert_allclose(np.concatenate(list(read_blocks(data, RATE, 0.001))), load_waveform(data), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "subtype"), [("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")])
+def test_compressed_files_are_decoded_in_blocks_as_whole(tmp_path, kind, subtype):
+    (tmp_path / "audio").write_bytes(encoded(noise(2.0), RATE, kind, subtype))
+    blocks = list(read_blocks(tmp_path / "audio", RATE, 0.3))
+    assert {len(block) for block in blocks[:-1]} == {4800}
+    rounding = 1e-6 if kind == "MP3" else 0  # its decoder begins anew with each block, a few frames earlier
+    np.testing.assert_allclose(np.concatenate(blocks), load_waveform(tmp_path / "audio"), rtol=0, atol=rounding)
+
+
+def test_no_more_than_a_block_is_decoded_before_it_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "a.wav").write_bytes(encoded(noise(10.0)))
+    read, decode = [], soundfile.SoundFile.read
+
+    def counted(self, frames, **options):
+        read.append(frames)
+        return decode(self, frames, **options)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counted)
+    blocks = read_blocks(tmp_path / "a.wav", RATE, 0.5)
+    next(blocks)
+    assert read == [8000]
+    next(blocks)
+    assert read == [8000, 8000]
+
+
+@pytest.mark.parametrize("kind", [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")])
+@pytest.mark.parametrize("share", [0.999, 0.5, 0.05])
+def test_files_cut_off_are_refused_as_they_are_whole(tmp_path, kind, share):
+    data = encoded(noise(2.0), RATE, *kind)
+    (tmp_path / "cut").write_bytes(data[: int(len(data) * share)])
+    refusals = []
+    for read in (load_waveform, lambda path: list(read_blocks(path, RATE, 0.3))):
+        with pytest.raises(AudioDecodingError) as error:
+            read(tmp_path / "cut")
+        refusals.append(error.value.cause)
+    assert refusals[0] == refusals[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"", "empty"),
+        (encoded(np.zeros(0, dtype=np.float32)), "empty"),
+        (b"this is no audio\n" * 99, "unreadable"),
+        (encoded(np.append(noise(1.0), np.float32("nan")), subtype="FLOAT"), "not finite"),
+        (None, "missing"),
+    ],
+    ids=["zero bytes", "zero samples", "text", "NaN at the end", "no file"],
+)
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_what_cannot_be_read_has_the_same_cause_in_blocks(tmp_path, content, cause, as_bytes):
+    path = tmp_path / "a.raw"
+    if content is not None:
+        path.write_bytes(content)
+    for read in (load_waveform, lambda source: list(read_blocks(source, RATE, 0.3))):
+        with pytest.raises(AudioDecodingError) as error:
+            read({"bytes": content, "path": None} if as_bytes else path)
+        assert error.value.cause == cause
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_a_block_has_some_length(seconds):
+    with pytest.raises(ValueError, match="give a positive number"):
+        next(read_blocks(encoded(noise(1.0)), RATE, seconds))
+
+
+# --- many files
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    torch.manual_seed(0)
+    names = {"id2label": dict(enumerate(["dog, big", "rain", "sea"])), "label2id": {"dog, big": 0, "rain": 1, "sea": 2}}
+    config = tiny_config(**names, initializer_range=0.3, classifier_pooling="mean", problem_type="multi_label_classification")
+    SSLAMForAudioClassification(config).save_pretrained(tmp_path / "model")
+    SSLAMFeatureExtractor(max_length=64).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def recordings(tmp_path) -> Path:
+    folder = tmp_path / "recordings"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.wav").write_bytes(encoded(noise(2.0)))
+    (folder / "b.flac").write_bytes(encoded(np.stack([speech_like(1.5, 44_100)] * 2, axis=1), 44_100, "FLAC"))
+    (folder / "broken.wav").write_text("no audio")
+    (folder / "deep" / "c.ogg").write_bytes(encoded(speech_like(0.4), RATE, "OGG"))
+    (folder / "notes.txt").write_text("none either")
+    (folder / "short.wav").write_bytes(encoded(noise(0.02)))
+    return folder
+
+
+def settings(model, recordings, output, **changes) -> TagSettings:
+    return TagSettings(**{"model": str(model), "inputs": str(recordings), "output": str(output), "hop": 0.5, "device": "cpu", **changes})
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def expected(model: Path, path: Path):
+    classifier, extractor = SSLAMForAudioClassification.from_pretrained(model), SSLAMFeatureExtractor.from_pretrained(model)
+    return classifier.score_over_time(load_waveform(path), extractor, hop=0.5)
+
+
+def test_each_recording_has_a_line_with_the_likeliest_labels_or_its_error(model, recordings, tmp_path):
+    output = tmp_path / "new" / "tags.jsonl"
+    summary = tag_files(settings(model, recordings, output, top_k=2, windows=True))
+    a, b, broken, c, short = lines(output)
+    assert [record["path"] for record in (a, b, broken, c, short)] == [
+        str(recordings / name) for name in ("a.wav", "b.flac", "broken.wav", "deep/c.ogg", "short.wav")
+    ]
+    heard = expected(model, recordings / "a.wav")
+    highest = heard.scores.max(0)
+    order = highest.argsort()[::-1][:2]
+    assert [tag["label"] for tag in a["tags"]] == [["dog, big", "rain", "sea"][i] for i in order]
+    assert [tag["score"] for tag in a["tags"]] == pytest.approx(highest[order].tolist(), abs=5e-5)
+    assert [(window["start"], window["end"]) for window in a["windows"]] == [(0, 0.655), (0.5, 1.155), (1, 1.655), (1.345, 2)]
+    assert a["windows"][2]["tags"][0]["score"] == pytest.approx(heard.scores[2].max(), abs=5e-5)
+    assert (a["duration"], b["duration"], c["duration"]) == (2, 1.5, 0.4)
+    assert [(w["start"], w["end"]) for w in c["windows"]] == [(0, 0.4)]
+    assert (broken["cause"], short["cause"]) == ("unreadable", "refused")
+    assert "320 samples" in short["error"]
+    assert (summary.tagged, summary.skipped, summary.unusable) == (3, 0, {"unreadable": 1, "refused": 1})
+    assert summary.audio_seconds == pytest.approx(3.9)
+
+
+def test_the_mean_over_windows_and_a_threshold_can_be_asked_for(model, recordings, tmp_path):
+    tag_files(settings(model, recordings / "a.wav", tmp_path / "tags.jsonl", pool="mean", threshold=0.3))
+    mean = expected(model, recordings / "a.wav").scores.mean(0)
+    tags = lines(tmp_path / "tags.jsonl")[0]["tags"]
+    assert [tag["score"] for tag in tags] == pytest.approx(
+        sorted((score for score in mean.tolist() if score >= 0.3), reverse=True), abs=5e-5
+    )
+    assert 0 < len(tags) < 3
+
+
+def test_a_csv_has_a_row_for_each_window_and_label(model, recordings, tmp_path):
+    tag_files(settings(model, recordings, tmp_path / "tags.csv", top_k=2))
+    rows = list(csv.DictReader((tmp_path / "tags.csv").open()))
+    assert [len([row for row in rows if row["path"].endswith(name)]) for name in ("a.wav", "broken.wav", "c.ogg")] == [4 * 2, 1, 2]
+    heard = expected(model, recordings / "a.wav")
+    assert (rows[2]["start"], rows[2]["end"]) == ("0.5", "1.155")
+    assert float(rows[2]["score"]) == pytest.approx(heard.scores[1].max(), abs=5e-5)
+    assert rows[2]["label"] == heard.classes[heard.scores[1].argmax()]
+    [error] = [row["error"] for row in rows if row["path"].endswith("broken.wav")]
+    assert "cannot be read as audio" in error
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_a_run_that_is_stopped_goes_on_and_writes_what_one_run_writes(model, recordings, tmp_path, monkeypatch, suffix):
+    whole, stopped = tmp_path / f"whole{suffix}", tmp_path / f"stopped{suffix}"
+    tag_files(settings(model, recordings, whole))
+    scored, score = [], SSLAMForAudioClassification.score_over_time
+
+    def interrupted(self, blocks, *args, **options):
+        scored.append(1)
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        return score(self, blocks, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SSLAMForAudioClassification, "score_over_time", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tag_files(settings(model, recordings, stopped))
+    with stopped.open("a") as file:
+        file.write("half of a rec")  # as of a process that was killed while it wrote
+    with Path(f"{stopped}.journal").open("a") as file:
+        file.write('{"path": "')
+    summary = tag_files(settings(model, recordings, stopped, batch_size=1))
+    assert stopped.read_bytes() == whole.read_bytes()
+    assert Path(f"{stopped}.journal").read_bytes() == Path(f"{whole}.journal").read_bytes()
+    assert (summary.skipped, summary.tagged) == (2, 1)
+
+
+def test_a_finished_run_does_nothing_more_and_new_recordings_are_added(model, recordings, tmp_path, monkeypatch):
+    output = tmp_path / "tags.jsonl"
+    tag_files(settings(model, recordings, output))
+    before = output.read_bytes()
+    (recordings / "another.wav").write_bytes(encoded(noise(1.0)))
+    assert tag_files(settings(model, recordings, output)).tagged == 1
+    assert output.read_bytes().startswith(before)
+    monkeypatch.setattr(module, "read_blocks", None)  # nothing is decoded again
+    summary = tag_files(settings(model, recordings, output))
+    assert (summary.tagged, summary.skipped, summary.unusable) == (0, 6, {})
+
+
+def test_records_that_were_lost_are_written_again(model, recordings, tmp_path):
+    output = tmp_path / "tags.jsonl"
+    tag_files(settings(model, recordings, output))
+    before = output.read_bytes()
+    output.write_bytes(before[:-10])
+    assert tag_files(settings(model, recordings, output)).skipped == 4
+    assert output.read_bytes() == before
+
+
+def test_an_output_of_other_settings_or_another_model_is_refused(model, recordings, tmp_path):
+    output = tmp_path / "tags.jsonl"
+    tag_files(settings(model, recordings, output))
+    before = output.read_bytes()
+    with pytest.raises(SettingsError, match="was written with hop=0.5, but hop is 0.25 now"):
+        tag_files(settings(model, recordings, output, hop=0.25))
+    other = SSLAMForAudioClassification.from_pretrained(model)
+    other.classifier.bias.data += 1
+    other.save_pretrained(model)
+    with pytest.raises(SettingsError, match="was written with model='sha256:"):
+        tag_files(settings(model, recordings, output))
+    assert output.read_bytes() == before
+
+
+def test_a_file_that_is_not_ours_is_not_touched(model, recordings, tmp_path):
+    (tmp_path / "tags.jsonl").write_text("precious\n")
+    with pytest.raises(SettingsError, match="is there, but not its journal tags.jsonl.journal"):
+        tag_files(settings(model, recordings, tmp_path / "tags.jsonl"))
+    assert (tmp_path / "tags.jsonl").read_text() == "precious\n"
+
+
+def test_folders_files_and_lists_are_searched_each_recording_once(recordings, tmp_path):
+    (recordings / "list.txt").write_text("short.wav\n\ndeep/c.ogg\ns3://bucket/far.wav\n")
+    found = find_recordings([str(recordings / "deep"), str(recordings / "list.txt"), str(recordings / "a.wav")])
+    assert found == [str(recordings / "deep/c.ogg"), str(recordings / "short.wav"), "s3://bucket/far.wav", str(recordings / "a.wav")]
+
+
+def test_inputs_that_hold_nothing_are_refused(recordings, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00")
+    for name, message in [("empty", "holds no recording"), ("nowhere", "is no folder, audio file or list"), ("binary.bin", "is no folder")]:
+        with pytest.raises(SettingsError, match=message):
+            find_recordings(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output": "tags.txt"}, "ends in .jsonl or .csv"),
+        ({"output": "tags.csv", "windows": True}, "a .csv has every window as it is"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"threshold": 1.5}, "threshold 1.5"),
+        ({"hop": 0.0}, "these settings do not fit the model: hop is 0.0 s"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"window": 10.24}, "a window of 10.24 s gives 1024 frames"),
+        ({"model": "nowhere/at/all"}, "nowhere/at/all cannot be loaded"),
+        ({"device": "abacus"}, "device is 'abacus', which cannot be used"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(model, recordings, tmp_path, changes, message):
+    output = changes.get("output", tmp_path / "tags.jsonl")
+    with pytest.raises(SettingsError, match=message):
+        tag_files(settings(**{"model": model, "recordings": recordings, **changes, "output": output}))
+    assert not Path(output).exists()
+
+
+def test_an_encoder_without_a_classifier_is_refused(model, recordings, tmp_path):
+    SSLAMModel(tiny_config()).save_pretrained(model)
+    with pytest.raises(SettingsError, match="holds no classifier"):
+        tag_files(settings(model, recordings, tmp_path / "tags.jsonl"))
+
+
+def test_the_program_tags_a_folder_and_survives_a_kill(recordings, tmp_path, monkeypatch, capsys):
+    arguments = ["tag.py", f"model={SMALL_MODEL}", f"inputs={recordings}", f"output={tmp_path / 'tags.jsonl'}", "device=cpu"]
+    dies_at_the_second_recording = f"""
+import os, runpy, sys
+from transformers_sslam.evaluation import tag_files
+append = tag_files._Output._append
+def dying(file, text):
+    if "b.flac" in text:
+        append(file, text[:20])
+        os._exit(9)
+    append(file, text)
+tag_files._Output._append = staticmethod(dying)
+sys.argv = {arguments}
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    killed = subprocess.run([sys.executable, "-c", dies_at_the_second_recording], env=environment, capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    assert len((tmp_path / "tags.jsonl").read_text().splitlines()[1]) == 20
+
+    monkeypatch.setattr("sys.argv", arguments)
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 recordings tagged (0.00 h, ")
+    assert printed.endswith(" x real time), 1 finished before, 2 not usable (1 refused, 1 unreadable)\n")
+    assert len(lines(tmp_path / "tags.jsonl")) == 5
+
+    monkeypatch.setattr("sys.argv", [*arguments, "hop=2"])
+    with pytest.raises(SystemExit, match="^error: .*tags.jsonl was written with hop=None, but hop is 2.0 now"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
