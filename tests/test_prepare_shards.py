@@ -17,17 +17,13 @@ from conftest import noise
 from datasets import Audio, load_dataset
 
 from transformers_sslam import SSLAMFeatureExtractor
+from transformers_sslam.data import shards
 from transformers_sslam.data.decoding import load_waveform
+from transformers_sslam.data.shards import ShardSettings, prepare
 from transformers_sslam.data.stream import ClipStream, DataSettings
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "prepare_shards.py"
-sys.path.insert(0, str(SCRIPT.parent))
-
-import prepare_shards  # noqa: E402
-from prepare_shards import ShardSettings, prepare  # noqa: E402
-
-
 RECORDINGS, DAMAGED = 23, (4, 11)
 
 
@@ -122,7 +118,7 @@ def test_interrupted_and_run_again_it_writes_the_same_files(
     recordings: Path, tmp_path: Path, monkeypatch, whole_shards: int, num_workers: int
 ):
     wanted = prepare(tmp_path / "at once", settings(recordings, num_workers=num_workers))
-    write, replace, calls = prepare_shards.write_shard, Path.replace, Counter()
+    write, replace, calls = shards.write_shard, Path.replace, Counter()
 
     def interrupted(path: Path, target: Path):
         if target.suffix == ".parquet":
@@ -139,7 +135,7 @@ def test_interrupted_and_run_again_it_writes_the_same_files(
     monkeypatch.undo()
 
     written = []
-    monkeypatch.setattr(prepare_shards, "write_shard", lambda path, *args: [written.append(path.name), write(path, *args)][1])
+    monkeypatch.setattr(shards, "write_shard", lambda path, *args: [written.append(path.name), write(path, *args)][1])
     index = prepare(tmp_path / "twice", settings(recordings, num_workers=num_workers))
     assert written == [f"shard-{number:05d}.parquet" for number in range(whole_shards, 4)]
     assert index == wanted
@@ -186,8 +182,8 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_decoded(
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         prepare(tmp_path / "file" / "shards", settings(recordings))
-    monkeypatch.setattr(prepare_shards, "BatchStream", lambda *args, **kwargs: pytest.fail("began to decode"))
-    monkeypatch.setattr(prepare_shards, "write_index", lambda *args: (_ for _ in ()).throw(PermissionError("read-only")))
+    monkeypatch.setattr(shards, "BatchStream", lambda *args, **kwargs: pytest.fail("began to decode"))
+    monkeypatch.setattr(shards, "write_index", lambda *args: (_ for _ in ()).throw(PermissionError("read-only")))
     with pytest.raises(PermissionError):
         prepare(tmp_path / "shards", settings(recordings))
 

@@ -140,7 +140,9 @@ class SSLAMDecoder(nn.Module):
             # Seen as (views, hidden_size, time, frequency), a grid with its channels last in memory is just what is fastest here.
             features = convolution(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             features = nn.functional.gelu(nn.functional.layer_norm(features, features.shape[-1:]))
-            grid = grid + features if grid.shape == features.shape else features
+            # In place, for no backward pass asks for the activation's output, and in its type: under autocast what the norm gives, which
+            # is float32 on a GPU and half precision on a CPU.
+            grid = features.add_(grid) if grid.shape == features.shape else features
         return self.projection(gather_patches(grid.flatten(1, 2), masked))
 
 
@@ -406,6 +408,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         """Losses and the collapse guard's statistics."""
         config = self.config
         num_clips, num_views, sample_size = len(targets.local), len(cls), masked.numel()
+        predictions = predictions.float()  # once for all that follows
         local_targets = gather_patches(targets.local, masked)
         local_loss = squared_error(predictions, local_targets) / sample_size
         global_loss = squared_error(cls, targets.overall.repeat_interleave(num_views // num_clips, dim=0)) * config.global_loss_weight

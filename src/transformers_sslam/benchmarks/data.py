@@ -1,48 +1,34 @@
-"""How fast is the input path, and how long does resuming take?
+"""What the input path costs: clips a second of one core, from the source to the log-mel batch (read, decode, mix down, resample, cut,
+filter bank, scale, stack), and the seconds from nothing to the first batch of a stream that resumes far into its data, which must not
+grow."""
 
-    python scripts/benchmark_data.py                                        # synthetic recordings
-    python scripts/benchmark_data.py --source "{kind: folder, path: /data/fsd50k}" --json speed.json
-
-Clips a second of one core, from the source to the log-mel batch (read, decode, mix down, resample, cut, filter bank, scale, stack), once by
-the clock and once by the processor's own time, which other programs do not disturb. Then the seconds from nothing to the first batch of a
-stream that resumes after 10, 10,000 and 1,000,000 clips, for a manifest and for parquet shards of more rows than that; they must not grow.
-Medians of several runs, with the fastest and the slowest.
-"""
-
-import argparse
 import io
-import json
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
-import torch
-import yaml
-from datasets import Audio, Features, disable_progress_bars
-from prepare_shards import ShardSettings, prepare
+from datasets import Audio, Features
 
-from transformers_sslam import SSLAMFeatureExtractor
-from transformers_sslam.data.clips import Tally
-from transformers_sslam.data.sources import SourceSettings
-from transformers_sslam.data.stream import ClipStream, DataSettings, Place
+from ..data.clips import Tally
+from ..data.shards import ShardSettings, prepare
+from ..data.sources import SourceSettings
+from ..data.stream import ClipStream, DataSettings, Place
+from ..feature_extraction_sslam import SSLAMFeatureExtractor
+from .timing import spread
 
 
 ROWS_PER_GROUP = 64
 RECORDING_SECONDS = 10.0
 CHECKED_UP_TO = 100  # clips that are really read to check a computed place
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def synthetic_sources(folder: Path, recordings: int) -> list[dict]:
@@ -67,7 +53,10 @@ def clips_per_second(source: dict, extractor: SSLAMFeatureExtractor, batch_size:
     while clips < batches * batch_size:
         for batch in islice(stream, batches - clips // batch_size):
             clips += len(batch["input_values"])
-    return {"by the clock": clips / (time.perf_counter() - clock), "by processor time": clips / (time.process_time() - processor)}
+    return {
+        "clips a second by the clock": clips / (time.perf_counter() - clock),
+        "clips a second by processor time": clips / (time.process_time() - processor),
+    }
 
 
 def many_rows(folder: Path, rows: int) -> list[dict]:
@@ -110,7 +99,7 @@ def seconds_to_resume(source: dict, extractor: SSLAMFeatureExtractor, batch_size
     opened = time.perf_counter()
     stream.load_state_dict(state)
     next(iter(stream))
-    return {"to open": opened - begin, "to resume": time.perf_counter() - opened}
+    return {"seconds to open": opened - begin, "seconds to resume": time.perf_counter() - opened}
 
 
 def check_place(fresh: Callable[[], ClipStream], state: dict, clips: int) -> None:
@@ -125,45 +114,40 @@ def check_place(fresh: Callable[[], ClipStream], state: dict, clips: int) -> Non
         raise RuntimeError(f"the place computed for {clips} clips is not where reading {clips} clips leads")
 
 
-def measure(what: str, repeats: int, run: Callable[[], dict[str, float]]) -> dict:
-    runs = [run() for _ in range(repeats)]
-    spreads = {name: spread([values[name] for values in runs]) for name in runs[0]}
-    cells = [f"{name} {value['median']:9.3f} ({value['min']:.3f} - {value['max']:.3f})" for name, value in spreads.items()]
-    print(f"{what:52}" + "".join(f"{cell:>50}" for cell in cells), flush=True)
-    return {"what": what, **spreads}
+def measure_data(
+    sources: Sequence[dict[str, Any]] | None = None,
+    *,
+    max_length: int = 1024,
+    batch_size: int = 12,
+    batches: int = 10,
+    recordings: int = 48,
+    resume_after: Sequence[int] = (10, 10_000, 1_000_000),
+    repeats: int = 5,
+) -> list[dict[str, Any]]:
+    """Each source read, once by the clock and once by the processor's own time, which other programs do not disturb; then streams resumed.
 
+    Args:
+        sources: as under `data.sources` of a recipe; by default stereo at 44.1 kHz, made up, in three formats and as prepared shards.
+        max_length: frames of the model's input.
+        batch_size: clips of a batch.
+        batches: of each run.
+        recordings: made-up ones of each format.
+        resume_after: clips, of a manifest and of shards of more rows than that.
+        repeats: runs.
+    """
+    extractor, results = SSLAMFeatureExtractor(max_length=max_length), []
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", action="append", type=yaml.safe_load, help="in YAML, as under data.sources of a recipe")
-    parser.add_argument("--max-length", type=int, default=1024, help="frames of the model's input")
-    parser.add_argument("--batch-size", type=int, default=12)
-    parser.add_argument("--batches", type=int, default=10, help="measured in each run")
-    parser.add_argument("--recordings", type=int, default=48, help="synthetic ones of each format")
-    parser.add_argument("--resume-after", type=int, nargs="+", default=[10, 10_000, 1_000_000], help="clips")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    disable_progress_bars()
-    extractor = SSLAMFeatureExtractor(max_length=args.max_length)
+    def measure(what: str, run: Callable[[], dict[str, float]]) -> None:
+        runs = [run() for _ in range(repeats)]
+        results.append({"what": what, **{name: spread([values[name] for values in runs]) for name in runs[0]}})
+
     with tempfile.TemporaryDirectory() as folder:
-        results: dict[str, list[dict]] = {"clips a second of one core": [], "seconds from nothing to the first batch": []}
-        print("Clips a second of one core: median (slowest - fastest)")
-        for source in args.source or synthetic_sources(Path(folder), args.recordings):
-            what = f"{source['kind']} {source['path']}"
-            run = partial(clips_per_second, source, extractor, args.batch_size, args.batches)
-            results["clips a second of one core"].append(measure(what, args.repeats, run))
-        rows = max(args.resume_after) + 1024 * ROWS_PER_GROUP
-        print(f"Seconds from nothing to the first batch, in {rows} rows: median (fastest - slowest)")
-        for source in many_rows(Path(folder), rows):
-            for clips in args.resume_after:
-                run = partial(seconds_to_resume, source, extractor, args.batch_size, clips)
-                what = f"{source['kind']}, after {clips} clips"
-                results["seconds from nothing to the first batch"].append(measure(what, args.repeats, run))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        for source in sources or synthetic_sources(Path(folder), recordings):
+            measure(f"{source['kind']} {Path(source['path']).name}", partial(clips_per_second, source, extractor, batch_size, batches))
+        for source in many_rows(Path(folder), max(resume_after, default=0) + 1024 * ROWS_PER_GROUP) if resume_after else []:
+            for clips in resume_after:
+                measure(f"{source['kind']}, after {clips:,} clips", partial(seconds_to_resume, source, extractor, batch_size, clips))
+    return results
 
 
-if __name__ == "__main__":
-    main()
+__all__ = ["measure_data"]

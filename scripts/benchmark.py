@@ -1,0 +1,143 @@
+"""How fast it is on this machine, as medians of interleaved runs with the fastest and the slowest.
+
+    python scripts/benchmark.py step --baseline                    # an update of stage 2, beside the same written plainly
+    python scripts/benchmark.py step --baseline --device cuda --precision bfloat16 --plain-precision bfloat16 --batch-size 12
+    python scripts/benchmark.py encode --batch-sizes 1 8           # the encoder, against Transformers' AST
+    python scripts/benchmark.py features --device cuda             # log-mels, against torchaudio
+    python scripts/benchmark.py recording --minutes 60             # an hour of audio tagged, and the memory that takes
+    python scripts/benchmark.py data --source "{kind: folder, path: /data/fsd50k}"
+
+Other work on the machine changes times by factors, and ratios little: quote ratios, and times of a quiet machine. `--json` keeps the
+figures, with what they were measured on.
+"""
+
+import argparse
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from datasets import disable_progress_bars
+
+from transformers_sslam.benchmarks.data import measure_data
+from transformers_sslam.benchmarks.encode import measure_encoder
+from transformers_sslam.benchmarks.features import measure_features
+from transformers_sslam.benchmarks.recording import measure_recording
+from transformers_sslam.benchmarks.step import SIZES, StepSettings, measure_step, summary
+from transformers_sslam.benchmarks.timing import Spread, machine
+from transformers_sslam.evaluation.reports import markdown_table, write_json
+
+
+def step(args: argparse.Namespace) -> tuple[Any, str]:
+    settings = StepSettings(**{field.name: getattr(args, field.name) for field in fields(StepSettings)})
+    results = measure_step(settings, args.baseline)
+    header = [f"update of stage {args.stage}, {args.size}, {args.batch_size} clips", f"{args.precision}", "plain", "plain over fast"]
+    return {"settings": asdict(settings), **results}, markdown_table(header, summary(results))
+
+
+def encode(args: argparse.Namespace) -> tuple[Any, str]:
+    options = ("frames", "precision", "compile", "device", "repeats", "warmup")
+    rows = measure_encoder(args.size, args.batch_sizes, **{name: getattr(args, name) for name in options})
+    header = [f"{args.size}, {args.precision}: clips a second", "SSLAM", "AST", "SSLAM over AST"]
+    return rows, markdown_table(
+        header, [[f"batch of {r['batch_size']}", *map(str, r["clips_per_second"].values()), str(r["speedup"])] for r in rows]
+    )
+
+
+def features(args: argparse.Namespace) -> tuple[Any, str]:
+    rows = measure_features(args.clips, args.seconds, device=args.device, repeats=args.repeats, warmup=args.warmup)
+    header = ["log-mel", "ms a clip", "times as fast as torchaudio"]
+    return rows, markdown_table(header, [[row["way"], str(row["milliseconds"]), str(row["speedup"])] for row in rows])
+
+
+def recording(args: argparse.Namespace) -> tuple[Any, str]:
+    results = measure_recording(
+        args.size, args.minutes, hop=args.hop, batch_size=args.batch_size, precision=args.precision, device=args.device
+    )
+    return results, markdown_table(["a recording, tagged", ""], [[name, str(value)] for name, value in results.items()])
+
+
+def data(args: argparse.Namespace) -> tuple[Any, str]:
+    torch.set_num_threads(1)
+    names = ("max_length", "batch_size", "batches", "recordings", "resume_after", "repeats")
+    rows = measure_data(args.source, **{name: getattr(args, name) for name in names})
+    cells = [[row["what"], "; ".join(f"{name} {value}" for name, value in row.items() if name != "what")] for row in rows]
+    return rows, markdown_table(["input path, one core", "median (smallest - largest)"], cells)
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = whole.add_subparsers(required=True, dest="what")
+    precisions = ("float32", "bfloat16", "float16")
+
+    def command(run, *, sized: bool, device: bool = True, repeats: int = 5) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            run.__name__, help=(run.__doc__ or "").strip() or None, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", type=Path, help="also write the figures here")
+        sub.add_argument("--repeats", type=int, default=repeats, help="runs that are timed")
+        if device:
+            sub.add_argument("--device", default="cpu")
+            sub.add_argument("--warmup", type=int, default=1, help="runs before those")
+        if sized:
+            sub.add_argument("--size", choices=list(SIZES), default="base")
+            sub.add_argument("--precision", choices=precisions, default="float32")
+        return sub
+
+    sub = command(step, sized=True)
+    sub.add_argument("--baseline", action="store_true", help="measure the plainly written update beside it")
+    sub.add_argument("--plain-precision", choices=precisions, default="float32", help="of that one")
+    sub.add_argument("--stage", type=int, choices=(1, 2), default=2)
+    sub.add_argument("--batch-size", type=int, default=2, help="clips")
+    sub.add_argument("--views", type=int, help="masks a clip; by default the stage's")
+    sub.add_argument("--frames", type=int, default=1024, help="of a clip, 10 ms each")
+    sub.add_argument("--compile", action="store_true")
+    sub = command(encode, sized=True)
+    sub.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
+    sub.add_argument("--frames", type=int, default=1024, help="of a clip, 10 ms each")
+    sub.add_argument("--compile", action="store_true")
+    sub = command(features, sized=False)
+    sub.add_argument("--clips", type=int, default=64)
+    sub.add_argument("--seconds", type=float, default=10.0)
+    sub = command(recording, sized=True)
+    sub.add_argument("--minutes", type=float, default=60.0)
+    sub.add_argument("--hop", type=float, default=10.24, help="seconds from window to window")
+    sub.add_argument("--batch-size", type=int, default=8, help="windows")
+    sub = command(data, sized=False, device=False)
+    sub.add_argument(
+        "--source", action="append", type=yaml.safe_load, help="in YAML, as under data.sources of a recipe; default: made-up ones"
+    )
+    sub.add_argument("--max-length", type=int, default=1024, help="frames of the model's input")
+    sub.add_argument("--batch-size", type=int, default=12)
+    sub.add_argument("--batches", type=int, default=10, help="in each run")
+    sub.add_argument("--recordings", type=int, default=48, help="made-up ones of each format")
+    sub.add_argument("--resume-after", type=int, nargs="*", default=[10, 10_000, 1_000_000], help="clips")
+    return whole
+
+
+def plain(values: Any) -> Any:
+    """What JSON can hold."""
+    if isinstance(values, Spread):
+        return values.to_dict()
+    if isinstance(values, dict):
+        return {name: plain(value) for name, value in values.items()}
+    return [plain(value) for value in values] if isinstance(values, list) else values
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    disable_progress_bars()
+    args = parser().parse_args()
+    on = machine(torch.device(getattr(args, "device", "cpu")))
+    print(", ".join(f"{name} {value}" for name, value in on.items()), flush=True)
+    results, table = args.run(args)
+    print(table)
+    if args.json:
+        write_json(args.json, {"machine": on, "results": plain(results)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Speed is measured fairly, and bought with nothing: fast, plain and compiled updates compute the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from transformers_sslam import SSLAMModel, allocator
+from transformers_sslam.modeling_sslam import MAX_TOKENS_WRITTEN_OUT, SSLAMAttention
+
+
+pytest.importorskip("accelerate")
+pytest.importorskip("soundfile")
+from conftest import relative_error, tiny_config
+
+from transformers_sslam.benchmarks.data import measure_data
+from transformers_sslam.benchmarks.encode import measure_encoder
+from transformers_sslam.benchmarks.recording import blocks, measure_recording
+from transformers_sslam.benchmarks.step import LOSSES, StepSettings, Update, measure_step, summary
+from transformers_sslam.benchmarks.timing import MatrixProducts, interleave, ratio, spread
+
+
+CPU = torch.device("cpu")
+SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+ALLOCATOR = Path(allocator.__file__)
+SMALL = {"size": "tiny", "batch_size": 2, "frames": 512, "views": 2}
+
+
+# --- the same numbers
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_fast_and_plain_updates_agree(stage):
+    settings = StepSettings(**SMALL, stage=stage)
+    fast, plain = Update(settings), Update(settings, plain=True)
+    for _ in range(3):
+        for update in (fast, plain):
+            update.forward()
+            update.backward()
+        gradients = [torch.cat([p.grad.flatten() for p in update.model.parameters() if p.requires_grad]) for update in (fast, plain)]
+        assert relative_error(*gradients) < 1e-5
+        for name in (*LOSSES, "target_std", "prediction_std", "content_share"):
+            if name in fast.output:
+                assert fast.output[name].item() == pytest.approx(plain.output[name].item(), rel=1e-5), name
+        for update in (fast, plain):
+            update.step()
+            update.move_teacher()
+    for a, b in zip(fast.model.teacher.parameters(), plain.model.teacher.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_an_update_in_bfloat16_has_the_losses_of_a_plain_one_in_float32():
+    settings = StepSettings(**SMALL, precision="bfloat16")
+    fast, plain = Update(settings), Update(settings, plain=True)
+    assert (fast.precision, plain.precision) == ("bfloat16", "float32")
+    for _ in range(3):
+        fast()
+        plain()
+        assert fast.output.predictions is None  # what is not asked for is not kept
+        for name, expected in plain.losses().items():
+            assert fast.losses()[name] == pytest.approx(expected, rel=1e-3), name
+
+
+@pytest.mark.slow
+def test_a_compiled_update_agrees_and_is_compiled_once(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    compiled, plain = Update(StepSettings(**SMALL, compile=True)), Update(StepSettings(**SMALL), plain=True)
+    for _ in range(3):
+        compiled()
+        plain()
+        for name in ("target_std", "content_share"):  # nothing random is in these; what is compiled draws other masks
+            assert compiled.output[name].item() == pytest.approx(plain.output[name].item(), rel=0.05), name
+        assert compiled.losses()["loss"] == pytest.approx(plain.losses()["loss"], rel=0.05)
+
+
+def test_patches_are_projected_as_the_convolution_would():
+    embeddings = SSLAMModel(tiny_config()).embeddings.patch_embeddings
+    nn.init.normal_(embeddings.projection.bias)
+    values = torch.randn(3, 64, 128)
+    expected = embeddings.projection(values.unsqueeze(1)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(embeddings(values), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "trains", "faster"),
+    [
+        (103, torch.bfloat16, True, True),
+        (MAX_TOKENS_WRITTEN_OUT + 1, torch.bfloat16, True, False),
+        (103, torch.bfloat16, False, False),
+        (103, torch.float32, True, False),
+    ],
+)
+def test_attention_is_written_out_where_the_fused_one_is_slow_and_only_there(tokens, dtype, trains, faster):
+    config = tiny_config()
+    config._attn_implementation = "sdpa"
+    attention = SSLAMAttention(config)
+    assert attention._is_faster_written_out(torch.zeros(1, 4, tokens, 8, dtype=dtype, requires_grad=trains)) == faster
+    config._attn_implementation = "eager"
+    assert not attention._is_faster_written_out(torch.zeros(1, 4, tokens, 8, dtype=dtype, requires_grad=trains))
+
+
+def test_attention_written_out_has_the_gradients_of_the_fused_one(monkeypatch):
+    config = tiny_config()
+    config._attn_implementation = "sdpa"
+    attention = SSLAMAttention(config).to(torch.bfloat16)
+    values = torch.randn(2, 20, 32, dtype=torch.bfloat16)
+    gradients = []
+    for faster in (True, False):
+        monkeypatch.setattr(SSLAMAttention, "_is_faster_written_out", lambda self, query, faster=faster: faster)
+        inputs = values.clone().requires_grad_()
+        outputs, weights = attention(inputs)
+        assert weights is None
+        outputs.square().sum().backward()
+        gradients.append((outputs.detach(), inputs.grad))
+    for written_out, fused in zip(*gradients):
+        torch.testing.assert_close(written_out, fused, rtol=0.02, atol=0.02 * fused.abs().max().item())
+
+
+# --- fair measures
+
+
+def test_candidates_run_in_turns_and_warm_up_first():
+    order = []
+    seconds = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2, warmup=1, device=CPU)
+    assert order == ["a", "b"] * 3
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_ratios_are_taken_run_by_run():
+    # The machine was three times as slow during the second pair: the ratio of medians, 4.5 / 2, would not be what each pair says.
+    assert ratio([2.0, 6.0, 3.0], [1.0, 3.0, 1.5]).to_dict() == {"median": 2.0, "smallest": 2.0, "largest": 2.0, "runs": 3}
+
+
+def test_a_spread_of_times_becomes_one_of_rates():
+    rates = spread([0.5, 0.25, 1.0]).inverse(2)
+    assert (rates.median, rates.smallest, rates.largest) == (4.0, 2.0, 8.0)
+    assert str(spread([0.5, 0.25, 1.0]).scaled(1000)) == "500 (250 - 1e+03)"
+
+
+def test_the_floor_is_made_of_matrix_products_alone(monkeypatch):
+    timed = []
+    monkeypatch.setattr("transformers_sslam.benchmarks.timing.timed", lambda run, device: (timed.append(run()), 2.0 + len(timed))[1])
+    a = torch.randn(1, 2, 8, 4, requires_grad=True)
+    with MatrixProducts(CPU, tries=2) as products:
+        b = nn.functional.gelu(a) + 1
+        nn.functional.scaled_dot_product_attention(b, b, b)
+        nn.functional.conv2d(b, torch.randn(3, 2, 1, 1)).exp()
+        (b @ b.transpose(2, 3)).softmax(-1).sum().backward()
+    # Attention, convolution, a product forward and two backward, each tried twice, and the better time of the two counted.
+    assert len(timed) == 10
+    assert products.seconds == 3 + 5 + 7 + 9 + 11
+
+
+def test_an_update_is_measured_whole_and_in_parts():
+    results = measure_step(StepSettings(**SMALL, repeats=3), baseline=True, memory=False)
+    seconds = results["seconds"]
+    assert [*seconds] == ["update", *Update.PARTS, "drawing 4 masks"]
+    assert seconds["update"].runs == 3
+    # Loosely, for machines are busy: the parts make the whole.
+    assert 0.2 < sum(seconds[part].median for part in Update.PARTS) / seconds["update"].median < 5
+    assert results["clips_per_second"].median == pytest.approx(2 / seconds["update"].median)
+    assert results["utilisation"].median == pytest.approx(results["flops"] / seconds["update"].median / results["peak_flops_per_second"])
+    assert 0 < results["floor_seconds"] < 5 * seconds["update"].median
+    assert results["difference"] < 1e-5
+    rows = summary(results)
+    assert rows[0][0] == "update, ms"
+    assert rows[0][3] == str(results["speedup"])
+    assert all(len(row) == 4 for row in rows)
+
+
+def test_both_encoders_are_timed_on_the_same_clips():
+    (row,) = measure_encoder("tiny", [2], frames=128, repeats=2)
+    assert row["batch_size"] == 2
+    assert {name: rate.runs for name, rate in row["clips_per_second"].items()} == {"SSLAM": 2, "AST": 2}
+
+
+def test_a_made_up_recording_has_its_length():
+    assert [len(block) for block in blocks(0.4, block_seconds=10)] == [160_000, 160_000, 64_000]
+
+
+@pytest.mark.slow
+def test_a_longer_recording_takes_no_more_memory():
+    results = measure_recording("tiny", 40)
+    assert results["windows"] == 235
+    assert results["peak memory, GiB"] < results["of a quarter of it, GiB"] * 1.05
+
+
+@pytest.mark.slow
+def test_the_input_path_is_measured():
+    rows = measure_data(batch_size=2, batches=1, recordings=2, resume_after=[3], repeats=1)
+    assert [row["what"] for row in rows] == [
+        *("folder wav", "folder flac", "folder ogg", "parquet shards"),
+        *("manifest, after 3 clips", "parquet, after 3 clips"),
+    ]
+    assert all(row["clips a second by the clock"].median > 0 for row in rows[:4])
+
+
+@pytest.mark.parametrize(
+    ("command", "rows"),
+    [
+        (["features", "--clips", "2", "--seconds", "1", "--repeats", "2"], 4),
+        pytest.param(["step", "--size", "tiny", "--frames", "512", "--repeats", "2", "--baseline"], None, marks=pytest.mark.slow),
+        pytest.param(["recording", "--size", "tiny", "--minutes", "1"], None, marks=pytest.mark.slow),
+    ],
+)
+def test_the_script_prints_a_table_and_writes_json(tmp_path, command, rows):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *command, "--json", tmp_path / "speed.json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "speed.json").read_text())
+    assert written["machine"]["torch"] == torch.__version__
+    assert done.stdout.count("\n| ") >= (rows or 1)
+    if rows is not None:
+        assert len(written["results"]) == rows
+        assert all(row["milliseconds"]["runs"] == 2 for row in written["results"])
+
+
+# --- memory is kept
+
+
+FAULTS = f"""
+import resource, runpy, torch
+print(runpy.run_path({str(ALLOCATOR)!r})["keep_freed_memory"]())
+def faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.ones(5_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(20)  # the heap takes some rounds to settle
+print(faults(4))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="is about glibc")
+@pytest.mark.parametrize("decided", [False, True])
+def test_freed_memory_is_kept_unless_the_environment_decides(decided, monkeypatch):
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
+    if decided:
+        monkeypatch.setenv("MALLOC_TOP_PAD_", "131072")
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    kept, faults = done.stdout.split()
+    assert kept == str(not decided)
+    # 20 MB are 4,883 pages of 4 KiB, each of which is fetched anew every time unless they are kept.
+    assert int(faults) < 1000 if kept == "True" else int(faults) > 15_000
