@@ -12,6 +12,7 @@ figures, with what they were measured on.
 """
 
 import argparse
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from transformers_sslam.benchmarks.features import measure_features
 from transformers_sslam.benchmarks.recording import measure_recording
 from transformers_sslam.benchmarks.step import SIZES, StepSettings, measure_step, summary
 from transformers_sslam.benchmarks.timing import Spread, machine
+from transformers_sslam.data.sources import SourceSettings
 from transformers_sslam.evaluation.reports import markdown_table, write_json
 
 
 def step(args: argparse.Namespace) -> tuple[Any, str]:
+    """An update of pre-training."""
     settings = StepSettings(**{field.name: getattr(args, field.name) for field in fields(StepSettings)})
     results = measure_step(settings, args.baseline)
     header = [f"update of stage {args.stage}, {args.size}, {args.batch_size} clips", f"{args.precision}", "plain", "plain over fast"]
@@ -38,6 +41,7 @@ def step(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def encode(args: argparse.Namespace) -> tuple[Any, str]:
+    """The encoder, against AST."""
     options = ("frames", "precision", "compile", "device", "repeats", "warmup")
     rows = measure_encoder(args.size, args.batch_sizes, **{name: getattr(args, name) for name in options})
     header = [f"{args.size}, {args.precision}: clips a second", "SSLAM", "AST", "SSLAM over AST"]
@@ -47,12 +51,14 @@ def encode(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def features(args: argparse.Namespace) -> tuple[Any, str]:
+    """Log-mels, against torchaudio."""
     rows = measure_features(args.clips, args.seconds, device=args.device, repeats=args.repeats, warmup=args.warmup)
     header = ["log-mel", "ms a clip", "times as fast as torchaudio"]
     return rows, markdown_table(header, [[row["way"], str(row["milliseconds"]), str(row["speedup"])] for row in rows])
 
 
 def recording(args: argparse.Namespace) -> tuple[Any, str]:
+    """A long recording, tagged."""
     results = measure_recording(
         args.size, args.minutes, hop=args.hop, batch_size=args.batch_size, precision=args.precision, device=args.device
     )
@@ -60,6 +66,7 @@ def recording(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def data(args: argparse.Namespace) -> tuple[Any, str]:
+    """The input path."""
     torch.set_num_threads(1)
     names = ("max_length", "batch_size", "batches", "recordings", "resume_after", "repeats")
     rows = measure_data(args.source, **{name: getattr(args, name) for name in names})
@@ -67,21 +74,44 @@ def data(args: argparse.Namespace) -> tuple[Any, str]:
     return rows, markdown_table(["input path, one core", "median (smallest - largest)"], cells)
 
 
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def source(text: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+        SourceSettings.from_dict(values)
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no source ({' '.join(str(error).split())})") from error
+    return values
+
+
+def device(text: str) -> str:
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError) as error:  # unknown, not there, or torch was built without it
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = whole.add_subparsers(required=True, dest="what")
     precisions = ("float32", "bfloat16", "float16")
 
-    def command(run, *, sized: bool, device: bool = True, repeats: int = 5) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            run.__name__, help=(run.__doc__ or "").strip() or None, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+    def command(run, *, sized: bool = False, on_device: bool = True, repeated: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(run.__name__, help=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(run=run)
         sub.add_argument("--json", type=Path, help="also write the figures here")
-        sub.add_argument("--repeats", type=int, default=repeats, help="runs that are timed")
-        if device:
-            sub.add_argument("--device", default="cpu")
-            sub.add_argument("--warmup", type=int, default=1, help="runs before those")
+        if repeated:
+            sub.add_argument("--repeats", type=positive, default=5, help="runs that are timed")
+        if repeated and on_device:
+            sub.add_argument("--warmup", type=positive, default=1, help="runs before those")
+        if on_device:
+            sub.add_argument("--device", type=device, default="cpu")
         if sized:
             sub.add_argument("--size", choices=list(SIZES), default="base")
             sub.add_argument("--precision", choices=precisions, default="float32")
@@ -91,29 +121,27 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--baseline", action="store_true", help="measure the plainly written update beside it")
     sub.add_argument("--plain-precision", choices=precisions, default="float32", help="of that one")
     sub.add_argument("--stage", type=int, choices=(1, 2), default=2)
-    sub.add_argument("--batch-size", type=int, default=2, help="clips")
-    sub.add_argument("--views", type=int, help="masks a clip; by default the stage's")
-    sub.add_argument("--frames", type=int, default=1024, help="of a clip, 10 ms each")
+    sub.add_argument("--batch-size", type=positive, default=2, help="clips")
+    sub.add_argument("--views", type=positive, help="masks a clip; by default the stage's")
+    sub.add_argument("--frames", type=positive, default=1024, help="of a clip, 10 ms each")
     sub.add_argument("--compile", action="store_true")
     sub = command(encode, sized=True)
-    sub.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
-    sub.add_argument("--frames", type=int, default=1024, help="of a clip, 10 ms each")
+    sub.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 4, 16])
+    sub.add_argument("--frames", type=positive, default=1024, help="of a clip, 10 ms each")
     sub.add_argument("--compile", action="store_true")
-    sub = command(features, sized=False)
-    sub.add_argument("--clips", type=int, default=64)
+    sub = command(features)
+    sub.add_argument("--clips", type=positive, default=64)
     sub.add_argument("--seconds", type=float, default=10.0)
-    sub = command(recording, sized=True)
+    sub = command(recording, sized=True, repeated=False)
     sub.add_argument("--minutes", type=float, default=60.0)
     sub.add_argument("--hop", type=float, default=10.24, help="seconds from window to window")
-    sub.add_argument("--batch-size", type=int, default=8, help="windows")
-    sub = command(data, sized=False, device=False)
-    sub.add_argument(
-        "--source", action="append", type=yaml.safe_load, help="in YAML, as under data.sources of a recipe; default: made-up ones"
-    )
-    sub.add_argument("--max-length", type=int, default=1024, help="frames of the model's input")
-    sub.add_argument("--batch-size", type=int, default=12)
-    sub.add_argument("--batches", type=int, default=10, help="in each run")
-    sub.add_argument("--recordings", type=int, default=48, help="made-up ones of each format")
+    sub.add_argument("--batch-size", type=positive, default=8, help="windows")
+    sub = command(data, on_device=False)
+    sub.add_argument("--source", action="append", type=source, help="in YAML, as under data.sources of a recipe; default: made-up ones")
+    sub.add_argument("--max-length", type=positive, default=1024, help="frames of the model's input")
+    sub.add_argument("--batch-size", type=positive, default=12)
+    sub.add_argument("--batches", type=positive, default=10, help="in each run")
+    sub.add_argument("--recordings", type=positive, default=48, help="made-up ones of each format")
     sub.add_argument("--resume-after", type=int, nargs="*", default=[10, 10_000, 1_000_000], help="clips")
     return whole
 
@@ -133,7 +161,10 @@ def main() -> None:
     args = parser().parse_args()
     on = machine(torch.device(getattr(args, "device", "cpu")))
     print(", ".join(f"{name} {value}" for name, value in on.items()), flush=True)
-    results, table = args.run(args)
+    try:
+        results, table = args.run(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     print(table)
     if args.json:
         write_json(args.json, {"machine": on, "results": plain(results)})

@@ -21,7 +21,7 @@ def main() -> None:
     settings = parse_settings(TagSettings, __doc__)
     try:
         summary = tag_files(settings)
-    except (SettingsError, FloatingPointError) as error:
+    except (SettingsError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
     print(summary)
 

@@ -363,3 +363,19 @@ def test_windows_overlap_by_half_unless_told_otherwise(frames, seconds):
     batches = list(model.score_windows(recording(4 * frames / 100), extractor, embeddings=True))
     starts = np.concatenate([batch.starts for batch in batches])
     assert np.diff(starts)[:-1] == pytest.approx(seconds)
+
+
+def test_batches_are_padded_to_whole_patches_of_any_size():
+    model = SSLAMModel(tiny_config(patch_size=12, num_mel_bins=96, max_length=240)).eval()
+    extractor = SSLAMFeatureExtractor(num_mel_bins=96, max_length=240, pad_to_multiple_of=12)
+    clips = [noise(0.6), noise(1.0, seed=1), noise(2.3, seed=2)]
+    vectors = model.encode(clips, extractor)
+    for clip, vector in zip(clips, vectors):
+        torch.testing.assert_close(model.encode([clip], extractor)[0], vector, rtol=1e-4, atol=1e-5)
+
+
+def test_vectors_that_are_not_finite_are_refused():
+    model = SSLAMModel(tiny_config()).eval()
+    model.layers[1].mlp.fc2.bias.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="the vector of clip 0 is not finite"):
+        model.encode([noise(0.5)], EXTRACTOR)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForPreTraining
 
@@ -89,13 +90,25 @@ def test_a_run_ends_with_a_model_that_loads(sounds, tmp_path, stage):
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000006", "checkpoint-00000008"]
 
 
-def test_a_compiled_run_resumes_as_if_it_had_not_been_interrupted(sounds, tmp_path, monkeypatch):
-    monkeypatch.setattr(SSLAMForPreTraining, "compile", lambda self: torch.nn.Module.compile(self, backend="aot_eager"))  # no C++ compiler
-    changes = {"compile": True, "save_every": 2, "total_updates": 4, "model": {**MODEL, "num_hidden_layers": 1}}
+@pytest.fixture
+def _another_precision():
+    """Accelerate holds to the first precision that a process asks for."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("_another_precision")
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_a_compiled_run_resumes_as_if_it_had_not_been_interrupted(sounds, tmp_path, monkeypatch, mixed_precision):
+    compiler = {"backend": "aot_eager"}  # which needs no C++ compiler
+    monkeypatch.setattr(SSLAMForPreTraining, "compile", lambda self, **options: torch.nn.Module.compile(self, **compiler, **options))
+    changes = {"compile": True, "mixed_precision": mixed_precision, "save_every": 2, "total_updates": 4}
+    # Twelve clips in batches of five: the third is another shape.
+    changes |= {"batch_size": 5, "model": {**MODEL, "num_hidden_layers": 1}}
     trainer(sounds, tmp_path / "whole", **changes).run()
     first = trainer(sounds, tmp_path / "halves", **changes)
-    compiled = first.model._compiled_call_impl
-    assert compiled is not None
+    assert first.model._compiled_call_impl is not None
     first._log = lambda *_: first._ask_to_stop(signal.SIGTERM)  # behind the first line of the log, which is due after two updates
     first.run()
     assert first.update == 3

@@ -282,6 +282,41 @@ def test_folders_files_and_lists_are_searched_each_recording_once(recordings, tm
     assert found == [str(recordings / "deep/c.ogg"), str(recordings / "short.wav"), "s3://bucket/far.wav", str(recordings / "a.wav")]
 
 
+def test_recordings_behind_links_are_found(recordings, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "elsewhere").symlink_to(recordings / "deep")
+    assert find_recordings(str(tmp_path / "linked")) == [str(tmp_path / "linked" / "elsewhere" / "c.ogg")]
+
+
+def test_a_name_that_is_not_utf_8_is_written_and_known_again(model, tmp_path):
+    folder = tmp_path / "names"
+    folder.mkdir()
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.wav")).write_bytes(encoded(noise(1.0)))
+    for output in ("tags.jsonl", "tags.csv"):
+        assert tag_files(settings(model, folder, tmp_path / output)).tagged == 1
+        assert tag_files(settings(model, folder, tmp_path / output)).skipped == 1
+        assert "caf\\udce9.wav" in (tmp_path / output).read_text()
+
+
+def test_a_recording_that_was_missing_is_tried_again(model, recordings, tmp_path):
+    listed, output = recordings / "list.txt", tmp_path / "tags.jsonl"
+    listed.write_text("a.wav\nlater.wav\n")
+    assert tag_files(settings(model, listed, output)).unusable == {"missing": 1}
+    (recordings / "later.wav").write_bytes(encoded(noise(1.0)))
+    summary = tag_files(settings(model, listed, output))
+    assert (summary.tagged, summary.skipped) == (1, 1)
+    assert [record.get("cause") for record in lines(output)] == [None, "missing", None]
+
+
+def test_an_output_that_cannot_be_written_is_refused(model, recordings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="cannot be written"):
+        tag_files(settings(model, recordings, tmp_path / "file" / "tags.jsonl"))
+    (tmp_path / "tags.jsonl.journal").write_text("no journal\n")
+    with pytest.raises(SettingsError, match="or its journal tags.jsonl.journal be read"):
+        tag_files(settings(model, recordings, tmp_path / "tags.jsonl"))
+
+
 def test_inputs_that_hold_nothing_are_refused(recordings, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00")

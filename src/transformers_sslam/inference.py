@@ -4,6 +4,7 @@ A recording is cut into windows that slide over it, and arrives as one array or 
 held. Clips of any lengths are encoded in batches of similar lengths. The models' methods of the same names call these functions.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -200,6 +201,7 @@ def encode(
     Raises:
         ValueError: if `batch_size` is below 1, the extractor's length does not fit the model, or the extractor refuses a clip; the message
             has the clip's number.
+        FloatingPointError: if a vector is not finite.
     """
     _check_batch_size(batch_size)
     _check_frames(model, feature_extractor, feature_extractor.max_length, "the feature extractor's max_length")
@@ -223,6 +225,11 @@ def encode(
                 flush(pending)
                 pending = []
     flush(pending)
+    if not total.isfinite().all():
+        raise FloatingPointError(
+            f"the vector of clip {int((~total.isfinite()).any(1).nonzero()[0])} is not finite: the model is damaged, or its dtype "
+            f"{model.dtype} is too narrow for it; try float32"
+        )
     return total / weights
 
 
@@ -245,9 +252,10 @@ def _score_windows(
     rate = windowing.sampling_rate
     merged = None if windowing.step is None else _MergedSteps(model.config.hidden_size)
     for starts, windows, is_last in _cut(_checked(_blocks(audio), windowing), windowing, batch_size):
-        with _hidden_states(model, keep=merged is not None) as hidden, _inference(model):
+        with _inference(model):
             inputs = feature_extractor(windows, sampling_rate=rate, max_length=windowing.frames, return_tensors="pt", device=model.device)
-            scores = to_scores(model(**inputs).logits.float()).cpu().numpy()
+            outputs = model(**inputs, output_hidden_states=merged is not None)
+            scores = to_scores(outputs.logits.float()).cpu().numpy()
             if not np.isfinite(scores).all():
                 raise FloatingPointError(
                     f"scores of the windows that begin between {starts[0] / rate:.2f} and {starts[-1] / rate:.2f} s are NaN: the model is "
@@ -255,7 +263,7 @@ def _score_windows(
                 )
             finished = None
             if merged is not None and windowing.step is not None:
-                grid = model.sslam.frame_embeddings(hidden[0]).float().mean(2).cpu().numpy()
+                grid = model.sslam.frame_embeddings(outputs.hidden_states[-1]).float().mean(2).cpu().numpy()
                 for start, window, steps in zip(starts, windows, grid):
                     heard = -(-num_frames(len(window), rate) // model.config.patch_size)
                     merged.add(start // windowing.step, steps[:heard])
@@ -384,7 +392,12 @@ def _encode_batch(model: "SSLAMModel", feature_extractor: "SSLAMFeatureExtractor
         inputs = feature_extractor(
             [piece.samples for piece in batch],
             sampling_rate=feature_extractor.sampling_rate,
-            max_length=_padded_frames(batch[0].frames, batch[-1].frames, model.config.patch_size, feature_extractor.max_length),
+            max_length=_padded_frames(
+                batch[0].frames,
+                batch[-1].frames,
+                math.lcm(model.config.patch_size, feature_extractor.pad_to_multiple_of),
+                feature_extractor.max_length,
+            ),
             return_attention_mask=True,
             return_tensors="pt",
             device=model.device,
@@ -394,15 +407,15 @@ def _encode_batch(model: "SSLAMModel", feature_extractor: "SSLAMFeatureExtractor
         return model(**inputs, attention_mask=None if mask.all() else mask).pooler_output.float().cpu()
 
 
-def _padded_frames(shortest: int, longest: int, patch_size: int, most: int) -> int:
-    """Frames that a batch is padded to: four lengths an octave, so that a compiled model meets few shapes.
+def _padded_frames(shortest: int, longest: int, unit: int, most: int) -> int:
+    """Frames that a batch is padded to, a multiple of `unit`: four lengths an octave, so that a compiled model meets few shapes.
 
     A batch whose clips all fill the same number of time steps gets just these: it needs no mask over tokens, and data of one length have
     one shape anyway.
     """
-    if -(-shortest // patch_size) == -(-longest // patch_size):
-        return -(-longest // patch_size) * patch_size
-    bucket = max(patch_size, 2 ** max(0, (longest - 1).bit_length() - 3))
+    if -(-shortest // unit) == -(-longest // unit):
+        return -(-longest // unit) * unit
+    bucket = unit * max(1, 2 ** max(0, (longest - 1).bit_length() - 3) // unit)
     return min(most, -(-longest // bucket) * bucket)
 
 
@@ -470,18 +483,6 @@ def _inference(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _hidden_states(model: "SSLAMForAudioClassification", keep: bool) -> Iterator[list[torch.Tensor]]:
-    """A list that receives the last hidden state of each forward pass; `output_hidden_states` would keep every block's."""
-    kept: list[torch.Tensor] = []
-    handle = model.sslam.register_forward_hook(lambda module, inputs, outputs: kept.append(outputs[0])) if keep else None
-    try:
-        yield kept
-    finally:
-        if handle is not None:
-            handle.remove()
 
 
 __all__ = ["ScoresOverTime", "WindowScores", "class_names", "encode", "score_over_time", "score_windows"]

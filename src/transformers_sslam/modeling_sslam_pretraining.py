@@ -273,7 +273,8 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
                 in, and yields to sound. The published runs had none: there, padding is as loud as any sound of its level.
             generator: source of all random numbers, best on the model's device: in this order masks, spans, noise. By default torch's own.
                 `torch.compile` takes no generators, and breaks its graph where given masks or spans are checked: for a single graph leave
-                all three out and seed with `torch.manual_seed`.
+                all three out, seed with `torch.manual_seed`, and compile with `dynamic=False`, as the number of masks' blocks follows from
+                the shape.
             output_targets: whether to return predictions, targets and what was drawn.
 
         Raises:

@@ -124,7 +124,7 @@ def _load(name: str, encoder_only: bool) -> tuple[SSLAMPreTrainedModel, SSLAMFea
         model_class = SSLAMForAudioClassification if is_classifier and not encoder_only else SSLAMModel
         extractor = SSLAMFeatureExtractor.from_pretrained(name)
         model, report = model_class.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
-            name, dtype=torch.float32, attn_implementation="sdpa", device_map="cpu", output_loading_info=True
+            name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
     except ExportError:
         raise

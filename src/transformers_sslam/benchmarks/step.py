@@ -3,7 +3,7 @@ the same update written plainly."""
 
 import math
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,7 +72,8 @@ class StepSettings:
 class Update:
     """One update as the pre-training loop does it, in parts.
 
-    The random numbers of an update follow from its number alone, so that two of these see the same masks, mixtures and noise.
+    The random numbers of an update follow from its number alone, so that two of these see the same masks, mixtures and noise, unless one is
+    compiled.
     """
 
     PARTS = ("forward", "backward", "clipping and optimiser", "teacher's moving average")
@@ -88,8 +89,9 @@ class Update:
             model = PlainForPreTraining(config)
             model.load_state_dict(weights)
         self.model = model.to(self.device).train()  # type: ignore[arg-type]  # as Transformers wraps it
-        if settings.compile and not plain:
-            self.model.compile(fullgraph=True)
+        self.compiled = settings.compile and not plain
+        if self.compiled:
+            self.model.compile(fullgraph=True, dynamic=False)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.05, **({} if plain else {"fused": True}))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
@@ -138,11 +140,11 @@ def measure_step(settings: StepSettings, baseline: bool = False, memory: bool = 
         `seconds` of the whole update, of each part and of the mask drawing, `clips_per_second`, `flops` of an update, `flops_per_second`
         and `utilisation` against `peak_flops_per_second` (square matrix products on this device, before the rest), `floor_seconds` (the
         update's own matrix products, each by itself) and `share_of_floor`, `peak_memory` (bytes), and with `baseline` the same of it under
-        `plain`, `speedup` pair by pair and the largest relative `difference` of a loss.
+        `plain`, `speedup` pair by pair and, unless it is compiled, the largest relative `difference` of a loss.
     """
     keep_freed_memory()
     device = torch.device(settings.device)
-    peak = matmul_peak(device, getattr(torch, settings.precision), seconds=1.0)
+    peaks = {name: matmul_peak(device, getattr(torch, name), seconds=1.0) for name in (settings.precision, settings.plain_precision)}
     updates = {"fast": Update(settings)}
     if baseline:
         updates["plain"] = Update(settings, plain=True)
@@ -153,23 +155,24 @@ def measure_step(settings: StepSettings, baseline: bool = False, memory: bool = 
             elapsed = timed(update, device)
             if turn >= 0:
                 seconds[name].append(elapsed)
-        if baseline:
+        if baseline and not settings.compile:  # whose masks and noise are others
             difference = max(difference, _difference(updates["fast"].losses(), updates["plain"].losses()))
     flops = settings.batch_size * training_flops_per_clip(settings.config(), settings.frames)
-    results = _figures(updates["fast"], spread(seconds["fast"]), flops, peak)
+    results = _figures(updates["fast"], spread(seconds["fast"]), flops, peaks)
     if memory:
         results["peak_memory"] = peak_memory_of_step(settings)
     if baseline:
-        results["plain"] = _figures(updates["plain"], spread(seconds["plain"]), flops, peak)
+        results["plain"] = _figures(updates["plain"], spread(seconds["plain"]), flops, peaks)
         if memory:
             results["plain"]["peak_memory"] = peak_memory_of_step(settings, plain=True)
         results["speedup"] = ratio(seconds["plain"], seconds["fast"])
-        results["difference"] = difference
+        if not settings.compile:
+            results["difference"] = difference
     return results
 
 
-def _figures(update: Update, whole: Spread, flops: float, peak: float) -> dict[str, Any]:
-    settings, device = update.settings, update.device
+def _figures(update: Update, whole: Spread, flops: float, peaks: Mapping[Precision, float]) -> dict[str, Any]:
+    settings, device, peak = update.settings, update.device, peaks[update.precision]
     parts = [{name: timed(part, device) for name, part in update.parts().items()} for _ in range(min(3, settings.repeats))]
     config = update.model.config
     time, views = settings.frames // config.patch_size, settings.batch_size * config.num_views
@@ -187,7 +190,7 @@ def _figures(update: Update, whole: Spread, flops: float, peak: float) -> dict[s
         "peak_flops_per_second": peak,
         "utilisation": whole.inverse(flops / peak),
     }
-    if not settings.compile:  # compiled, they are no operators of their own any more
+    if not update.compiled:  # where they are no operators of their own any more
         with MatrixProducts(device) as products:
             update()
         figures["floor_seconds"] = products.seconds
@@ -200,9 +203,9 @@ def _difference(losses: dict[str, float], others: dict[str, float]) -> float:
 
 
 def peak_memory_of_step(settings: StepSettings, plain: bool = False) -> int:
-    """The most memory that two updates hold, in bytes: of the accelerator; on a CPU, of a process of their own."""
-    if settings.device != "cpu":
-        device = torch.device(settings.device)
+    """The most memory that two updates hold, in bytes: of a GPU; otherwise of a process of their own."""
+    device = torch.device(settings.device)
+    if device.type == "cuda":
         torch.accelerator.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -257,7 +260,7 @@ def summary(results: dict[str, Any]) -> list[list[str]]:
                 f"{other / results['peak_memory']:.3g}" if plain else "",
             )
         )
-    if plain:
+    if "difference" in results:
         rows.append(["largest difference of a loss, relative", f"{results['difference']:.1e}", "", ""])
     return rows
 

@@ -31,7 +31,10 @@ class Spread:
         return Spread(factor / self.median, factor / self.largest, factor / self.smallest, self.runs)
 
     def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.smallest:.3g} - {self.largest:.3g})"
+        median, smallest, largest = (
+            f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" for value in (self.median, self.smallest, self.largest)
+        )
+        return f"{median} ({smallest} - {largest})"
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ..allocator import keep_freed_memory
 from ..configuration_sslam import SSLAMConfig
 from ..data.decoding import AudioDecodingError, read_blocks
-from ..data.sources import AUDIO_SUFFIXES
+from ..data.sources import AUDIO_SUFFIXES, files_below
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..inference import ScoresOverTime
 from ..modeling_sslam import SSLAMForAudioClassification
@@ -130,7 +130,7 @@ def tag_files(settings: TagSettings) -> TagSummary:
                     heard = model.score_over_time(_blocks(items), extractor, **options)
                 except ValueError as error:  # the settings fit, so it is the audio
                     heard = error
-                output.write(path, as_text(path, heard, settings))
+                output.write(path, as_text(path, heard, settings), final=not _is_missing(heard))
                 summary.count(heard, time.monotonic() - started)
                 progress.update()
                 progress.set_postfix_str(f"{summary.speed:.0f} x real time")
@@ -146,14 +146,16 @@ def find_recordings(inputs: str | Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for name in [inputs] if isinstance(inputs, str) else inputs:
         path = Path(name)
-        if path.is_dir():
-            here = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
-        elif path.suffix.lower() in AUDIO_SUFFIXES:
-            here = [name]
-        else:
-            with refusals_as_settings_errors(f"{name} is no folder, audio file or list of paths"):
+        with refusals_as_settings_errors(f"{name} is no folder, audio file or list of paths"):
+            if path.is_dir():
+                here = sorted(str(path / below) for below in files_below(path, AUDIO_SUFFIXES))
+            elif path.suffix.lower() in AUDIO_SUFFIXES:
+                if "://" not in name and not path.is_file():
+                    raise FileNotFoundError("there is no such file")
+                here = [name]
+            else:
                 lines = path.read_text(encoding="utf-8").splitlines()
-            here = [line if "://" in line else str(path.parent / line) for line in lines if line.strip()]
+                here = [line if "://" in line else str(path.parent / line) for line in lines if line.strip()]
         if not here:
             raise SettingsError(
                 f"{name} holds no recording: a folder's are known by {', '.join(AUDIO_SUFFIXES)}, a list has one path a line"
@@ -171,6 +173,11 @@ class _Output:
         self.finished: set[str] = set()
 
     def __enter__(self) -> Self:
+        with refusals_as_settings_errors(f"{self.path} cannot be written, or its journal {self.journal.name} be read"):
+            self._open()
+        return self
+
+    def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.journal.read_bytes().splitlines(keepends=True) if self.journal.exists() else []
         whole = [line for line in lines if line.endswith(b"\n")]
@@ -189,16 +196,15 @@ class _Output:
             self._append(self._journal, json.dumps(self.identity) + "\n")
         if not entries and self.path.suffix == ".csv":
             self._append(self._output, ",".join(CSV_HEADER) + "\n")
-        return self
 
     def __exit__(self, *exception) -> None:
         self._output.close()
         self._journal.close()
 
-    def write(self, path: str, text: str) -> None:
-        """All of a recording, and then that it is all."""
+    def write(self, path: str, text: str, final: bool) -> None:
+        """All of a recording, and then that it is all. What is not final is tried again by the next run."""
         self._append(self._output, text)
-        self._append(self._journal, json.dumps({"path": path, "length": self._output.tell()}) + "\n")
+        self._append(self._journal, json.dumps({"path": path if final else None, "length": self._output.tell()}) + "\n")
 
     def _check_identity(self, before: dict[str, Any]) -> None:
         for name, value in self.identity.items():
@@ -210,7 +216,7 @@ class _Output:
 
     @staticmethod
     def _append(file: BinaryIO, text: str) -> None:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # names of files need not be UTF-8
         file.flush()
 
 
@@ -270,6 +276,11 @@ def _blocks(items: Iterable[tuple[str, np.ndarray | AudioDecodingError]]) -> Ite
         if isinstance(item, AudioDecodingError):
             raise item
         yield item
+
+
+def _is_missing(heard: ScoresOverTime | ValueError) -> bool:
+    """Whether the file was not there: it may be, another time."""
+    return isinstance(heard, ValueError) and _cause(heard) == "missing"
 
 
 def _cause(error: ValueError) -> str:

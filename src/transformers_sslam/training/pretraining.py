@@ -99,7 +99,7 @@ class PreTrainer:
             fused=True,
         )
         if settings.compile:
-            self.model.compile()
+            self.model.compile(dynamic=False)  # an epoch's last batch is compiled for itself, and makes no other one slower
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         # Compiled code takes no generators: it draws from torch's own, which is seeded alike.
         self.generator = None if settings.compile else torch.Generator(self.accelerator.device)
@@ -430,7 +430,8 @@ class PreTrainer:
                 *(run["world_size"], self.accelerator.num_processes),
             )
         now = json.loads(json.dumps(asdict(self.settings)))
-        changed = [f"{name} ({run['settings'].get(name)} then, {now[name]} now)" for name in now if run["settings"].get(name) != now[name]]
+        then = {**now, **run["settings"]}  # without the settings that did not exist then
+        changed = [f"{name} ({then[name]} then, {now[name]} now)" for name in now if then[name] != now[name]]
         if changed:
             logger.warning("Settings have changed since that checkpoint: %s", "; ".join(changed))
 

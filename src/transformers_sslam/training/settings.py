@@ -24,6 +24,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 
 Settings = TypeVar("Settings")
@@ -132,7 +134,7 @@ def refusals_as_settings_errors(what: str) -> Iterator[None]:
         yield
     except SettingsError:
         raise
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, SafetensorError, StrictDataclassError) as error:
         raise SettingsError(f"{what}: {error}") from error
 
 
