@@ -44,14 +44,16 @@ TITLES = {
     "scratch_short": "from scratch, {short} epochs",
     "few": "pre-trained, {short} epochs, {few} clips a class",
     "scratch_few": "from scratch, {short} epochs, {few} clips a class",
-    "probe": "frozen student, linear probe on mean patches",
-    "statistics": "log-mel statistics, logistic regression",
+    "probe": "frozen student, linear probe on the mean of its patches",
+    "probe_statistics": "frozen student, linear probe on their mean and deviation",
+    "statistics": "log-mel statistics (mean and deviation), logistic regression",
 }
 PAIRS = (
     ("full", "scratch"),
     ("short", "scratch_short"),
     ("few", "scratch_few"),
     ("probe", "statistics"),
+    ("probe_statistics", "statistics"),
 )
 
 
@@ -132,12 +134,12 @@ def run(settings: StudySettings, clips: Path, every: Sequence[int | str], fold: 
 
 
 def probe(clips: Path, model: Path, fold: int | str) -> dict[str, float]:
-    """Accuracy of logistic regressions on the held-out fold: on the frozen student's mean patches, and on log-mel statistics."""
+    """Accuracy of logistic regressions on the held-out fold: on the frozen student's patches, and on log-mel statistics."""
     extractor = SSLAMFeatureExtractor.from_pretrained(model)
     task = read_task(FrozenSettings(model=str(model), data_dir=str(clips)), extractor.sampling_rate)
     partitions = [partition for partition in task.partitions if partition.name == str(fold)]
     features = encode_clips(SSLAMModel.from_pretrained(model, dtype=torch.float32), extractor, task.waveforms, keep_patches=False)
-    probes = {"probe": "linear_mean", "statistics": "log_mel_statistics"}
+    probes = {"probe": "linear_mean", "probe_statistics": "linear_statistics", "statistics": "log_mel_statistics"}
     return {key: float(run_probe(name, features, task.targets, partitions)[0, 0]) for key, name in probes.items()}
 
 

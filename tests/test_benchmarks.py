@@ -4,6 +4,7 @@ import json
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,26 @@ def test_fast_and_plain_updates_agree(stage):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_activations_that_are_computed_again_change_nothing(precision):
+    """They are, and the linear layer behind them is not. Gradients are the same, bit for bit."""
+    again, kept = (Update(StepSettings(**SMALL, precision=precision)) for _ in range(2))
+    for layer in kept.model.sslam.layers:
+        layer.mlp.keeps_activation = True
+    calls: Counter[str] = Counter()
+    mlp, decoder = again.model.sslam.layers[0].mlp, again.model.decoder
+    mlp.activation_fn.register_forward_hook(lambda *_: calls.update(["activation"]))
+    mlp.fc2.register_forward_hook(lambda *_: calls.update(["linear layer"]))
+    activate = decoder._activate
+    decoder._activate = lambda features: calls.update(["decoder"]) or activate(features)
+    for update in (again, kept):
+        update.forward()
+        update.backward()
+    assert calls == {"activation": 2, "linear layer": 1, "decoder": 2 * len(decoder.layers)}
+    for (name, a), b in zip(again.model.named_parameters(), kept.model.parameters()):
+        assert a.grad is None or torch.equal(a.grad, b.grad), name
+
+
 def test_an_update_in_bfloat16_has_the_losses_of_a_plain_one_in_float32():
     settings = StepSettings(**SMALL, precision="bfloat16")
     fast, plain = Update(settings), Update(settings, plain=True)
@@ -72,6 +93,7 @@ def test_an_update_in_bfloat16_has_the_losses_of_a_plain_one_in_float32():
 @torch._dynamo.config.patch(error_on_recompile=True)
 @torch._inductor.config.patch(fallback_random=True)  # the same masks, mixtures and noise
 def test_a_compiled_update_agrees_and_is_compiled_once(backend):
+    torch._dynamo.reset()  # what other tests compiled, of other sizes
     compiled, plain = Update(StepSettings(**SMALL)), Update(StepSettings(**SMALL), plain=True)
     compiled.model.compile(fullgraph=True, dynamic=False, backend=backend)
     for _ in range(3):

@@ -51,6 +51,7 @@ def test_tokens_are_those_of_each_clip_alone(model, extractor):
             alone = model(**inputs).last_hidden_state[0]
         np.testing.assert_allclose(features.cls[i], alone[0], atol=1e-5)
         np.testing.assert_allclose(features.mean[i], alone[1:].mean(0), atol=1e-5)
+        np.testing.assert_allclose(features.mean_and_deviation[i], np.concatenate((alone[1:].mean(0), alone[1:].numpy().std(0))), atol=1e-5)
         np.testing.assert_allclose(tokens[i][heard[i]], alone[1:], atol=1e-5)
 
 
@@ -81,7 +82,7 @@ def test_a_cache_is_written_once_and_read_after_that(model, extractor, tmp_path,
     assert isinstance(second.patches, np.memmap)
     assert second.patches.dtype == np.float16
     in_memory = encode_clips(model, extractor, CLIPS, batch_size=2)
-    for name in ("cls", "mean", "statistics", "heard", "patches", "rows"):
+    for name in ("cls", "mean", "deviation", "statistics", "heard", "patches", "rows"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
         np.testing.assert_array_equal(getattr(first, name), getattr(in_memory, name))
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -45,7 +46,7 @@ def features_of(vectors: np.ndarray, patches: np.ndarray | None = None, heard: i
     vectors = vectors.astype(np.float32)
     count = 0 if patches is None else patches.shape[1]
     numbers = np.full(len(vectors), count if heard is None else heard)
-    return Features(vectors, vectors, vectors, numbers, patches, np.arange(len(vectors)))
+    return Features(vectors, vectors, vectors, vectors, numbers, patches, np.arange(len(vectors)))
 
 
 def one_patch_decides(tags: np.ndarray, heard: int = 20, seed: int = 0) -> Features:
@@ -86,6 +87,15 @@ def test_a_linear_probe_finds_what_is_linear_and_only_that():
     assert result("linear_mean", features_of(vectors), labels) < 0.5
     vectors[:, 0] += 1e3 * labels  # on its own scale, which standardising takes away
     assert result("linear_mean", features_of(vectors), labels) > 0.95
+
+
+def test_deviations_tell_what_means_do_not():
+    generator = np.random.default_rng(0)
+    labels = np.arange(400) % 2
+    features = features_of(generator.standard_normal((400, 4)))
+    features = replace(features, deviation=features.deviation + 4 * labels[:, None].astype(np.float32))
+    assert result("linear_mean", features, labels) < 0.6
+    assert result("linear_statistics", features, labels) > 0.95
 
 
 @pytest.mark.parametrize("name", ["attentive", "prototype"])
@@ -246,7 +256,7 @@ def test_partitions_are_checked_by_the_names_of_classes(monkeypatch):
         check_partitions([Partition("fold 7", np.array([0, 1, 2]), np.array([3, 4]))], targets, ["dog", "cat"])
 
 
-@pytest.mark.parametrize("name", ["linear_cls", "linear_mean", "knn", "log_mel_statistics"])
+@pytest.mark.parametrize("name", ["linear_cls", "linear_mean", "linear_statistics", "knn", "log_mel_statistics"])
 def test_features_that_are_not_finite_are_refused(name):
     with pytest.raises(ProbeError, match="NaN"):
         build_probe(name, ProbeSettings(neighbors=1)).fit(features_of(np.full((4, 2), np.nan)), np.arange(4))
@@ -308,11 +318,11 @@ def run(program, tmp_path, tmp_path_factory, monkeypatch, capsys):
 def test_the_program_makes_one_table_of_all_probes_against_untrained_networks(run, tmp_path):
     text, results = run()
     lines = text.splitlines()
-    assert [line.split(" | ")[0].strip("| ") for line in lines[2:8]] == list(TITLES.values())
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:9]] == list(TITLES.values())
     assert lines[0] == "| accuracy, % | trained | untrained | gain |"
-    assert lines[7].endswith("| - | - |")  # no network is in the statistics
+    assert lines[8].endswith("| - | - |")  # no network is in the statistics
     assert {name: np.shape(found["trained"]["values"]) for name, found in results["probes"].items()} == {
-        **dict.fromkeys(["linear_cls", "linear_mean", "knn", "log_mel_statistics"], (2, 1)),
+        **dict.fromkeys(["linear_cls", "linear_mean", "linear_statistics", "knn", "log_mel_statistics"], (2, 1)),
         **dict.fromkeys(["attentive", "prototype"], (2, 2)),
     }
     assert np.shape(results["probes"]["knn"]["untrained"]["values"]) == (2, 2)

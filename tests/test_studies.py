@@ -199,7 +199,17 @@ def test_a_study_in_miniature(study, shared, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     if study == "study_small_model":
         accuracy = results["runs"]["fold-2-seed-1"]["accuracy"]
-        assert set(accuracy) == {"full", "scratch", "short", "scratch_short", "few", "scratch_few", "probe", "statistics"}
+        assert set(accuracy) == {
+            "full",
+            "scratch",
+            "short",
+            "scratch_short",
+            "few",
+            "scratch_few",
+            "probe",
+            "probe_statistics",
+            "statistics",
+        }
         assert f"| pre-trained, all clips | {100 * accuracy['full']:.1f} |" in process.stdout
         assert accuracy["statistics"] > 0.7
     else:

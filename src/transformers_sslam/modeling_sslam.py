@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
@@ -182,8 +183,22 @@ class SSLAMAttention(nn.Module):
         return trains_in_half and self.config._attn_implementation == "sdpa" and query.shape[2] <= MAX_TOKENS_WRITTEN_OUT
 
 
+def recomputed(function: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor) -> torch.Tensor:
+    """`function(values)`, of which training on a CPU keeps `values` only: the backward pass computes the rest again, as far as it needs it.
+
+    Of an activation and a linear layer behind it, that is the activation. Elsewhere, and under a compiler, which decides such things by
+    itself, everything is kept.
+    """
+    if values.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(values)
+    return checkpoint(function, values, use_reentrant=False, preserve_rng_state=False)
+
+
 class SSLAMMLP(nn.Module):
     """Its output, before the block's residual, is the block's target in pre-training."""
+
+    # Whether training keeps the activation's output, the widest tensor of a block, for the backward pass.
+    keeps_activation = True
 
     def __init__(self, config: SSLAMConfig):
         super().__init__()
@@ -192,7 +207,11 @@ class SSLAMMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+        hidden_states = self.fc1(hidden_states)
+        return self._contract(hidden_states) if self.keeps_activation else recomputed(self._contract, hidden_states)
+
+    def _contract(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(hidden_states))
 
 
 class SSLAMDropPath(nn.Module):

@@ -1,13 +1,14 @@
 """The pre-training step written plainly, as one would first write it: what the fast one is measured against, and has to agree with.
 
-The same weights, masks, mixtures and random numbers; eager attention with its scores in memory, a decoder over grids in PyTorch's usual
-layout that also projects what is visible, targets repeated for every view and then picked by their masks, all of the teacher's blocks kept
-until they are averaged, a moving average and an optimiser that go from tensor to tensor.
+The same weights, masks, mixtures and random numbers; eager attention with its scores in memory, every activation kept for the backward
+pass, a decoder over grids in PyTorch's usual layout that also projects what is visible, targets repeated for every view and then picked by
+their masks, all of the teacher's blocks kept until they are averaged, a moving average and an optimiser that go from tensor to tensor.
 """
 
 import torch
 from torch import nn
 
+from ..modeling_sslam import SSLAMMLP
 from ..modeling_sslam_pretraining import SSLAMDecoder, SSLAMForPreTraining, SSLAMForPreTrainingOutput, SSLAMTeacher, ema_decay
 
 
@@ -41,6 +42,9 @@ class PlainForPreTraining(SSLAMForPreTraining):
     def __init__(self, config):
         super().__init__(config)
         self.decoder.__class__, self.teacher.__class__ = PlainDecoder, PlainTeacher
+        for module in self.sslam.modules():
+            if isinstance(module, SSLAMMLP):
+                module.keeps_activation = True
 
     def _score(self, cls, predictions, targets, masked, output_targets) -> SSLAMForPreTrainingOutput:
         config = self.config

@@ -23,7 +23,7 @@ from ..modeling_sslam import SSLAMModel
 
 logger = logging.get_logger(__name__)
 
-LAYOUT = 1  # of the files in a cache folder, a part of its key
+LAYOUT = 2  # of the files in a cache folder, a part of its key
 Precision = Literal["float16", "float32"]
 Shapes = dict[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -47,6 +47,7 @@ class Features:
     Attributes:
         cls: `(clips, hidden_size)`, the CLS token of the last block.
         mean: `(clips, hidden_size)`, the mean of the patch tokens that are heard.
+        deviation: `(clips, hidden_size)`, their standard deviation.
         statistics: `(clips, 2 * mel bins)`, each mel bin's mean and deviation over the frames that are heard: what any representation must
             beat, for no network is in it.
         heard: `(clips,)`, how many patches hold sound. They are the first ones, because clips are padded at their end.
@@ -56,6 +57,7 @@ class Features:
 
     cls: np.ndarray
     mean: np.ndarray
+    deviation: np.ndarray
     statistics: np.ndarray
     heard: np.ndarray
     patches: np.ndarray | None
@@ -64,9 +66,14 @@ class Features:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def mean_and_deviation(self) -> np.ndarray:
+        """`(clips, 2 * hidden_size)`: of the patch tokens what `statistics` are of the log-mel."""
+        return np.concatenate((self.mean, self.deviation), axis=1)
+
     def select(self, clips: np.ndarray) -> "Features":
         """Those of the clips of these indices. Patch tokens stay where they are."""
-        chosen = {name: getattr(self, name)[clips] for name in ("cls", "mean", "statistics", "heard", "rows")}
+        chosen = {name: getattr(self, name)[clips] for name in ("cls", "mean", "deviation", "statistics", "heard", "rows")}
         return replace(self, **chosen)
 
     def patch_tokens(self, clips: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,18 +164,24 @@ def _encode_batch(model: SSLAMModel, extractor: SSLAMFeatureExtractor, waveforms
     heard = (frames + model.config.patch_size - 1) // model.config.patch_size * model.config.num_frequency_patches
     in_patch = (torch.arange(patches.shape[1], device=heard.device) < heard[:, None])[..., None]
     in_frame = inputs["attention_mask"].bool()[..., None]
+    mean, deviation = _masked_moments(patches, in_patch)
     # On the CPU in float64, where a mel bin that never changes has exactly no deviation, and not one of rounding errors.
-    log_mels, in_frame = inputs["input_values"].cpu().double(), in_frame.cpu()
-    mean = _masked_mean(log_mels, in_frame)
-    deviation = _masked_mean((log_mels - mean[:, None]) ** 2, in_frame).sqrt()
+    statistics = torch.cat(_masked_moments(inputs["input_values"].cpu().double(), in_frame.cpu()), dim=1)
     encoded = {
         "cls": cls,
-        "mean": _masked_mean(patches, in_patch),
-        "statistics": torch.cat((mean, deviation), dim=1).float(),
+        "mean": mean,
+        "deviation": deviation,
+        "statistics": statistics.float(),
         "heard": heard,
         "patches": patches,
     }
     return {name: values.cpu().numpy() for name, values in encoded.items()}
+
+
+def _masked_moments(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation: (n, positions, width) and (n, positions, 1) -> twice (n, width)."""
+    mean = _masked_mean(values, mask)
+    return mean, _masked_mean((values - mean[:, None]) ** 2, mask).sqrt()
 
 
 def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -200,6 +213,7 @@ def _shapes(model: SSLAMModel, extractor: SSLAMFeatureExtractor, clips: int, kee
     shapes: Shapes = {
         "cls": ((clips, config.hidden_size), np.dtype("float32")),
         "mean": ((clips, config.hidden_size), np.dtype("float32")),
+        "deviation": ((clips, config.hidden_size), np.dtype("float32")),
         "statistics": ((clips, 2 * config.num_mel_bins), np.dtype("float32")),
         "heard": ((clips,), np.dtype("int64")),
     }
