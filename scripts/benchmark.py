@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 from datasets import disable_progress_bars
 
 from transformers_sslam.benchmarks.data import measure_data
@@ -28,7 +27,7 @@ from transformers_sslam.benchmarks.features import measure_features
 from transformers_sslam.benchmarks.recording import measure_recording
 from transformers_sslam.benchmarks.step import SIZES, StepSettings, measure_step, summary
 from transformers_sslam.benchmarks.timing import Spread, machine
-from transformers_sslam.data.sources import SourceSettings
+from transformers_sslam.data.sources import parse_source
 from transformers_sslam.evaluation.reports import markdown_table, write_json
 
 
@@ -67,7 +66,6 @@ def recording(args: argparse.Namespace) -> tuple[Any, str]:
 
 def data(args: argparse.Namespace) -> tuple[Any, str]:
     """The input path."""
-    torch.set_num_threads(1)
     names = ("max_length", "batch_size", "batches", "recordings", "resume_after", "repeats")
     rows = measure_data(args.source, **{name: getattr(args, name) for name in names})
     cells = [[row["what"], "; ".join(f"{name} {value}" for name, value in row.items() if name != "what")] for row in rows]
@@ -78,15 +76,6 @@ def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
-
-
-def source(text: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-        SourceSettings.from_dict(values)
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no source ({' '.join(str(error).split())})") from error
-    return values
 
 
 def device(text: str) -> str:
@@ -137,7 +126,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--hop", type=float, default=10.24, help="seconds from window to window")
     sub.add_argument("--batch-size", type=positive, default=8, help="windows")
     sub = command(data, on_device=False)
-    sub.add_argument("--source", action="append", type=source, help="in YAML, as under data.sources of a recipe; default: made-up ones")
+    sub.add_argument(
+        "--source", action="append", type=parse_source, help="in YAML, as under data.sources of a recipe; default: made-up ones"
+    )
     sub.add_argument("--max-length", type=positive, default=1024, help="frames of the model's input")
     sub.add_argument("--batch-size", type=positive, default=12)
     sub.add_argument("--batches", type=positive, default=10, help="in each run")
@@ -159,6 +150,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     disable_progress_bars()
     args = parser().parse_args()
+    if args.run is data:
+        torch.set_num_threads(1)  # as one of the worker processes
     on = machine(torch.device(getattr(args, "device", "cpu")))
     print(", ".join(f"{name} {value}" for name, value in on.items()), flush=True)
     try:

@@ -8,25 +8,43 @@ the same command goes on after the last shard that is whole, and ends with the s
 """
 
 import argparse
+import sys
+from dataclasses import fields
 from pathlib import Path
-
-import yaml
 
 from transformers_sslam.data.clips import Tally
 from transformers_sslam.data.shards import ShardSettings, prepare
+from transformers_sslam.data.sources import parse_source
+
+
+OPTIONS = {
+    "seed": (int, "of the order"),
+    "sampling_rate": (int, "in Hz"),
+    "window_seconds": (float, "cut longer recordings into windows of this length"),
+    "min_seconds": (float, "shorter recordings, and ends of cut ones, are left out and counted"),
+    "clips_per_shard": (int, "rows of a file; a multiple of --clips-per-group"),
+    "clips_per_group": (int, "rows that are read at once, and that ranks and workers share out"),
+    "shuffle_rows": (int, "recordings that a worker shuffles together"),
+    "max_broken_share": (float, "more than this share of recordings that cannot be decoded stops the writing"),
+    "num_workers": (int, "processes that decode; the order of the rows follows from it too"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the shards go")
-    parser.add_argument("--source", action="append", type=yaml.safe_load, required=True, help="in YAML, as under data.sources of a recipe")
-    for name, kind in (("seed", int), ("sampling-rate", int), ("window-seconds", float), ("min-seconds", float), ("clips-per-shard", int)):
-        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
-    for name, kind in (("clips-per-group", int), ("shuffle-rows", int), ("max-broken-share", float), ("num-workers", int)):
-        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
+    parser.add_argument("--source", action="append", type=parse_source, required=True, help="in YAML, as under data.sources of a recipe")
+    defaults = {field.name: field.default for field in fields(ShardSettings)}
+    for name, (kind, help) in OPTIONS.items():
+        default = defaults[name]
+        text = f"{help} (by default {'they stay whole' if default is None else default})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text)
     values = vars(parser.parse_args())
     folder, sources = values.pop("folder"), values.pop("source")
-    index = prepare(folder, ShardSettings(sources, **values))
+    try:
+        index = prepare(folder, ShardSettings(sources, **values))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     clipped = sum(shard["clipped"] for shard in index["shards"])
     print(
         f"{len(index['shards'])} shards, {index['clips']} clips, {index['hours']:.2f} hours in {folder}, {clipped} clips beyond full scale"

@@ -13,7 +13,7 @@ Stage 1 is shared with scripts/study_small_model.py where `stage1_dir` and the c
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,9 @@ class StudySettings:
 
 def variant_settings(settings: StudySettings, variant: str, stage1: Path) -> tuple[int, list[str]]:
     """Of a variant's stage 2: updates, as many as cost what those of the recipe cost with retention; and its fields, views among them."""
-    changes = [*settings.pretraining_changes, *settings.stage2_changes, "data.sources=[{kind: folder, path: none}]"]
-    recipe = read_settings(PreTrainingSettings, settings.stage2, changes)
+    elsewhere = ["data.sources=[{kind: folder, path: none}]", "output_dir=none"]  # which the recipe need not say, and nothing here follows
+    recipe = read_settings(PreTrainingSettings, settings.stage2, [*settings.pretraining_changes, *settings.stage2_changes, *elsewhere])
+    frames = SSLAMFeatureExtractor(**recipe.features).max_length
 
     def fields(name: str) -> dict[str, Any]:
         halves = 2 if name in ("both", "retention") else 1
@@ -87,7 +88,7 @@ def variant_settings(settings: StudySettings, variant: str, stage1: Path) -> tup
     def cost(name: str) -> float:
         model: dict[str, Any] = {**PRETRAINING_STAGES[2], **recipe.model, **fields(name)}
         model.pop("attn_implementation", None)
-        return training_flops_per_clip(SSLAMConfig.from_pretrained(stage1, **model), recipe.features["max_length"])
+        return training_flops_per_clip(SSLAMConfig.from_pretrained(stage1, **model), frames)
 
     updates = round(recipe.total_updates * cost("retention") / cost(variant))
     return updates, [f"total_updates={updates}", *(f"model.{name}={json.dumps(value)}" for name, value in fields(variant).items())]
@@ -96,22 +97,25 @@ def variant_settings(settings: StudySettings, variant: str, stage1: Path) -> tup
 def make_mixtures(settings: StudySettings, clips: Path, others: Sequence[int | str], fold: int | str, seed: int, seconds: float) -> Path:
     """Mixtures of the folds to train on and of the one held out, as long as the model's input."""
     output = Path(settings.output_dir) / f"seed-{seed}" / "mixtures"
+    mixtures = BenchmarkSettings(
+        data_dir=str(clips),
+        output_dir=str(output),
+        group_column="source",
+        fold_column="fold",
+        train_folds=list(others),
+        test_folds=[fold],
+        num_events=settings.num_events,
+        train_clips=settings.train_clips,
+        test_clips=settings.test_clips,
+        mixing=MixtureSettings(clip_seconds=seconds, event_seconds=seconds / 2),
+        seed=seed,
+    )
+    made, wanted = output.with_suffix(".json"), json.loads(json.dumps(asdict(mixtures)))
     if not output.exists():
-        make_benchmark(
-            BenchmarkSettings(
-                data_dir=str(clips),
-                output_dir=str(output),
-                group_column="source",
-                fold_column="fold",
-                train_folds=list(others),
-                test_folds=[fold],
-                num_events=settings.num_events,
-                train_clips=settings.train_clips,
-                test_clips=settings.test_clips,
-                mixing=MixtureSettings(clip_seconds=seconds, event_seconds=seconds / 2),
-                seed=seed,
-            )
-        )
+        make_benchmark(mixtures)
+        write_json(made, wanted)
+    elif not made.is_file() or json.loads(made.read_text()) != wanted:
+        raise SettingsError(f"{output} holds mixtures of other settings: delete it, or give another output_dir")
     return output
 
 

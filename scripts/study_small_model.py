@@ -10,6 +10,7 @@ together. Finished steps are found again, so that the study can be interrupted, 
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
 from transformers_sslam.data.labelled import DatasetError, fold_values, load_audio_folder
 from transformers_sslam.evaluation.features import encode_clips
 from transformers_sslam.evaluation.frozen import FrozenSettings, read_task
-from transformers_sslam.evaluation.intervals import summarize, summarize_difference
+from transformers_sslam.evaluation.intervals import independent_values, summarize, summarize_difference
 from transformers_sslam.evaluation.probing import run_probe
 from transformers_sslam.evaluation.reports import format_summary, markdown_table, write_json
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
@@ -45,7 +46,7 @@ TITLES = {
     "few": "pre-trained, {short} epochs, {few} clips a class",
     "scratch_few": "from scratch, {short} epochs, {few} clips a class",
     "probe": "frozen student, linear probe on the mean of its patches",
-    "probe_statistics": "frozen student, linear probe on their mean and deviation",
+    "probe_mean_and_deviation": "frozen student, linear probe on their mean and deviation",
     "statistics": "log-mel statistics (mean and deviation), logistic regression",
 }
 PAIRS = (
@@ -53,7 +54,7 @@ PAIRS = (
     ("short", "scratch_short"),
     ("few", "scratch_few"),
     ("probe", "statistics"),
-    ("probe_statistics", "statistics"),
+    ("probe_mean_and_deviation", "statistics"),
 )
 
 
@@ -79,7 +80,7 @@ class StudySettings:
 
 
 def pretrain(settings: StudySettings, clips: Path, folds: Sequence[int | str], output: Path, seed: int) -> tuple[Path, float]:
-    """Both stages on these folds: the model's folder, and the CPU seconds of both."""
+    """Both stages on these folds: the model's folder, and the CPU seconds of both, NaN if they are not known."""
     shared = [f"seed={seed}", *settings.pretraining_changes]
     origin, cost = pretrain_on_folds(settings.stage1, clips, folds, output / "stage1", shared)
     model, more = pretrain_on_folds(settings.stage2, clips, folds, output / "stage2", [*shared, f"init_from={origin}"])
@@ -102,6 +103,10 @@ def run(settings: StudySettings, clips: Path, every: Sequence[int | str], fold: 
     output = Path(settings.output_dir) / f"fold-{fold}-seed-{seed}"
     others = [other for other in every if other != fold]
     model, pretraining_cost = pretrain(settings, clips, others, output, seed)
+    if settings.scratch_epochs is None and math.isnan(pretraining_cost):
+        raise SettingsError(
+            f"pre-training in {output} was interrupted, so nobody knows its CPU seconds: set scratch_epochs, or delete that folder"
+        )
     parts = [f"train_folds={json.dumps(others)}", f"eval_folds={json.dumps([fold])}"]
 
     def tune(name: str, *changes: str) -> dict[str, Any]:
@@ -111,8 +116,10 @@ def run(settings: StudySettings, clips: Path, every: Sequence[int | str], fold: 
     start, scratch = f"model={model}", from_scratch(model, recipe)
     short, few = f"epochs={settings.short_epochs}", f"clips_per_class={settings.clips_per_class}"
     results = {"full": tune("full", start)}
-    cost = results["full"]["seconds"]["training_cpu"]
-    epochs = settings.scratch_epochs or epochs_of_equal_cost(recipe.epochs, cost, cost + pretraining_cost)
+    epochs = settings.scratch_epochs
+    if epochs is None:
+        cost = results["full"]["seconds"]["training_cpu"]
+        epochs = epochs_of_equal_cost(recipe.epochs, cost, cost + pretraining_cost)
     results |= {
         "short": tune("short", start, short),
         "scratch_short": tune("scratch_short", scratch, short),
@@ -139,7 +146,7 @@ def probe(clips: Path, model: Path, fold: int | str) -> dict[str, float]:
     task = read_task(FrozenSettings(model=str(model), data_dir=str(clips)), extractor.sampling_rate)
     partitions = [partition for partition in task.partitions if partition.name == str(fold)]
     features = encode_clips(SSLAMModel.from_pretrained(model, dtype=torch.float32), extractor, task.waveforms, keep_patches=False)
-    probes = {"probe": "linear_mean", "probe_statistics": "linear_statistics", "statistics": "log_mel_statistics"}
+    probes = {"probe": "linear_mean", "probe_mean_and_deviation": "linear_mean_and_deviation", "statistics": "log_mel_statistics"}
     return {key: float(run_probe(name, features, task.targets, partitions)[0, 0]) for key, name in probes.items()}
 
 
@@ -155,10 +162,15 @@ def ship(settings: StudySettings, clips: Path, every: Sequence[int | str]) -> Pa
 
 def report(settings: StudySettings) -> str:
     """Tables of all runs that are finished, and `results.json` of what they hold."""
-    records = {file.parent.name: json.loads(file.read_text()) for file in sorted(Path(settings.output_dir).glob("fold-*/results.json"))}
+    found = {file.parent.name: json.loads(file.read_text()) for file in sorted(Path(settings.output_dir).glob("fold-*/results.json"))}
+    # Of an older version of this study some conditions may be missing: a run's finished steps are found again when it is asked for again.
+    records = {name: record for name, record in found.items() if record["accuracy"].keys() >= TITLES.keys()}
+    if older := sorted(found.keys() - records.keys()):
+        print(f"left out, as they lack a condition: {', '.join(older)}", file=sys.stderr)
     if not records:
         return "no run is finished yet"
-    values = {name: [record["accuracy"][name] for record in records.values()] for name in TITLES}
+    folds = [name.split("-seed-")[0] for name in records]
+    values = {name: independent_values([record["accuracy"][name] for record in records.values()], folds) for name in TITLES}
     titles = {name: title.format(short=settings.short_epochs, few=settings.clips_per_class) for name, title in TITLES.items()}
     summaries = {name: summarize(accuracies) for name, accuracies in values.items()}
     gains = {f"{a} - {b}": summarize_difference(values[a], values[b]) for a, b in PAIRS}
@@ -171,11 +183,11 @@ def report(settings: StudySettings) -> str:
         },
     )
     accuracy = markdown_table(
-        [f"accuracy, %, mean ± deviation [95 %] of {len(records)} runs", ""],
+        [f"accuracy, %, mean ± deviation [95 %] over {len(set(folds))} folds, {len(records)} runs", ""],
         [[titles[name], format_summary(summary)] for name, summary in summaries.items()],
     )
     paired = markdown_table(
-        ["points gained, run by run", ""], [[f"{titles[a]} over {titles[b]}", format_summary(gains[f"{a} - {b}"])] for a, b in PAIRS]
+        ["points gained, fold by fold", ""], [[f"{titles[a]} over {titles[b]}", format_summary(gains[f"{a} - {b}"])] for a, b in PAIRS]
     )
     return f"{accuracy}\n\n{paired}"
 
@@ -185,6 +197,8 @@ def main() -> None:
     settings = parse_settings(StudySettings, __doc__)
     try:
         every = fold_values(load_audio_folder(settings.data_dir), "fold")
+        if absent := [fold for fold in settings.folds if fold not in every]:
+            raise SettingsError(f"folds has {absent[0]!r}, but the column 'fold' holds {every}")
         clips = copy_clips(settings.data_dir, Path(settings.output_dir) / "clips")
         for repetition in range(settings.repetitions):
             for fold in settings.folds or every:

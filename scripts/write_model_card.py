@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write README.md of folders that hold config.json, preprocessor_config.json and results.json, a description of the model.
 
-python scripts/write_model_card.py model_cards/*
+python scripts/write_model_card.py model_cards/*/
 """
 
 import argparse

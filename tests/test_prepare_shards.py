@@ -240,3 +240,7 @@ def test_the_script_runs_from_the_command_line(recordings: Path, tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert f"3 shards, {RECORDINGS - 3} clips" in done.stdout
     assert "/23" in done.stderr  # the progress bar
+    command[4] = "{kind: folders, path: x}"
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 2
+    assert "kind is 'folders', but a source is one of folder, " in refused.stderr

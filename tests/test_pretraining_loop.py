@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForPreTraining
 
@@ -200,7 +201,8 @@ def interrupted_after(run: PreTrainer, updates: int, how) -> None:
 def test_a_signal_ends_the_run_cleanly_and_it_goes_on_as_if_nothing_had_been(sounds, tmp_path, stop_at, number):
     trainer(sounds, tmp_path / "whole").run()
     run, before = trainer(sounds, tmp_path / "stopped"), signal.getsignal(number)
-    interrupted_after(run, stop_at, lambda: os.kill(os.getpid(), number))
+    times = 2 if number == signal.SIGTERM else 1  # a scheduler's to all processes, and the launcher's to its own
+    interrupted_after(run, stop_at, lambda: [os.kill(os.getpid(), number) for _ in range(times)])
     assert run.run().name == f"checkpoint-{stop_at + 1:08d}"  # the signal is seen with the next update
     assert signal.getsignal(number) is before
     trainer(sounds, tmp_path / "stopped").run()
@@ -220,6 +222,12 @@ def test_a_damaged_checkpoint_is_passed_over(sounds, tmp_path, caplog):
     again.run()
     assert metrics(tmp_path) == final
     assert damage(tmp_path / "checkpoint-00000008") is None
+
+
+def test_a_folder_of_another_run_is_refused_where_nothing_is_to_be_resumed(sounds, tmp_path):
+    trainer(sounds, tmp_path, total_updates=3).run()
+    with pytest.raises(SettingsError, match="resume is false.*checkpoint-00000003"):
+        trainer(sounds, tmp_path, resume=False)
 
 
 def test_changed_settings_are_named_when_a_run_goes_on(sounds, tmp_path, caplog):
@@ -252,6 +260,16 @@ def test_gradients_that_are_not_finite_are_left_out_and_counted(sounds, tmp_path
     assert all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values())
 
 
+def test_steps_that_a_fused_optimiser_left_out_by_itself_are_counted_too(sounds, tmp_path):
+    """Under a scaler of losses it is called all the same, and the scaler's wrapper says that nothing was skipped."""
+    run = trainer(sounds, tmp_path, max_skipped_in_a_row=2)
+    run.optimizer.step, run.accelerator.scaler = lambda: None, torch.amp.GradScaler("cpu")
+    with torch.no_grad():
+        run.model.decoder.projection.bias.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="2 times in a row at update 1"):
+        run.run()
+
+
 def test_too_many_in_a_row_stop_the_run(sounds, tmp_path):
     run = trainer(sounds, tmp_path, max_skipped_in_a_row=3)
     with torch.no_grad():
@@ -268,16 +286,27 @@ def test_the_guard_stops_a_run_under_a_floor_but_not_before_its_time(sounds, tmp
     assert len(metrics(tmp_path)) == 4
 
 
-def test_a_full_disk_is_told_and_former_checkpoints_stay(sounds, tmp_path, monkeypatch):
-    real = torch.save
+def test_a_batch_of_one_clip_does_not_blind_the_guard(sounds, tmp_path):
+    """Eleven clips and then one, whose content share is unknown."""
+    run = trainer(sounds, tmp_path / "watched", batch_size=11, log_every=4, save_every=100, guard_after_updates=4, min_content_share=100.0)
+    with pytest.raises(CollapseError, match=r"at update 4 content_share is 0\."):
+        run.run()
+    shares = [line["content_share"] for line in metrics(tmp_path / "watched")]
+    assert shares[1::2] == [None, None]
+    assert all(0 < share < 1 for share in shares[::2])
 
-    def save(value, path):
+
+@pytest.mark.parametrize("writer", ["weights", "optimiser"])
+def test_a_full_disk_is_told_and_former_checkpoints_stay(sounds, tmp_path, monkeypatch, writer):
+    owner, name = (SSLAMForPreTraining, "save_pretrained") if writer == "weights" else (torch, "save")
+    real, error = getattr(owner, name), SafetensorError if writer == "weights" else OSError
+
+    def save(value, path, **kwargs):
         if "00000006" in str(path):
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        real(value, path)
+            raise error("No space left on device")
+        real(value, path, **kwargs)
 
-    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(owner, name, save)
     with pytest.raises(OSError, match="update 6 could not be written .*No space left"):
         trainer(sounds, tmp_path).run()
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-00000003"]

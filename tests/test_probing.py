@@ -95,7 +95,7 @@ def test_deviations_tell_what_means_do_not():
     features = features_of(generator.standard_normal((400, 4)))
     features = replace(features, deviation=features.deviation + 4 * labels[:, None].astype(np.float32))
     assert result("linear_mean", features, labels) < 0.6
-    assert result("linear_statistics", features, labels) > 0.95
+    assert result("linear_mean_and_deviation", features, labels) > 0.95
 
 
 @pytest.mark.parametrize("name", ["attentive", "prototype"])
@@ -256,7 +256,7 @@ def test_partitions_are_checked_by_the_names_of_classes(monkeypatch):
         check_partitions([Partition("fold 7", np.array([0, 1, 2]), np.array([3, 4]))], targets, ["dog", "cat"])
 
 
-@pytest.mark.parametrize("name", ["linear_cls", "linear_mean", "linear_statistics", "knn", "log_mel_statistics"])
+@pytest.mark.parametrize("name", ["linear_cls", "linear_mean", "linear_mean_and_deviation", "knn", "log_mel_statistics"])
 def test_features_that_are_not_finite_are_refused(name):
     with pytest.raises(ProbeError, match="NaN"):
         build_probe(name, ProbeSettings(neighbors=1)).fit(features_of(np.full((4, 2), np.nan)), np.arange(4))
@@ -322,7 +322,7 @@ def test_the_program_makes_one_table_of_all_probes_against_untrained_networks(ru
     assert lines[0] == "| accuracy, % | trained | untrained | gain |"
     assert lines[8].endswith("| - | - |")  # no network is in the statistics
     assert {name: np.shape(found["trained"]["values"]) for name, found in results["probes"].items()} == {
-        **dict.fromkeys(["linear_cls", "linear_mean", "linear_statistics", "knn", "log_mel_statistics"], (2, 1)),
+        **dict.fromkeys(["linear_cls", "linear_mean", "linear_mean_and_deviation", "knn", "log_mel_statistics"], (2, 1)),
         **dict.fromkeys(["attentive", "prototype"], (2, 2)),
     }
     assert np.shape(results["probes"]["knn"]["untrained"]["values"]) == (2, 2)

@@ -13,6 +13,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import noise, tiny_config
 from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi, ModelCard
@@ -294,6 +295,18 @@ def test_a_description_becomes_the_card(folder, tmp_path):
     (tmp_path / "described.json").rename(folder / "results.json")  # now the folder's own
     with prepare_publication(folder, REPOSITORY) as publication:
         assert "Hears two sounds." in (publication.folder / "README.md").read_text()
+
+
+def test_what_a_run_says_of_itself_goes_up_without_the_folders_of_this_machine(folder):
+    settings = {"data_dir": "/home/me/sounds", "model": "me/encoder", "sources": [{"path": "C:\\clips\\mine", "weight": 2}], "epochs": 3}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    left_out = {"training": {"unreadable": ["/home/me/sounds/a b.wav", "c.wav"]}}
+    (folder / "results.json").write_text(json.dumps({"classes": ["/m/09x0r"], "unreadable": left_out}))
+    with prepare_publication(folder, REPOSITORY) as publication:
+        published = yaml.safe_load((publication.folder / "settings.yaml").read_text())
+        results = json.loads((publication.folder / "results.json").read_text())
+    assert published == {"data_dir": "sounds", "model": "me/encoder", "sources": [{"path": "mine", "weight": 2}], "epochs": 3}
+    assert results == {"classes": ["/m/09x0r"], "unreadable": {"training": {"unreadable": ["a b.wav", "c.wav"]}}}
 
 
 @pytest.mark.parametrize("name", ["no spaces please", "a/b/c", "--x"])

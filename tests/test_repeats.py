@@ -13,6 +13,7 @@ import soundfile
 import yaml
 
 from transformers_sslam.data.labelled import DatasetError
+from transformers_sslam.evaluation.intervals import summarize
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.repeats import expand, format_runs, repeat_fine_tuning
 from transformers_sslam.training.settings import SettingsError
@@ -90,8 +91,10 @@ def test_the_summary_is_that_of_the_runs_results(series):
         found = summary["metrics"][metric]
         assert found["runs"] == dict(zip(RUNS, values))
         assert found["mean"] == pytest.approx(sum(values) / 6, rel=1e-12)
-        assert found["std"] == pytest.approx(np.std(values, ddof=1), rel=1e-9)
-        low, high = scipy.stats.t.interval(0.95, 5, np.mean(values), scipy.stats.sem(values)) if found["std"] else (values[0],) * 2
+        folds = np.reshape(values, (3, 2)).mean(1)  # both seeds of a fold were tested on the same clips
+        assert found["count"] == 3
+        assert found["std"] == pytest.approx(np.std(folds, ddof=1), rel=1e-9)
+        low, high = scipy.stats.t.interval(0.95, 2, np.mean(folds), scipy.stats.sem(folds)) if found["std"] else (values[0],) * 2
         assert (found["low"], found["high"]) == pytest.approx((low, high), rel=1e-9)
     assert summary["metrics"]["loss"]["std"] > 0
     assert summary["seconds"] == pytest.approx(sum(result["seconds"]["total"] for result in results.values()))
@@ -101,7 +104,7 @@ def test_the_summary_is_that_of_the_runs_results(series):
 
 def test_the_table_has_a_line_for_each_run_and_one_for_all():
     values = {"one": 0.5, "two": 0.7, "three": 0.9}
-    lines = format_runs({"metrics": {"accuracy": {"runs": values}}}).splitlines()
+    lines = format_runs({"metrics": {"accuracy": {"runs": values, **summarize(list(values.values())).to_dict()}}}).splitlines()
     assert lines[0] == "| run | accuracy |"
     assert lines[2:5] == ["| one | 0.5000 |", "| two | 0.7000 |", "| three | 0.9000 |"]
     half = 4.302653 * 0.2 / 3**0.5  # Student's t for two degrees of freedom

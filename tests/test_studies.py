@@ -21,6 +21,7 @@ from transformers_sslam.data.labelled import DatasetError
 from transformers_sslam.training import steps
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.monitoring import training_flops_per_clip
+from transformers_sslam.training.settings import SettingsError
 from transformers_sslam.training.steps import copy_clips, epochs_of_equal_cost, fine_tune_once, pretrain_on_folds
 
 
@@ -104,6 +105,20 @@ def test_a_finished_pre_training_is_found_again_and_its_cost_with_it(clips, reci
     assert pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", ["seed=4"]) == (model, cost)
     with pytest.raises(pytest.fail.Exception):
         pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", ["seed=5"])
+
+
+def test_of_a_pre_training_that_was_interrupted_the_cost_is_not_known(clips, recipe, tmp_path):
+    pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", [])
+    (tmp_path / "run" / "step.json").unlink()  # as if it had been killed before the end
+    for _ in range(2):
+        model, cost = pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", [])
+        assert (model / "model.safetensors").is_file()
+        assert np.isnan(cost)
+    study = load_script("study_small_model")
+    settings = study.StudySettings(data_dir=str(clips), output_dir=str(tmp_path / "study"), stage1=str(recipe), stage2=str(recipe))
+    study.pretrain = lambda *_: (model, np.nan)
+    with pytest.raises(SettingsError, match="was interrupted, so nobody knows its CPU seconds: set scratch_epochs"):
+        study.run(settings, clips, FOLDS, 2, seed=0)
 
 
 def test_a_pre_training_that_a_signal_stopped_does_not_count_as_finished(clips, recipe, tmp_path, monkeypatch):
@@ -207,7 +222,7 @@ def test_a_study_in_miniature(study, shared, tmp_path):
             "few",
             "scratch_few",
             "probe",
-            "probe_statistics",
+            "probe_mean_and_deviation",
             "statistics",
         }
         assert f"| pre-trained, all clips | {100 * accuracy['full']:.1f} |" in process.stdout

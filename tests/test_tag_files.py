@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise, speech_like, tiny_config
+from filelock import FileLock
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
 
@@ -57,6 +58,15 @@ def test_blocks_together_are_the_whole_waveform(tmp_path, rate, seconds):
 def test_recordings_of_a_few_samples_are_whole_too(samples):
     data = encoded(noise(1.0)[:samples], 44_100, subtype="FLOAT")
     np.testing.assert_allclose(np.concatenate(list(read_blocks(data, RATE, 0.001))), load_waveform(data), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [44_099, 22_254, 999])
+def test_rates_from_which_nothing_can_be_resampled_are_told_like_other_broken_files(tmp_path, rate):
+    (tmp_path / "odd.wav").write_bytes(encoded(noise(0.1), rate))
+    for read in (load_waveform, lambda path: list(read_blocks(path))):
+        with pytest.raises(AudioDecodingError, match=f"odd.wav has {rate} Hz") as error:
+            read(tmp_path / "odd.wav")
+        assert error.value.cause == "unreadable"
 
 
 @pytest.mark.parametrize(("kind", "subtype"), [("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")])
@@ -267,6 +277,13 @@ def test_an_output_of_other_settings_or_another_model_is_refused(model, recordin
     with pytest.raises(SettingsError, match="was written with model='sha256:"):
         tag_files(settings(model, recordings, output))
     assert output.read_bytes() == before
+
+
+def test_an_output_that_another_process_writes_is_left_alone(model, recordings, tmp_path):
+    output = tmp_path / "tags.jsonl"
+    with FileLock(tmp_path / ".tags.jsonl.lock"), pytest.raises(SettingsError, match="another process writes to .*tags.jsonl"):
+        tag_files(settings(model, recordings, output))
+    assert not output.exists()
 
 
 def test_a_file_that_is_not_ours_is_not_touched(model, recordings, tmp_path):

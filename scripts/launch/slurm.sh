@@ -9,7 +9,8 @@
 #SBATCH --requeue           # and, queued again, goes on from it
 # sbatch scripts/launch/slurm.sh scripts/recipes/pretrain_base_stage1.yaml output_dir=runs/stage1
 set -euo pipefail
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280  # seconds for that checkpoint; 30 by default
 address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 gpus_per_node=8
 srun bash -c "accelerate launch --config_file scripts/launch/nodes.yaml --num_machines $SLURM_NNODES \
-  --num_processes $((SLURM_NNODES * gpus_per_node)) --machine_rank \$SLURM_NODEID --main_process_ip $address scripts/pretrain.py $*"
+  --num_processes $((SLURM_NNODES * gpus_per_node)) --machine_rank \$SLURM_NODEID --main_process_ip $address scripts/pretrain.py ${*@Q}"

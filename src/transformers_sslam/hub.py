@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled, StrictDataclassError
 from huggingface_hub.hf_api import RepoFile
@@ -220,11 +222,39 @@ def _copy(source: Path, staged: Path) -> list[str]:
     for path in sorted(source.iterdir()):
         if path.is_file() and _matches(path.name, WEIGHTS):
             (staged / path.name).symlink_to(path.resolve())
+        elif path.is_file() and path.name in ("results.json", "settings.yaml"):
+            (staged / path.name).write_text(_without_folders(path))
         elif path.is_file() and _matches(path.name, PUBLISHED):
             shutil.copyfile(path, staged / path.name)
         elif path.name not in code:  # code is written anew
             left_out.append(path.name + ("/" if path.is_dir() else ""))
     return left_out
+
+
+def _without_folders(path: Path) -> str:
+    """What a run wrote about itself, with the names of its folders and files, but not where on this machine they lie."""
+    text = path.read_text()
+    try:
+        values = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise PublishError(f"{path} cannot be read ({' '.join(str(error).split())}): repair it or take it away") from error
+    if path.suffix == ".yaml":
+        named = _names_of_paths(values)
+    else:  # of results the unreadable files alone: classes may begin with a slash, as AudioSet's do
+        parts = values if isinstance(values, dict) else {}
+        named = values if "unreadable" not in parts else {**parts, "unreadable": _names_of_paths(parts["unreadable"])}
+    if named == values:
+        return text
+    return yaml.safe_dump(named, sort_keys=False, allow_unicode=True) if path.suffix == ".yaml" else json.dumps(named, indent=2) + "\n"
+
+
+def _names_of_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _names_of_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_names_of_paths(item) for item in value]
+    paths = (PurePosixPath(value), PureWindowsPath(value)) if isinstance(value, str) else ()
+    return next((path.name for path in paths if path.is_absolute()), value)
 
 
 def _check_model(source: Path, staged: Path) -> None:

@@ -16,6 +16,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.repocard_data import CardData, eval_results_to_model_index
 
+from .evaluation.reports import markdown_table
+
 
 PLACEHOLDER = "PATH_OR_ID"  # in the examples of a card whose model has no place of its own yet
 
@@ -248,8 +250,6 @@ def _metadata(task: str, description: ModelDescription) -> CardData:
 
 
 def _results_table(results: Sequence[ReportedResult]) -> str:
-    from .evaluation.reports import markdown_table  # wants SciPy, which converting a checkpoint, with a card without results, does not
-
     rows = []
     for result in results:
         data = ", ".join(filter(None, [result.dataset_name, result.dataset_config, result.dataset_split]))

@@ -63,13 +63,22 @@ def sincos_position_table(config: SSLAMConfig) -> torch.Tensor:
     return grid.flatten(0, 1)[None] * config.position_embedding_scale
 
 
+class SSLAMPatchProjection(nn.Conv2d):
+    """A convolution whose windows do not overlap, computed as a linear layer of flattened patches: the same numbers, without a layout that
+    makes the backward pass of a convolution with one channel slow (20 times, in bfloat16 on a CPU)."""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(batch, patches, pixels) -> (batch, patches, hidden_size)"""
+        return nn.functional.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
 class SSLAMPatchEmbeddings(nn.Module):
     """Cuts a log-mel into patches and projects them: (batch, frames, mel bins) -> (batch, patches, hidden_size), patch `8 t + f`."""
 
     def __init__(self, config: SSLAMConfig):
         super().__init__()
         self.patch_size, self.num_mel_bins = config.patch_size, config.num_mel_bins
-        self.projection = nn.Conv2d(1, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
+        self.projection = SSLAMPatchProjection(1, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
 
     def check(self, input_values: torch.Tensor) -> None:
         """Raise a ValueError unless `input_values` is (batch, frames, mel bins), frames a positive multiple of the patch size."""
@@ -87,11 +96,8 @@ class SSLAMPatchEmbeddings(nn.Module):
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
         self.check(input_values)
-        # A convolution whose windows do not overlap is a linear layer of the flattened patches: the same numbers, without a layout that
-        # makes the backward pass of a convolution with one channel slow (20 times, in bfloat16 on a CPU).
-        size, weight = self.patch_size, self.projection.weight
-        patches = input_values.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(3).flatten(1, 2)
-        return nn.functional.linear(patches.to(weight.dtype), weight.flatten(1), self.projection.bias)
+        size = self.patch_size
+        return self.projection(input_values.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(3).flatten(1, 2))
 
 
 class SSLAMEmbeddings(nn.Module):
@@ -183,22 +189,8 @@ class SSLAMAttention(nn.Module):
         return trains_in_half and self.config._attn_implementation == "sdpa" and query.shape[2] <= MAX_TOKENS_WRITTEN_OUT
 
 
-def recomputed(function: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor) -> torch.Tensor:
-    """`function(values)`, of which training on a CPU keeps `values` only: the backward pass computes the rest again, as far as it needs it.
-
-    Of an activation and a linear layer behind it, that is the activation. Elsewhere, and under a compiler, which decides such things by
-    itself, everything is kept.
-    """
-    if values.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return function(values)
-    return checkpoint(function, values, use_reentrant=False, preserve_rng_state=False)
-
-
 class SSLAMMLP(nn.Module):
     """Its output, before the block's residual, is the block's target in pre-training."""
-
-    # Whether training keeps the activation's output, the widest tensor of a block, for the backward pass.
-    keeps_activation = True
 
     def __init__(self, config: SSLAMConfig):
         super().__init__()
@@ -206,9 +198,13 @@ class SSLAMMLP(nn.Module):
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, recompute_activation: bool = False) -> torch.Tensor:
+        """`recompute_activation`: the backward pass computes the activation again, whose output is a block's widest tensor, and the forward
+        pass does not keep it. (Checkpointing stops before the linear layer: behind the activation nothing is missing.)"""
         hidden_states = self.fc1(hidden_states)
-        return self._contract(hidden_states) if self.keeps_activation else recomputed(self._contract, hidden_states)
+        if recompute_activation:
+            return checkpoint(self._contract, hidden_states, use_reentrant=False)
+        return self._contract(hidden_states)
 
     def _contract(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation_fn(hidden_states))
@@ -248,11 +244,12 @@ class SSLAMLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         return_mlp_output: bool = False,
+        recompute_activation: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         attended, _ = self.attention(hidden_states, attention_mask, **kwargs)
         hidden_states = self.layernorm_after_attention(hidden_states + self.drop_path(self.dropout(attended)))
-        mlp_output = self.mlp(hidden_states)
+        mlp_output = self.mlp(hidden_states, recompute_activation)
         hidden_states = self.layernorm_after_mlp(hidden_states + self.drop_path(self.dropout(mlp_output)))
         return (hidden_states, mlp_output) if return_mlp_output else hidden_states
 

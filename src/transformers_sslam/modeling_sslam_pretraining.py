@@ -9,6 +9,7 @@ from typing import NamedTuple, Unpack
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -16,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_sslam import SSLAMConfig
 from .masking import count_visible, inverse_block_masks, num_visible_patches
 from .mixing import check_unmixed_spans, draw_unmixed_spans, mixed_time_patches, partial_mixture
-from .modeling_sslam import SSLAMMLP, SSLAMModel, SSLAMPreTrainedModel, recomputed
+from .modeling_sslam import SSLAMModel, SSLAMPreTrainedModel
 
 
 @dataclass
@@ -135,12 +136,12 @@ class SSLAMDecoder(nn.Module):
         )
         self.projection = nn.Linear(width, config.hidden_size)
 
-    def forward(self, grid: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    def forward(self, grid: torch.Tensor, masked: torch.Tensor, recompute_activation: bool = False) -> torch.Tensor:
         """(views, time, frequency, hidden_size) and indices (views, n) of masked patches -> (views, n, hidden_size)."""
         for convolution in self.layers:
             # Seen as (views, hidden_size, time, frequency), a grid with its channels last in memory is just what is fastest here.
             features = convolution(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            features = recomputed(self._activate, features)
+            features = checkpoint(self._activate, features, use_reentrant=False) if recompute_activation else self._activate(features)
             # In place, for no backward pass asks for the activation's output, and in its type: under autocast what the norm gives, which
             # is float32 on a GPU and half precision on a CPU.
             grid = features.add_(grid) if grid.shape == features.shape else features
@@ -201,6 +202,9 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         ValueError: if the decoder or the numbers of target layers do not fit the encoder.
     """
 
+    # Training on a CPU does not keep the outputs of GELU and of the decoder's norms, a fifth of all that it would keep, but computes them
+    # again in the backward pass, which costs no time that could be told. Set it to False for `torch.func`, which cannot follow that.
+    recompute_activations = True
     # Tells Transformers what `SSLAMTeacher` itself sees to.
     _keep_in_fp32_modules_strict = ["teacher"]
 
@@ -211,9 +215,6 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
             if (getattr(config, name) or depth) > depth:
                 raise ValueError(f"{name} is {getattr(config, name)}, but the encoder has {depth} layers (num_hidden_layers)")
         self.sslam = SSLAMModel(config)
-        for module in self.sslam.modules():
-            if isinstance(module, SSLAMMLP):
-                module.keeps_activation = False  # of many views at once it is a quarter of what the encoder would keep
         self.decoder = SSLAMDecoder(config)
         self.teacher = SSLAMTeacher(config)
         self.post_init()
@@ -231,7 +232,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
     def initialize_weights(self) -> None:
         """Initialise what no checkpoint gave, at construction and after loading; of the teacher that is a copy of the student."""
         super().initialize_weights()
-        for teacher, student in zip(self.teacher.state_dict(keep_vars=True).values(), self.sslam.state_dict().values()):
+        for teacher, student in zip(self.teacher.state_dict(keep_vars=True).values(), self.sslam.state_dict().values(), strict=True):
             init.copy_(teacher, student)
         self.teacher.requires_grad_(False)  # again each time: loading replaces parameters by new ones
 
@@ -254,9 +255,9 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
             raise ValueError(f"step is {step}, but updates count from 1, the first one after the first optimiser step")
         decay = ema_decay(step, self.config.ema_decay, self.config.ema_end_decay, self.config.ema_anneal_end_step)
         averages: list[torch.Tensor] = list(self.teacher.parameters())
-        weights = [student.to(average.dtype) for average, student in zip(averages, self.sslam.parameters())]
+        weights = [student.to(average.dtype) for average, student in zip(averages, self.sslam.parameters(), strict=True)]
         torch._foreach_lerp_(averages, weights, 1 - decay)
-        for teacher, student in zip(self.teacher.buffers(), self.sslam.buffers()):
+        for teacher, student in zip(self.teacher.buffers(), self.sslam.buffers(), strict=True):
             teacher.copy_(student)
 
     @can_return_tuple
@@ -399,8 +400,11 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         """CLS (views, hidden_size) and the decoder's outputs at masked patches (views, masked, hidden_size), of what is visible."""
         patches = self.sslam.embeddings.patches(clips)
         hidden_states = self.sslam.embeddings.tokens(gather_patches(patches, visible))
+        # A compiler decides by itself what is computed again.
+        on_cpu = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        recompute = self.recompute_activations and on_cpu and torch.is_grad_enabled()
         for layer in self.sslam.layers:
-            hidden_states = layer(hidden_states, **kwargs)
+            hidden_states = layer(hidden_states, recompute_activation=recompute, **kwargs)
         cls, encoded = hidden_states[:, 0], hidden_states[:, 1:]
         shape = (len(visible), patches.shape[1], patches.shape[2])
         if self.config.mask_noise_std:
@@ -410,7 +414,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         else:
             grid = encoded.new_zeros(shape)
         grid.scatter_(1, visible.unsqueeze(-1).expand_as(encoded), encoded)
-        return cls, self.decoder(grid.unflatten(1, (-1, self.config.num_frequency_patches)), masked)
+        return cls, self.decoder(grid.unflatten(1, (-1, self.config.num_frequency_patches)), masked, recompute)
 
     def _score(
         self, cls: torch.Tensor, predictions: torch.Tensor, targets: Targets, masked: torch.Tensor, output_targets: bool

@@ -67,7 +67,7 @@ def read_official_checkpoint(source: str | Path) -> OfficialCheckpoint:
         checkpoint = _read_fairseq(path)
     elif path.is_dir():
         checkpoint = _read_hub_folder(path, str(source))
-    elif str(source).count("/") == 1 and not path.suffix:
+    elif str(source).count("/") == 1 and path.suffix not in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"):
         checkpoint = _read_hub_folder(_download(str(source)), str(source))
     else:
         raise ConversionError(f"{source} is neither a file, nor a folder, nor a Hub id (owner/name): check the path")
@@ -100,13 +100,14 @@ def _read_hub_folder(folder: Path, source: str) -> OfficialCheckpoint:
         raise ConversionError(
             f"{source} says model_variant {settings['model_variant']}, but {'has' if head else 'lacks'} a head: missing tensors?"
         )
+    size = settings.get("img_size", 1024)  # of a log-mel as an image: [frames, mel bins], or the frames alone
     return OfficialCheckpoint(
         source=source,
         student=tensors,
         head=head,
         settings={**settings, "num_classes": settings.get("num_classes") if head else None},
         time_patches=settings.get("max_length"),
-        target_length=settings.get("img_size", [1024])[0],
+        target_length=size[0] if isinstance(size, list) and size else size,
     )
 
 

@@ -8,12 +8,11 @@ their masks, all of the teacher's blocks kept until they are averaged, a moving 
 import torch
 from torch import nn
 
-from ..modeling_sslam import SSLAMMLP
 from ..modeling_sslam_pretraining import SSLAMDecoder, SSLAMForPreTraining, SSLAMForPreTrainingOutput, SSLAMTeacher, ema_decay
 
 
 class PlainDecoder(SSLAMDecoder):
-    def forward(self, grid: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    def forward(self, grid: torch.Tensor, masked: torch.Tensor, recompute_activation: bool = False) -> torch.Tensor:
         features = grid.permute(0, 3, 1, 2).contiguous()
         for convolution in self.layers:
             before = features
@@ -39,12 +38,11 @@ class PlainTeacher(SSLAMTeacher):
 class PlainForPreTraining(SSLAMForPreTraining):
     """Takes the weights of a [`SSLAMForPreTraining`] of the same configuration, in eager attention."""
 
+    recompute_activations = False
+
     def __init__(self, config):
         super().__init__(config)
         self.decoder.__class__, self.teacher.__class__ = PlainDecoder, PlainTeacher
-        for module in self.sslam.modules():
-            if isinstance(module, SSLAMMLP):
-                module.keeps_activation = True
 
     def _score(self, cls, predictions, targets, masked, output_targets) -> SSLAMForPreTrainingOutput:
         config = self.config

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _LENGTH_IN_LOG = re.compile(r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 # A header written to a pipe cannot know its length and holds the largest number instead: FFmpeg writes 2**32 - 1, SoX almost 2**31.
 _LENGTH_UNKNOWN = 2**31 - 4096
+_LOWEST_RATE = 1000  # Hz; under it a header is damaged, or what it describes no sound
+_LARGEST_FILTER = 2**25  # numbers; 44.1 to 16 kHz takes 2**16, 44,099 to 16,000 Hz would take 2**29, and several times that to compute
 _LONGEST_OGG_PAGE = 27 + 255 + 255 * 255  # bytes: header, table of segments, segments
 
 
@@ -46,12 +48,13 @@ def load_waveform(source: str | Path | bytes | dict, sampling_rate: int = 16_000
         `(samples,)`, float32. Full scale is 1; resampling may overshoot it a little.
 
     Raises:
-        AudioDecodingError: (a `ValueError`) if the file is missing, empty, not readable as audio, cut off before its end, or holds NaN or
-            infinity. The message names the file.
+        AudioDecodingError: (a `ValueError`) if the file is missing, empty, not readable as audio, cut off before its end, holds NaN or
+            infinity, or has a rate from which nothing can be resampled. The message names the file.
         ImportError: if soundfile or torchaudio is not installed, naming the extra that brings them.
     """
     with _opened(source) as file:
         native_rate = file.samplerate
+        _check_rate(native_rate, sampling_rate, source)
         mono = next(_mono_blocks(file, source, file.frames))
     if native_rate == sampling_rate:
         return mono
@@ -81,6 +84,7 @@ def read_blocks(source: str | Path | bytes | dict, sampling_rate: int = 16_000, 
     if not seconds > 0:
         raise ValueError(f"seconds is {seconds}, but a block must have some length: give a positive number")
     with _opened(source) as file:
+        _check_rate(file.samplerate, sampling_rate, source)
         blocks = _mono_blocks(file, source, max(1, round(seconds * file.samplerate)))
         yield from blocks if file.samplerate == sampling_rate else _resampled(blocks, file.samplerate, sampling_rate)
 
@@ -225,6 +229,15 @@ def _name(source: str | Path | bytes | dict) -> str:
     if isinstance(source, dict):
         return str(source.get("path") or "an audio entry without a path")
     return f"a file of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+
+def _check_rate(native_rate: int, sampling_rate: int, source: str | Path | bytes | dict) -> None:
+    """Refuse rates whose ratio takes a filter that fills the memory, and those that no sound has."""
+    divisor = gcd(native_rate, sampling_rate)
+    if native_rate < _LOWEST_RATE or native_rate // divisor * (sampling_rate // divisor) > _LARGEST_FILTER:
+        raise AudioDecodingError(
+            "unreadable", f"{_name(source)} has {native_rate} Hz, from which {sampling_rate} Hz cannot be made here: resample it before"
+        )
 
 
 @lru_cache

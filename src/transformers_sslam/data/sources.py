@@ -7,6 +7,7 @@ one shard a file, so any order of files costs nothing. What is stored in larger 
 import hashlib
 import math
 import os
+from argparse import ArgumentTypeError
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import yaml
 
 
 Kind = Literal["folder", "audiofolder", "manifest", "parquet", "webdataset", "hub"]
@@ -91,6 +93,16 @@ class SourceSettings:
         if unknown:
             raise ValueError(f"the source {values['path']} has {', '.join(map(str, unknown))}, but a source has only {', '.join(known)}")
         return cls(**values)
+
+
+def parse_source(text: str) -> dict[str, Any]:
+    """A source in YAML, as the `type` of a command line's argument. Raises what argparse prints, if it is none."""
+    try:
+        values = yaml.safe_load(text)
+        SourceSettings.from_dict(values)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ArgumentTypeError(f"{text!r} is no source ({' '.join(str(error).split())})") from error
+    return values
 
 
 class Row(NamedTuple):

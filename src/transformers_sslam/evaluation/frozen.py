@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..data.labelled import DatasetError, Waveforms, choose_classes, encode_labels, read_rows, select_split
+from ..data.labelled import DatasetError, Waveforms, choose_classes, encode_labels, fold_values, read_rows, select_split
 from ..data.layouts import open_data_set
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
@@ -130,6 +130,7 @@ def _choose_rows(settings: FrozenSettings) -> tuple[datasets.Dataset, datasets.D
             f"there is no column {settings.fold_column!r}, only {', '.join(rows.column_names)}: name another as fold_column, or set it to "
             "null to use splits"
         )
+    fold_values(splits, settings.fold_column)  # refuses clips without a fold
     return rows, rows, [str(fold) for fold in rows[settings.fold_column]]
 
 

@@ -68,6 +68,19 @@ def summarize(values: Sequence[float], confidence: float = 0.95) -> Summary:
     return Summary(mean, std, mean - half, mean + half, count)
 
 
+def independent_values(values: Sequence[float], folds: Sequence[Any]) -> list[float]:
+    """Of runs over folds and seeds, what may count as independent: each fold's mean, for its seeds are tested on the same clips.
+
+    Args:
+        values: `(runs,)`.
+        folds: `(runs,)`, which fold each run was tested on. Where that is the same for all, its seeds are what varies: all values count.
+    """
+    by_fold: dict[Any, list[float]] = {}
+    for fold, value in zip(folds, values, strict=True):
+        by_fold.setdefault(fold, []).append(value)
+    return [sum(found) / len(found) for found in by_fold.values()] if len(by_fold) > 1 else list(values)
+
+
 def summarize_difference(values: Sequence[float], others: Sequence[float], confidence: float = 0.95) -> Summary:
     """Mean, deviation and interval of `values - others`, run by run: the interval of a paired t-test.
 
@@ -188,6 +201,7 @@ __all__ = [
     "Summary",
     "bootstrap_interval",
     "check_confidence",
+    "independent_values",
     "logit_interval",
     "percentile_interval",
     "resampled_rows",

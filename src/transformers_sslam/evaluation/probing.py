@@ -144,7 +144,7 @@ class PatchProbe(Probe):
 PROBES: dict[str, Callable[[ProbeSettings], Probe]] = {
     "linear_cls": lambda settings: LinearProbe(settings, "cls"),
     "linear_mean": lambda settings: LinearProbe(settings, "mean"),
-    "linear_statistics": lambda settings: LinearProbe(settings, "mean_and_deviation"),
+    "linear_mean_and_deviation": lambda settings: LinearProbe(settings, "mean_and_deviation"),
     "attentive": lambda settings: PatchProbe(settings, lambda width, classes, heads: AttentivePooling(width, classes, heads.queries)),
     "prototype": lambda settings: PatchProbe(settings, lambda width, classes, heads: PrototypePooling(width, classes, heads.prototypes)),
     "knn": NearestNeighbors,
@@ -153,7 +153,7 @@ PROBES: dict[str, Callable[[ProbeSettings], Probe]] = {
 TITLES = {
     "linear_cls": "linear, CLS token",
     "linear_mean": "linear, mean patch token",
-    "linear_statistics": "linear, mean and deviation of patch tokens",
+    "linear_mean_and_deviation": "linear, mean and deviation of patch tokens",
     "attentive": "attentive pooling of patches",
     "prototype": "prototypes against patches",
     "knn": "k-NN, mean patch token",

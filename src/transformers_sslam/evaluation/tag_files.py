@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Literal, Self, TypeVar
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..allocator import keep_freed_memory
@@ -171,14 +172,23 @@ class _Output:
         self.path, self.identity = path, identity
         self.journal = path.with_name(path.name + ".journal")
         self.finished: set[str] = set()
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
 
     def __enter__(self) -> Self:
         with refusals_as_settings_errors(f"{self.path} cannot be written, or its journal {self.journal.name} be read"):
-            self._open()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise SettingsError(f"another process writes to {self.path}: wait for it, or give another output") from None
+            try:
+                self._open()
+            except BaseException:
+                self._lock.release()
+                raise
         return self
 
     def _open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.journal.read_bytes().splitlines(keepends=True) if self.journal.exists() else []
         whole = [line for line in lines if line.endswith(b"\n")]
         size = self.path.stat().st_size if self.path.exists() else 0
@@ -200,6 +210,7 @@ class _Output:
     def __exit__(self, *exception) -> None:
         self._output.close()
         self._journal.close()
+        self._lock.release()
 
     def write(self, path: str, text: str, final: bool) -> None:
         """All of a recording, and then that it is all. What is not final is tried again by the next run."""

@@ -54,10 +54,14 @@ def finish_checkpoint(folder: Path) -> Path:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """All finished checkpoints, oldest first."""
-    if not output_dir.is_dir():
-        return []
-    found = {int(match[1]): path for path in output_dir.iterdir() if (match := NAME.fullmatch(path.name))}
+    found = _by_update(output_dir)
     return [found[update] for update in sorted(found)]
+
+
+def _by_update(output_dir: Path) -> dict[int, Path]:
+    if not output_dir.is_dir():
+        return {}
+    return {int(match[1]): path for path in output_dir.iterdir() if (match := NAME.fullmatch(path.name))}
 
 
 def damage(folder: Path) -> str | None:
@@ -86,12 +90,15 @@ def latest_whole_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
-def sweep(output_dir: Path, keep_last: int, keep_every: int | None) -> None:
-    """Delete what is not to be kept: all but the last `keep_last` checkpoints and those of every `keep_every`-th update."""
-    for folder in checkpoints(output_dir)[: -max(1, keep_last)]:
-        update = int(NAME.fullmatch(folder.name)[1])  # type: ignore[index]  # it has just matched
-        if not keep_every or update % keep_every:
-            _discard(folder)
+def sweep(output_dir: Path, update: int, keep_last: int, keep_every: int | None) -> None:
+    """Delete what is not to be kept: all but the last `keep_last` checkpoints up to `update` and those of every `keep_every`-th update.
+
+    Later ones are damaged, and were passed over: they neither count nor go, until the run has come to where they are.
+    """
+    found = _by_update(output_dir)
+    for number in sorted(number for number in found if number <= update)[: -max(1, keep_last)]:
+        if not keep_every or number % keep_every:
+            _discard(found[number])
 
 
 def sweep_leftovers(output_dir: Path) -> None:

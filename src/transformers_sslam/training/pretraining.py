@@ -7,6 +7,7 @@ stream's place, rates and decays from the update. So a resumed run is the same r
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import tempfile
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from safetensors import SafetensorError
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -28,7 +30,15 @@ from ..data.stream import ClipStream, DataSettings
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..hub import add_remote_code, write_model_card
 from ..modeling_sslam_pretraining import SSLAMForPreTraining
-from .checkpoints import begin_checkpoint, checkpoint_folder, finish_checkpoint, latest_whole_checkpoint, sweep, sweep_leftovers
+from .checkpoints import (
+    begin_checkpoint,
+    checkpoint_folder,
+    checkpoints,
+    finish_checkpoint,
+    latest_whole_checkpoint,
+    sweep,
+    sweep_leftovers,
+)
 from .monitoring import CollapseGuard, Stopwatch, matmul_peak, peak_memory, training_flops_per_clip
 from .pretraining_settings import PreTrainingSettings
 from .schedules import adam_epsilon, learning_rate
@@ -66,6 +76,11 @@ class PreTrainer:
             tempfile.TemporaryFile(dir=self.output_dir).close()
         except OSError as error:
             raise SettingsError(f"output_dir {self.output_dir} cannot be written to ({error}): choose another") from error
+        if not settings.resume and (found := checkpoints(self.output_dir)):
+            raise SettingsError(
+                f"resume is false, but output_dir {self.output_dir} holds checkpoints of another run ({found[-1].name}): choose another "
+                "folder"
+            )
         self.accelerator = Accelerator(
             mixed_precision=settings.mixed_precision,
             log_with=settings.trackers or None,
@@ -138,10 +153,11 @@ class PreTrainer:
                 clips, stop = self._agree(sum(len(batch) for batch in micro_batches), self.stop_signal is not None)
                 updated = self._train(micro_batches, clips)
                 bar.update(updated)
-                ends = stop or self.update == settings.total_updates
+                ends = self.update == settings.total_updates
                 validates, saves = (
                     ends or (updated and self.update % every == 0) for every in (settings.validate_every, settings.save_every)
                 )
+                saves, validates = saves or stop, validates and not stop  # whoever stops a run may soon kill it
                 if validates or saves or (updated and self.update % settings.log_every == 0):
                     self._log(metrics, watch.lap())
                 if validates and self.validation_set:
@@ -166,7 +182,7 @@ class PreTrainer:
                 update, settings.learning_rate, settings.warmup_updates, settings.total_updates, settings.final_learning_rate
             )
             group["eps"] = adam_epsilon(update, settings.adam_epsilon, settings.adam_beta2)
-        statistics = torch.zeros(len(STATISTICS), device=self.accelerator.device)
+        statistics = torch.zeros(2, len(STATISTICS), device=self.accelerator.device)  # weighted sums, and the weights
         self.wrapped.train()
         for i, values in enumerate(micro_batches):
             self._seed(self.attempt, i)
@@ -177,12 +193,15 @@ class PreTrainer:
                 # many, that is this weight; DDP then takes the mean over devices, hence their number.
                 weight = len(values) / clips
                 self.accelerator.backward(output.loss * weight * self.accelerator.num_processes)
-            statistics += weight * torch.stack([_detached(output.get(name), output.loss) for name in STATISTICS])
+            values = torch.stack([_detached(output.get(name), output.loss) for name in STATISTICS])
+            known = ~values.isnan()  # of a batch of one clip the content share is not
+            statistics += weight * torch.stack((values.where(known, 0), known.to(values.dtype)))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
         finite = bool(torch.isfinite(norm))
         if finite or self.accelerator.scaler is not None:  # a scaler must see what was not finite, to lower its scale
             self.optimizer.step()
-            finite = not self.accelerator.optimizer_step_was_skipped
+            # A fused optimiser skips the step by itself, unseen by the scaler's wrapper; the norm has told of that already.
+            finite = finite and not self.accelerator.optimizer_step_was_skipped
         self.optimizer.zero_grad()
         self.attempt += 1
         self.clips_seen += clips
@@ -275,10 +294,11 @@ class PreTrainer:
         """Losses and statistics of the updates since the last line, over all devices, and the guard's look at them."""
         if not self.pending:
             return
-        rows = self.accelerator.reduce(torch.stack(self.pending).double(), "sum").tolist()
-        count, self.pending = len(rows), []
+        sums = self.accelerator.reduce(torch.stack(self.pending).double(), "sum").cpu()
+        count, self.pending = len(sums), []
         seconds, waited = lap
-        means = {name: float(np.mean([row[i] for row in rows])) for i, name in enumerate(STATISTICS)}
+        rows = (sums[:, 0] / sums[:, 1]).tolist()  # NaN where nothing is known
+        means = dict(zip(STATISTICS, (sums[:, 0].sum(0) / sums[:, 1].sum(0)).tolist()))
         rate, self.clips_logged = (self.clips_seen - self.clips_logged) / seconds, self.clips_seen
         speed = {
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -292,7 +312,8 @@ class PreTrainer:
         self.accelerator.log({**means, **speed}, step=self.update)
         if metrics is not None:
             for update, row in enumerate(rows, self.update - count + 1):
-                metrics.write(json.dumps({"update": update, **dict(zip(STATISTICS, row))}) + "\n")
+                known = {name: None if math.isnan(value) else value for name, value in zip(STATISTICS, row)}
+                metrics.write(json.dumps({"update": update, **known}) + "\n")
             metrics.flush()
             line = (
                 f"update {self.update}/{self.settings.total_updates}  loss {means['loss']:.4f} (local {means['local_loss']:.4f}, "
@@ -362,13 +383,13 @@ class PreTrainer:
                 (folder / "run.json").write_text(json.dumps({**self._place(), "settings": asdict(self.settings)}, indent=1))
             if problem is None:
                 (folder / f"rank-{accelerator.process_index:05d}.json").write_text(json.dumps({"clips": self.clips.state_dict()}))
-        except (OSError, RuntimeError) as error:  # torch.save and safetensors tell of a full disk as a RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as error:  # as which torch.save and safetensors tell of a full disk
             problem = str(error)
         problems = [text for text in gather_object([problem]) if text is not None]
         if main and not problems:
             try:
                 finish_checkpoint(folder)
-                sweep(self.output_dir, self.settings.keep_last, self.settings.keep_every)
+                sweep(self.output_dir, self.update, self.settings.keep_last, self.settings.keep_every)
             except OSError as error:
                 problems = [str(error)]
         problems = broadcast_object_list([problems])[0]
@@ -491,10 +512,12 @@ def _detached(value: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _signals_to(handler) -> Iterator[None]:
-    """Hand the first SIGTERM or SIGINT to `handler`; a second one does what it always does."""
+    """Hand SIGTERM and SIGINT to `handler`. A second Ctrl-C does what it always does; SIGTERM may come twice where it was sent once, for a
+    launcher hands on to its processes what a scheduler sent to all."""
 
     def handle(number, frame):
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
         handler(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -46,7 +46,7 @@ class PreTrainingSettings:
     save_every: int = setting("updates between checkpoints", 5_000)
     keep_last: int = setting("checkpoints that are kept", 2)
     keep_every: int | None = setting("checkpoints of every so many updates are kept for good; null: none", None)
-    resume: bool = setting("go on from the latest whole checkpoint in output_dir", True)
+    resume: bool = setting("go on from the latest whole checkpoint in output_dir; false: refuse a folder that has any", True)
     log_every: int = setting("updates between log lines", 100)
     validate_every: int = setting("updates between validations", 5_000)
     trackers: list[str] = setting("of Accelerate: tensorboard, wandb, trackio ...", ["tensorboard"])

@@ -1,7 +1,7 @@
 """The same fine-tuning over folds and seeds, and what the runs say together."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..data.labelled import DatasetError, fold_values
 from ..data.layouts import open_data_set
-from ..evaluation.intervals import summarize
+from ..evaluation.intervals import Summary, independent_values, summarize
 from ..evaluation.reports import format_summary, markdown_table, write_json
 from .fine_tuning_settings import FineTuningSettings
 from .settings import write_settings
@@ -51,20 +51,22 @@ def repeat_fine_tuning(settings: FineTuningSettings) -> dict[str, Any]:
 
     Returns:
         What `summary.json` holds: for each metric the values by run, their mean, standard deviation and 95 % interval (Student's t over
-        runs; runs that share training clips are not independent, so it is somewhat too narrow), and the seconds of all runs.
+        folds, each the mean of its seeds, which are tested on the same clips; over seeds, where there are no folds. Folds share training
+        clips, so it is still somewhat too narrow), and the seconds of all runs.
 
     Raises:
         SettingsError, DatasetError: see [`fine_tune`].
     """
-    results = {}
-    for name, run in expand(settings).items():
+    results, runs = {}, expand(settings)
+    for name, run in runs.items():
         logger.info(f"fine-tuning run {name or run.output_dir}")
         results[name] = fine_tune_once(run)
     metrics = {}
     for metric, value in next(iter(results.values()))["metrics"].items():
         if isinstance(value, float):
             values = {run: result["metrics"][metric] for run, result in results.items()}
-            metrics[metric] = {"runs": values, **summarize(list(values.values())).to_dict()}
+            independent = independent_values(list(values.values()), [str(run.eval_folds) for run in runs.values()])
+            metrics[metric] = {"runs": values, **summarize(independent).to_dict()}
     summary = {"metrics": metrics, "seconds": sum(result["seconds"]["total"] for result in results.values())}
     if PartialState().is_main_process:
         write_settings(settings, Path(settings.output_dir) / "series.yaml")
@@ -79,7 +81,8 @@ def format_runs(summary: dict[str, Any]) -> str:
         return "nothing was evaluated"
     runs = list(next(iter(metrics.values()))["runs"])
     rows = [[run, *(f"{values['runs'][run]:.4f}" for values in metrics.values())] for run in runs]
-    totals = [format_summary(summarize(list(values["runs"].values())), scale=1, decimals=4) for values in metrics.values()]
+    names = [field.name for field in fields(Summary)]
+    totals = [format_summary(Summary(**{name: values[name] for name in names}), scale=1, decimals=4) for values in metrics.values()]
     return markdown_table(["run", *metrics], [*rows, ["mean ± std [95 %]", *totals]])
 
 

@@ -12,6 +12,7 @@ import soundfile
 import yaml
 
 from ..data.labelled import Waveforms, load_audio_folder
+from .checkpoints import checkpoints
 from .fine_tuning import fine_tune
 from .fine_tuning_settings import FineTuningSettings
 from .pretraining import PreTrainer
@@ -47,19 +48,20 @@ def copy_clips(data_dir: str | Path, output_dir: str | Path, sampling_rate: int 
 def pretrain_once(settings: PreTrainingSettings) -> tuple[Path, float]:
     """Pre-train, unless this very run is finished. Returns the model's folder and the CPU seconds that the run took.
 
-    Several processes a device, or workers that read ahead, are not counted in those seconds: studies have neither.
+    The seconds are NaN where the run was interrupted, and those of its first part are lost. Several processes a device, or workers that
+    read ahead, are not counted: studies have neither.
     """
     output = Path(settings.output_dir)
     done = _read_step(output / "step.json", settings)
     if done is None:
-        start = time.process_time()
+        start, interrupted = time.process_time(), settings.resume and bool(checkpoints(output))
         trainer = PreTrainer(settings)
         trainer.run()
         if trainer.update < settings.total_updates:  # stopped by a signal: the study stops too, and goes on from its checkpoint
             raise KeyboardInterrupt
-        done = {"cpu_seconds": time.process_time() - start}
+        done = {"cpu_seconds": None if interrupted else time.process_time() - start}
         _write_step(output / "step.json", settings, done)
-    return output / "model", done["cpu_seconds"]
+    return output / "model", math.nan if done["cpu_seconds"] is None else done["cpu_seconds"]
 
 
 def pretrain_on_folds(
