@@ -35,6 +35,17 @@ def test_spans_fit_any_length_and_leave_something_to_mix(frames, spans, length, 
     assert mixed[:, -1].all(), "the last patch is always mixed"
 
 
+def test_uniform_spans_take_every_placement_equally_often():
+    """Two spans of two patches in seven: with three mixed patches there are 5 * 4 / 2 ways."""
+    starts = draw_unmixed_spans(7 * 16, 2, 32, num_clips=20_000, placement="uniform", generator=seeded())
+    check_unmixed_spans(starts, 20_000, 7 * 16, 32, 16)
+    placements, counts = starts.unique(dim=0, return_counts=True)
+    expected = [[16 * a, 16 * b] for a in range(6) for b in range(a + 2, 6)]
+    assert placements.tolist() == expected
+    assert len(expected) == 10
+    assert (counts - 2000).abs().max() < 4 * 2000**0.5
+
+
 def test_one_draw_serves_the_batch_unless_clips_are_counted():
     assert draw_unmixed_spans(1024).shape == (2,)
     per_clip = draw_unmixed_spans(1024, num_clips=50, generator=seeded())

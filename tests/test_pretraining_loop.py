@@ -117,6 +117,25 @@ def test_a_compiled_run_resumes_as_if_it_had_not_been_interrupted(sounds, tmp_pa
     assert same_weights(tmp_path / "whole" / "model", tmp_path / "halves" / "model")
 
 
+@pytest.mark.parametrize("features", ["worker", "device"])
+def test_the_model_is_told_of_padding_only_where_it_is_asked_for(sounds, tmp_path, features):
+    data = {"sources": [{"kind": "folder", "path": str(sounds)}], "features": features}
+    for masks in (False, True):
+        run = trainer(sounds, tmp_path / str(masks), data=data, validation=data, total_updates=1, warmup_updates=0, mask_padding=masks)
+        seen, forward = [], run.model.forward
+        run.model.forward = lambda input_values, attention_mask=None, **rest: (
+            seen.append((input_values, attention_mask)) or forward(input_values, attention_mask=attention_mask, **rest)  # noqa: B023
+        )
+        run.run()
+        assert len(seen) > 1  # an update, and the validation
+        for values, mask in seen:
+            assert (mask is not None) == masks
+            if masks:
+                padding = (values == values[:, -1:]).all(2)  # tones of half a second and more: 48 to 62 of 64 frames
+                assert 0 < padding.sum() < padding.numel() / 3
+                assert torch.equal(mask == 0, padding)
+
+
 def test_the_first_update_of_a_warm_up_changes_no_weight(sounds, tmp_path):
     run = trainer(sounds, tmp_path, total_updates=3, warmup_updates=1)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
@@ -443,7 +462,7 @@ def test_two_processes_hold_the_same_model_and_share_the_clips(sounds, tmp_path)
         "        epoch = run.clips.epoch\n"
         "        for batch in run.clips:\n"
         "            names.extend((epoch, name) for name in batch['names'])\n"
-        "            yield batch['input_values']\n"
+        "            yield {'input_values': batch['input_values']}\n"
         "run._batches = batches; run.run()\n"
         "state = hashlib.sha256(b''.join(t.numpy().tobytes() for t in run.model.state_dict().values())).hexdigest()\n"
         "open(f'{sys.argv[2]}/{run.accelerator.process_index}.json', 'w').write(json.dumps([state, names]))\n"

@@ -74,6 +74,9 @@ class SSLAMConfig(PreTrainedConfig):
         unmixed_span_length (`int`, defaults to 240): Their length in frames, a multiple of `patch_size`.
         unmixed_spans_per_clip (`bool`, defaults to `False`):
             Whether each clip has its own spans. In the published runs one draw serves the whole batch of a device.
+        unmixed_span_placement (`str`, defaults to `"published"`):
+            `"published"`, which places spans often around the middle and never at the end, where every mixture is mixed; or `"uniform"`,
+            every placement equally likely.
         local_target_layers (`int`, *optional*): Top blocks of the teacher whose average is the target of patches; all by default.
         global_target_layers (`int`, *optional*, defaults to 1): Those for the target of CLS; `None` for all, as in stage 1.
         global_loss_weight (`float`, defaults to 1.0): Weight of the global (CLS) loss.
@@ -136,6 +139,7 @@ class SSLAMConfig(PreTrainedConfig):
     num_unmixed_spans: int = 2
     unmixed_span_length: int = 240
     unmixed_spans_per_clip: bool = False
+    unmixed_span_placement: Literal["published", "uniform"] = "published"
     local_target_layers: int | None = None
     global_target_layers: int | None = 1
     global_loss_weight: float | int = 1.0

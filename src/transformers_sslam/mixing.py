@@ -1,5 +1,7 @@
 """Partial mixtures: every clip with the one before it mixed in, except in a few unmixed spans (SSLAM, arXiv 2506.12222)."""
 
+from typing import Literal
+
 import torch
 from transformers.utils import logging
 
@@ -14,18 +16,22 @@ def draw_unmixed_spans(
     patch_size: int = 16,
     *,
     num_clips: int | None = None,
+    placement: Literal["published", "uniform"] = "published",
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """Draw where the unmixed spans start, in frames: `(num_spans,)` for a whole batch, as published, or `(num_clips, num_spans)`.
 
-    Spans are drawn from first to last. Span `i` of `k` starts at a multiple of `patch_size`, uniform from the end of the one before it to
-    before `i / k` of the clip, but early enough to leave room for itself, those after it, and at least one mixed patch at the end. With two
-    spans of 240 frames in 1024 these are the published bounds: the first from 0 to 496, the second up to 768.
+    Published spans are drawn from first to last. Span `i` of `k` starts at a multiple of `patch_size`, uniform from the end of the one
+    before it to before `i / k` of the clip, but early enough to leave room for itself, those after it, and at least one mixed patch at the
+    end. With two spans of 240 frames in 1024 these are the published bounds: the first from 0 to 496, the second up to 768. The middle is
+    thus in a span more often than the ends, and the last patch never. Uniform ones are, of all ways to lay the spans among the mixed
+    patches, each as likely as any other.
 
     Args:
         num_frames, span_length: multiples of `patch_size`.
         num_clips: draw for each of so many clips; by default one draw serves all.
+        placement: how the spans are drawn.
         generator: source of the random numbers, which are then drawn on its device.
         device: of the result.
 
@@ -35,14 +41,21 @@ def draw_unmixed_spans(
     _check_lengths(num_frames, num_spans, span_length, patch_size)
     frames, span = num_frames // patch_size, span_length // patch_size  # both in time patches from here on
     source = device if generator is None else generator.device
-    uniform = torch.rand(1 if num_clips is None else num_clips, num_spans, generator=generator, device=source)
-    starts = []
-    earliest = torch.zeros(len(uniform), dtype=torch.long, device=source)
-    for index in range(num_spans):
-        end = min(frames * (index + 1) // num_spans, frames - (num_spans - index) * span)
-        starts.append(earliest + (uniform[:, index] * (end - earliest)).long())
-        earliest = starts[-1] + span
-    drawn = (torch.stack(starts, dim=1) * patch_size).to(device)
+    clips = 1 if num_clips is None else num_clips
+    if placement == "uniform":
+        # Mixed patches and spans in a row: which of its places are spans? Each span before a place moves it on by its length less one.
+        places = torch.rand(clips, frames - num_spans * (span - 1), generator=generator, device=source)
+        spans = places.topk(num_spans).indices.sort(dim=1).values
+        starts = spans + (span - 1) * torch.arange(num_spans, device=source)
+    else:
+        uniform = torch.rand(clips, num_spans, generator=generator, device=source)
+        starts = torch.zeros(clips, num_spans, dtype=torch.long, device=source)
+        earliest = starts[:, 0]
+        for index in range(num_spans):
+            end = min(frames * (index + 1) // num_spans, frames - (num_spans - index) * span)
+            starts[:, index] = earliest + (uniform[:, index] * (end - earliest)).long()
+            earliest = starts[:, index] + span
+    drawn = (starts * patch_size).to(device)
     return drawn[0] if num_clips is None else drawn
 
 

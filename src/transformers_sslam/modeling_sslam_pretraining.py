@@ -350,6 +350,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
                 config.unmixed_span_length,
                 config.patch_size,
                 num_clips=batch if config.unmixed_spans_per_clip else None,
+                placement=config.unmixed_span_placement,
                 generator=generator,
                 device=input_values.device,
             )

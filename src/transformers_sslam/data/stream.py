@@ -429,10 +429,12 @@ class BatchStream:
 
 
 class ClipStream(BatchStream):
-    """Log-mel batches for the model: `{"input_values": (batch, frames, mel bins) float32, "names": [...], "starts": [...]}`.
+    """Log-mel batches for the model: `{"input_values": (batch, frames, mel bins) float32, "attention_mask": (batch, frames) int32, "names":
+    [...], "starts": [...]}`.
 
-    `names` and `starts` (seconds) say which clips they are; the columns that the settings ask for are lists beside them. A recording
-    that is longer than `feature_extractor.max_length` frames is cut into windows that lie frame beside frame, none of them lost.
+    The mask is 1 where there is sound and 0 in padding. `names` and `starts` (seconds) say which clips they are; the columns that the
+    settings ask for are lists beside them. A recording that is longer than `feature_extractor.max_length` frames is cut into windows that
+    lie frame beside frame, none of them lost.
 
     Args:
         settings: sources and how they are read.
@@ -465,7 +467,7 @@ class ClipStream(BatchStream):
 
 @dataclass(frozen=True)
 class _Features:
-    """A clip as the model wants it, `(frames, mel bins)`, or still its samples where log-mels are computed later.
+    """A clip as the model wants it, `(frames, mel bins)`, with its mask, or still its samples where log-mels are computed later.
 
     In numpy: arrays travel from workers through a pipe, tensors in shared memory, which is small in many containers, a file handle each.
     """
@@ -473,10 +475,10 @@ class _Features:
     extractor: SSLAMFeatureExtractor | None
     columns: Sequence[str]
 
-    def __call__(self, clip: Clip) -> tuple[np.ndarray, str, float, list]:
-        values = clip.waveform
+    def __call__(self, clip: Clip) -> tuple[tuple[np.ndarray, ...], str, float, list]:
+        values: tuple[np.ndarray, ...] = (clip.waveform,)
         if self.extractor is not None:
-            values = self.extractor(values, sampling_rate=self.extractor.sampling_rate, return_tensors="np")["input_values"][0]
+            values = tuple(made[0] for made in _log_mels(self.extractor, clip.waveform, return_tensors="np"))
         return values, clip.name, clip.start, [clip.columns[column] for column in self.columns]
 
 
@@ -486,11 +488,16 @@ class _Collate:
     columns: Sequence[str]
     device: str | torch.device | None
 
-    def __call__(self, items: list[tuple[np.ndarray, str, float, list]]) -> dict[str, Any]:
-        values, names, starts, columns = zip(*items)
+    def __call__(self, items: list[tuple[tuple[np.ndarray, ...], str, float, list]]) -> dict[str, Any]:
+        made, names, starts, columns = zip(*items)
         if self.extractor is None:
-            batch = torch.from_numpy(np.stack(values))
+            values, mask = (torch.from_numpy(np.stack(rows)) for rows in zip(*made))
         else:
-            rate = self.extractor.sampling_rate
-            batch = self.extractor(list(values), sampling_rate=rate, return_tensors="pt", device=self.device)["input_values"]
-        return {"input_values": batch, "names": list(names), "starts": list(starts), **dict(zip(self.columns, map(list, zip(*columns))))}
+            values, mask = _log_mels(self.extractor, [waveform for (waveform,) in made], return_tensors="pt", device=self.device)
+        about = {"names": list(names), "starts": list(starts), **dict(zip(self.columns, map(list, zip(*columns))))}
+        return {"input_values": values, "attention_mask": mask, **about}
+
+
+def _log_mels(extractor: SSLAMFeatureExtractor, waveforms: Any, **options: Any) -> tuple[Any, Any]:
+    features = extractor(waveforms, sampling_rate=extractor.sampling_rate, return_attention_mask=True, **options)
+    return features["input_values"], features["attention_mask"]

@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 STAGE_NAMES = {1: "stage 1 (EAT)", 2: "stage 2 (SSLAM)"}
 LOSSES = ("loss", "local_loss", "global_loss", "source_retention_loss")
+Batch = dict[str, torch.Tensor]
 STATISTICS = (*LOSSES, "target_std", "prediction_std", "content_share")
 
 
@@ -99,6 +100,7 @@ class PreTrainer:
         with refusals_as_settings_errors("features"):
             self.extractor = SSLAMFeatureExtractor(**settings.features)
         self.model = _build_model(settings, self.extractor)
+        self.inputs = ["input_values", "attention_mask"] if settings.mask_padding else ["input_values"]  # of all that the stream says
         self.clips = self._stream(settings.data, settings.num_workers)
         self.validation_set = self._validation_set()
         if settings.batch_size == 1 and self.accelerator.is_main_process:
@@ -150,7 +152,7 @@ class PreTrainer:
         with _signals_to(self._ask_to_stop), bar, logging_redirect_tqdm(), self._metrics_file() as metrics:
             while self.update < settings.total_updates:
                 micro_batches = [watch.wait_for(lambda: next(batches)) for _ in range(settings.gradient_accumulation_steps)]
-                clips, stop = self._agree(sum(len(batch) for batch in micro_batches), self.stop_signal is not None)
+                clips, stop = self._agree(sum(len(batch["input_values"]) for batch in micro_batches), self.stop_signal is not None)
                 updated = self._train(micro_batches, clips)
                 bar.update(updated)
                 ends = self.update == settings.total_updates
@@ -174,7 +176,7 @@ class PreTrainer:
         self.accelerator.end_training()
         return checkpoint_folder(self.output_dir, self.update)
 
-    def _train(self, micro_batches: list[torch.Tensor], clips: int) -> bool:
+    def _train(self, micro_batches: list[Batch], clips: int) -> bool:
         """One attempt at an update on `clips` clips over all devices. Returns whether the weights were updated."""
         settings, update = self.settings, self.update + 1
         for group in self.optimizer.param_groups:
@@ -184,14 +186,14 @@ class PreTrainer:
             group["eps"] = adam_epsilon(update, settings.adam_epsilon, settings.adam_beta2)
         statistics = torch.zeros(2, len(STATISTICS), device=self.accelerator.device)  # weighted sums, and the weights
         self.wrapped.train()
-        for i, values in enumerate(micro_batches):
+        for i, batch in enumerate(micro_batches):
             self._seed(self.attempt, i)
             last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                output = self.wrapped(values.to(self.accelerator.device, non_blocking=True), generator=self.generator)
+                output = self.wrapped(**self._on_device(batch), generator=self.generator)
                 # The published reduction divides sums over all devices by the masked patches of all devices. As every clip has equally
                 # many, that is this weight; DDP then takes the mean over devices, hence their number.
-                weight = len(values) / clips
+                weight = len(batch["input_values"]) / clips
                 self.accelerator.backward(output.loss * weight * self.accelerator.num_processes)
             values = torch.stack([_detached(output.get(name), output.loss) for name in STATISTICS])
             known = ~values.isnan()  # of a batch of one clip the content share is not
@@ -226,14 +228,19 @@ class PreTrainer:
                 "look for clips with extreme values, or use bf16 rather than fp16; max_skipped_in_a_row sets how often this may happen"
             )
 
-    def _batches(self) -> Iterator[torch.Tensor]:
-        """Log-mels of this rank, epoch after epoch."""
+    def _batches(self) -> Iterator[Batch]:
+        """What the model takes of this rank's clips, epoch after epoch."""
         with refusals_as_settings_errors("data"):
             while True:
                 for batch in self.clips:
-                    values = batch["input_values"]
-                    # From pinned memory the copy to the GPU does not wait for what the GPU is doing.
-                    yield values.pin_memory() if self.accelerator.device.type == "cuda" and values.device.type == "cpu" else values
+                    yield {name: self._pinned(batch[name]) for name in self.inputs}
+
+    def _pinned(self, values: torch.Tensor) -> torch.Tensor:
+        """From pinned memory the copy to the GPU does not wait for what the GPU is doing."""
+        return values.pin_memory() if self.accelerator.device.type == "cuda" and values.device.type == "cpu" else values
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {name: values.to(self.accelerator.device, non_blocking=True) for name, values in batch.items()}
 
     def _seed(self, *numbers: int) -> None:
         """Make all that is random in the next forward pass follow from the seed, these numbers and the rank."""
@@ -326,7 +333,7 @@ class PreTrainer:
 
     # --- validation
 
-    def _validation_set(self) -> list[torch.Tensor]:
+    def _validation_set(self) -> list[Batch]:
         """This rank's share of the fixed clips that the validation loss is taken on."""
         if self.settings.validation is None:
             return []
@@ -334,8 +341,8 @@ class PreTrainer:
         stream = self._stream(self.settings.validation, num_workers=0)
         batches, found = [], 0
         for batch in stream:
-            batches.append(batch["input_values"][: share - found])
-            found += len(batches[-1])
+            batches.append({name: batch[name][: share - found] for name in self.inputs})
+            found += len(batches[-1]["input_values"])
             if found >= share:
                 break
         if not found:
@@ -347,12 +354,12 @@ class PreTrainer:
         """Losses on the fixed clips under the same masks and mixtures each time."""
         self.model.eval()
         totals = torch.zeros(1 + len(LOSSES), dtype=torch.float64, device=self.accelerator.device)
-        for i, values in enumerate(self.validation_set):
+        for i, batch in enumerate(self.validation_set):
             self._seed(2**40, i)  # apart from all attempts
             with self.accelerator.autocast():
-                output = self.model(values.to(self.accelerator.device), generator=self.generator)
+                output = self.model(**self._on_device(batch), generator=self.generator)
             losses = torch.stack([_detached(output.get(name), output.loss) for name in LOSSES]).double()
-            totals += len(values) * torch.cat((torch.ones(1, device=losses.device), losses))
+            totals += len(batch["input_values"]) * torch.cat((torch.ones(1, device=losses.device), losses))
         count, *sums = self.accelerator.reduce(totals, "sum").tolist()
         means = {f"validation_{name}": total / count for name, total in zip(LOSSES, sums)}
         self.accelerator.log(means, step=self.update)

@@ -23,6 +23,7 @@ class PreTrainingSettings:
     preset: Literal["base", "large"] = setting("sizes of a model from scratch, which `model` may change", "base")
     model: dict[str, Any] = setting("further fields of SSLAMConfig, over those of the preset and the stage", {})
     features: dict[str, Any] = setting("fields of SSLAMFeatureExtractor: mean, std, max_length (frames of a clip)", {})
+    mask_padding: bool = setting("never mix in the padding of short clips, which in the published runs is louder than quiet sound", False)
 
     total_updates: int = setting("updates of the whole run", 200_000)
     warmup_updates: int = setting("updates of the linear warm-up", 25_000)
