@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..allocator import keep_freed_memory
-from ..configuration_sslam import PRETRAINING_STAGES, SSLAMConfig
 from ..data.stream import ClipStream, DataSettings
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..hub import add_remote_code, write_model_card
@@ -40,6 +39,7 @@ from .checkpoints import (
     sweep_leftovers,
 )
 from .monitoring import CollapseGuard, Stopwatch, matmul_peak, peak_memory, training_flops_per_clip
+from .pretraining_model import build_model, parameter_groups
 from .pretraining_settings import PreTrainingSettings
 from .schedules import adam_epsilon, learning_rate
 from .settings import SettingsError, refusals_as_settings_errors, write_settings
@@ -99,7 +99,7 @@ class PreTrainer:
         set_seed(settings.seed)
         with refusals_as_settings_errors("features"):
             self.extractor = SSLAMFeatureExtractor(**settings.features)
-        self.model = _build_model(settings, self.extractor)
+        self.model = build_model(settings, self.extractor)
         self.inputs = ["input_values", "attention_mask"] if settings.mask_padding else ["input_values"]  # of all that the stream says
         self.clips = self._stream(settings.data, settings.num_workers)
         self.validation_set = self._validation_set()
@@ -110,7 +110,7 @@ class PreTrainer:
             )
 
         optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, settings.weight_decay, settings.decay_all_weights),
+            parameter_groups(self.model, settings.weight_decay, settings.decay_all_weights),
             lr=0.0,
             betas=(settings.adam_beta1, settings.adam_beta2),
             fused=True,
@@ -475,42 +475,6 @@ class PreTrainer:
                 world_size=self.accelerator.num_processes,
                 num_workers=num_workers,
             )
-
-
-def _build_model(settings: PreTrainingSettings, extractor: SSLAMFeatureExtractor) -> SSLAMForPreTraining:
-    """The model that the settings ask for, in float32, on the CPU."""
-    fields: dict[str, Any] = {**PRETRAINING_STAGES[settings.stage], **settings.model}
-    unknown = [name for name in fields if name != "attn_implementation" and not hasattr(SSLAMConfig(), name)]
-    if unknown:
-        raise SettingsError(f"model: SSLAMConfig has no field {', '.join(unknown)}")
-    fields.setdefault("padding_value", (extractor.padding_value - extractor.mean) / (2 * extractor.std))
-    with refusals_as_settings_errors("model" if settings.init_from is None else f"init_from {settings.init_from}"):
-        if settings.init_from is not None:
-            model = SSLAMForPreTraining.from_pretrained(settings.init_from, dtype=torch.float32, **fields)
-        else:
-            model = SSLAMForPreTraining(getattr(SSLAMConfig, settings.preset)(**fields))
-    if extractor.num_mel_bins != model.config.num_mel_bins or extractor.max_length > model.config.max_length:
-        raise SettingsError(
-            f"features give {extractor.max_length} frames of {extractor.num_mel_bins} mel bins, but the model takes up to "
-            f"{model.config.max_length} frames of {model.config.num_mel_bins}: change features or model"
-        )
-    return model
-
-
-def _parameter_groups(model: SSLAMForPreTraining, weight_decay: float, decay_all_weights: bool) -> list[dict]:
-    """Trained parameters, in groups with and without weight decay."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    spared = [
-        parameter
-        for parameter in trained
-        if not decay_all_weights and (parameter.dim() == 1 or parameter is model.sslam.embeddings.cls_token)
-    ]
-    ids = {id(parameter) for parameter in spared}
-    groups = [
-        {"params": [parameter for parameter in trained if id(parameter) not in ids], "weight_decay": weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def _detached(value: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
