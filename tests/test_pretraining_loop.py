@@ -190,7 +190,8 @@ def local_gradients(sounds, tmp_path, accumulation: int) -> list[torch.Tensor]:
     forward, gradients = run.wrapped.forward, []
     run.wrapped.forward = lambda values, **kwargs: forward(values, bool_masked_pos=next(masks), **kwargs)
     run.optimizer.step = lambda: gradients.extend(p.grad.clone() for p in run.model.parameters() if p.grad is not None)
-    run._train(list(torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(0)).split(size)), 4)
+    values = torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(0))
+    run._train([{"input_values": part} for part in values.split(size)], 4)
     return gradients
 
 
