@@ -188,7 +188,7 @@ def local_gradients(sounds, tmp_path, accumulation: int) -> list[torch.Tensor]:
     run = trainer(sounds, tmp_path / str(accumulation), **changes)
     masks = iter(torch.stack([torch.arange(32) % 8 != i for i in range(4)]).split(size))
     forward, gradients = run.wrapped.forward, []
-    run.wrapped.forward = lambda values, **kwargs: forward(values, bool_masked_pos=next(masks), **kwargs)
+    run.wrapped.forward = lambda input_values, **kwargs: forward(input_values, bool_masked_pos=next(masks), **kwargs)
     run.optimizer.step = lambda: gradients.extend(p.grad.clone() for p in run.model.parameters() if p.grad is not None)
     values = torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(0))
     run._train([{"input_values": part} for part in values.split(size)], 4)
