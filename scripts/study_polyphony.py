@@ -28,7 +28,7 @@ from transformers_sslam.data.polyphonic_benchmark import BenchmarkSettings, make
 from transformers_sslam.data.polyphony import MixtureSettings
 from transformers_sslam.evaluation.features import encode_clips
 from transformers_sslam.evaluation.frozen import FrozenSettings, read_task
-from transformers_sslam.evaluation.intervals import summarize, summarize_difference
+from transformers_sslam.evaluation.intervals import independent_values, summarize, summarize_difference
 from transformers_sslam.evaluation.metrics import average_precision
 from transformers_sslam.evaluation.probing import build_probe
 from transformers_sslam.evaluation.reports import format_summary, markdown_table, write_json
@@ -36,7 +36,7 @@ from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.monitoring import training_flops_per_clip
 from transformers_sslam.training.pretraining_settings import PreTrainingSettings
 from transformers_sslam.training.settings import SettingsError, parse_settings, read_settings, setting
-from transformers_sslam.training.steps import copy_clips, fine_tune_once, pretrain_on_folds
+from transformers_sslam.training.steps import copy_clips, fine_tune_once, pretrain_on_folds, read_records
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -156,7 +156,7 @@ def run(settings: StudySettings, clips: Path, every: Sequence[int | str], seed: 
     seconds = SSLAMFeatureExtractor.from_pretrained(stage1).max_length / 100
     mixtures = make_mixtures(settings, clips, others, fold, seed, seconds)
     num_events = np.array(open_data_set(str(mixtures), "parquet")["test"]["num_events"])
-    record: dict = {"fold": fold, "precision": {}, "updates": {}, "cpu_seconds": {}}
+    record: dict = {"settings": comparable(settings), "fold": fold, "precision": {}, "updates": {}, "cpu_seconds": {}}
     for variant in VARIANTS:
         record["updates"][variant], own = variant_settings(settings, variant, stage1)
         changes = [*shared, *settings.stage2_changes, f"init_from={stage1}", *own]
@@ -173,13 +173,27 @@ def run(settings: StudySettings, clips: Path, every: Sequence[int | str], seed: 
     return record
 
 
+def comparable(settings: StudySettings) -> dict[str, Any]:
+    """What all runs of a table must have in common."""
+    return {name: value for name, value in asdict(settings).items() if name not in ("data_dir", "output_dir", "stage1_dir", "seeds")}
+
+
 def report(settings: StudySettings) -> str:
-    """Tables by method of all seeds that are finished, `results.json` of what they hold, and the plot."""
-    records = {file.parent.name: json.loads(file.read_text()) for file in sorted(Path(settings.output_dir).glob("seed-*/results.json"))}
+    """Tables by method of all seeds that are finished by these settings, `results.json` of what they hold, and the plot. Seeds that are
+    tested on the same fold count once, by their mean."""
+    records, others = read_records(Path(settings.output_dir).glob("seed-*/results.json"), comparable(settings))
+    if others:
+        print(f"left out, for they are of other settings: {', '.join(others)}", file=sys.stderr)
+    if not records:
+        return "no run is finished yet"
     columns = [*map(str, settings.num_events), ALL]
+    folds = [record["fold"] for record in records.values()]
     precision = {
         method: {
-            variant: {k: [record["precision"][variant][method][k] for record in records.values()] for k in columns} for variant in VARIANTS
+            variant: {
+                k: independent_values([record["precision"][variant][method][k] for record in records.values()], folds) for k in columns
+            }
+            for variant in VARIANTS
         }
         for method in METHODS
     }
@@ -195,7 +209,7 @@ def report(settings: StudySettings) -> str:
         header = [
             f"{title}: mAP, % by k",
             *columns[:-1],
-            f"all, mean ± deviation [95 %] of {len(records)} seeds",
+            f"all, mean ± deviation [95 %] of {len(set(folds))} folds, {len(records)} seeds",
             "over unmixed only, paired",
         ]
         tables.append(markdown_table(header, rows))
@@ -204,7 +218,7 @@ def report(settings: StudySettings) -> str:
 
 
 def plot(settings: StudySettings, precision: dict) -> Path:
-    """Mean average precision against the number of events, with 95 % intervals over seeds: `precision.png`."""
+    """Mean average precision against the number of events, with 95 % intervals over folds: `precision.png`."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from transformers_sslam.evaluation.probing import run_probe
 from transformers_sslam.evaluation.reports import format_summary, markdown_table, write_json
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.settings import SettingsError, parse_settings, read_settings, setting
-from transformers_sslam.training.steps import copy_clips, epochs_of_equal_cost, fine_tune_once, pretrain_on_folds
+from transformers_sslam.training.steps import copy_clips, epochs_of_equal_cost, fine_tune_once, pretrain_on_folds, read_records
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -128,6 +128,7 @@ def run(settings: StudySettings, clips: Path, every: Sequence[int | str], fold: 
         "scratch": tune("scratch", scratch, f"epochs={epochs}"),
     }
     record = {
+        "settings": comparable(settings),
         "accuracy": {**{name: result["metrics"]["accuracy"] for name, result in results.items()}, **probe(clips, model, fold)},
         "epochs": {"full": recipe.epochs, "scratch": epochs},
         "cpu_seconds": {
@@ -160,13 +161,17 @@ def ship(settings: StudySettings, clips: Path, every: Sequence[int | str]) -> Pa
     return output / "model"
 
 
+def comparable(settings: StudySettings) -> dict[str, Any]:
+    """What all runs of a table must have in common."""
+    own = ("data_dir", "output_dir", "folds", "repetitions", "ship")
+    return {name: value for name, value in asdict(settings).items() if name not in own}
+
+
 def report(settings: StudySettings) -> str:
-    """Tables of all runs that are finished, and `results.json` of what they hold."""
-    found = {file.parent.name: json.loads(file.read_text()) for file in sorted(Path(settings.output_dir).glob("fold-*/results.json"))}
-    # Of an older version of this study some conditions may be missing: a run's finished steps are found again when it is asked for again.
-    records = {name: record for name, record in found.items() if record["accuracy"].keys() >= TITLES.keys()}
-    if older := sorted(found.keys() - records.keys()):
-        print(f"left out, as they lack a condition: {', '.join(older)}", file=sys.stderr)
+    """Tables of all runs that are finished by these settings, and `results.json` of what they hold."""
+    records, others = read_records(Path(settings.output_dir).glob("fold-*/results.json"), comparable(settings))
+    if others:
+        print(f"left out, for they are of other settings: {', '.join(others)}", file=sys.stderr)
     if not records:
         return "no run is finished yet"
     folds = [name.split("-seed-")[0] for name in records]

@@ -84,6 +84,16 @@ def test_a_file_that_was_cut_off_is_no_clip(kind: str, subtype: str, share: floa
     assert error.value.cause in ("truncated", "unreadable")
 
 
+def test_a_flac_that_was_written_to_a_pipe_is_unreadable():
+    """Its header holds 0 for a length that is not known, and libsndfile says 2**63 - 1."""
+    data = bytearray(encoded(noise(0.5), "FLAC", "PCM_16"))
+    data[21] &= 0xF0  # the total of samples: 4 bits here, and 32 behind
+    data[22:26] = bytes(4)
+    with pytest.raises(AudioDecodingError, match="a file of .* bytes does not say how long it is") as caught:
+        load_waveform(bytes(data))
+    assert caught.value.cause == "unreadable"
+
+
 @pytest.mark.parametrize("declared", [2**32 - 1, 2**31 - 1 - 36])
 def test_a_header_that_was_written_to_a_pipe_is_not_taken_for_a_cut(declared: int):
     data = bytearray(encoded(noise(0.5)))

@@ -325,10 +325,19 @@ def test_a_frozen_encoder_keeps_every_bit_and_the_head_learns(settings, checkpoi
     trained = load_file(Path(settings.output_dir) / "model.safetensors")
     assert (trained["layernorm.weight"] != 1).all()
     assert (trained["classifier.bias"] != 0).all()
-    assert SSLAMConfig.from_pretrained(settings.output_dir).drop_path_rate == 0  # or its features would not always be the same
+    assert SSLAMConfig.from_pretrained(settings.output_dir).drop_path_rate == 0.5  # as the published protocol asks for
 
     fine_tune(replace(settings, model=str(checkpoint), model_config={}, learning_rate=1e-2, overwrite=True))
     assert not torch.equal(encoder_of(settings.output_dir)["layers.0.mlp.fc1.weight"], before["layers.0.mlp.fc1.weight"])
+
+
+def test_a_frozen_encoder_drops_nothing_that_the_settings_do_not_name(settings, tmp_path):
+    drops = ("drop_path_rate", "patch_drop_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    SSLAMModel(SSLAMConfig(**TINY, **dict.fromkeys(drops, 0.2))).save_pretrained(tmp_path / "dropping")
+    for frozen, expected in ((True, {"drop_path_rate": 0.1}), (False, {**dict.fromkeys(drops, 0.2), "drop_path_rate": 0.1})):
+        asked = replace(settings, model=str(tmp_path / "dropping"), model_config={"drop_path_rate": 0.1}, freeze_encoder=frozen)
+        config = build_model(asked, SSLAMFeatureExtractor(), ["a", "b"], multi_label=False, origin=asked.model).config
+        assert {name: getattr(config, name) for name in drops} == {**dict.fromkeys(drops, 0.0), **expected}
 
 
 def test_an_official_checkpoint_is_converted_once(settings, tmp_path):
@@ -512,3 +521,21 @@ def test_the_program_prints_an_error_without_traceback(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:  # with a text, which Python prints, and the status 1
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert stopped.value.code.startswith(f"error: there is no folder {tmp_path / 'nowhere'}, but")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fold_column": None, "train_folds": [], "eval_folds": [], "eval_split": "train"}, "train_split and eval_split are both 'train'"),
+        ({"trainer": {"load_best_model_at_end": True}}, "trainer.load_best_model_at_end cannot be set there"),
+    ],
+)
+def test_what_would_flatter_a_result_is_refused(settings, changes, message):
+    with pytest.raises(SettingsError, match=message):
+        replace(settings, **changes)
+
+
+def test_scores_of_a_run_in_half_precision_are_not_rounded_to_it(settings):
+    fine_tune(replace(settings, trainer={"disable_tqdm": True, "bf16": True, "use_cpu": True}))
+    logits = torch.from_numpy(np.load(Path(settings.output_dir) / "scores.npz")["logits"])
+    assert (logits.bfloat16().float() != logits).float().mean() > 0.9

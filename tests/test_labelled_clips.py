@@ -13,7 +13,7 @@ from conftest import noise
 
 from transformers_sslam import SSLAMFeatureExtractor
 from transformers_sslam.data.decoding import load_waveform
-from transformers_sslam.data.labelled import DatasetError, LabelledRows, LabelReader, Waveforms, fold_values, read_rows
+from transformers_sslam.data.labelled import DatasetError, LabelledRows, LabelReader, Waveforms, fold_values, keep_rows, read_rows
 from transformers_sslam.training.augmentation import AugmentationSettings
 from transformers_sslam.training.labelled_clips import (
     ClipDataset,
@@ -328,3 +328,25 @@ def test_folds_that_cannot_be_held_out_are_an_error(folds, message):
     table = datasets.Dataset.from_dict({"x": [1]} if folds is None else {"fold": folds})
     with pytest.raises(DatasetError, match=message):
         fold_values(datasets.DatasetDict(train=table), "fold")
+
+
+def test_an_empty_label_in_a_list_is_an_error():
+    rows = datasets.Dataset.from_dict({"audio": [{"path": "a.wav"}, {"path": "b.wav"}], "label": [["x"], ["y", None]]})
+    with pytest.raises(DatasetError, match="b.wav has an empty label in the column 'label'"):
+        read_rows(rows, "label")
+
+
+def test_chosen_rows_read_their_sources_when_they_are_asked_for():
+    """Rows of a parquet hold whole files: to choose among them must not bring them all into memory."""
+    read = []
+
+    class Sources(list):
+        def __getitem__(self, i):
+            read.append(i)
+            return super().__getitem__(i)
+
+    rows = LabelledRows(Sources([{"path": str(i)} for i in range(5)]), [["a"], ["b"], ["c"], ["d"], ["e"]], False, None)
+    kept = keep_rows(keep_rows(rows, [4, 2, 0]), [0, 2])
+    assert (len(kept), kept.labels, read) == (2, [["e"], ["a"]], [])
+    assert kept.sources[1] == {"path": "0"}
+    assert read == [0]

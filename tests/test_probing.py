@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import torch
 from conftest import noise, tiny_config
+from safetensors.torch import load_file, save_file
 from scipy.stats import t
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
@@ -360,6 +361,8 @@ def test_the_published_protocol_is_fine_tuning_of_a_frozen_encoder(run, tmp_path
         (["fold_column=null", "train_split=valid"], "no split 'valid'"),
         (["strength=0"], "must be positive"),
         (["max_length=128"], "128 frames.*64"),
+        (["seeds=[1, 1]"], r"seeds are \[1, 1\], but must be 0 or more, each given once"),
+        (["seeds=[-1]"], r"seeds are \[-1\]"),
     ],
 )
 def test_mistakes_end_the_program_with_one_sentence(arguments, message, run, capsys):
@@ -367,3 +370,11 @@ def test_mistakes_end_the_program_with_one_sentence(arguments, message, run, cap
         run(*arguments)
     said = capsys.readouterr().err if stopped.value.code == 2 else str(stopped.value.code)  # 2: argparse has said it
     assert re.search(message, said), said
+
+
+def test_a_checkpoint_that_does_not_fill_the_encoder_is_refused(run, tmp_path):
+    file = tmp_path / "model" / "model.safetensors"
+    weights = {name.replace("layers.1.", "blocks.1."): tensor for name, tensor in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=r"does not fill the encoder \(layers.1.attention.k_proj.bias is missing, and 15 more\)"):
+        run("probes=[knn]")

@@ -17,12 +17,12 @@ from sklearn.metrics import average_precision_score
 
 from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
 from transformers_sslam.data.decoding import load_waveform
-from transformers_sslam.data.labelled import DatasetError
+from transformers_sslam.data.labelled import DatasetError, load_audio_folder
 from transformers_sslam.training import steps
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.monitoring import training_flops_per_clip
 from transformers_sslam.training.settings import SettingsError
-from transformers_sslam.training.steps import copy_clips, epochs_of_equal_cost, fine_tune_once, pretrain_on_folds
+from transformers_sslam.training.steps import copy_clips, epochs_of_equal_cost, fine_tune_once, pretrain_on_folds, read_records
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -81,11 +81,81 @@ def test_a_copy_of_clips_is_what_a_model_would_decode_and_is_made_once(clips, tm
     copy = copy_clips(clips, tmp_path / "copy")
     rows = {row["file_name"]: row for row in datasets.load_dataset("csv", data_files=str(copy / "metadata.csv"), split="train")}
     assert len(rows) == 12
-    assert rows["2-1.wav"] == {"file_name": "2-1.wav", "label": "hiss", "fold": 2, "source": "2-1"}
-    np.testing.assert_array_equal(soundfile.read(copy / "2-1.wav", dtype="float32")[0], load_waveform(clips / "2-1.wav"))
-    (copy / "2-1.wav").unlink()
+    assert rows["00005-2-1.wav"] == {"file_name": "00005-2-1.wav", "label": "hiss", "fold": 2, "source": "2-1"}
+    np.testing.assert_array_equal(soundfile.read(copy / "00005-2-1.wav", dtype="float32")[0], load_waveform(clips / "2-1.wav"))
+    assert {len(split) for split in load_audio_folder(copy).values()} == {12}  # what else lies there is no clip
+    (copy / "00005-2-1.wav").unlink()
     assert copy_clips(clips, tmp_path / "copy") == copy
-    assert not (copy / "2-1.wav").exists()
+    assert not (copy / "00005-2-1.wav").exists()
+
+
+def test_clips_of_one_name_in_two_folders_are_two(tmp_path):
+    for label, level in (("hum", 0.1), ("hiss", 0.2)):
+        (tmp_path / "clips" / label).mkdir(parents=True)
+        soundfile.write(tmp_path / "clips" / label / "1.wav", np.full(16_000, level), 16_000, subtype="FLOAT")
+    copy = copy_clips(tmp_path / "clips", tmp_path / "copy")
+    (rows,) = load_audio_folder(copy).values()
+    labels = (tmp_path / "copy" / "metadata.csv").read_text()
+    assert sorted(round(float(load_waveform(row["audio"])[0]), 3) for row in rows) == [0.1, 0.2]
+    assert labels.count("-1.wav") == 2
+
+
+def test_a_copy_of_another_folder_is_refused(clips, tmp_path):
+    copy_clips(clips, tmp_path / "copy")
+    with pytest.raises(DatasetError, match=f"copy was copied from {clips}, not from {tmp_path / 'copy'}: delete it"):
+        copy_clips(tmp_path / "copy", tmp_path / "copy")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(DatasetError, match="mine was copied from something else"):
+        copy_clips(clips, tmp_path / "mine")
+
+
+def test_a_copy_that_another_process_finished_first_is_taken(clips, tmp_path, monkeypatch):
+    """Two processes of one study start at the same time."""
+    rename = Path.rename
+
+    def after_the_other(unfinished: Path, output: Path):
+        monkeypatch.setattr(Path, "rename", rename)
+        copy_clips(clips, output)
+        return rename(unfinished, output)
+
+    monkeypatch.setattr(Path, "rename", after_the_other)
+    copy = copy_clips(clips, tmp_path / "copy")
+    assert len(list(copy.glob("*.wav"))) == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "copy"]  # nothing unfinished is left
+
+
+def test_records_of_other_settings_are_left_out(tmp_path):
+    for name, settings in (("a", {"epochs": 1, "changes": ["x"]}), ("b", {"epochs": 2, "changes": ["x"]}), ("c", None)):
+        (tmp_path / name).mkdir()
+        record = {"accuracy": 1} if settings is None else {"accuracy": 1, "settings": settings}
+        (tmp_path / name / "results.json").write_text(json.dumps(record))
+    records, others = read_records(tmp_path.glob("*/results.json"), {"epochs": 1, "changes": ["x"]})
+    assert list(records) == ["a"]
+    assert others == ["b", "c"]
+
+
+def test_seeds_of_one_fold_count_once_in_the_table_of_a_study(tmp_path):
+    """Folds 1, 2, 3 and 1 again: three independent values."""
+    study = load_script("study_polyphony")
+    settings = study.StudySettings(data_dir="none", output_dir=str(tmp_path), num_events=[1])
+    for seed, (fold, precision) in enumerate([(1, 0.5), (2, 0.7), (3, 0.8), (1, 0.7)]):
+        (tmp_path / f"seed-{seed}").mkdir()
+        every = {variant: {method: {"1": precision, "all": precision} for method in study.METHODS} for variant in study.VARIANTS}
+        record = {"settings": study.comparable(settings), "fold": fold, "precision": every}
+        (tmp_path / f"seed-{seed}" / "results.json").write_text(json.dumps(record))
+    text = study.report(settings)
+    assert "mean ± deviation [95 %] of 3 folds, 4 seeds" in text
+    assert "| unmixed only (MB-UA) | 70.0 | 70.0 ± 10.0 [45.2, 94.8] | - |" in text  # t(2) = 4.303, times 10 / sqrt(3): 24.8
+    assert (tmp_path / "precision.png").is_file()
+
+
+def test_pre_training_after_fine_tuning_has_its_own_precision(clips, recipe, tmp_path):
+    """As in the second fold of a study: what Accelerate keeps of the first `Trainer` must not decide."""
+    model, _ = pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "first", ["mixed_precision=bf16"])
+    tuning = {"fold_column": "fold", "train_folds": [1, 3], "eval_folds": [2], "model": str(model), "max_length": 64, "total_updates": 1}
+    fine_tune_once(FineTuningSettings(data_dir=str(clips), output_dir=str(tmp_path / "tuned"), **tuning, trainer={"disable_tqdm": True}))
+    again, _ = pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "second", ["mixed_precision=bf16"])
+    assert (again / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
 def test_a_copy_with_a_broken_clip_is_refused(clips, tmp_path):

@@ -430,9 +430,17 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel):
             `logits: (batch, num_labels)` before softmax or sigmoid, `loss` if there are labels, hidden states and attentions on request.
         """
         outputs: SSLAMModelOutput = self.sslam(input_values, attention_mask=attention_mask, **kwargs)
-        logits = self.classifier(self.dropout(self.layernorm(outputs.pooler_output)))
+        logits = self._classify(outputs.pooler_output)  # type: ignore[arg-type]  # an encoder always gives one
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+
+    def _classify(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Logits, under autocast too in the weights' own type: half precision leaves scores of 8 bits, whose ties spoil a ranking."""
+        device_type = pooled.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return self._classify(pooled.to(self.classifier.weight.dtype))
+        return self.classifier(self.dropout(self.layernorm(pooled)))
 
     def score_windows(self, audio: Audio, feature_extractor: SSLAMFeatureExtractor, **options: Any) -> Iterator[WindowScores]:
         """Batches of scores of windows that slide over a recording, in memory that does not grow with it: see

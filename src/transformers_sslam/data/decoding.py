@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _LENGTH_IN_LOG = re.compile(r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 # A header written to a pipe cannot know its length and holds the largest number instead: FFmpeg writes 2**32 - 1, SoX almost 2**31.
 _LENGTH_UNKNOWN = 2**31 - 4096
+_FRAMES_UNKNOWN = 2**62  # of a FLAC written to a pipe libsndfile says 2**63 - 1, and then cannot find its way in it
 _LOWEST_RATE = 1000  # Hz; under it a header is damaged, or what it describes no sound
 _LARGEST_FILTER = 2**25  # numbers; 44.1 to 16 kHz takes 2**16, 44,099 to 16,000 Hz would take 2**29, and several times that to compute
 _LONGEST_OGG_PAGE = 27 + 255 + 255 * 255  # bytes: header, table of segments, segments
@@ -111,6 +112,10 @@ def _opened(source: str | Path | bytes | dict) -> Iterator["SoundFile"]:
                 raise _truncated(source)
             if file.frames == 0:
                 raise AudioDecodingError("empty", f"{_name(source)} holds no samples")
+            if file.frames >= _FRAMES_UNKNOWN:
+                raise AudioDecodingError(
+                    "unreadable", f"{_name(source)} does not say how long it is, as if written to a pipe: write it again, to a file"
+                )
             yield file
 
 

@@ -148,6 +148,8 @@ class LabelReader:
             parts = [part.strip() for part in cell.split(self.separator) if part.strip()]
         else:
             parts = cell if self.is_list else [cell]
+        if any(part is None for part in parts):
+            raise DatasetError(f"{source_name(row['audio'])} has an empty label in the column {self.column!r}: take it out of its list")
         if not parts and not self.multi_label:
             raise DatasetError(f"{source_name(row['audio'])} has no label in the column {self.column!r}: give it one or leave it out")
         if self.declared_classes is None:
@@ -316,7 +318,20 @@ def decode_clip(source: dict, sampling_rate: int) -> np.ndarray:
 def keep_rows(rows: LabelledRows, kept: Iterable[int]) -> LabelledRows:
     """The rows of these indices."""
     kept = list(kept)
-    return LabelledRows([rows.sources[i] for i in kept], [rows.labels[i] for i in kept], rows.multi_label, rows.declared_classes)
+    return LabelledRows(_Chosen(rows.sources, kept), [rows.labels[i] for i in kept], rows.multi_label, rows.declared_classes)
+
+
+class _Chosen(Sequence[dict]):
+    """Some of the sources, read from where they are when they are asked for: those of a parquet hold whole files."""
+
+    def __init__(self, sources: Sequence[dict], chosen: list[int]):
+        self.sources, self.chosen = sources, chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, i):
+        return self.sources[self.chosen[i]]
 
 
 def source_name(source: dict) -> str:

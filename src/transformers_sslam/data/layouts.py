@@ -179,7 +179,8 @@ def _speech_commands_splits(root: Path, words: Sequence[str]) -> dict[str, list[
     for split, name in (("validation", "validation_list.txt"), ("test", "testing_list.txt")):
         if not (root / name).is_file():
             raise DatasetError(f"{root} has no {name}, which tells the clips of the split {split}: extract the archive again")
-        listed = [root / line.strip() for line in (root / name).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = (root / name).read_text(encoding="utf-8").splitlines()
+        listed = list(dict.fromkeys(root / line.strip() for line in lines if line.strip()))
         if missing := {str(clip.relative_to(root)) for clip in listed if clip not in clips}:
             raise DatasetError(f"clips of {root / name} that are not there, or in both lists: {first_names(missing)}; extract it again")
         splits[split] = [(clip, clips.pop(clip)) for clip in listed]

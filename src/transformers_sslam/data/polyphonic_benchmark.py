@@ -26,7 +26,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from .. import __version__
-from .labelled import DatasetError, Waveforms, read_rows, select_folds, select_split
+from .labelled import DatasetError, Waveforms, read_rows, select_folds, select_split, source_name
 from .layouts import open_data_set
 from .polyphony import Mixture, MixtureSettings, Sound, find_sound, plan_mixtures, render
 
@@ -169,6 +169,9 @@ def read_sources(rows: datasets.Dataset, recordings: Sequence[str], split: str, 
         if len(labels) != 1:
             raise DatasetError(f"{name} has {len(labels)} labels, but a single sound has one: leave out what is a mixture already")
     waveforms = Waveforms(labelled.sources, settings.mixing.sampling_rate, settings.memory_gb, f"decoding {split} sources")
+    called = {source_name(source): name for source, name in zip(labelled.sources, names) if source.get("path")}
+    for cause, left_out in waveforms.unreadable.items():
+        waveforms.unreadable[cause] = [called.get(name, name) for name in left_out]
     sounds, metadata = [], rows.remove_columns("audio")
     for i, (waveform, row) in enumerate(zip(waveforms, waveforms.kept)):
         sound = find_sound(waveform, i, labelled.labels[row][0], settings.mixing)
@@ -318,7 +321,7 @@ licences of all its sources: {licenses}.
 
 
 def data_card(settings: BenchmarkSettings, report: dict[str, Any]) -> str:
-    """`README.md` of the benchmark. Its front matter tells `datasets` where the splits lie."""
+    """`README.md` of the benchmark. What it says of sources is by name, wherever they lie."""
     rules, by_number, by_class = settings.mixing, report["by_num_events"], report["by_class"]
     means = [
         [str(number), *(f"{by_number[split][number][key]:{form}}" for split in SPLITS for key, form in MEANS.items())]
@@ -458,9 +461,10 @@ def _recordings(rows: datasets.Dataset, settings: BenchmarkSettings) -> list[str
 
 
 def _file_names(rows: datasets.Dataset, settings: BenchmarkSettings) -> list[str]:
-    """The sources' paths, seen from `data_dir`; of sources that lie in larger files, their names there."""
+    """The sources' paths, seen from `data_dir`; of sources that lie in larger files, their names there, or else what they hold."""
     return [
-        os.path.relpath(source["path"], settings.data_dir) if source.get("bytes") is None else source["path"] for source in rows["audio"]
+        os.path.relpath(source["path"], settings.data_dir) if source.get("bytes") is None else source["path"] or _digest(source)
+        for source in rows["audio"]
     ]
 
 

@@ -81,6 +81,8 @@ class FrozenSettings(ProbeSettings):
             raise ProbeError(
                 f"probes are {self.probes}, seeds {self.seeds} and batch_size is {self.batch_size}, but of each there must be at least one"
             )
+        if min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ProbeError(f"seeds are {self.seeds}, but must be 0 or more, each given once: the same twice is one run")
 
 
 @dataclass
@@ -155,9 +157,12 @@ def evaluate_frozen(
         raise ProbeError(f"{PUBLISHED} is a training run, and nothing was given that could run it: use scripts/probe.py")
     try:
         extractor = SSLAMFeatureExtractor.from_pretrained(settings.model)
-        model = SSLAMModel.from_pretrained(settings.model, dtype=torch.float32)
+        loaded: Any = SSLAMModel.from_pretrained(settings.model, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ProbeError(f"the model {settings.model} cannot be loaded: {error}") from error
+    model, loading = loaded
+    if missing := loading["missing_keys"]:
+        raise ProbeError(f"{settings.model} does not fill the encoder ({min(missing)} is missing, and {len(missing) - 1} more)")
     if settings.max_length is not None:
         extractor.max_length = settings.max_length
     task = read_task(settings, extractor.sampling_rate)

@@ -304,15 +304,16 @@ def build_model(
     settings: FineTuningSettings, extractor: SSLAMFeatureExtractor, classes: list[str], multi_label: bool, origin: str | None = None
 ) -> SSLAMForAudioClassification:
     """A classifier for these classes, from the checkpoint `origin` or from scratch, in float32; what it takes for padding is the
-    extractor's. A frozen encoder drops nothing, neither paths nor patches nor activations: its features are always the same."""
+    extractor's. A frozen encoder drops paths, patches and activations only where the settings say so, as the published linear protocol
+    does: otherwise its features are always the same."""
+    drops = ("drop_path_rate", "patch_drop_rate", "hidden_dropout_prob", "attention_probs_dropout_prob") if settings.freeze_encoder else ()
     changes = {
+        **dict.fromkeys(drops, 0.0),
         **settings.model_config,
         "id2label": dict(enumerate(classes)),
         "label2id": {name: i for i, name in enumerate(classes)},
         "problem_type": "multi_label_classification" if multi_label else "single_label_classification",
     }
-    if settings.freeze_encoder:
-        changes |= dict.fromkeys(("drop_path_rate", "patch_drop_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
     if settings.attn_implementation is not None:
         changes["attn_implementation"] = settings.attn_implementation
     with refusals_as_settings_errors("the model cannot be made"):

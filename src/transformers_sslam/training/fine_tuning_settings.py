@@ -51,7 +51,9 @@ class FineTuningSettings:
     attn_implementation: str | None = setting(
         "sdpa, eager, flash_attention_2 ...; null: Transformers' choice. For small models on a CPU in bf16 eager is the faster", None
     )
-    freeze_encoder: bool = setting("train only the classifier's norm and linear layer", False)
+    freeze_encoder: bool = setting(
+        "train only the classifier's norm and linear layer; the encoder then drops nothing but what model_config says", False
+    )
     max_length: int | None = setting(
         "frames (10 ms) that a clip is padded or cut to, a multiple of 16; null: the feature extractor's", None
     )
@@ -122,6 +124,11 @@ class FineTuningSettings:
         for name, values in (("seeds", self.seeds), ("eval_folds", self.eval_folds)):
             if len({str(value) for value in values}) < len(values):
                 raise SettingsError(f"{name} is {values}, but the same twice is one run, or one fold: give each once")
+        if self.fold_column is None and self.evaluate and self.train_split == self.eval_split:
+            raise SettingsError(
+                f"train_split and eval_split are both {self.train_split!r}: evaluate on clips that training has not seen, choose by "
+                "fold_column, or set evaluate=false"
+            )
         if self.cross_validate and self.train_folds:
             raise SettingsError("train_folds is set, but with cross_validate a run trains on every fold that it does not evaluate on")
         if both := {str(fold) for fold in self.train_folds} & {str(fold) for fold in self.eval_folds}:
@@ -159,6 +166,7 @@ class FineTuningSettings:
             "remove_unused_columns": False,
             "optim": "adamw_torch_fused",
             "resume_from_checkpoint": None,
+            "load_best_model_at_end": False,  # by the clips that the result is told of, which would flatter it
         }
 
     def training_arguments(self) -> TrainingArguments:

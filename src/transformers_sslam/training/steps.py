@@ -2,16 +2,19 @@
 
 import json
 import math
+import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import soundfile
 import yaml
+from accelerate.state import AcceleratorState
 
-from ..data.labelled import Waveforms, load_audio_folder
+from ..data.labelled import DatasetError, Waveforms, load_audio_folder
 from .checkpoints import checkpoints
 from .fine_tuning import fine_tune
 from .fine_tuning_settings import FineTuningSettings
@@ -23,26 +26,51 @@ from .settings import read_settings
 def copy_clips(data_dir: str | Path, output_dir: str | Path, sampling_rate: int = 16_000) -> Path:
     """An audio folder decoded once: mono WAV of floats at the model's rate, with its metadata, so that no run resamples it again.
 
+    Several processes may ask for the same copy at once: each makes its own, and the first to finish gives it its name.
+
     Args:
         data_dir: an audio folder of a single split, with a `metadata.csv`.
-        output_dir: where the copy lies; if it is whole, it is taken as it is.
+        output_dir: where the copy lies; one of the same folder is taken as it is.
 
     Raises:
-        DatasetError: if a clip cannot be read.
+        DatasetError: if a clip cannot be read, or what lies there is the copy of another folder.
     """
-    output = Path(output_dir)
-    if (output / "metadata.csv").is_file():  # written last
+    output, origin = Path(output_dir), str(Path(data_dir).resolve())
+    if _is_copy(output, origin):
         return output
     (rows,) = load_audio_folder(data_dir).values()
     waveforms = Waveforms(rows["audio"], sampling_rate)
     waveforms.check_unreadable(0.0, "study")
-    output.mkdir(parents=True, exist_ok=True)
-    names = [f"{Path(audio['path']).stem}.wav" for audio in rows["audio"]]
-    for name, waveform in zip(names, waveforms):
-        soundfile.write(output / name, waveform, sampling_rate, subtype="FLOAT")
-    table = rows.remove_columns("audio").add_column("file_name", names)
-    table.to_csv(output / "metadata.csv", index=False)
+    # Numbered, for files of several folders or formats may share a name.
+    names = [f"{number:05d}-{Path(audio['path']).stem}.wav" for number, audio in enumerate(rows["audio"])]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        for name, waveform in zip(names, waveforms):
+            soundfile.write(unfinished / name, waveform, sampling_rate, subtype="FLOAT")
+        rows.remove_columns("audio").add_column("file_name", names).to_csv(unfinished / "metadata.csv", index=False)
+        (unfinished / _ORIGIN).write_text(origin)
+        try:
+            unfinished.rename(output)
+        except OSError:  # another process was faster
+            if not _is_copy(output, origin):
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return output
+
+
+_ORIGIN = ".copied-from"  # hidden, so that `datasets` does not take it for a clip
+
+
+def _is_copy(output: Path, origin: str) -> bool:
+    """Whether the folder is there, and is a copy of `origin`."""
+    if not output.exists():
+        return False
+    found = (output / _ORIGIN).read_text() if (output / _ORIGIN).is_file() else "something else"
+    if found != origin:
+        raise DatasetError(f"{output} was copied from {found}, not from {origin}: delete it, or give another output_dir")
+    return True
 
 
 def pretrain_once(settings: PreTrainingSettings) -> tuple[Path, float]:
@@ -55,6 +83,8 @@ def pretrain_once(settings: PreTrainingSettings) -> tuple[Path, float]:
     done = _read_step(output / "step.json", settings)
     if done is None:
         start, interrupted = time.process_time(), settings.resume and bool(checkpoints(output))
+        # A `Trainer` that ran before in this process left its own precision and device there, which would not do here.
+        AcceleratorState._reset_state(reset_partial_state=True)
         trainer = PreTrainer(settings)
         trainer.run()
         if trainer.update < settings.total_updates:  # stopped by a signal: the study stops too, and goes on from its checkpoint
@@ -105,9 +135,20 @@ def _write_step(file: Path, settings: Any, results: dict[str, Any]) -> None:
     file.write_text(json.dumps({"settings": asdict(settings), "results": results}, indent=2) + "\n")
 
 
+def read_records(files: Iterable[Path], settings: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The finished runs of a study, by the name of their folder: those whose `settings` are these, and the names of all others.
+
+    A run that is asked for again finds its finished steps, and writes its record anew.
+    """
+    wanted = json.loads(json.dumps(settings))
+    found = {file.parent.name: json.loads(file.read_text()) for file in sorted(files)}
+    records = {name: record for name, record in found.items() if record.get("settings") == wanted}
+    return records, sorted(found.keys() - records.keys())
+
+
 def epochs_of_equal_cost(epochs: float, cost: float, total: float) -> int:
     """How many epochs cost `total`, where `epochs` of them cost `cost`: rounded up, in favour of whoever is given them."""
     return math.ceil(epochs * total / cost)
 
 
-__all__ = ["copy_clips", "epochs_of_equal_cost", "fine_tune_once", "pretrain_on_folds", "pretrain_once"]
+__all__ = ["copy_clips", "epochs_of_equal_cost", "fine_tune_once", "pretrain_on_folds", "pretrain_once", "read_records"]
