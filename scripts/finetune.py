@@ -8,6 +8,7 @@ python scripts/finetune.py --help
 
 import sys
 
+from transformers_sslam.data.decoding import AudioDecodingError
 from transformers_sslam.data.labelled import DatasetError
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.repeats import format_runs, repeat_fine_tuning
@@ -18,8 +19,11 @@ def main() -> None:
     settings = parse_settings(FineTuningSettings, __doc__)
     try:
         summary = repeat_fine_tuning(settings)
-    except (DatasetError, SettingsError) as error:
+    except (AudioDecodingError, DatasetError, SettingsError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped: finished runs stay, and are found again; this one begins anew", file=sys.stderr)
+        sys.exit(130)
     print(format_runs(summary))
     print(f"\n{summary['seconds']:.0f} s; models and results in {settings.output_dir}, the table's numbers in summary.json there")
 

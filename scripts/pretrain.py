@@ -4,7 +4,8 @@
     accelerate launch scripts/pretrain.py scripts/recipes/pretrain_base_stage1.yaml output_dir=runs/stage1
     accelerate launch scripts/pretrain.py scripts/recipes/pretrain_base_stage2.yaml output_dir=runs/stage2 init_from=runs/stage1/model
 
-Started again with the same output_dir, a run goes on from its latest whole checkpoint.
+Started again with the same output_dir, a run goes on from its latest whole checkpoint. Stopped by a signal, it writes one first, and ends
+as a shell expects of it: with 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 import logging
@@ -25,9 +26,12 @@ def main() -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     transformers.logging.disable_progress_bar()
     try:
-        PreTrainer(settings).run()
+        trainer = PreTrainer(settings)
+        trainer.run()
     except (SettingsError, CollapseError, NonFiniteError, OSError) as error:
         sys.exit(f"pretrain: {error}")
+    if trainer.stop_signal is not None and trainer.update < settings.total_updates:
+        sys.exit(128 + trainer.stop_signal)
 
 
 if __name__ == "__main__":

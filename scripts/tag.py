@@ -5,7 +5,8 @@ python scripts/tag.py model=sslam-base-as2m inputs=recordings output=tags.csv ho
 python scripts/tag.py model=sslam-base-as2m inputs='[a.wav, list.txt]' output=tags.jsonl windows=true device=cuda dtype=bfloat16
 python scripts/tag.py --help
 
-A recording's scores in .jsonl are the highest of its windows', or with pool=mean their mean. What cannot be read is written with its cause.
+A recording's scores in .jsonl are the highest of its windows', or with pool=mean their mean. What cannot be read is written with its cause,
+and tried again by the next run: of several lines of a path the last counts.
 """
 
 import sys
@@ -23,6 +24,9 @@ def main() -> None:
         summary = tag_files(settings)
     except (SettingsError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped: what is written stays; to go on, start again", file=sys.stderr)
+        sys.exit(130)
     print(summary)
 
 

@@ -23,7 +23,7 @@ from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudio
 from transformers_sslam.conversion import convert_checkpoint
 from transformers_sslam.data.decoding import load_waveform
 from transformers_sslam.data.labelled import DatasetError
-from transformers_sslam.training.fine_tuning import build_extractor, build_model, fine_tune, resolve_checkpoint
+from transformers_sslam.training.fine_tuning import build_extractor, build_model, describe_results, fine_tune, resolve_checkpoint
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.settings import SettingsError
 
@@ -347,7 +347,7 @@ def test_an_official_checkpoint_is_converted_once(settings, tmp_path):
     expected = convert_checkpoint(official, tmp_path / "converted").state_dict()
     after = encoder_of(settings.output_dir)
     assert all(torch.equal(after[name], expected[name]) for name in expected)
-    assert f"fine-tuned from `{official}`" in (Path(settings.output_dir) / "README.md").read_text()
+    assert f"fine-tuned from `{official.name}`" in (Path(settings.output_dir) / "README.md").read_text()
     (start,) = Path(settings.output_dir).glob("start-*")
     written = (start / "model.safetensors").stat().st_mtime_ns
     assert resolve_checkpoint(settings) == str(start)
@@ -539,3 +539,10 @@ def test_scores_of_a_run_in_half_precision_are_not_rounded_to_it(settings):
     fine_tune(replace(settings, trainer={"disable_tqdm": True, "bf16": True, "use_cpu": True}))
     logits = torch.from_numpy(np.load(Path(settings.output_dir) / "scores.npz")["logits"])
     assert (logits.bfloat16().float() != logits).float().mean() > 0.9
+
+
+def test_a_card_names_where_a_model_came_from_without_the_folders_of_this_machine(settings, checkpoint):
+    results = fine_tune(replace(settings, model=str(checkpoint), model_config={}))
+    card = describe_results(replace(settings, model=str(checkpoint)), results)
+    assert f"fine-tuned from `{checkpoint.name}`" in card
+    assert "fine-tuned from `someone/sslam`" in describe_results(replace(settings, model="someone/sslam"), results)

@@ -1,6 +1,7 @@
 """The pre-training loop: the same run whatever interrupts it, a guard that stops what is pointless, and nothing lost when it fails."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -255,6 +257,36 @@ def test_changed_settings_are_named_when_a_run_goes_on(sounds, tmp_path, caplog)
     trainer(sounds, tmp_path, total_updates=5, learning_rate=2e-3).run()
     assert "learning_rate (0.001 then, 0.002 now)" in caplog.text
     assert len(metrics(tmp_path)) == 5
+
+
+def test_a_run_whose_model_or_clips_have_changed_is_refused(sounds, tmp_path):
+    trainer(sounds, tmp_path, total_updates=3).run()
+    with pytest.raises(
+        SettingsError, match="checkpoint-00000003 holds a model of other sizes than `preset` and `model` ask for: leave them"
+    ):
+        trainer(sounds, tmp_path, model={**recipe(sounds, tmp_path)["model"], "hidden_size": 64}).run()
+    with pytest.raises(
+        SettingsError, match=r"the run in .* cannot go on: .* seed \(\d+ then, 9 now\)\. Begin another run, in another folder"
+    ):
+        trainer(sounds, tmp_path, seed=9).run()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (None, None)])
+def test_a_run_that_a_signal_stopped_does_not_end_like_a_finished_one(number, status, monkeypatch):
+    """`stage 1 && stage 2` must not go on from half of a stage 1."""
+    spec = importlib.util.spec_from_file_location("pretrain", Path(__file__).parents[1] / "scripts" / "pretrain.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    settings = SimpleNamespace(total_updates=5)
+    monkeypatch.setattr(program, "parse_settings", lambda *_: settings)
+    run = SimpleNamespace(run=lambda: None, update=5 if number is None else 2, stop_signal=number)
+    monkeypatch.setattr(program, "PreTrainer", lambda _: run)
+    if status is None:
+        program.main()
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            program.main()
+        assert stopped.value.code == status
 
 
 # --- what stops a run, or does not

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
+from transformers_sslam.training.pretraining_settings import PreTrainingSettings
 from transformers_sslam.training.settings import (
     SettingsError,
     check_names,
@@ -45,6 +46,7 @@ def read(*overrides: str, file=None) -> Example:
         ("steps=7", 7),
         ("learning_rate=1e-3", 1e-3),  # text in YAML 1.1
         ("learning_rate=3", 3.0),
+        ("data_dir=1e3run", "1e3run"),  # which begins like a number
         ("data_dir=7", "7"),  # text stays text whatever it looks like
         ("data_dir=runs/a=b", "runs/a=b"),
         ("separator=null", None),
@@ -155,3 +157,15 @@ def test_unknown_names_are_compared_with_known_ones():
     check_names(["a"], ["a", "b"])
     with pytest.raises(SettingsError, match="no setting model.hiden_size: did you mean model.hidden_size"):
         check_names(["hiden_size"], ["hidden_size", "depth"], "model.")
+
+
+def test_a_number_with_a_letter_too_many_is_no_number():
+    with pytest.raises(SettingsError, match="learning_rate is '1e-3x', but a number is expected"):
+        read("learning_rate=1e-3x")
+
+
+def test_settings_that_a_part_of_the_library_declares_are_explained_by_its_docstring():
+    listed = list_settings(PreTrainingSettings)
+    assert "data.sources = []\n      the mixture, such as `[{kind: folder, path: recordings}]`" in listed
+    lines = listed.splitlines()
+    assert [line for line, behind in zip(lines, [*lines[1:], ""]) if line.startswith("  data.") and not behind.startswith("      ")] == []

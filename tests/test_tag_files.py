@@ -246,6 +246,8 @@ def test_a_run_that_is_stopped_goes_on_and_writes_what_one_run_writes(model, rec
 
 def test_a_finished_run_does_nothing_more_and_new_recordings_are_added(model, recordings, tmp_path, monkeypatch):
     output = tmp_path / "tags.jsonl"
+    for unusable in ("broken.wav", "short.wav"):
+        (recordings / unusable).unlink()
     tag_files(settings(model, recordings, output))
     before = output.read_bytes()
     (recordings / "another.wav").write_bytes(encoded(noise(1.0)))
@@ -253,7 +255,7 @@ def test_a_finished_run_does_nothing_more_and_new_recordings_are_added(model, re
     assert output.read_bytes().startswith(before)
     monkeypatch.setattr(module, "read_blocks", None)  # nothing is decoded again
     summary = tag_files(settings(model, recordings, output))
-    assert (summary.tagged, summary.skipped, summary.unusable) == (0, 6, {})
+    assert (summary.tagged, summary.skipped, summary.unusable) == (0, 4, {})
 
 
 def test_records_that_were_lost_are_written_again(model, recordings, tmp_path):
@@ -261,7 +263,7 @@ def test_records_that_were_lost_are_written_again(model, recordings, tmp_path):
     tag_files(settings(model, recordings, output))
     before = output.read_bytes()
     output.write_bytes(before[:-10])
-    assert tag_files(settings(model, recordings, output)).skipped == 4
+    assert tag_files(settings(model, recordings, output)).skipped == 3  # of five two are not usable, and tried again
     assert output.read_bytes() == before
 
 
@@ -323,6 +325,19 @@ def test_a_recording_that_was_missing_is_tried_again(model, recordings, tmp_path
     summary = tag_files(settings(model, listed, output))
     assert (summary.tagged, summary.skipped) == (1, 1)
     assert [record.get("cause") for record in lines(output)] == [None, "missing", None]
+
+
+def test_a_failure_is_tried_again_and_written_again_only_if_it_is_another(model, recordings, tmp_path):
+    output, broken = tmp_path / "tags.jsonl", recordings / "broken.wav"
+    tag_files(settings(model, broken, output))
+    assert tag_files(settings(model, broken, output)).unusable == {"unreadable": 1}
+    assert [record["cause"] for record in lines(output)] == ["unreadable"]
+    broken.write_bytes(b"")
+    assert tag_files(settings(model, broken, output)).unusable == {"empty": 1}
+    broken.write_bytes(encoded(noise(1.0)))
+    assert tag_files(settings(model, broken, output)).tagged == 1
+    assert tag_files(settings(model, broken, output)).skipped == 1
+    assert [record.get("cause") for record in lines(output)] == ["unreadable", "empty", None]
 
 
 def test_an_output_that_cannot_be_written_is_refused(model, recordings, tmp_path):

@@ -296,9 +296,9 @@ def _check_card(source: Path, staged: Path) -> list[str]:
         raise PublishError(f"the front matter of {source / 'README.md'} lacks {', '.join(missing)}: write_model_card writes one")
     notes = []
     if not data.get("license"):
-        notes.append("the card names no licence, so nobody knows whether the model may be used")
+        notes.append("the card names no licence, so nobody knows whether the model may be used: add `license: ...` to its front matter")
     if not data.get("eval_results"):
-        notes.append("the card has no results in its model-index")
+        notes.append("the card has no results in its model-index: `write_model_card` with results, or `--results`, puts them there")
     return notes
 
 

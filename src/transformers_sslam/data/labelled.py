@@ -81,7 +81,8 @@ def select_split(splits: datasets.DatasetDict | datasets.IterableDatasetDict, na
     """One split, by name. `DatasetError` if there is none or, unless it is a stream, whose length is not known, it is empty."""
     if name not in splits:
         raise DatasetError(
-            f"there is no split {name!r}, only {', '.join(splits)}: make folders train/ and test/, or choose rows by fold_column"
+            f"there is no split {name!r}, only {', '.join(splits)}: make folders train/ and test/, name others (train_split, ...), or "
+            "choose rows by a column of folds (fold_column); to fine-tune on all clips, without an evaluation, set evaluate=false"
         )
     if isinstance(splits[name], datasets.Dataset) and len(splits[name]) == 0:
         raise DatasetError(f"the split {name!r} has no clip")
@@ -99,7 +100,8 @@ def select_folds(splits: datasets.DatasetDict, column: str, values: Sequence[int
     folds = [str(fold) for fold in rows[column]]
     if not values:
         raise DatasetError(
-            f"no fold of the column {column!r} was chosen, so there is no clip: give some of {', '.join(sorted(set(folds)))}"
+            f"no fold of the column {column!r} was chosen, so there is no clip: give some of {', '.join(sorted(set(folds)))}, for example "
+            "as train_folds='[...]', or leave fold_column out (fold_column=null)"
         )
     for value in values:
         if str(value) not in folds:
@@ -291,7 +293,8 @@ class Waveforms:
             counts = ", ".join(f"{len(names)} {cause}" for cause, names in self.unreadable.items())
             raise DatasetError(
                 f"{len(names)} of {len(self.sources)} {what} clips cannot be used ({counts}), more than the share of {largest_share:g} "
-                f"that is allowed: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+                f"that is allowed: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}: repair or remove them, or allow more "
+                "(max_unreadable)"
             )
 
     def _try(self, i: int) -> np.ndarray | AudioDecodingError:
@@ -341,4 +344,8 @@ def source_name(source: dict) -> str:
 
 def _check_column(rows: datasets.Dataset, column: str) -> None:
     if column not in rows.column_names:
-        raise DatasetError(f"there is no column {column!r}, only {', '.join(rows.column_names)}: name another, or add it to the metadata")
+        raise DatasetError(
+            f"there is no column {column!r}, only {', '.join(rows.column_names)}: name another, or add it to metadata.csv; labels "
+            "come from folders named after classes too, and splits take the place of folds with fold_column=null, train_folds=[] "
+            "and eval_folds=[]"
+        )

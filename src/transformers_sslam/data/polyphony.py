@@ -239,12 +239,12 @@ def _choose(sounds: Sequence[Sound], count: int, repeat_classes: bool, generator
         raise DatasetError(f"a mixture of {count} events was asked for, but it has at least 1")
     if count > len(sounds):
         raise DatasetError(
-            f"a mixture of {count} events needs as many different sounds, but there are {len(sounds)}: add some, or mix fewer"
+            f"a mixture of {count} events needs as many different sounds, but there are {len(sounds)}: add some, or mix fewer (num_events)"
         )
     if not repeat_classes and count > len(classes):
         raise DatasetError(
             f"a mixture of {count} events of different classes was asked for, but there are {len(classes)} classes: allow repeat_classes, "
-            "or mix fewer"
+            "or mix fewer (num_events)"
         )
     left: dict[str, list[Sound]] = {label: [] for label in sorted(classes)}
     for sound in sounds:

@@ -37,7 +37,9 @@ class DataSettings:
     """What is heard and how it is cut: the `data` section of a recipe.
 
     Args:
-        sources: the mixture. An epoch hears each clip of a source `weight` times; with weights of 1, each clip exactly once.
+        sources: the mixture, such as `[{kind: folder, path: recordings}]`. Kinds are folder, audiofolder, manifest, parquet, webdataset and
+            hub, further keys those of [`SourceSettings`] (weight, name, split, subset, keep ...). An epoch hears each clip of a source
+            `weight` times; with weights of 1, each clip exactly once.
         windows: `"every"` window of a recording longer than the model's input, or one `"random"` window, another each time.
         roll: rotate each clip by a random number of samples, another each time it is heard: no epoch then cuts the same sound into the same
             patches, which keeps a small set of short clips fresh. Not part of the published pre-training.
@@ -322,7 +324,10 @@ class BatchStream:
         mine = self._identity()
         different = [f"{name} ({state['data'].get(name)} then, {mine[name]} now)" for name in mine if state["data"].get(name) != mine[name]]
         if different:
-            raise ValueError(f"this place belongs to another stream: {'; '.join(different)}. Start anew, or restore what it was")
+            raise ValueError(
+                f"this place belongs to another stream: {'; '.join(different)}. Begin another run, in another folder (its "
+                "`init_from` may be this one's model or checkpoint), or restore what it was"
+            )
         if state["layout"] == self._layout():
             self._before = Tally.from_dict(state["before"])
             self._begin(state["epoch"])

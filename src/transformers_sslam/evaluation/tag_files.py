@@ -108,7 +108,7 @@ def tag_files(settings: TagSettings) -> TagSummary:
     """Tag all recordings of `settings.inputs` that the output does not hold yet.
 
     The next seconds of audio are decoded while a batch is scored. A recording that cannot be read or scored (broken, too short, out of
-    scale) is written with its error and counted, and the run goes on.
+    scale) is written with its error and counted, and the run goes on; the next run tries it again.
 
     Raises:
         SettingsError: if an input or the model is not there or not usable, or the output is from another model or other settings.
@@ -131,7 +131,7 @@ def tag_files(settings: TagSettings) -> TagSummary:
                     heard = model.score_over_time(_blocks(items), extractor, **options)
                 except ValueError as error:  # the settings fit, so it is the audio
                     heard = error
-                output.write(path, as_text(path, heard, settings), final=not _is_missing(heard))
+                output.write(path, as_text(path, heard, settings), final=isinstance(heard, ScoresOverTime))
                 summary.count(heard, time.monotonic() - started)
                 progress.update()
                 progress.set_postfix_str(f"{summary.speed:.0f} x real time")
@@ -172,6 +172,7 @@ class _Output:
         self.path, self.identity = path, identity
         self.journal = path.with_name(path.name + ".journal")
         self.finished: set[str] = set()
+        self._failures: dict[str, str] = {}  # what was written of the others
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
 
     def __enter__(self) -> Self:
@@ -198,7 +199,8 @@ class _Output:
             )
         self._check_identity(json.loads(whole[0]) if whole else self.identity)
         entries = [entry for entry in map(json.loads, whole[1:]) if entry["length"] <= size]
-        self.finished = {entry["path"] for entry in entries}
+        self.finished = {entry["path"] for entry in entries if "failure" not in entry}
+        self._failures = {entry["path"]: entry["failure"] for entry in entries if "failure" in entry}
         self._output, self._journal = self.path.open("ab"), self.journal.open("ab")
         self._output.truncate(entries[-1]["length"] if entries else 0)
         self._journal.truncate(sum(map(len, whole[: 1 + len(entries)])))
@@ -213,9 +215,13 @@ class _Output:
         self._lock.release()
 
     def write(self, path: str, text: str, final: bool) -> None:
-        """All of a recording, and then that it is all. What is not final is tried again by the next run."""
+        """All of a recording, and then that it is all. What is not final is tried again by the next run, and written again only if that
+        says something else: of several lines of a path the last counts."""
+        if not final and self._failures.get(path) == text:
+            return
         self._append(self._output, text)
-        self._append(self._journal, json.dumps({"path": path if final else None, "length": self._output.tell()}) + "\n")
+        entry = {"path": path, "length": self._output.tell()} | ({} if final else {"failure": text})
+        self._append(self._journal, json.dumps(entry) + "\n")
 
     def _check_identity(self, before: dict[str, Any]) -> None:
         for name, value in self.identity.items():
@@ -287,11 +293,6 @@ def _blocks(items: Iterable[tuple[str, np.ndarray | AudioDecodingError]]) -> Ite
         if isinstance(item, AudioDecodingError):
             raise item
         yield item
-
-
-def _is_missing(heard: ScoresOverTime | ValueError) -> bool:
-    """Whether the file was not there: it may be, another time."""
-    return isinstance(heard, ValueError) and _cause(heard) == "missing"
 
 
 def _cause(error: ValueError) -> str:

@@ -377,7 +377,9 @@ def evaluate_predictions(
 
 def describe_results(settings: FineTuningSettings, results: dict[str, Any]) -> str:
     """What the run did and found, as Markdown for the model card."""
-    origin = "trained from scratch" if settings.model is None else f"fine-tuned from `{settings.model}`"
+    # A folder of this machine by its name alone, for cards go to the Hub.
+    name = settings.model and (Path(settings.model).resolve().name if Path(settings.model).exists() else settings.model)
+    origin = "trained from scratch" if name is None else f"fine-tuned from `{name}`"
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in _numbers(results["metrics"]).items())
     table = f"| evaluation | |\n|-|-|\n{rows}\n\n" if rows else ""
     trained, clips = results["clips"]["training"] or "streamed", results["clips"]

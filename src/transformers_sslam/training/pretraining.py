@@ -173,6 +173,7 @@ class PreTrainer:
                     break
         if self.update == settings.total_updates and self.accelerator.is_main_process:
             self._save_model()
+            logger.info("Finished: the model lies in %s", self.output_dir / "model")
         self.accelerator.end_training()
         return checkpoint_folder(self.output_dir, self.update)
 
@@ -438,14 +439,21 @@ class PreTrainer:
         for name in ("update", "attempt", "skipped", "skipped_in_a_row", "clips_seen"):
             setattr(self, name, run[name])
         self.clips_logged = self.clips_seen
-        self.model.load_state_dict(SSLAMForPreTraining.from_pretrained(folder).state_dict())
+        try:
+            self.model.load_state_dict(SSLAMForPreTraining.from_pretrained(folder).state_dict())
+        except RuntimeError as error:  # torch names every tensor that differs
+            raise SettingsError(
+                f"{folder} holds a model of other sizes than `preset` and `model` ask for: leave them as they were, or choose another "
+                "output_dir"
+            ) from error
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)  # goes to the parameters' device below
         self.optimizer.load_state_dict(state["optimizer"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         same_world = run["world_size"] == accelerator.num_processes
         rank = accelerator.process_index if same_world else 0
-        self.clips.load_state_dict(json.loads((folder / f"rank-{rank:05d}.json").read_text())["clips"])
+        with refusals_as_settings_errors(f"the run in {self.output_dir} cannot go on"):
+            self.clips.load_state_dict(json.loads((folder / f"rank-{rank:05d}.json").read_text())["clips"])
         if accelerator.is_main_process:
             self._report_resuming(folder, run)
 

@@ -15,6 +15,7 @@ write_settings(settings, "runs/first/settings.yaml")
 import argparse
 import copy
 import difflib
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -109,8 +110,15 @@ def list_settings(cls: type, prefix: str = "") -> str:
         if not _is_required(f):
             value = f.default if f.default_factory is MISSING else f.default_factory()
             default = "= " + yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
-        lines.append(f"  {prefix}{f.name} {default}" + (f"\n      {f.metadata['help']}" if "help" in f.metadata else ""))
+        explanation = f.metadata.get("help") or _documented(cls, f.name)
+        lines.append(f"  {prefix}{f.name} {default}" + (f"\n      {explanation}" if explanation else ""))
     return "\n".join(lines)
+
+
+def _documented(cls: type, name: str) -> str:
+    """What the class's docstring says of an argument, on one line: for settings that a part of the library declares by itself."""
+    found = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", inspect.cleandoc(cls.__doc__ or ""), re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""
 
 
 def check_names(names: Iterable[str], known: Iterable[str], prefix: str = "") -> None:
@@ -153,7 +161,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), first=list("-+.0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), first=list("-+.0123456789"))
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -182,7 +190,8 @@ def _build(cls: type[Settings], values: dict[str, Any], prefix: str) -> Settings
     for f in fields(cls):  # type: ignore[arg-type]
         if f.name not in values and _is_required(f):
             what = f" ({f.metadata['help']})" if "help" in f.metadata else ""
-            raise SettingsError(f"{prefix}{f.name} is required{what}: give it in the recipe or as {prefix}{f.name}=...")
+            where = "there" if "[" in prefix else f"in the recipe or as {prefix}{f.name}=..."  # within a list no key leads to it
+            raise SettingsError(f"{prefix}{f.name} is required{what}: give it {where}")
     return cls(**{name: _convert(value, hints[name], prefix + name) for name, value in values.items()})
 
 
