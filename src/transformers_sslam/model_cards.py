@@ -148,23 +148,23 @@ def _check_fields(cls: type, values: Any, what: str) -> None:
 
 TASKS = {"SSLAMForAudioClassification": "audio-classification"}
 USAGE = {
-    "audio-classification": """import soundfile
-import transformers_sslam
+    "audio-classification": """import transformers_sslam
 from transformers import pipeline
+from transformers_sslam.data.decoding import load_waveform
 
-waveform, rate = soundfile.read("clip.wav", dtype="float32")  # mono
 classify = pipeline("audio-classification", model="{model_id}")
-print(classify({{"array": waveform, "sampling_rate": rate}}))""",
-    "feature-extraction": """import soundfile
-import torch
+waveform = load_waveform("clip.wav", {sampling_rate})  # any format, rate and number of channels
+print(classify({{"array": waveform, "sampling_rate": {sampling_rate}}}))""",
+    "feature-extraction": """import torch
 import transformers_sslam
 from transformers import AutoFeatureExtractor, AutoModel
+from transformers_sslam.data.decoding import load_waveform
 
 extractor = AutoFeatureExtractor.from_pretrained("{model_id}")
 model = AutoModel.from_pretrained("{model_id}").eval()
-waveform, rate = soundfile.read("clip.wav", dtype="float32")  # mono, {sampling_rate} Hz
+waveform = load_waveform("clip.wav", {sampling_rate})  # any format, rate and number of channels
 with torch.inference_mode():
-    outputs = model(**extractor(waveform, sampling_rate=rate, return_tensors="pt"))
+    outputs = model(**extractor(waveform, sampling_rate={sampling_rate}, return_tensors="pt"))
 outputs.pooler_output  # (batch, width): the clip
 model.frame_embeddings(outputs.last_hidden_state)  # (batch, time, frequency, width): each 160 ms""",
 }
