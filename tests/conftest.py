@@ -9,8 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from transformers_sslam import SSLAMConfig
+from transformers_sslam import SSLAMConfig, SSLAMForPreTraining
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -33,6 +34,16 @@ def reference(shared: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def without_code_generation(monkeypatch) -> None:
+    """Pre-training models are traced, but run without a C++ compiler, and fast. The options are the code generator's."""
+
+    def compile(self, options, **rest):
+        nn.Module.compile(self, backend="aot_eager", **rest)
+
+    monkeypatch.setattr(SSLAMForPreTraining, "compile", compile)
 
 
 def tiny_config(**kwargs) -> SSLAMConfig:

@@ -101,11 +101,9 @@ def _another_precision():
     AcceleratorState._reset_state(True)
 
 
-@pytest.mark.usefixtures("_another_precision")
+@pytest.mark.usefixtures("_another_precision", "without_code_generation")
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_a_compiled_run_resumes_as_if_it_had_not_been_interrupted(sounds, tmp_path, monkeypatch, mixed_precision):
-    compiler = {"backend": "aot_eager"}  # which needs no C++ compiler
-    monkeypatch.setattr(SSLAMForPreTraining, "compile", lambda self, **options: torch.nn.Module.compile(self, **compiler, **options))
+def test_a_compiled_run_resumes_as_if_it_had_not_been_interrupted(sounds, tmp_path, mixed_precision):
     changes = {"compile": True, "mixed_precision": mixed_precision, "save_every": 2, "total_updates": 4}
     # Twelve clips in batches of five: the third is another shape.
     changes |= {"batch_size": 5, "model": {**MODEL, "num_hidden_layers": 1}}
@@ -117,6 +115,20 @@ def test_a_compiled_run_resumes_as_if_it_had_not_been_interrupted(sounds, tmp_pa
     assert first.update == 3
     trainer(sounds, tmp_path / "halves", **changes).run()
     assert same_weights(tmp_path / "whole" / "model", tmp_path / "halves" / "model")
+
+
+@pytest.mark.slow  # a minute of compiling
+def test_a_compiled_run_is_the_same_run(sounds, tmp_path):
+    """It draws the same masks, mixtures and noise, so its losses are those of a run that is not compiled."""
+    torch._dynamo.reset()
+    losses = []
+    for compile in (False, True):
+        changes = {"compile": compile, "total_updates": 4, "batch_size": 6, "model": {**MODEL, "num_hidden_layers": 1}}
+        run = trainer(sounds, tmp_path / str(compile), **changes)
+        run.run()
+        losses.append([json.loads(line)["loss"] for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("features", ["worker", "device"])

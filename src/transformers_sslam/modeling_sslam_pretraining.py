@@ -284,7 +284,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
             generator: source of all random numbers, best on the model's device: in this order masks, spans, noise. By default torch's own.
                 `torch.compile` takes no generators, and breaks its graph where given masks or spans are checked: for a single graph leave
                 all three out, seed with `torch.manual_seed`, and compile with `dynamic=False`, as the number of masks' blocks follows from
-                the shape.
+                the shape, and with `options={"fallback_random": True}`, without which the compiler draws other numbers.
             output_targets: whether to return predictions, targets and what was drawn.
 
         Raises:

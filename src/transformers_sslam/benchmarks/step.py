@@ -4,7 +4,7 @@ the same update written plainly."""
 import math
 import multiprocessing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from ..configuration_sslam import PRETRAINING_STAGES, SSLAMConfig
 from ..masking import inverse_block_masks
 from ..modeling_sslam_pretraining import SSLAMForPreTraining
 from ..training.monitoring import matmul_peak, peak_memory, training_flops_per_clip
+from ..training.pretraining_model import compile_model
 from .plain import PlainForPreTraining
 from .timing import MatrixProducts, Spread, interleave, ratio, spread, timed
 
@@ -72,8 +73,7 @@ class StepSettings:
 class Update:
     """One update as the pre-training loop does it, in parts.
 
-    The random numbers of an update follow from its number alone, so that two of these see the same masks, mixtures and noise, unless one is
-    compiled.
+    The random numbers of an update follow from its number alone, so that two of these see the same masks, mixtures and noise.
     """
 
     PARTS = ("forward", "backward", "clipping and optimiser", "teacher's moving average")
@@ -91,7 +91,7 @@ class Update:
         self.model = model.to(self.device).train()  # type: ignore[arg-type]  # as Transformers wraps it
         self.compiled = settings.compile and not plain
         if self.compiled:
-            self.model.compile(fullgraph=True, dynamic=False)
+            compile_model(self.model, fullgraph=True)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.05, **({} if plain else {"fused": True}))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
@@ -139,8 +139,8 @@ def measure_step(settings: StepSettings, baseline: bool = False, memory: bool = 
     Returns:
         `seconds` of the whole update, of each part and of the mask drawing, `clips_per_second`, `flops` of an update, `flops_per_second`
         and `utilisation` against `peak_flops_per_second` (square matrix products on this device, before the rest), `floor_seconds` (the
-        update's own matrix products, each by itself) and `share_of_floor`, `peak_memory` (bytes), and with `baseline` the same of it under
-        `plain`, `speedup` pair by pair and, unless it is compiled, the largest relative `difference` of a loss.
+        update's own matrix products, each by itself) and `share_of_floor` (round by round), `peak_memory` (bytes), and with `baseline` the
+        same of it under `plain`, `speedup` pair by pair and the largest relative `difference` of a loss.
     """
     keep_freed_memory()
     device = torch.device(settings.device)
@@ -155,7 +155,7 @@ def measure_step(settings: StepSettings, baseline: bool = False, memory: bool = 
             elapsed = timed(update, device)
             if turn >= 0:
                 seconds[name].append(elapsed)
-        if baseline and not settings.compile:  # whose masks and noise are others
+        if baseline:
             difference = max(difference, _difference(updates["fast"].losses(), updates["plain"].losses()))
     flops = settings.batch_size * training_flops_per_clip(settings.config(), settings.frames)
     results = _figures(updates["fast"], spread(seconds["fast"]), flops, peaks)
@@ -166,19 +166,25 @@ def measure_step(settings: StepSettings, baseline: bool = False, memory: bool = 
         if memory:
             results["plain"]["peak_memory"] = peak_memory_of_step(settings, plain=True)
         results["speedup"] = ratio(seconds["plain"], seconds["fast"])
-        if not settings.compile:
-            results["difference"] = difference
+        results["difference"] = difference
     return results
 
 
 def _figures(update: Update, whole: Spread, flops: float, peaks: Mapping[Precision, float]) -> dict[str, Any]:
     settings, device, peak = update.settings, update.device, peaks[update.precision]
-    parts = [{name: timed(part, device) for name, part in update.parts().items()} for _ in range(min(3, settings.repeats))]
+    # Compiled code does not show its products; they are those of the same update before it is compiled.
+    shown = Update(replace(settings, compile=False)) if update.compiled else update
+    parts, floors = [], []
+    for _ in range(min(3, settings.repeats)):  # in turns, for a machine's speed drifts
+        parts.append({name: timed(part, device) for name, part in update.parts().items()})
+        with MatrixProducts(device) as products:
+            shown()
+        floors.append(products.seconds)
     config = update.model.config
     time, views = settings.frames // config.patch_size, settings.batch_size * config.num_views
     draw = {"masks": lambda: inverse_block_masks(views, time, config.num_frequency_patches, device=device)}
     masks = interleave(draw, repeats=20, warmup=2, device=device)["masks"]
-    figures: dict[str, Any] = {
+    return {
         "seconds": {
             "update": whole,
             **{name: spread([part[name] for part in parts]) for name in Update.PARTS},
@@ -189,13 +195,9 @@ def _figures(update: Update, whole: Spread, flops: float, peaks: Mapping[Precisi
         "flops_per_second": whole.inverse(flops),
         "peak_flops_per_second": peak,
         "utilisation": whole.inverse(flops / peak),
+        "floor_seconds": spread(floors),
+        "share_of_floor": ratio(floors, [sum(part.values()) for part in parts]),
     }
-    if not update.compiled:  # where they are no operators of their own any more
-        with MatrixProducts(device) as products:
-            update()
-        figures["floor_seconds"] = products.seconds
-        figures["share_of_floor"] = whole.inverse(products.seconds)
-    return figures
 
 
 def _difference(losses: dict[str, float], others: dict[str, float]) -> float:
@@ -247,9 +249,8 @@ def summary(results: dict[str, Any]) -> list[list[str]]:
         ("utilisation", "of square products' peak, %", 100),
         ("share_of_floor", "own products by themselves over the update, %", 100),
     ):
-        if name in results:
-            other = plain.get(name)
-            rows.append(cells(title, results[name].scaled(factor), other and other.scaled(factor)))
+        other = plain.get(name)
+        rows.append(cells(title, results[name].scaled(factor), other and other.scaled(factor)))
     if "peak_memory" in results:
         other = plain.get("peak_memory", math.nan)
         rows.append(

@@ -39,7 +39,7 @@ from .checkpoints import (
     sweep_leftovers,
 )
 from .monitoring import CollapseGuard, Stopwatch, matmul_peak, peak_memory, training_flops_per_clip
-from .pretraining_model import build_model, parameter_groups
+from .pretraining_model import build_model, compile_model, parameter_groups
 from .pretraining_settings import PreTrainingSettings
 from .schedules import adam_epsilon, learning_rate
 from .settings import SettingsError, refusals_as_settings_errors, write_settings
@@ -116,10 +116,8 @@ class PreTrainer:
             fused=True,
         )
         if settings.compile:
-            self.model.compile(dynamic=False)  # an epoch's last batch is compiled for itself, and makes no other one slower
+            compile_model(self.model)  # an epoch's last batch is compiled for itself, and makes no other one slower
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        # Compiled code takes no generators: it draws from torch's own, which is seeded alike.
-        self.generator = None if settings.compile else torch.Generator(self.accelerator.device)
         self.guard = CollapseGuard(
             settings.min_target_std, settings.min_prediction_std, settings.min_content_share, settings.guard_after_updates
         )
@@ -191,7 +189,7 @@ class PreTrainer:
             self._seed(self.attempt, i)
             last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                output = self.wrapped(**self._on_device(batch), generator=self.generator)
+                output = self.wrapped(**self._on_device(batch))
                 # The published reduction divides sums over all devices by the masked patches of all devices. As every clip has equally
                 # many, that is this weight; DDP then takes the mean over devices, hence their number.
                 weight = len(batch["input_values"]) / clips
@@ -246,10 +244,8 @@ class PreTrainer:
     def _seed(self, *numbers: int) -> None:
         """Make all that is random in the next forward pass follow from the seed, these numbers and the rank."""
         entropy = [self.settings.seed, self.accelerator.process_index, *numbers]
-        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        if self.generator is not None:
-            self.generator.manual_seed(seed)
-        torch.manual_seed(seed)  # of dropout, where there is any, and of all that compiled code draws
+        # Torch's own generator, of each device: compiled code takes no other.
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
     def _agree(self, clips: int, stop: bool) -> tuple[int, bool]:
         """Clips of the next update over all ranks, and whether any of them was asked to stop."""
@@ -358,7 +354,7 @@ class PreTrainer:
         for i, batch in enumerate(self.validation_set):
             self._seed(2**40, i)  # apart from all attempts
             with self.accelerator.autocast():
-                output = self.model(**self._on_device(batch), generator=self.generator)
+                output = self.model(**self._on_device(batch))
             losses = torch.stack([_detached(output.get(name), output.loss) for name in LOSSES]).double()
             totals += len(batch["input_values"]) * torch.cat((torch.ones(1, device=losses.device), losses))
         count, *sums = self.accelerator.reduce(totals, "sum").tolist()

@@ -38,7 +38,7 @@ class PreTrainingSettings:
     decay_all_weights: bool = setting("decay biases, norms and CLS as well, as the published runs did", True)
     max_grad_norm: float = setting("gradients are clipped to this norm", 4.0)
     compile: bool = setting(
-        "compile the model with torch.compile: minutes at the start, then faster on a GPU; masks are drawn otherwise", False
+        "compile the model with torch.compile: a minute or more at the start, then faster in bf16; the random numbers stay the same", False
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = setting("autocast; null: as `accelerate launch` says", None)
 
