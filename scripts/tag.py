@@ -6,7 +6,8 @@ python scripts/tag.py model=sslam-base-as2m inputs='[a.wav, list.txt]' output=ta
 python scripts/tag.py --help
 
 A recording's scores in .jsonl are the highest of its windows', or with pool=mean their mean. What cannot be read is written with its cause,
-and tried again by the next run: of several lines of a path the last counts.
+and tried again by the next run, as is a file that has changed: of several lines of a path the last counts, and of a .csv's rows an error
+only if no others of its path follow. A recording without any label above the threshold has one row, without a label.
 """
 
 import sys

@@ -131,6 +131,15 @@ def test_a_data_collator_pads_log_mels_as_the_extractor_does(extractor):
     assert torch.equal(padded["attention_mask"], expected["attention_mask"])
 
 
+def test_a_data_collator_leaves_what_is_longer_and_pads_to_its_own_multiple(extractor):
+    examples = [
+        {"input_values": extractor(noise(seconds), sampling_rate=16_000, padding=False)["input_values"][0]} for seconds in (0.5, 1.1)
+    ]
+    assert [len(values) for values in extractor.pad(examples[1:], padding="max_length", max_length=64)["input_values"]] == [108]
+    padded = extractor.pad(examples, padding="longest", pad_to_multiple_of=64, return_tensors="np")
+    assert padded["input_values"].shape == (2, 128, 128)
+
+
 def test_presets_hold_the_published_numbers():
     assert set(NORMALIZATION_PRESETS) == {"audioset", "esc50", "speech_commands"}
     esc50 = SSLAMFeatureExtractor.from_preset("esc50")
@@ -151,6 +160,11 @@ def test_mean_and_deviation_of_a_data_set(extractor):
     assert std == pytest.approx(everything.std(), abs=1e-9)
     with pytest.raises(ValueError, match="no clip"):
         extractor.compute_normalization([])
+
+
+def test_numbers_of_numpy_can_be_saved(tmp_path):
+    SSLAMFeatureExtractor(sampling_rate=np.int64(16_000), max_length=np.int32(512)).save_pretrained(tmp_path)
+    assert SSLAMFeatureExtractor.from_pretrained(tmp_path).max_length == 512
 
 
 def test_save_and_load(extractor, tmp_path):
@@ -213,7 +227,15 @@ def test_unusable_arguments_are_refused(extractor, kwargs, message):
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"), [({"std": 0.0}, "std is 0"), ({"max_length": 1000}, "1000 frames"), ({"num_mel_bins": 0}, "num_mel_bins is 0")]
+    ("kwargs", "message"),
+    [
+        ({"std": 0.0}, "std is 0"),
+        ({"max_length": 1000}, "1000 frames"),
+        ({"num_mel_bins": 0}, "num_mel_bins is 0"),
+        ({"max_length": 512.0}, "max_length is 512.0, but a whole number"),
+        ({"sampling_rate": 0}, "sampling_rate is 0, but"),
+        ({"sampling_rate": "16000"}, "sampling_rate is '16000', but"),
+    ],
 )
 def test_unusable_settings_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -122,6 +122,27 @@ def test_tags_have_sigmoids():
     np.testing.assert_allclose(heard.scores[0], 1 / (1 + np.exp(-alone(model, waveform[:WINDOW])[0])), atol=1e-6)
 
 
+def test_names_given_as_text_stay_with_their_scores(tmp_path):
+    """As they come from JSON: sorted as text, "10" would stand before "2"."""
+    names = {i: f"class {i}" for i in range(12)}
+    classifier(num_labels=3).save_pretrained(tmp_path)
+    named = {"id2label": {str(i): name for i, name in names.items()}, "label2id": {name: str(i) for i, name in names.items()}}
+    model = SSLAMForAudioClassification.from_pretrained(tmp_path, num_labels=12, ignore_mismatched_sizes=True, **named)
+    assert model.config.id2label == names
+    model.config.id2label = named["id2label"]  # and by hand, afterwards
+    assert model.score_over_time(noise(1.0), EXTRACTOR).classes == list(names.values())
+
+
+def test_a_configuration_for_tuples_does_not_matter():
+    model = classifier()
+    waveform = noise(1.0)
+    expected, vector = model.score_over_time(waveform, EXTRACTOR).scores, model.sslam.encode([waveform], EXTRACTOR)
+    model.config.return_dict = False
+    assert isinstance(model(**EXTRACTOR(waveform, sampling_rate=RATE, return_tensors="pt")), tuple)
+    np.testing.assert_array_equal(model.score_over_time(waveform, EXTRACTOR).scores, expected)
+    assert torch.equal(model.sslam.encode([waveform], EXTRACTOR), vector)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gives_float32_scores_close_to_the_full_ones(dtype):
     waveform, model = recording(2.0), classifier(initializer_range=0.1)
@@ -343,6 +364,7 @@ def test_scores_that_are_not_finite_are_an_error():
     [
         ([noise(1.0), noise(0.02)], "clip 1 has 320 samples"),
         (noise(1.0), "clip 0 is a single number"),
+        ([{"array": noise(1.0)}], "clip 0 is a dict: give a list of 1-D arrays"),
         ([noise(1.0), np.full(8000, np.nan, dtype=np.float32)], "clip 1 holds NaN"),
     ],
 )

@@ -230,8 +230,16 @@ def test_a_missing_file_is_named(folder, name):
         generate_model_card(folder)
 
 
-def test_a_configuration_of_nothing_is_refused(folder):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "architectures=None, but a list"),
+        ('{"architectures": []}', r"architectures=\[\], but a list"),
+        ("[1]", "config.json cannot be read .*a list, but"),
+    ],
+)
+def test_a_configuration_of_nothing_is_refused(folder, content, message):
     describe(folder)
-    (folder / "config.json").write_text("{}")
-    with pytest.raises(CardError, match="lacks 'architectures'"):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(CardError, match=message):
         generate_model_card(folder)

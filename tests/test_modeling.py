@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import FIXTURES, relative_error, tiny_config
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from transformers_sslam import SSLAMForAudioClassification, SSLAMModel
 from transformers_sslam.conversion import convert_checkpoint
@@ -347,6 +348,23 @@ def test_the_classifier_normalises_the_pooled_token():
         pooled = model.sslam(log_mels()).pooler_output
         normalised = nn.functional.layer_norm(pooled, (32,), model.layernorm.weight, model.layernorm.bias, eps=1e-6)
         torch.testing.assert_close(model(log_mels()).logits, normalised @ model.classifier.weight.T + model.classifier.bias)
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, problem_type):
+    """In a plain `Trainer`: it has to divide the loss by the number of steps, which a model may take upon itself."""
+    config = tiny_config(num_labels=3, problem_type=problem_type, hidden_dropout_prob=0.0)
+    labels = torch.randint(3, (4,)) if problem_type.startswith("single") else torch.rand(4, 3)
+    clips = [{"input_values": values, "labels": label} for values, label in zip(log_mels(4), labels)]
+    norms = []
+    for steps in (1, 4):
+        torch.manual_seed(0)
+        sizes = {"per_device_train_batch_size": 4 // steps, "gradient_accumulation_steps": steps, "max_steps": 1, "logging_steps": 1}
+        arguments = TrainingArguments(tmp_path, **sizes, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no")
+        trainer = Trainer(SSLAMForAudioClassification(config), arguments, train_dataset=clips)
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
 # --- compiled, exported, in half precision

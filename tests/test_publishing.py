@@ -237,6 +237,14 @@ def damage_front_matter(folder: Path) -> None:
     (folder / "README.md").write_text("---\ntags: [\n---\n# A model\n")
 
 
+def write_a_list_as_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[1]")
+
+
+def leave_older_weights(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
 def damage_model_index(folder: Path) -> None:
     (folder / "README.md").write_text("---\nlibrary_name: transformers\nmodel-index:\n- name: x\n---\n# A model\n")
 
@@ -245,6 +253,8 @@ def damage_model_index(folder: Path) -> None:
     ("damage", "sentence"),
     [
         (damage_config, "cannot be published: .*property name"),
+        (write_a_list_as_config, "holds no config.json of a SSLAM model"),
+        (leave_older_weights, "holds model.safetensors and model.safetensors.index.json, of which only one is this model's"),
         (damage_weights, "holds a model that does not load"),
         (take_a_weight, r"1 weights do not fit its config.json, such as classifier.bias, which is missing and should be \(2,\)"),
         (take_weights_of_another_model, "which is missing and should be"),
@@ -299,17 +309,19 @@ def test_a_description_becomes_the_card(folder, tmp_path):
 
 def test_what_a_run_says_of_itself_goes_up_without_the_folders_of_this_machine(folder):
     settings = {"data_dir": "/home/me/sounds", "model": "me/encoder", "sources": [{"path": "C:\\clips\\mine", "weight": 2}], "epochs": 3}
+    settings |= {"init_from": "../alice/run", "extractor": "~/models/mine", "validation": "file:///home/alice/x.wav"}
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
     left_out = {"training": {"unreadable": ["/home/me/sounds/a b.wav", "c.wav"]}}
     (folder / "results.json").write_text(json.dumps({"classes": ["/m/09x0r"], "unreadable": left_out}))
     with prepare_publication(folder, REPOSITORY) as publication:
         published = yaml.safe_load((publication.folder / "settings.yaml").read_text())
         results = json.loads((publication.folder / "results.json").read_text())
-    assert published == {"data_dir": "sounds", "model": "me/encoder", "sources": [{"path": "mine", "weight": 2}], "epochs": 3}
+    expected = {"data_dir": "sounds", "model": "me/encoder", "sources": [{"path": "mine", "weight": 2}], "epochs": 3}
+    assert published == expected | {"init_from": "run", "extractor": "mine", "validation": "x.wav"}
     assert results == {"classes": ["/m/09x0r"], "unreadable": {"training": {"unreadable": ["a b.wav", "c.wav"]}}}
 
 
-@pytest.mark.parametrize("name", ["no spaces please", "a/b/c", "--x"])
+@pytest.mark.parametrize("name", ["no spaces please", "a/b/c", "--x", "nameless"])
 def test_a_name_that_the_hub_would_refuse_is_refused_here(folder, name):
     with pytest.raises(PublishError, match="give owner/name"), prepare_publication(folder, name):
         pass

@@ -301,6 +301,47 @@ def test_folders_files_and_lists_are_searched_each_recording_once(recordings, tm
     assert found == [str(recordings / "deep/c.ogg"), str(recordings / "short.wav"), "s3://bucket/far.wav", str(recordings / "a.wav")]
 
 
+def test_a_recording_is_known_by_its_place_and_not_by_its_name(model, recordings, tmp_path, monkeypatch):
+    output = tmp_path / "tags.jsonl"
+    for folder in ("one", "two"):
+        (tmp_path / folder / "rec").mkdir(parents=True)
+        (tmp_path / folder / "rec" / "a.wav").write_bytes((recordings / "a.wav").read_bytes())
+        monkeypatch.chdir(tmp_path / folder)
+        assert tag_files(settings(model, "rec", output)).tagged == 1
+    assert tag_files(settings(model, str(tmp_path / "two" / "rec" / "a.wav"), output)).skipped == 1
+    (tmp_path / "two" / "rec" / "a.wav").write_bytes(encoded(noise(1.0)))  # another recording in its place
+    assert tag_files(settings(model, "rec", output)).tagged == 1
+
+
+def test_a_list_may_come_from_windows_and_names_a_file_once(recordings):
+    (recordings / "list.txt").write_bytes("\ufeffa.wav\r\ndeep/c.ogg \r\ndeep/../a.wav\r\n".encode())
+    assert find_recordings([str(recordings / "list.txt"), str(recordings / "a.wav")]) == [
+        str(recordings / "a.wav"),
+        str(recordings / "deep/c.ogg"),
+    ]
+
+
+def test_audio_of_kinds_that_nothing_here_decodes_is_named(model, recordings, tmp_path):
+    folder = tmp_path / "phone"
+    folder.mkdir()
+    for name in ("call.m4a", "._a.wav", "notes.txt"):
+        (folder / name).write_bytes(b"\0\0\0\x1cftypM4A ")
+    summary = tag_files(settings(model, folder, tmp_path / "tags.jsonl"))
+    assert summary.unusable == {"unreadable": 1}
+    assert [(Path(line["path"]).name, line["cause"]) for line in lines(tmp_path / "tags.jsonl")] == [("call.m4a", "unreadable")]
+
+
+def test_a_csv_says_of_a_recording_without_labels_that_it_was_heard(model, recordings, tmp_path):
+    folder, output = recordings / "deep", tmp_path / "tags.csv"
+    (folder / "later.wav").write_bytes(b"")
+    tag_files(settings(model, folder, output, threshold=1.0))
+    (folder / "later.wav").write_bytes(encoded(noise(1.0)))
+    tag_files(settings(model, folder, output, threshold=1.0))
+    rows = [row for row in csv.DictReader(output.open()) if row["path"].endswith("later.wav")]
+    assert [(row["start"], row["end"], row["label"]) for row in rows] == [("", "", ""), ("0.0", "1.0", "")]
+    assert [bool(row["error"]) for row in rows] == [True, False]
+
+
 def test_recordings_behind_links_are_found(recordings, tmp_path):
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "elsewhere").symlink_to(recordings / "deep")
@@ -344,9 +385,10 @@ def test_an_output_that_cannot_be_written_is_refused(model, recordings, tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="cannot be written"):
         tag_files(settings(model, recordings, tmp_path / "file" / "tags.jsonl"))
-    (tmp_path / "tags.jsonl.journal").write_text("no journal\n")
-    with pytest.raises(SettingsError, match="or its journal tags.jsonl.journal be read"):
-        tag_files(settings(model, recordings, tmp_path / "tags.jsonl"))
+    for content in ("no journal\n", "[1]\n", '{}\n{"path": "x"}\n'):
+        (tmp_path / "tags.jsonl.journal").write_text(content)
+        with pytest.raises(SettingsError, match="or its journal tags.jsonl.journal be read"):
+            tag_files(settings(model, recordings, tmp_path / "tags.jsonl"))
 
 
 def test_inputs_that_hold_nothing_are_refused(recordings, tmp_path):

@@ -1,5 +1,6 @@
 """SSLAMFeatureExtractor: waveforms in, log-mels of the model's length and scale out, with a mask over frames."""
 
+import math
 from collections.abc import Iterable
 from numbers import Integral
 
@@ -68,6 +69,10 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             return_attention_mask=return_attention_mask,
             **kwargs,
         )
+        for name, value in (("sampling_rate", sampling_rate), ("num_mel_bins", num_mel_bins), ("max_length", max_length)):
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} is {value!r}, but a whole number of at least 1 is expected")
+        self.sampling_rate, num_mel_bins, max_length = int(sampling_rate), int(num_mel_bins), int(max_length)  # NumPy's cannot be saved
         mean, std, self.padding_value = float(mean), float(std), float(padding_value)
         if not (np.isfinite([mean, std, self.padding_value]).all() and std > 0):
             raise ValueError(f"mean is {mean}, std is {std} and padding_value is {padding_value}: give finite numbers, and a std above 0")
@@ -148,7 +153,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         values = np.asarray(processed_features["input_values"])
         if values.ndim != 2 or padding_strategy == PaddingStrategy.DO_NOT_PAD:
             return super()._pad(processed_features, max_length=max_length, padding_strategy=padding_strategy, **kwargs)
-        missing = _round_up(max_length, self.pad_to_multiple_of) - len(values)
+        multiple = math.lcm(self.pad_to_multiple_of, kwargs.get("pad_to_multiple_of") or 1)
+        missing = max(0, _round_up(max_length, multiple) - len(values))  # what is longer stays as it is, as in the base class
         silence = (self.padding_value - self.mean) / (2 * self.std) if self.do_normalize else self.padding_value
         if "attention_mask" in processed_features or kwargs.get("return_attention_mask"):
             mask = processed_features.get("attention_mask", np.ones(len(values), dtype=np.int32))

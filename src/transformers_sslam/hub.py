@@ -54,10 +54,9 @@ def add_remote_code(folder: str | Path) -> None:
     folder = Path(folder)
     config_file, extractor_file = folder / "config.json", folder / "preprocessor_config.json"
     config = json.loads(config_file.read_text()) if config_file.is_file() else {}
-    if config.get("model_type") != "sslam":
-        raise ValueError(
-            f"{folder} holds no config.json of a SSLAM model (model_type is {config.get('model_type')!r}): save a model there first"
-        )
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "sslam":
+        raise ValueError(f"{folder} holds no config.json of a SSLAM model (model_type is {kind!r}): save a model there first")
     _write_json(config_file, {**config, "auto_map": MODEL_AUTO_MAP})
     if extractor_file.is_file():
         _write_json(extractor_file, {**json.loads(extractor_file.read_text()), "auto_map": FEATURE_EXTRACTOR_AUTO_MAP})
@@ -142,6 +141,8 @@ def prepare_publication(folder: str | Path, repo_id: str, results: str | Path | 
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise PublishError(f"{repo_id!r} is no name for a repository ({error}): give owner/name") from error
+    if "/" not in repo_id:  # the card's examples load what it says
+        raise PublishError(f"{repo_id!r} is a name without its owner: give owner/name")
     if results is None and is_description(source / "results.json"):
         results = source / "results.json"
     _check_presence(source, has_description=results is not None)
@@ -156,7 +157,7 @@ def prepare_publication(folder: str | Path, repo_id: str, results: str | Path | 
                 card = (staged / "README.md").read_text(encoding="utf-8")
                 (staged / "README.md").write_text(card.replace(PLACEHOLDER, repo_id), encoding="utf-8")
             add_remote_code(staged)
-        except (CardError, OSError, ValueError) as error:
+        except (CardError, OSError, TypeError, ValueError) as error:
             raise PublishError(f"{source} cannot be published: {str(error).replace(str(staged), str(source))}") from error
         _check_model(source, staged)
         notes = _check_card(source, staged)
@@ -210,6 +211,8 @@ def _check_presence(source: Path, has_description: bool) -> None:
         needed["README.md (or a results.json that describes the model)"] = ["README.md"]
     if missing := [what for what, names in needed.items() if not any((source / name).is_file() for name in names)]:
         raise PublishError(f"{source} lacks {', '.join(missing)}: save the model and its feature extractor there, as safetensors")
+    if all((source / name).is_file() for name in WEIGHTS[:2]):
+        raise PublishError(f"{source} holds {WEIGHTS[0]} and {WEIGHTS[1]}, of which only one is this model's: take the older one away")
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
@@ -253,8 +256,10 @@ def _names_of_paths(value: Any) -> Any:
         return {key: _names_of_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_names_of_paths(item) for item in value]
-    paths = (PurePosixPath(value), PureWindowsPath(value)) if isinstance(value, str) else ()
-    return next((path.name for path in paths if path.is_absolute()), value)
+    if not isinstance(value, str):
+        return value
+    paths = (PurePosixPath(value.removeprefix("file://")), PureWindowsPath(value))
+    return next((path.name for path in paths if path.is_absolute() or path.parts[:1] == ("..",) or value.startswith("~")), value)
 
 
 def _check_model(source: Path, staged: Path) -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Number
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -235,7 +236,8 @@ def encode(
 
 def class_names(model: "SSLAMForAudioClassification") -> list[str]:
     """Names of a classifier's classes, in the order of its scores."""
-    return [str(name) for _, name in sorted((model.config.id2label or {}).items())]
+    names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}  # given as text, as JSON has them: "10" < "2"
+    return [names[index] for index in sorted(names)]
 
 
 # --- windows
@@ -254,7 +256,7 @@ def _score_windows(
     for starts, windows, is_last in _cut(_checked(_blocks(audio), windowing), windowing, batch_size):
         with _inference(model):
             inputs = feature_extractor(windows, sampling_rate=rate, max_length=windowing.frames, return_tensors="pt", device=model.device)
-            outputs = model(**inputs, output_hidden_states=merged is not None)
+            outputs = model(**inputs, output_hidden_states=merged is not None, return_dict=True)
             scores = to_scores(outputs.logits.float()).cpu().numpy()
             if not np.isfinite(scores).all():
                 raise FloatingPointError(
@@ -378,7 +380,8 @@ def _pieces(feature_extractor: "SSLAMFeatureExtractor", clip: Block, index: int)
     """Each frame of the clip is in one piece."""
     rate, most = feature_extractor.sampling_rate, feature_extractor.max_length
     if np.ndim(clip) == 0:
-        raise ValueError(f"clip {index} is a single number: give a list of 1-D arrays, also where there is one clip only")
+        what = "single number" if isinstance(clip, Number | np.ndarray | torch.Tensor) else type(clip).__name__
+        raise ValueError(f"clip {index} is a {what}: give a list of 1-D arrays, also where there is one clip only")
     samples = feature_extractor._check_clip(clip, index, None)  # here, where its number among all clips is known
     frame, shift = frame_geometry(rate)
     for first in range(0, num_frames(len(samples), rate), most):
@@ -404,7 +407,7 @@ def _encode_batch(model: "SSLAMModel", feature_extractor: "SSLAMFeatureExtractor
         )
         mask = inputs.pop("attention_mask")
         # Attention is faster without a mask.
-        return model(**inputs, attention_mask=None if mask.all() else mask).pooler_output.float().cpu()
+        return model(**inputs, attention_mask=None if mask.all() else mask, return_dict=True).pooler_output.float().cpu()
 
 
 def _padded_frames(shortest: int, longest: int, unit: int, most: int) -> int:

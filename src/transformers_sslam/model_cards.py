@@ -195,7 +195,7 @@ def build_model_card(config: dict, extractor: dict, description: ModelDescriptio
         description: everything else.
         model_id: folder or Hub id in the examples, where the weights lie; by default the description's name.
     """
-    kind = config["architectures"][0]
+    kind = _class_name(config)
     task = TASKS.get(kind, "feature-extraction")
     usage = USAGE[task].format(model_id=model_id or description.name, sampling_rate=extractor["sampling_rate"])
     how_to_get = description.how_to_get if model_id is None else None
@@ -293,7 +293,7 @@ def write_model_card(folder: str | Path, text: str, title: str | None = None, re
         title: heading and name; by default the folder's class of model.
         results: numbers for the `model-index`, shown as a table too.
     """
-    title = title or _read_json(Path(folder) / "config.json")["architectures"][0]
+    title = title or _class_name(_read_json(Path(folder) / "config.json"))
     _write(Path(folder), ModelDescription(name=title, title=title, summary=text, results=list(results)), PLACEHOLDER)
 
 
@@ -301,7 +301,9 @@ def _write(folder: Path, description: ModelDescription, model_id: str | None) ->
     config, extractor = (_read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
     try:
         card = build_model_card(config, extractor, description, model_id)
-    except (KeyError, IndexError) as error:
+    except CardError as error:
+        raise CardError(f"{folder}: {error}") from error
+    except KeyError as error:
         raise CardError(
             f"{folder}: config.json or preprocessor_config.json lacks {error}: save model and feature extractor there"
         ) from error
@@ -310,9 +312,20 @@ def _write(folder: Path, description: ModelDescription, model_id: str | None) ->
     return path
 
 
+def _class_name(config: dict[str, Any]) -> str:
+    match config.get("architectures"):
+        case [str(kind), *_]:
+            return kind
+        case other:
+            raise CardError(f"config.json has architectures={other!r}, but a list with the model's class is expected: save the model again")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, but should hold names with values")
+        return content
     except (OSError, ValueError) as error:
         raise CardError(f"{path} cannot be read ({error}): save model and feature extractor there first") from error
 

@@ -400,8 +400,13 @@ class SSLAMModel(SSLAMPreTrainedModel):
 class SSLAMForAudioClassification(SSLAMPreTrainedModel):
     """The encoder with a layer norm and a linear layer on its pooled output, for tags (multi-label) or classes."""
 
+    # Its loss is the mean over a batch: where gradients are accumulated, `Trainer` has to divide by their number.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: SSLAMConfig):
         super().__init__(config)
+        if config.id2label:  # `from_pretrained(..., id2label=...)` leaves keys as they are given, often as text
+            config.id2label = {int(index): name for index, name in config.id2label.items()}
         self.num_labels = config.num_labels
         self.sslam = SSLAMModel(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -430,7 +435,7 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel):
         Returns:
             `logits: (batch, num_labels)` before softmax or sigmoid, `loss` if there are labels, hidden states and attentions on request.
         """
-        outputs: SSLAMModelOutput = self.sslam(input_values, attention_mask=attention_mask, **kwargs)
+        outputs: SSLAMModelOutput = self.sslam(input_values, attention_mask=attention_mask, **{**kwargs, "return_dict": True})
         logits = self._classify(outputs.pooler_output)  # type: ignore[arg-type]  # an encoder always gives one
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
@@ -445,7 +450,8 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel):
 
     def score_windows(self, audio: Audio, feature_extractor: SSLAMFeatureExtractor, **options: Any) -> Iterator[WindowScores]:
         """Batches of scores of windows that slide over a recording, in memory that does not grow with it: see
-        [`inference.score_windows`], also for `hop`, `window`, `batch_size`, `embeddings` and `sampling_rate`."""
+        [`inference.score_windows`], also for `hop`, `window`, `batch_size`, `embeddings` and `sampling_rate`. Compile a model for this by
+        `model.compile()`: `torch.compile(model)` returns another one with a fast forward pass, of which these methods know nothing."""
         return score_windows(self, audio, feature_extractor, **options)
 
     def score_over_time(self, audio: Audio, feature_extractor: SSLAMFeatureExtractor, **options: Any) -> ScoresOverTime:

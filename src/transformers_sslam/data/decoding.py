@@ -96,7 +96,7 @@ def _opened(source: str | Path | bytes | dict) -> Iterator["SoundFile"]:
     try:
         import soundfile
     except ImportError as error:
-        raise ImportError('reading audio files needs soundfile: pip install "transformers-sslam[train]"') from error
+        raise ImportError('reading audio files needs soundfile: pip install "transformers-sslam[audio]"') from error
     with _open_bytes(source) as data:
         size = data.seek(0, io.SEEK_END)
         if size == 0:
@@ -253,7 +253,7 @@ def _resampler(native_rate: int, sampling_rate: int) -> torch.nn.Module:
     except (ImportError, OSError) as error:
         raise ImportError(
             f"resampling {native_rate} Hz to {sampling_rate} Hz needs torchaudio, in the pair of versions of the train extra: "
-            'pip install "transformers-sslam[train]"'
+            'pip install "transformers-sslam[audio]"'
         ) from error
     with torch.inference_mode(False):
         return Resample(native_rate, sampling_rate)

@@ -22,7 +22,7 @@ import yaml
 
 Kind = Literal["folder", "audiofolder", "manifest", "parquet", "webdataset", "hub"]
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64")
+AUDIO_SUFFIXES = (".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64")
 SHARD_SUFFIXES = {"parquet": (".parquet",), "webdataset": (".tar",)}
 ROWS_AT_ONCE = 16  # read from a shard in one go
 
@@ -331,7 +331,8 @@ def _existing(settings: SourceSettings) -> Path:
 
 
 def files_below(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
-    """Paths relative to `root`. Links to folders are followed, each folder once, so that a ring of links ends."""
+    """Paths relative to `root`. Links to folders are followed, each folder once, so that a ring of links ends. `._name`, which macOS keeps
+    beside a file on other systems' disks, is none."""
 
     def stop(error: OSError):  # a folder that cannot be read would otherwise be missing without a word
         raise error
@@ -345,5 +346,5 @@ def files_below(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
             continue
         seen.add((identity.st_dev, identity.st_ino))
         for file in files:
-            if file.lower().endswith(suffixes):
+            if file.lower().endswith(suffixes) and not file.startswith("._"):
                 yield os.path.relpath(os.path.join(folder, file), root)

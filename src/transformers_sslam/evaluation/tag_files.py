@@ -1,7 +1,8 @@
 """Tags of every recording of a folder or a list, written as they are found, so that a run that is stopped goes on where it was.
 
 Beside the output stands its journal: which model and settings it is from, and after each recording how long the output then was. What
-stands after the last length is of a recording that was not finished; it is cut off and the recording done again.
+stands after the last length is of a recording that was not finished; it is cut off and the recording done again. Recordings are known by
+where they lie, their size and their time, for a name alone may be another file's tomorrow, or in another folder.
 """
 
 import csv
@@ -9,6 +10,7 @@ import hashlib
 import inspect
 import io
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +39,8 @@ from .pooling import best_device
 CSV_HEADER = ("path", "start", "end", "label", "score", "error")
 NO_MATTER = ("inputs", "output", "batch_size", "device")  # to what is written of a recording: these may change when a run goes on
 DIGITS = 4  # of scores
+# Of audio that nothing here decodes, but that somebody who tags a folder will look for in the output.
+UNDECODED_SUFFIXES = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".amr", ".3gp", ".ape", ".wv", ".ac3", ".dts")
 Item = TypeVar("Item")
 
 
@@ -122,7 +126,7 @@ def tag_files(settings: TagSettings) -> TagSummary:
     as_text = _csv_rows if settings.output.endswith(".csv") else _json_line
     summary, started = TagSummary(), time.monotonic()
     with _Output(Path(settings.output), _identity(settings, model, extractor)) as output:
-        left = [path for path in paths if path not in output.finished]
+        left = [path for path in paths if not output.holds(path)]
         summary.skipped = len(paths) - len(left)
         with tqdm(total=len(left), desc="tagging", unit="file") as progress:
             for path, items in groupby(_ahead(_decoded(left, extractor.sampling_rate)), key=itemgetter(0)):
@@ -139,30 +143,51 @@ def tag_files(settings: TagSettings) -> TagSummary:
 
 
 def find_recordings(inputs: str | Sequence[str]) -> list[str]:
-    """Paths of all recordings, each once: those below folders sorted, those of lists in their order.
+    """Paths of all recordings, each once, by whatever way it is named: those below folders sorted, those of lists in their order.
 
     Raises:
         SettingsError: if an input is not there, is no text, or holds no recording.
     """
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}  # by where they lie
     for name in [inputs] if isinstance(inputs, str) else inputs:
         path = Path(name)
         with refusals_as_settings_errors(f"{name} is no folder, audio file or list of paths"):
             if path.is_dir():
-                here = sorted(str(path / below) for below in files_below(path, AUDIO_SUFFIXES))
-            elif path.suffix.lower() in AUDIO_SUFFIXES:
+                here = sorted(str(path / below) for below in files_below(path, AUDIO_SUFFIXES + UNDECODED_SUFFIXES))
+            elif path.suffix.lower() in AUDIO_SUFFIXES + UNDECODED_SUFFIXES:
                 if "://" not in name and not path.is_file():
                     raise FileNotFoundError("there is no such file")
                 here = [name]
             else:
-                lines = path.read_text(encoding="utf-8").splitlines()
-                here = [line if "://" in line else str(path.parent / line) for line in lines if line.strip()]
+                lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows puts a byte-order mark in front
+                here = [_listed(line, path.parent) for line in lines if line.strip()]
         if not here:
             raise SettingsError(
                 f"{name} holds no recording: a folder's are known by {', '.join(AUDIO_SUFFIXES)}, a list has one path a line"
             )
-        found |= dict.fromkeys(here)
-    return list(found)
+        for recording in here:
+            found.setdefault(_place(recording), recording)
+    return list(found.values())
+
+
+def _listed(line: str, folder: Path) -> str:
+    """The recording that a line of a list names. Blanks around it are of no account, unless a file is called so."""
+    if "://" in line:
+        return line.strip()
+    return str(folder / (line if (folder / line).exists() else line.strip()))
+
+
+def _place(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
+def _state(path: str) -> dict[str, Any]:
+    """What tells a recording from another one of its name."""
+    try:
+        file = os.stat(path)
+    except OSError:  # not there, or an address
+        return {"at": _place(path), "size": None, "modified": None}
+    return {"at": _place(path), "size": file.st_size, "modified": file.st_mtime_ns}
 
 
 class _Output:
@@ -171,7 +196,7 @@ class _Output:
     def __init__(self, path: Path, identity: dict[str, Any]):
         self.path, self.identity = path, identity
         self.journal = path.with_name(path.name + ".journal")
-        self.finished: set[str] = set()
+        self._finished: dict[str, dict[str, Any]] = {}  # states of the recordings that are, by where they lie
         self._failures: dict[str, str] = {}  # what was written of the others
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
 
@@ -197,10 +222,18 @@ class _Output:
             raise SettingsError(
                 f"{self.path} is there, but not its journal {self.journal.name}, so nothing can be added: give another output"
             )
-        self._check_identity(json.loads(whole[0]) if whole else self.identity)
-        entries = [entry for entry in map(json.loads, whole[1:]) if entry["length"] <= size]
-        self.finished = {entry["path"] for entry in entries if "failure" not in entry}
-        self._failures = {entry["path"]: entry["failure"] for entry in entries if "failure" in entry}
+        identity, *entries = map(json.loads, whole) if whole else [self.identity]
+        if not all(isinstance(line, dict) for line in (identity, *entries)) or not all(
+            {"at", "length"} <= entry.keys() for entry in entries
+        ):
+            raise ValueError("it is no journal of this program")
+        self._check_identity(identity)
+        entries = [entry for entry in entries if entry["length"] <= size]
+        for entry in entries:
+            if "failure" in entry:
+                self._failures[entry["at"]] = entry["failure"]
+            else:
+                self._finished[entry["at"]] = {name: entry.get(name) for name in ("at", "size", "modified")}
         self._output, self._journal = self.path.open("ab"), self.journal.open("ab")
         self._output.truncate(entries[-1]["length"] if entries else 0)
         self._journal.truncate(sum(map(len, whole[: 1 + len(entries)])))
@@ -214,13 +247,19 @@ class _Output:
         self._journal.close()
         self._lock.release()
 
+    def holds(self, path: str) -> bool:
+        """Whether the recording is finished, and still the one that it was."""
+        return self._finished.get(_place(path)) == _state(path)
+
     def write(self, path: str, text: str, final: bool) -> None:
         """All of a recording, and then that it is all. What is not final is tried again by the next run, and written again only if that
-        says something else: of several lines of a path the last counts."""
-        if not final and self._failures.get(path) == text:
+        says something else: of several lines of a path the last counts, and of a .csv's rows an error only if no others of its path
+        follow."""
+        state = _state(path)
+        if not final and self._failures.get(state["at"]) == text:
             return
         self._append(self._output, text)
-        entry = {"path": path, "length": self._output.tell()} | ({} if final else {"failure": text})
+        entry = {**state, "length": self._output.tell()} | ({} if final else {"failure": text})
         self._append(self._journal, json.dumps(entry) + "\n")
 
     def _check_identity(self, before: dict[str, Any]) -> None:
@@ -318,7 +357,7 @@ def _csv_rows(path: str, heard: ScoresOverTime | ValueError, settings: TagSettin
             (path, start, end, tag["label"], tag["score"], "")
             for start, end, scores in _windows(heard)
             for tag in _tags(scores, heard.classes, settings)
-        ]
+        ] or [(path, 0.0, round(heard.duration, 3), "", "", "")]  # heard, and nothing found
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
