@@ -6,6 +6,7 @@ python scripts/finetune.py data_dir=my_sounds fold_column=fold cross_validate=tr
 python scripts/finetune.py --help
 """
 
+import os
 import sys
 
 from transformers_sslam.data.decoding import AudioDecodingError
@@ -24,6 +25,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped: finished runs stay, and are found again; this one begins anew", file=sys.stderr)
         sys.exit(130)
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(format_runs(summary))
     print(f"\n{summary['seconds']:.0f} s; models and results in {settings.output_dir}, the table's numbers in summary.json there")
 

@@ -25,7 +25,7 @@ OPTIONS = {
     "clips_per_shard": (int, "rows of a file; a multiple of --clips-per-group"),
     "clips_per_group": (int, "rows that are read at once, and that ranks and workers share out"),
     "shuffle_rows": (int, "recordings that a worker shuffles together"),
-    "max_broken_share": (float, "more than this share of recordings that cannot be decoded stops the writing"),
+    "max_broken_share": (float, "more than this share of recordings that cannot be decoded stops the writing, from the 200th recording on"),
     "num_workers": (int, "processes that decode; the order of the rows follows from it too"),
 }
 
@@ -43,7 +43,7 @@ def main() -> None:
     folder, sources = values.pop("folder"), values.pop("source")
     try:
         index = prepare(folder, ShardSettings(sources, **values))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     clipped = sum(shard["clipped"] for shard in index["shards"])
     print(

@@ -187,7 +187,7 @@ def test_an_update_is_measured_whole_and_in_parts():
     assert [*seconds] == ["update", *Update.PARTS, "drawing 4 masks"]
     assert seconds["update"].runs == 3
     # Loosely, for machines are busy: the parts make the whole.
-    assert 0.2 < sum(seconds[part].median for part in Update.PARTS) / seconds["update"].median < 5
+    assert 0.1 < sum(seconds[part].smallest for part in Update.PARTS) / seconds["update"].smallest < 10
     assert results["clips_per_second"].median == pytest.approx(2 / seconds["update"].median)
     assert results["utilisation"].median == pytest.approx(results["flops"] / seconds["update"].median / results["peak_flops_per_second"])
     assert 0 < results["floor_seconds"].median < 5 * seconds["update"].median

@@ -4,12 +4,14 @@ import math
 import os
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
 from transformers_sslam.training import checkpoints
 from transformers_sslam.training.checkpoints import (
+    MANIFEST,
     begin_checkpoint,
     checkpoint_folder,
     damage,
@@ -55,6 +57,25 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, sp
     assert latest_whole_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 1)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert re.search(message, caplog.text)
+
+
+def test_nothing_is_begun_anew_over_damaged_checkpoints(tmp_path):
+    assert latest_whole_checkpoint(tmp_path) is None
+    for update in (1, 2):
+        (write(tmp_path, update) / MANIFEST).unlink()
+    with pytest.raises(ValueError, match="all 2 checkpoints in .* are damaged"):
+        latest_whole_checkpoint(tmp_path)
+
+
+def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
+    folder = write(tmp_path, 1)
+
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        damage(folder)
 
 
 def test_a_run_killed_while_writing_or_deleting_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):

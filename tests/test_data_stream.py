@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from itertools import pairwise
@@ -65,10 +67,12 @@ def write_parquet(folder: Path, target: Path, rows_per_group: int = 4) -> None:
 @pytest.fixture(scope="module")
 def kinds(folder: Path, tmp_path_factory) -> dict[str, dict]:
     """The same recordings as a source of each kind that needs no network."""
-    root = tmp_path_factory.mktemp("kinds")
+    root = tmp_path_factory.mktemp("kinds [1]")  # which `datasets` would take for a pattern
     files = sorted(folder.rglob("*.wav"))
     (root / "all.tsv").write_text(f"{folder}\n" + "".join(f"{file.relative_to(folder)}\t5360\n" for file in files))
     write_parquet(folder, root / "parquet")
+    plain = tmp_path_factory.mktemp("hub")
+    shutil.copytree(root / "parquet", plain, dirs_exist_ok=True)
     (root / "tars").mkdir()
     for part in range(3):
         with tarfile.open(root / "tars" / f"{part}.tar", "w") as archive:
@@ -83,7 +87,7 @@ def kinds(folder: Path, tmp_path_factory) -> dict[str, dict]:
         "audiofolder": {"kind": "audiofolder", "path": str(root / "audiofolder")},
         "parquet": {"kind": "parquet", "path": str(root / "parquet")},
         "webdataset": {"kind": "webdataset", "path": str(root / "tars")},
-        "hub": {"kind": "hub", "path": str(root / "parquet")},  # `datasets` takes a folder for an id
+        "hub": {"kind": "hub", "path": str(plain)},  # `datasets` takes a folder for an id
     }
 
 
@@ -128,6 +132,28 @@ def test_every_kind_of_source_gives_the_same_clips(kinds, kind: str):
     values = {clip: row for batches in (one,) for clip, row in zip(heard(batches), torch.cat([b["input_values"] for b in batches]))}
     for clip, row in zip(heard(other), torch.cat([b["input_values"] for b in other])):
         assert torch.equal(values[clip], row)
+
+
+@pytest.mark.parametrize("ending", ["raise ValueError('in the middle')", "raise KeyboardInterrupt", "pass"])
+def test_a_process_whose_workers_still_read_ends_all_the_same(kinds, tmp_path, ending):
+    """Workers do not hear the SIGTERM by which Python ends its children."""
+    script = tmp_path / "reads.py"
+    script.write_text(
+        "from transformers_sslam import SSLAMFeatureExtractor\n"
+        "from transformers_sslam.data.stream import ClipStream, DataSettings\n"
+        f"stream = ClipStream(DataSettings([{kinds['folder']!r}]), SSLAMFeatureExtractor(max_length=32), batch_size=1, num_workers=2)\n"
+        f"batches = iter(stream)\nnext(batches)\n{ending}\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode == 0) == (ending == "pass"), ended.stderr
+
+
+def test_shards_that_are_not_finished_are_warned_about(kinds, tmp_path, caplog):
+    shutil.copytree(kinds["parquet"]["path"], tmp_path / "shards")
+    for complete in (True, False):
+        (tmp_path / "shards" / "index.json").write_text(json.dumps({"complete": complete}))
+        open_stream({"kind": "parquet", "path": str(tmp_path / "shards")})
+        assert ("is not finished" in caplog.text) != complete
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -183,6 +183,20 @@ def test_stage_2_goes_on_from_stage_1_with_decoder_and_teacher(sounds, tmp_path)
     assert all(torch.equal(tensor, first[name]) for name, tensor in second.model.state_dict().items())
 
 
+def test_stage_2_hears_what_stage_1_heard_and_weighs_its_own_losses(sounds, tmp_path):
+    first = {"stage": 1, "features": {"max_length": 64, "mean": -6.0, "std": 5.0}, "model": {**MODEL, "global_loss_weight": 2.0}}
+    trainer(sounds, tmp_path / "1", **first, total_updates=3).run()
+    second = {"init_from": str(tmp_path / "1" / "model"), "features": {"std": 4.0}, "model": {"unmixed_span_length": 16}}
+    run = trainer(sounds, tmp_path / "2", **second)
+    assert (run.extractor.max_length, run.extractor.mean, run.extractor.std) == (64, -6.0, 4.0)
+    assert run.model.config.global_loss_weight == 1.0
+    for field, value in (("num_hidden_layers", 1), ("hidden_size", 64), ("max_length", 128)):
+        with pytest.raises(SettingsError, match=f"model.{field} is {value}, but .* has .*: with init_from leave the sizes out"):
+            trainer(sounds, tmp_path / "2", **{**second, "model": {field: value}})
+    with pytest.raises(SettingsError, match="the weights of .* do not fit the sizes under `model`"):
+        trainer(sounds, tmp_path / "2", **{**second, "model": {"decoder_hidden_size": 64}})
+
+
 def test_weight_decay_falls_on_every_trained_tensor_unless_told_otherwise(sounds, tmp_path):
     everything = trainer(sounds, tmp_path).optimizer.param_groups
     assert [group["weight_decay"] for group in everything] == [0.05]
@@ -269,6 +283,41 @@ def test_changed_settings_are_named_when_a_run_goes_on(sounds, tmp_path, caplog)
     trainer(sounds, tmp_path, total_updates=5, learning_rate=2e-3).run()
     assert "learning_rate (0.001 then, 0.002 now)" in caplog.text
     assert len(metrics(tmp_path)) == 5
+
+
+def test_settings_of_the_optimiser_are_those_of_now(sounds, tmp_path):
+    trainer(sounds, tmp_path, total_updates=3).run()
+    run = trainer(sounds, tmp_path, weight_decay=0.5, adam_beta1=0.5)
+    run._resume()
+    assert [(group["weight_decay"], group["betas"]) for group in run.optimizer.param_groups] == [(0.5, (0.5, 0.95))]
+    assert all(state["step"] == 3 for state in run.optimizer.state.values())
+    with pytest.raises(SettingsError, match="decay_all_weights is another one than when the run began"):
+        trainer(sounds, tmp_path, decay_all_weights=False).run()
+
+
+def test_a_launcher_does_not_divide_the_gradients(sounds, tmp_path, monkeypatch):
+    norms = []
+    for steps in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        run = trainer(sounds, tmp_path / steps, total_updates=1, warmup_updates=0, max_grad_norm=1e9)
+        run.run()
+        norms.append(sum(state["exp_avg"].norm().item() for state in run.optimizer.state.values()))
+    assert norms[0] == pytest.approx(norms[1])
+
+
+def test_a_folder_whose_run_is_further_or_of_another_stage_is_refused(sounds, tmp_path):
+    trainer(sounds, tmp_path, total_updates=4).run()
+    for changes in ({"total_updates": 3}, {"stage": 1}):
+        with pytest.raises(SettingsError, match="checkpoint-00000004 is of stage 2 and update 4, but .*choose another output_dir"):
+            trainer(sounds, tmp_path, **changes).run()
+
+
+def test_a_signal_in_the_last_update_stops_nothing(sounds, tmp_path):
+    source = {"sources": [{"kind": "folder", "path": str(sounds)}]}
+    run = trainer(sounds, tmp_path, validation=source, total_updates=3)
+    interrupted_after(run, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run.run()
+    assert "validation_loss" in metrics(tmp_path)[-1]
 
 
 def test_a_run_whose_model_or_clips_have_changed_is_refused(sounds, tmp_path):
@@ -389,11 +438,27 @@ def test_a_full_disk_is_told_and_former_checkpoints_stay(sounds, tmp_path, monke
         ({"features": {"max_length": 128}}, "128 frames of 128 mel bins, but the model takes up to 64"),
         ({"features": {"std": 0.0}}, "features: .*std is 0"),
         ({"init_from": "absent/folder"}, "init_from absent/folder: "),
+        ({"features": {"max_lenght": 32}}, "no setting features.max_lenght: did you mean features.max_length"),
+        ({"model": {**MODEL, "mask_ratio": 0.999}}, "model, with features.max_length: .*mask_ratio"),
+        ({"model": {**MODEL, "unmixed_span_length": 64}}, "model, with features.max_length: .*unmixed_span_length"),
+        ({"trackers": ["foo"]}, "trackers or mixed_precision: .*foo"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0, but a finite number above 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0, but a finite number above 0"),
+        ({"adam_beta2": 1.0}, "adam_beta2 is 1.0, but a number from 0 to under 1"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(sounds, tmp_path, changes, message):
     with pytest.raises(SettingsError, match=message):
         trainer(sounds, tmp_path, **changes)
+
+
+@pytest.mark.usefixtures("_another_precision")
+def test_float16_on_a_cpu_is_refused(sounds, tmp_path):
+    """Accelerate would train in float32 without a word."""
+    with pytest.raises(SettingsError, match="mixed_precision is fp16, which needs a GPU"):
+        trainer(sounds, tmp_path, mixed_precision="fp16")
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(sounds, tmp_path):

@@ -35,7 +35,7 @@ if sys.argv[3] == "without the package":
     sys.modules["transformers_sslam"] = None  # whoever imports it gets an ImportError
     how = {"trust_remote_code": True}
 else:
-    sys.modules.update({"scipy": None, "evaluate": None})  # not installed with the package alone
+    sys.modules.update({"scipy": None, "sklearn": None, "evaluate": None})  # not installed with the package alone
     import transformers_sslam.conversion
     how = {}
 import numpy as np, torch

@@ -116,6 +116,14 @@ def test_a_wrong_file_is_refused(tmp_path, text, message):
         read(file=file)
 
 
+def test_a_date_is_text(tmp_path):
+    """So it can be compared with a data set's column, and written to a checkpoint."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("steps: 5\nmodel: {day: 2020-01-01}\n")
+    assert read(file=file).model == {"day": "2020-01-01"}
+    assert read("steps=5", "model.day=2020-01-01").model == {"day": "2020-01-01"}
+
+
 def test_a_setting_without_default_must_be_given():
     with pytest.raises(SettingsError, match=r"data_dir is required \(where the clips are\)"):
         read_settings(Example)

@@ -15,6 +15,12 @@ PRETRAINING_STAGES: dict[int, dict[str, Any]] = {
     2: {"use_mixtures": True, "num_views": 8, "global_target_layers": 1},
 }
 
+# Without these an encoder's weights mean nothing, or something else. (Positions are among them, hence `max_length`.)
+ENCODER_FIELDS = {
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps", "qkv_bias"),
+    *("patch_size", "num_mel_bins", "max_length"),
+}
+
 
 @strict
 class SSLAMConfig(PreTrainedConfig):
@@ -252,4 +258,4 @@ class SSLAMConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["PRETRAINING_STAGES", "SSLAMConfig"]
+__all__ = ["ENCODER_FIELDS", "PRETRAINING_STAGES", "SSLAMConfig"]

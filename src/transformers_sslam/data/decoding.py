@@ -252,7 +252,7 @@ def _resampler(native_rate: int, sampling_rate: int) -> torch.nn.Module:
         from torchaudio.transforms import Resample
     except (ImportError, OSError) as error:
         raise ImportError(
-            f"resampling {native_rate} Hz to {sampling_rate} Hz needs torchaudio, in the pair of versions of the train extra: "
+            f"resampling {native_rate} Hz to {sampling_rate} Hz needs torchaudio, in the pair of versions of the audio extra: "
             'pip install "transformers-sslam[audio]"'
         ) from error
     with torch.inference_mode(False):

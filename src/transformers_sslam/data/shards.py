@@ -22,11 +22,8 @@ from datasets import Audio, Features
 from tqdm import tqdm
 
 from .clips import Clip, Windows
-from .sources import Source, SourceSettings
+from .sources import SHARD_INDEX, Source, SourceSettings
 from .stream import BatchStream, DataSettings
-
-
-INDEX = "index.json"
 
 
 @dataclass
@@ -174,11 +171,11 @@ def read_index(folder: Path, settings: ShardSettings) -> dict[str, Any]:
     Raises:
         ValueError: if the folder was begun with other settings, naming them, or holds shards that no index knows.
     """
-    path = folder / INDEX
+    path = folder / SHARD_INDEX
     wanted = asdict(settings)
     if not path.exists():
         if any(folder.glob("*.parquet")):
-            raise ValueError(f"{folder} holds parquet files of another origin (it has no {INDEX}): choose an empty folder")
+            raise ValueError(f"{folder} holds parquet files of another origin (it has no {SHARD_INDEX}): choose an empty folder")
         return {"settings": wanted, "complete": False, "shards": [], "place": None}
     index = json.loads(path.read_text())
     then = index["settings"]
@@ -187,17 +184,19 @@ def read_index(folder: Path, settings: ShardSettings) -> dict[str, Any]:
         raise ValueError(f"{folder} was begun with other settings: {'; '.join(different)}. Choose another folder, or the same settings")
     missing = [shard["file"] for shard in index["shards"] if not (folder / shard["file"]).is_file()]
     if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}, which its {INDEX} names: put them back, or begin anew in an empty folder")
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing)}, which its {SHARD_INDEX} names: put them back, or begin anew in an empty folder"
+        )
     return index
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
-    unfinished = folder / f"{INDEX}.unfinished"
+    unfinished = folder / f"{SHARD_INDEX}.unfinished"
     with unfinished.open("w") as file:
         json.dump(index, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    unfinished.replace(folder / INDEX)
+    unfinished.replace(folder / SHARD_INDEX)
 
 
 __all__ = ["ShardSettings", "prepare"]

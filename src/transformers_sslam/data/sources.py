@@ -4,7 +4,10 @@ A source is a row of *shards*, each read from its start to its end. What is a ta
 one shard a file, so any order of files costs nothing. What is stored in larger pieces has one shard a parquet row group or an archive.
 """
 
+import glob
 import hashlib
+import json
+import logging
 import math
 import os
 from argparse import ArgumentTypeError
@@ -22,6 +25,9 @@ import yaml
 
 Kind = Literal["folder", "audiofolder", "manifest", "parquet", "webdataset", "hub"]
 
+logger = logging.getLogger(__name__)
+
+SHARD_INDEX = "index.json"  # what `shards.prepare` writes beside its shards
 AUDIO_SUFFIXES = (".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64")
 SHARD_SUFFIXES = {"parquet": (".parquet",), "webdataset": (".tar",)}
 ROWS_AT_ONCE = 16  # read from a shard in one go
@@ -237,7 +243,7 @@ def _open_folder(settings: SourceSettings):
 def _open_audiofolder(settings: SourceSettings):
     root = _existing(settings)
     # Not streamed: as a stream an audiofolder is one single shard, whatever its size. The table holds paths, not audio.
-    data = _load(settings, "audiofolder", data_dir=str(root), split=settings.split)
+    data = _load(settings, "audiofolder", data_dir=glob.escape(str(root)), split=settings.split)
     if "audio" not in data.features:
         return data, [], len(data)
     for column, values in settings.keep.items():
@@ -277,8 +283,11 @@ def _open_shards(settings: SourceSettings):
     names = sorted(files_below(path, suffixes)) if path.is_dir() else [path.name]
     if not names:
         raise ValueError(f"the folder {path} is empty: no file below it ends in {', '.join(suffixes)}")
+    index = path / SHARD_INDEX
+    if index.is_file() and not json.loads(index.read_text()).get("complete", True):
+        logger.warning("%s is not finished: only the shards that are there are heard; go on with scripts/prepare_shards.py", path)
     files = [os.path.join(path, name) for name in names] if path.is_dir() else [str(path)]
-    data = _load(settings, settings.kind, data_files={"train": files}, split="train", streaming=True)
+    data = _load(settings, settings.kind, data_files={"train": [glob.escape(file) for file in files]}, split="train", streaming=True)
     return data, names, _rows_of_parquet(files) if settings.kind == "parquet" else None
 
 

@@ -9,8 +9,9 @@ what workers have read ahead.
 
 import logging
 import math
+import multiprocessing.util
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -217,6 +218,11 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _kill(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
 class BatchStream:
     """Batches of one rank, epoch after epoch, from any place.
 
@@ -376,8 +382,13 @@ class BatchStream:
             worker_init_fn=_start_worker,
             prefetch_factor=max(2, math.ceil(2 * self.batch_size / self.num_workers)),  # two batches ahead
         )
+        others = set(multiprocessing.active_children())
         with _signals_held_back():
-            return iter(loader)
+            news = iter(loader)
+        workers = set(multiprocessing.active_children()) - others
+        # Where this process ends by an exception, Python sends SIGTERM to its children, which these do not hear, and waits for them.
+        multiprocessing.util.Finalize(news, _kill, (workers,), exitpriority=100)
+        return news
 
     def _lanes(self) -> list[Lane]:
         order = self._order()[self.rank :: self.world_size]

@@ -68,7 +68,7 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, compared with its manifest; `None` if nothing is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:  # any other failure is the disk's: nothing may be concluded from it
         return f"its {MANIFEST} cannot be read ({error})"
     for name, expected in manifest.items():
         path = folder / name
@@ -82,11 +82,18 @@ def damage(folder: Path) -> str | None:
 
 
 def latest_whole_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole. Damaged ones are passed over, each with a warning."""
-    for folder in reversed(checkpoints(output_dir)):
+    """The newest checkpoint that is whole; `None` if there is no checkpoint. Damaged ones are passed over, each with a warning.
+
+    Raises:
+        ValueError: if all are damaged.
+    """
+    found = checkpoints(output_dir)
+    for folder in reversed(found):
         if (problem := damage(folder)) is None:
             return folder
         logger.warning("%s is damaged and is passed over: %s", folder, problem)
+    if found:
+        raise ValueError(f"all {len(found)} checkpoints in {output_dir} are damaged: put one back, or choose another folder to begin anew")
     return None
 
 

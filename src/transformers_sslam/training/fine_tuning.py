@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioClas
 from transformers.utils import cached_file, logging
 
 from ..allocator import keep_freed_memory
-from ..configuration_sslam import SSLAMConfig
+from ..configuration_sslam import ENCODER_FIELDS, SSLAMConfig
 from ..conversion import ConversionError, convert_checkpoint
 from ..data.labelled import (
     LabelledRows,
@@ -49,12 +49,6 @@ from .settings import SettingsError, refusals_as_settings_errors, write_settings
 
 
 logger = logging.get_logger(__name__)
-
-# What a checkpoint decides and a recipe cannot change. (Its position table is loaded, so `max_length` belongs here too.)
-ARCHITECTURE = {
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps", "qkv_bias"),
-    *("patch_size", "num_mel_bins", "max_length"),
-}
 
 
 @dataclass
@@ -340,7 +334,7 @@ def build_model(
 
 def _check_architecture(settings: FineTuningSettings, config: SSLAMConfig) -> None:
     """A recipe's sizes must not silently make another network of a checkpoint."""
-    for name in ARCHITECTURE & settings.model_config.keys():
+    for name in ENCODER_FIELDS & settings.model_config.keys():
         if settings.model_config[name] != getattr(config, name, None):
             raise SettingsError(
                 f"model_config.{name} is {settings.model_config[name]}, but {settings.model} has {getattr(config, name, None)}: with "

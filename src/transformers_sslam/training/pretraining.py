@@ -14,19 +14,18 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..allocator import keep_freed_memory
 from ..data.stream import ClipStream, DataSettings
-from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..hub import add_remote_code, write_model_card
 from ..modeling_sslam_pretraining import SSLAMForPreTraining
 from .checkpoints import (
@@ -39,7 +38,7 @@ from .checkpoints import (
     sweep_leftovers,
 )
 from .monitoring import CollapseGuard, Stopwatch, matmul_peak, peak_memory, training_flops_per_clip
-from .pretraining_model import build_model, compile_model, parameter_groups
+from .pretraining_model import build_extractor, build_model, compile_model, parameter_groups
 from .pretraining_settings import PreTrainingSettings
 from .schedules import adam_epsilon, learning_rate
 from .settings import SettingsError, refusals_as_settings_errors, write_settings
@@ -82,12 +81,16 @@ class PreTrainer:
                 f"resume is false, but output_dir {self.output_dir} holds checkpoints of another run ({found[-1].name}): choose another "
                 "folder"
             )
-        self.accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision,
-            log_with=settings.trackers or None,
-            project_dir=settings.output_dir,
-            kwargs_handlers=[ddp],
-        )
+        with refusals_as_settings_errors("trackers or mixed_precision"):
+            self.accelerator = Accelerator(
+                mixed_precision=settings.mixed_precision,
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # whatever a launcher says: the loop does it itself
+                log_with=settings.trackers or None,
+                project_dir=settings.output_dir,
+                kwargs_handlers=[ddp],
+            )
+        if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise SettingsError("mixed_precision is fp16, which needs a GPU: on a CPU use bf16 or no")
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != self.accelerator.num_processes:  # they would not know of each other, and write over each other's files
             raise SettingsError(
@@ -97,8 +100,7 @@ class PreTrainer:
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
         set_seed(settings.seed)
-        with refusals_as_settings_errors("features"):
-            self.extractor = SSLAMFeatureExtractor(**settings.features)
+        self.extractor = build_extractor(settings)
         self.model = build_model(settings, self.extractor)
         self.inputs = ["input_values", "attention_mask"] if settings.mask_padding else ["input_values"]  # of all that the stream says
         self.clips = self._stream(settings.data, settings.num_workers)
@@ -154,6 +156,7 @@ class PreTrainer:
                 updated = self._train(micro_batches, clips)
                 bar.update(updated)
                 ends = self.update == settings.total_updates
+                stop = stop and not ends  # there is nothing left to stop
                 validates, saves = (
                     ends or (updated and self.update % every == 0) for every in (settings.validate_every, settings.save_every)
                 )
@@ -335,13 +338,14 @@ class PreTrainer:
         if self.settings.validation is None:
             return []
         share = -(-self.settings.validation_clips // self.accelerator.num_processes)
-        stream = self._stream(self.settings.validation, num_workers=0)
+        stream = self._stream(self.settings.validation, num_workers=0, name="validation")
         batches, found = [], 0
-        for batch in stream:
-            batches.append({name: batch[name][: share - found] for name in self.inputs})
-            found += len(batches[-1]["input_values"])
-            if found >= share:
-                break
+        with refusals_as_settings_errors("validation"):
+            for batch in stream:
+                batches.append({name: batch[name][: share - found] for name in self.inputs})
+                found += len(batches[-1]["input_values"])
+                if found >= share:
+                    break
         if not found:
             raise SettingsError(f"validation: there is no clip for rank {self.accelerator.process_index}: give more, or use fewer devices")
         return batches
@@ -413,7 +417,10 @@ class PreTrainer:
         write_settings(settings, folder / "settings.yaml")
         sources = ", ".join(f"`{source.name}`" for source in settings.data.sources)
         hours = self.clips_seen * self.extractor.max_length / 360_000
-        start = "from scratch" if settings.init_from is None else f"from `{settings.init_from}`"
+        origin = (
+            settings.init_from if settings.init_from is None or not Path(settings.init_from).exists() else Path(settings.init_from).name
+        )
+        start = "from scratch" if origin is None else f"from `{origin}`"
         what = f"{self.update} updates, {self.clips_seen} clips, {hours:.1f} hours of input"
         text = f"Pre-trained {start} on {sources}, {STAGE_NAMES[settings.stage]}: {what}. `settings.yaml` holds every setting. "
         write_model_card(folder, text + "Student, decoder and teacher are kept.")
@@ -427,11 +434,17 @@ class PreTrainer:
     def _resume(self) -> None:
         """Go to where the latest whole checkpoint stands, if there is one."""
         accelerator = self.accelerator
-        found = latest_whole_checkpoint(self.output_dir) if self.settings.resume and accelerator.is_main_process else None
+        with refusals_as_settings_errors("the run cannot go on"):
+            found = latest_whole_checkpoint(self.output_dir) if self.settings.resume and accelerator.is_main_process else None
         folder = broadcast_object_list([found])[0]
         if folder is None:
             return
         run = json.loads((folder / "run.json").read_text())
+        if run["settings"]["stage"] != self.settings.stage or run["update"] > self.settings.total_updates:
+            raise SettingsError(
+                f"{folder} is of stage {run['settings']['stage']} and update {run['update']}, but stage {self.settings.stage} and "
+                f"{self.settings.total_updates} updates are asked for: choose another output_dir"
+            )
         for name in ("update", "attempt", "skipped", "skipped_in_a_row", "clips_seen"):
             setattr(self, name, run[name])
         self.clips_logged = self.clips_seen
@@ -443,7 +456,7 @@ class PreTrainer:
                 "output_dir"
             ) from error
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)  # goes to the parameters' device below
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         same_world = run["world_size"] == accelerator.num_processes
@@ -452,6 +465,14 @@ class PreTrainer:
             self.clips.load_state_dict(json.loads((folder / f"rank-{rank:05d}.json").read_text())["clips"])
         if accelerator.is_main_process:
             self._report_resuming(folder, run)
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """The moments are the checkpoint's, the settings this run's."""
+        settings = [{name: group[name] for name in ("weight_decay", "betas")} for group in self.optimizer.param_groups]
+        with refusals_as_settings_errors("decay_all_weights is another one than when the run began: leave it as it was"):
+            self.optimizer.load_state_dict(state)
+        for group, values in zip(self.optimizer.param_groups, settings):
+            group.update(values)
 
     def _report_resuming(self, folder: Path, run: dict) -> None:
         logger.info("Going on from %s: update %d of %d", folder, self.update, self.settings.total_updates)
@@ -467,8 +488,8 @@ class PreTrainer:
         if changed:
             logger.warning("Settings have changed since that checkpoint: %s", "; ".join(changed))
 
-    def _stream(self, data: DataSettings, num_workers: int) -> ClipStream:
-        with refusals_as_settings_errors("data"):
+    def _stream(self, data: DataSettings, num_workers: int, name: str = "data") -> ClipStream:
+        with refusals_as_settings_errors(name):
             return ClipStream(
                 data,
                 self.extractor,

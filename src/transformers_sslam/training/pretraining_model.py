@@ -1,14 +1,31 @@
 """The model that a pre-training run begins with, how it is compiled, and what of it is decayed."""
 
+import inspect
 from typing import Any
 
 import torch
 
-from ..configuration_sslam import PRETRAINING_STAGES, SSLAMConfig
+from ..configuration_sslam import ENCODER_FIELDS, PRETRAINING_STAGES, SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam_pretraining import SSLAMForPreTraining
 from .pretraining_settings import PreTrainingSettings
-from .settings import SettingsError, refusals_as_settings_errors
+from .settings import SettingsError, check_names, refusals_as_settings_errors
+
+
+# What belongs to the number of clips on a device, and not to a model that goes on on others.
+NOT_TAKEN_OVER = {name: getattr(SSLAMConfig(), name) for name in ("global_loss_weight", "global_loss_reduction")}
+
+
+def build_extractor(settings: PreTrainingSettings) -> SSLAMFeatureExtractor:
+    """A new feature extractor, or that of the model to start from, with the fields that are set."""
+    names = inspect.signature(SSLAMFeatureExtractor.__init__).parameters.keys() - {"self", "kwargs"}
+    check_names(settings.features, names, "features.")
+    with refusals_as_settings_errors("features"):
+        try:
+            brought = {} if settings.init_from is None else SSLAMFeatureExtractor.from_pretrained(settings.init_from).to_dict()
+        except OSError:  # there is none beside the model
+            brought = {}
+        return SSLAMFeatureExtractor(**{**{name: brought[name] for name in names & brought.keys()}, **settings.features})
 
 
 def build_model(settings: PreTrainingSettings, extractor: SSLAMFeatureExtractor) -> SSLAMForPreTraining:
@@ -20,7 +37,7 @@ def build_model(settings: PreTrainingSettings, extractor: SSLAMFeatureExtractor)
     fields.setdefault("padding_value", (extractor.padding_value - extractor.mean) / (2 * extractor.std))
     with refusals_as_settings_errors("model" if settings.init_from is None else f"init_from {settings.init_from}"):
         if settings.init_from is not None:
-            model = SSLAMForPreTraining.from_pretrained(settings.init_from, dtype=torch.float32, **fields)
+            model = _from_checkpoint(settings.init_from, fields)
         else:
             model = SSLAMForPreTraining(getattr(SSLAMConfig, settings.preset)(**fields))
     if extractor.num_mel_bins != model.config.num_mel_bins or extractor.max_length > model.config.max_length:
@@ -28,7 +45,26 @@ def build_model(settings: PreTrainingSettings, extractor: SSLAMFeatureExtractor)
             f"features give {extractor.max_length} frames of {extractor.num_mel_bins} mel bins, but the model takes up to "
             f"{model.config.max_length} frames of {model.config.num_mel_bins}: change features or model"
         )
+    # Now, and not behind the first clips: masks and spans must fit the clips' length.
+    with refusals_as_settings_errors("model, with features.max_length"), torch.random.fork_rng(devices=()):
+        clip = torch.zeros(1, extractor.max_length, extractor.num_mel_bins)
+        model._masks(clip, None, None)
+        model._spans(clip, None, None)
     return model
+
+
+def _from_checkpoint(origin: str, fields: dict[str, Any]) -> SSLAMForPreTraining:
+    """A model to start from keeps its encoder's sizes."""
+    config = SSLAMConfig.from_pretrained(origin)
+    for name in ENCODER_FIELDS & fields.keys():
+        if fields[name] != getattr(config, name):
+            raise SettingsError(
+                f"model.{name} is {fields[name]}, but {origin} has {getattr(config, name)}: with init_from leave the sizes out"
+            )
+    try:
+        return SSLAMForPreTraining.from_pretrained(origin, dtype=torch.float32, **{**NOT_TAKEN_OVER, **fields})
+    except RuntimeError as error:  # torch names every tensor that differs
+        raise SettingsError(f"the weights of {origin} do not fit the sizes under `model`: leave the sizes out") from error
 
 
 def compile_model(model: SSLAMForPreTraining, fullgraph: bool = False) -> None:
@@ -56,4 +92,4 @@ def parameter_groups(model: SSLAMForPreTraining, weight_decay: float, decay_all_
     return [group for group in groups if group["params"]]
 
 
-__all__ = ["build_model", "compile_model", "parameter_groups"]
+__all__ = ["build_extractor", "build_model", "compile_model", "parameter_groups"]

@@ -1,5 +1,6 @@
 """Every setting of a pre-training run."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,8 +22,14 @@ class PreTrainingSettings:
         "checkpoint or Hub id to start from, with its decoder and teacher if it has them; null: from scratch", None
     )
     preset: Literal["base", "large"] = setting("sizes of a model from scratch, which `model` may change", "base")
-    model: dict[str, Any] = setting("further fields of SSLAMConfig, over those of the preset and the stage", {})
-    features: dict[str, Any] = setting("fields of SSLAMFeatureExtractor: mean, std, max_length (frames of a clip)", {})
+    model: dict[str, Any] = setting(
+        "further fields of SSLAMConfig, over those of the stage, and of the preset or of init_from's model, whose weight and reduction of "
+        "the global loss alone are not taken over",
+        {},
+    )
+    features: dict[str, Any] = setting(
+        "fields of SSLAMFeatureExtractor: mean, std, max_length (frames of a clip); over those of init_from's extractor, if it has one", {}
+    )
     mask_padding: bool = setting("never mix in the padding of short clips, which in the published runs is louder than quiet sound", False)
 
     total_updates: int = setting("updates of the whole run", 200_000)
@@ -62,9 +69,15 @@ class PreTrainingSettings:
         for name, least in (
             *(("total_updates", 1), ("warmup_updates", 0), ("batch_size", 1), ("gradient_accumulation_steps", 1), ("num_workers", 0)),
             *(("save_every", 1), ("keep_last", 1), ("log_every", 1), ("validate_every", 1), ("validation_clips", 1)),
-            *(("max_skipped_in_a_row", 1), ("seed", 0)),
+            *(("max_skipped_in_a_row", 1), ("seed", 0), ("final_learning_rate", 0), ("weight_decay", 0)),
         ):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name} is {getattr(self, name)}, but must be at least {least}")
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingsError(f"{name} is {getattr(self, name)}, but a finite number above 0 is expected")
+        for name, limit in (("adam_beta1", 1), ("adam_beta2", 1), ("seed", 2**32)):
+            if not 0 <= getattr(self, name) < limit:
+                raise SettingsError(f"{name} is {getattr(self, name)}, but a number from 0 to under {limit} is expected")
         if self.warmup_updates >= self.total_updates:
             raise SettingsError(f"warmup_updates is {self.warmup_updates}, but must be less than total_updates, {self.total_updates}")

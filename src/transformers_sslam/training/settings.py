@@ -161,6 +161,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# Dates stay text: no setting is one, but a fold or a class of a data set may be called so.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), first=list("-+.0123456789"))
 
 
@@ -192,7 +197,9 @@ def _build(cls: type[Settings], values: dict[str, Any], prefix: str) -> Settings
             what = f" ({f.metadata['help']})" if "help" in f.metadata else ""
             where = "there" if "[" in prefix else f"in the recipe or as {prefix}{f.name}=..."  # within a list no key leads to it
             raise SettingsError(f"{prefix}{f.name} is required{what}: give it {where}")
-    return cls(**{name: _convert(value, hints[name], prefix + name) for name, value in values.items()})
+    converted = {name: _convert(value, hints[name], prefix + name) for name, value in values.items()}
+    with refusals_as_settings_errors(prefix.rstrip(".") or "the settings"):
+        return cls(**converted)
 
 
 def _is_required(f: Field) -> bool:
