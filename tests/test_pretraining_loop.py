@@ -181,6 +181,10 @@ def test_stage_2_goes_on_from_stage_1_with_decoder_and_teacher(sounds, tmp_path)
     assert second.model.config.use_mixtures
     assert second.model.config.num_views == 3
     assert all(torch.equal(tensor, first[name]) for name, tensor in second.model.state_dict().items())
+    second.run()
+    card = (tmp_path / "2" / "model" / "README.md").read_text()
+    assert "Pre-trained from `model` on" in card
+    assert str(tmp_path) not in card
 
 
 def test_stage_2_hears_what_stage_1_heard_and_weighs_its_own_losses(sounds, tmp_path):

@@ -312,6 +312,11 @@ def _write(folder: Path, description: ModelDescription, model_id: str | None) ->
     return path
 
 
+def public_name(model: str) -> str:
+    """What a card calls a model: a Hub id as it is, a folder without where on this machine it lies."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
 def _class_name(config: dict[str, Any]) -> str:
     match config.get("architectures"):
         case [str(kind), *_]:
@@ -337,6 +342,7 @@ __all__ = [
     "build_model_card",
     "generate_model_card",
     "is_description",
+    "public_name",
     "read_description",
     "write_model_card",
 ]

@@ -32,6 +32,7 @@ from ..data.layouts import open_data_set
 from ..evaluation.metrics import Accuracy, MeanAveragePrecision
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtractor
 from ..hub import add_remote_code, write_model_card
+from ..model_cards import public_name
 from ..modeling_sslam import SSLAMForAudioClassification
 from .fine_tuning_settings import FineTuningSettings
 from .labelled_clips import (
@@ -372,7 +373,7 @@ def evaluate_predictions(
 def describe_results(settings: FineTuningSettings, results: dict[str, Any]) -> str:
     """What the run did and found, as Markdown for the model card."""
     # A folder of this machine by its name alone, for cards go to the Hub.
-    name = settings.model and (Path(settings.model).resolve().name if Path(settings.model).exists() else settings.model)
+    name = settings.model and public_name(settings.model)
     origin = "trained from scratch" if name is None else f"fine-tuned from `{name}`"
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in _numbers(results["metrics"]).items())
     table = f"| evaluation | |\n|-|-|\n{rows}\n\n" if rows else ""

@@ -27,6 +27,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..allocator import keep_freed_memory
 from ..data.stream import ClipStream, DataSettings
 from ..hub import add_remote_code, write_model_card
+from ..model_cards import public_name
 from ..modeling_sslam_pretraining import SSLAMForPreTraining
 from .checkpoints import (
     begin_checkpoint,
@@ -417,10 +418,7 @@ class PreTrainer:
         write_settings(settings, folder / "settings.yaml")
         sources = ", ".join(f"`{source.name}`" for source in settings.data.sources)
         hours = self.clips_seen * self.extractor.max_length / 360_000
-        origin = (
-            settings.init_from if settings.init_from is None or not Path(settings.init_from).exists() else Path(settings.init_from).name
-        )
-        start = "from scratch" if origin is None else f"from `{origin}`"
+        start = "from scratch" if settings.init_from is None else f"from `{public_name(settings.init_from)}`"
         what = f"{self.update} updates, {self.clips_seen} clips, {hours:.1f} hours of input"
         text = f"Pre-trained {start} on {sources}, {STAGE_NAMES[settings.stage]}: {what}. `settings.yaml` holds every setting. "
         write_model_card(folder, text + "Student, decoder and teacher are kept.")
