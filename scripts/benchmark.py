@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         if repeated:
             sub.add_argument("--repeats", type=positive, default=5, help="runs that are timed")
         if repeated and on_device:
-            sub.add_argument("--warmup", type=positive, default=1, help="runs before those")
+            sub.add_argument("--warmup", type=positive, default=2, help="runs before those")
         if on_device:
             sub.add_argument("--device", type=device, default="cpu")
         if sized:

@@ -1,5 +1,7 @@
 """The configuration's presets and what it refuses."""
 
+import math
+
 import pytest
 import torch
 from conftest import tiny_config
@@ -37,6 +39,9 @@ def test_save_and_load(tmp_path):
         ({"hidden_dropout_prob": -0.1}, "hidden_dropout_prob is -0.1"),
         ({"hidden_act": "foo"}, "hidden_act is 'foo'"),
         ({"layer_norm_eps": 0.0}, "layer_norm_eps is 0"),
+        ({"initializer_range": -1.0}, "initializer_range is -1.0"),
+        ({"patch_embedding_gain": math.inf}, "patch_embedding_gain is inf"),
+        ({"padding_value": math.nan}, "padding_value is nan"),
         ({"decoder_kernel_size": 2}, "decoder_kernel_size is 2"),
         ({"decoder_hidden_size": 36}, "decoder_hidden_size is 36 and decoder_num_groups is 8"),
     ],
@@ -44,6 +49,13 @@ def test_save_and_load(tmp_path):
 def test_contradictions_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**kwargs)
+
+
+def test_whole_numbers_are_numbers():
+    """As JSON and YAML may have them."""
+    assert SSLAMConfig(initializer_range=0, layer_norm_eps=1).layer_norm_eps == 1
+    with pytest.raises(ValueError, match="mask_ratio is 1, but must lie between 0 and 1"):
+        SSLAMConfig(mask_ratio=1)
 
 
 @pytest.mark.parametrize("kwargs", [{"hidden_size": "768"}, {"classifier_pooling": "max"}])

@@ -15,7 +15,7 @@ from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, AutoModelForPreTraining
 
-from transformers_sslam import SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel
+from transformers_sslam import PRETRAINING_STAGES, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel
 from transformers_sslam.conversion import ConversionError, convert_checkpoint
 
 
@@ -148,6 +148,12 @@ def test_settings_of_the_pre_training_go_along(tmp_path):
     assert (config.mask_ratio, config.mask_block_size, config.mask_noise_std, config.mask_ratio_adjust) == (0.7, 3, 0.5, 0.05)
     assert (config.num_views, config.local_target_layers) == (5, 2)
     assert (config.ema_decay, config.ema_end_decay, config.ema_anneal_end_step) == (0.9, 0.99, 7)
+
+
+@pytest.mark.parametrize(("views", "stage"), [(16, 1), (8, 2)])
+def test_a_file_is_of_the_stage_with_its_number_of_views(views, stage, tmp_path):
+    config = convert_checkpoint(save_pretrained_fairseq(tmp_path / "m.pt", clone_batch=views), tmp_path / "out").config
+    assert {name: getattr(config, name) for name in PRETRAINING_STAGES[stage]} == PRETRAINING_STAGES[stage]
 
 
 def test_a_short_position_table_limits_the_feature_extractor(tmp_path):

@@ -99,3 +99,12 @@ def test_the_filters_do_not_depend_on_torchs_default_dtype():
 def test_too_short_a_waveform_is_refused():
     with pytest.raises(ValueError, match="399 samples.*400"):
         log_mel(torch.zeros(2, 399))
+
+
+def test_no_waveform_has_no_log_mel():
+    assert log_mel(torch.zeros(0, 16_000)).shape == (0, 98, 128)
+
+
+def test_too_low_a_rate_is_refused():
+    with pytest.raises(ValueError, match="sampling_rate is 40 Hz"):
+        log_mel(torch.zeros(16_000), sampling_rate=40)

@@ -37,6 +37,14 @@ def test_clips_are_cut_to_the_length_and_centred_as_a_whole(extractor, caplog):
     torch.testing.assert_close(values, expected, atol=1e-5, rtol=0)
 
 
+def test_cutting_is_warned_about_once_whatever_the_lengths(caplog):
+    extractor = SSLAMFeatureExtractor(max_length=48)  # the text holds the length, so another test's warning is another one
+    for seconds in (0.6, 0.7, 0.8):
+        extractor(noise(seconds), sampling_rate=16_000)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "more than 48 frames" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("padding", "max_length", "frames"),
     [
@@ -104,6 +112,10 @@ def test_arrays_tensors_and_lists_are_the_same_clip(extractor):
         clip[None],
         np.repeat(clip, 2)[::2],
         torch.from_numpy(clip)[None],
+        [torch.from_numpy(clip)[None]],  # of `torchaudio.load`
+        clip[::-1].copy()[::-1],
+        clip.astype(">f4"),
+        clip.astype(np.longdouble),
     ]
     values = [extractor(kind, sampling_rate=16_000, padding="longest", return_tensors="np")["input_values"] for kind in kinds]
     assert all(np.array_equal(value, values[0]) for value in values)
@@ -127,7 +139,7 @@ def test_a_data_collator_pads_log_mels_as_the_extractor_does(extractor):
     examples = [{name: values[0] for name, values in example.items()} for example in unpadded]
     padded = extractor.pad(examples, padding="longest", return_tensors="pt", return_attention_mask=True)
     expected = extractor(clips, sampling_rate=16_000, padding="longest", return_attention_mask=True, return_tensors="pt")
-    torch.testing.assert_close(padded["input_values"], expected["input_values"])
+    assert torch.equal(padded["input_values"], expected["input_values"])
     assert torch.equal(padded["attention_mask"], expected["attention_mask"])
 
 
@@ -163,7 +175,8 @@ def test_mean_and_deviation_of_a_data_set(extractor):
 
 
 def test_numbers_of_numpy_can_be_saved(tmp_path):
-    SSLAMFeatureExtractor(sampling_rate=np.int64(16_000), max_length=np.int32(512)).save_pretrained(tmp_path)
+    whole = {"sampling_rate": np.int64(16_000), "max_length": np.int32(512), "pad_to_multiple_of": np.int64(16)}
+    SSLAMFeatureExtractor(**whole, mean=np.float32(-4), do_normalize=np.bool_(True)).save_pretrained(tmp_path)
     assert SSLAMFeatureExtractor.from_pretrained(tmp_path).max_length == 512
 
 
@@ -197,7 +210,8 @@ def spoilt(value: float) -> np.ndarray:
         ([1] * 16_000, "clip 0 has dtype int64"),
         (noise(0.5) * 32768, "clip 0 has a peak of"),
         (np.float32(0.1), "raw_speech is a float32"),
-        (np.array(0.1, np.float32), r"clip 0 has 1 samples"),
+        (np.array(0.1, np.float32), r"clip 0 has shape \(\)"),
+        (np.zeros(16_000, np.complex64), "clip 0 has dtype complex64, but floats in .* are expected$"),
         ("sound.wav", "raw_speech is a str"),
         (["sound.wav"], "clip 0 is no array of numbers"),
         ({"array": noise(0.5), "sampling_rate": 16_000}, "raw_speech is a dict"),
@@ -212,13 +226,15 @@ def test_what_is_no_clip_is_refused(extractor, raw_speech, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"sampling_rate": 44_100}, "44100 Hz.*16000 Hz.*resample"),
+        ({"sampling_rate": 44_100}, "44100, but the model hears 16000 Hz.*resample"),
         ({"padding": 100}, "100 frames.*multiple of 16"),
         ({"max_length": 0}, "0 frames.*multiple of 16"),
         ({"padding": 512, "max_length": 256}, "512 frames and max_length 256"),
         ({"max_length": 16, "truncation": False}, "48 frames.*max_length=16"),
         ({"padding": "shortest"}, "shortest"),
         ({"return_tensors": "jax"}, "jax"),
+        ({"return_tensors": "mlx"}, "return_tensors is 'mlx'"),
+        ({"sampling_rate": "16000"}, "sampling_rate is '16000', but"),
     ],
 )
 def test_unusable_arguments_are_refused(extractor, kwargs, message):
@@ -235,6 +251,11 @@ def test_unusable_arguments_are_refused(extractor, kwargs, message):
         ({"max_length": 512.0}, "max_length is 512.0, but a whole number"),
         ({"sampling_rate": 0}, "sampling_rate is 0, but"),
         ({"sampling_rate": "16000"}, "sampling_rate is '16000', but"),
+        ({"sampling_rate": 30}, "sampling_rate is 30, but a whole number of at least 1000"),
+        ({"pad_to_multiple_of": 16.0}, "pad_to_multiple_of is 16.0"),
+        ({"pad_to_multiple_of": None}, "pad_to_multiple_of is None"),
+        ({"mean": None}, "mean is None, but a number"),
+        ({"do_normalize": "no"}, "do_normalize is 'no'"),
     ],
 )
 def test_unusable_settings_are_refused(kwargs, message):

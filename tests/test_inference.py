@@ -39,6 +39,18 @@ def alone(model, waveform, **options) -> tuple[np.ndarray, np.ndarray]:
     return outputs.logits[0].numpy(), outputs.hidden_states[-1][0, 1:].unflatten(0, (-1, 8)).mean(1).numpy()
 
 
+@pytest.mark.parametrize("part", ["sslam.embeddings", "sslam.layers", "classifier"])
+def test_parts_may_be_offloaded(part, tmp_path):
+    model, waveform = classifier(), recording(2.0)
+    model.save_pretrained(tmp_path / "model")
+    places = {name: "disk" if name == part else "cpu" for name in ("sslam.embeddings", "sslam.layers", "layernorm", "classifier")}
+    offloaded = SSLAMForAudioClassification.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "weights")
+    assert any(parameter.device.type == "meta" for parameter in offloaded.parameters())
+    scores = offloaded.score_over_time(waveform, EXTRACTOR).scores
+    np.testing.assert_array_equal(scores, model.score_over_time(waveform, EXTRACTOR).scores)
+    assert torch.equal(offloaded.sslam.encode([waveform], EXTRACTOR), model.sslam.encode([waveform], EXTRACTOR))
+
+
 # --- where windows lie
 
 

@@ -116,7 +116,7 @@ def test_frame_embeddings_are_a_view_by_time_and_frequency(model):
     changed = log_mels(frames=96)
     changed[:, 64:80, 48:64] += 1
     with torch.inference_mode():
-        patches = model.embeddings.patches(changed) - model.embeddings.patches(log_mels(frames=96))
+        patches = (model.embeddings(changed) - model.embeddings(log_mels(frames=96)))[:, 1:]
     assert patches.abs().sum((0, 2)).nonzero().flatten().tolist() == [4 * 8 + 3]
 
 
@@ -199,7 +199,21 @@ def test_a_mask_of_ones_is_no_mask(model):
         assert torch.equal(model(log_mels(), attention_mask=torch.ones(2, 128)).last_hidden_state, model(log_mels()).last_hidden_state)
 
 
+def test_new_names_bring_their_numbers(tmp_path):
+    SSLAMForAudioClassification(tiny_config(num_labels=3)).save_pretrained(tmp_path)
+    named = {"id2label": {"0": "rain", "1": "dog"}, "ignore_mismatched_sizes": True}
+    assert SSLAMForAudioClassification.from_pretrained(tmp_path, **named).config.label2id == {"rain": 0, "dog": 1}
+
+
 # --- what is refused
+
+
+@pytest.mark.parametrize("id2label", [{0: "rain", 2: "dog"}, {1: "rain", 2: "dog"}, {"rain": 0, "dog": 1}])
+def test_names_without_their_numbers_are_refused(id2label):
+    config = tiny_config()
+    config.id2label = id2label  # as `from_pretrained(..., id2label=...)` does
+    with pytest.raises(ValueError, match="id2label has the keys .*0 to 1"):
+        SSLAMForAudioClassification(config)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import FIXTURES, tiny_config
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel, AutoModelForPreTraining
 
 from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMForPreTraining, SSLAMModel
@@ -61,11 +62,10 @@ def target(model: SSLAMForPreTraining, x: torch.Tensor, num_layers: int | None, 
 
 def predict(model: SSLAMForPreTraining, x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """CLS (width) and predictions (masked, width) of one view."""
-    patches = model.sslam.embeddings.patches(x[None])
-    tokens = model.sslam.embeddings.tokens(patches[:, ~mask])
+    tokens = model.sslam.embeddings(x[None])[:, nn.functional.pad(~mask, (1, 0), value=True)]
     for layer in model.sslam.layers:
         tokens = layer(tokens)
-    grid = torch.zeros_like(patches[0])
+    grid = torch.zeros(len(mask), tokens.shape[2])
     grid[~mask] = tokens[0, 1:]
     grid = grid.unflatten(0, (-1, 8)).permute(2, 0, 1)[None]
     for conv in model.decoder.layers:
@@ -283,7 +283,54 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(compiled(log_mels()).loss, expected)
 
 
+@pytest.mark.parametrize("part", ["sslam", "decoder", "teacher"])
+def test_parts_may_be_offloaded(part, tmp_path):
+    """Accelerate fetches weights when the module that holds them is called, so none may be used past its module."""
+    model = build()
+    expected = model(log_mels(), generator=seeded()).loss
+    model.save_pretrained(tmp_path / "model")
+    places = {name: "disk" if name == part else "cpu" for name in ("sslam", "decoder", "teacher")}
+    offloaded = SSLAMForPreTraining.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "weights")
+    assert next(getattr(offloaded, part).parameters()).device.type == "meta"
+    with torch.no_grad():
+        assert torch.equal(offloaded.train()(log_mels(), generator=seeded()).loss, expected)
+
+
+def test_trains_sharded():
+    """FSDP, over the modules that the model names for it."""
+    plain, model = build(), build()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for module in [module for module in model.modules() if type(module).__name__ in model._no_split_modules]:
+            fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        losses = [trained(log_mels(), generator=seeded()).loss for trained in (plain, model)]
+        for loss, trained in zip(losses, (plain, model)):
+            loss.backward()
+            trained.update_teacher(1)
+        assert torch.equal(losses[0], losses[1])
+        for (name, expected), actual in zip(plain.named_parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(actual.full_tensor(), expected, msg=name)
+            if expected.requires_grad:
+                torch.testing.assert_close(actual.grad.full_tensor(), expected.grad, msg=name)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # --- the teacher
+
+
+def test_the_teacher_stays_frozen_when_all_is_thawed():
+    model = build().requires_grad_(False).requires_grad_(True)
+    trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"sslam", "decoder"}
+
+
+def test_a_teacher_of_doubles_can_be_made_single_again():
+    model = build().double()
+    assert {parameter.dtype for parameter in model.teacher.parameters()} == {torch.float64}
+    assert {parameter.dtype for parameter in model.half().teacher.parameters()} == {torch.float32}
 
 
 def test_the_teacher_is_always_in_eval_mode():
@@ -424,12 +471,19 @@ def test_a_constant_shows_in_the_deviation_and_a_position_code_in_the_content_sh
         ({"bool_masked_pos": torch.ones(4, 64, dtype=torch.bool).tril(1)}, "leaves 59, 60, 61, 62 of 64"),
         ({"unmixed_span_starts": torch.tensor([0, 8])}, r"\[0, 8\].*multiples of 16"),
         ({"attention_mask": torch.ones(2, 65)}, r"\(2, 65\)"),
+        ({"attention_mask": torch.arange(128).lt(64).float().expand(2, -1) - 1}, "negative values"),
+        ({"input_values": log_mels()[:0]}, "holds no clip"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         build()(**{"input_values": log_mels(), **call})
+
+
+def test_a_mask_is_checked_where_nothing_is_mixed_too():
+    with pytest.raises(ValueError, match=r"\(9, 9\).*\(2, 128\)"):
+        build(use_mixtures=False)(log_mels(), attention_mask=torch.ones(9, 9))
 
 
 def test_spans_without_mixtures_are_refused():

@@ -1,5 +1,6 @@
 """SSLAMConfig: every size and setting of the model."""
 
+import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -120,10 +121,10 @@ class SSLAMConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
     patch_drop_rate: float | int = 0.0
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     patch_embedding_gain: float | int = 1.0
     position_embedding_scale: float | int = 1.0
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: float | int = 1e-6
     qkv_bias: bool = True
     patch_size: int = 16
     num_mel_bins: int = 128
@@ -138,7 +139,7 @@ class SSLAMConfig(PreTrainedConfig):
     use_mixtures: bool = True
     use_unmixed: bool = True
     num_views: int = 8
-    mask_ratio: float = 0.8
+    mask_ratio: float | int = 0.8
     mask_ratio_adjust: float | int = 0.07
     mask_block_size: int = 5
     mask_noise_std: float | int = 0.01
@@ -218,13 +219,15 @@ class SSLAMConfig(PreTrainedConfig):
             )
         if self.decoder_kernel_size % 2 == 0:
             raise ValueError(f"decoder_kernel_size is {self.decoder_kernel_size}, but 'same' padding needs an odd kernel")
-        if not self.layer_norm_eps > 0:
-            raise ValueError(f"layer_norm_eps is {self.layer_norm_eps}, but must be above 0")
+        if not 0 < self.layer_norm_eps < math.inf:
+            raise ValueError(f"layer_norm_eps is {self.layer_norm_eps}, but must be a finite number above 0")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act is {self.hidden_act!r}, but must be one of {', '.join(ACT2FN)}")
-        for name in ("patch_embedding_gain", "position_embedding_scale"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but a factor must not be negative")
+        for name in ("initializer_range", "patch_embedding_gain", "position_embedding_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be a finite number that is not negative")
+        if not math.isfinite(self.padding_value):
+            raise ValueError(f"padding_value is {self.padding_value}, but must be finite: it stands where a mask says padding")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate", "classifier_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but a probability to drop must lie in [0, 1)")
@@ -239,8 +242,8 @@ class SSLAMConfig(PreTrainedConfig):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1, or None for all layers")
         for name in ("mask_noise_std", "global_loss_weight", "source_retention_loss_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be a finite number that is not negative")
         for name in ("ema_decay", "ema_end_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but a decay must lie in [0, 1]")

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoFeatureExtractor, PreTrainedModel
 
-from .configuration_sslam import SSLAMConfig
+from .configuration_sslam import PRETRAINING_STAGES, SSLAMConfig
 from .feature_extraction_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtractor
 from .hub import add_remote_code, write_model_card
 from .modeling_sslam import SSLAMForAudioClassification, SSLAMModel
@@ -174,7 +174,10 @@ def _decoder_settings(official: OfficialCheckpoint, hidden_size: int) -> dict[st
         raise ConversionError(f"{official.source} has a decoder without its first convolution: it holds {listed(official.decoder)}")
     width, group_width, kernel, _ = official.decoder["blocks.0.0.weight"].shape
     top_layers = official.settings.get("average_top_k_layers")
+    # Which stage a file is of it says by nothing but the number of views.
+    stage = 1 if official.settings.get("clone_batch") == PRETRAINING_STAGES[1]["num_views"] else 2
     return {
+        **PRETRAINING_STAGES[stage],
         "decoder_hidden_size": width,
         "decoder_num_groups": hidden_size // group_width,
         "decoder_kernel_size": kernel,

@@ -46,9 +46,11 @@ def log_mel(waveforms: torch.Tensor, sampling_rate: int = 16_000, num_mel_bins: 
         FFT bins and is always silent, as in Kaldi.
 
     Raises:
-        ValueError: if a waveform is shorter than one 25 ms window.
+        ValueError: if a waveform is shorter than one 25 ms window, or the rate too low for a frame each 10 ms.
     """
     length, shift = frame_geometry(sampling_rate)
+    if shift < 1:
+        raise ValueError(f"sampling_rate is {sampling_rate} Hz, but a frame each {FRAME_SHIFT_MS:g} ms needs at least 100")
     samples = waveforms.shape[-1]
     if samples < length:
         raise ValueError(
@@ -58,6 +60,8 @@ def log_mel(waveforms: torch.Tensor, sampling_rate: int = 16_000, num_mel_bins: 
     with torch.autocast(waveforms.device.type, enabled=False):
         frames = waveforms.float().contiguous().unfold(-1, length, shift)  # (..., frames, length): a view, nothing is copied yet
         clips = math.prod(frames.shape[:-2])
+        if clips == 0:
+            return frames.new_empty(*frames.shape[:-1], num_mel_bins)
         at_once = MAX_FRAMES_AT_ONCE.get(waveforms.device.type, MAX_FRAMES_AT_ONCE_ON_ACCELERATOR)
         chunks = frames.split(max(1, at_once // max(1, clips)), dim=-2)
         return torch.cat([_frames_to_log_mel(chunk, sampling_rate, num_mel_bins) for chunk in chunks], dim=-2)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ NORMALIZATION_PRESETS = {
 }
 # Resampling overshoots full scale a little; nothing that is scaled to [-1, 1] reaches this. Unscaled 8- or 16-bit audio does.
 LARGEST_PLAUSIBLE_AMPLITUDE = 32.0
+LOWEST_SAMPLING_RATE = 1000  # Hz; of less, half of which is the highest frequency, no mel scale can be made
 
 
 class SSLAMFeatureExtractor(SequenceFeatureExtractor):
@@ -40,7 +41,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         mean (`float`, defaults to -4.268): Mean of the log-mels of the data set, AudioSet's by default.
         std (`float`, defaults to 4.569): Their standard deviation; the scale is twice as much.
         return_attention_mask (`bool`, defaults to `False`): Whether to return a mask over frames when a call does not say.
-        pad_to_multiple_of (`int`, defaults to 16): The model's patch size: every length returned is a multiple of it.
+        pad_to_multiple_of (`int`, defaults to 16): The model's patch size: every length returned is a multiple of it, except with
+                `padding=False`.
 
     Raises:
         ValueError: if one of these is out of range.
@@ -69,10 +71,15 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             return_attention_mask=return_attention_mask,
             **kwargs,
         )
-        for name, value in (("sampling_rate", sampling_rate), ("num_mel_bins", num_mel_bins), ("max_length", max_length)):
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} is {value!r}, but a whole number of at least 1 is expected")
-        self.sampling_rate, num_mel_bins, max_length = int(sampling_rate), int(num_mel_bins), int(max_length)  # NumPy's cannot be saved
+        self.sampling_rate = _whole_number("sampling_rate", sampling_rate, LOWEST_SAMPLING_RATE)
+        self.num_mel_bins = _whole_number("num_mel_bins", num_mel_bins)
+        self.max_length = _whole_number("max_length", max_length)
+        self.pad_to_multiple_of = _whole_number("pad_to_multiple_of", pad_to_multiple_of)
+        for name, value in (("mean", mean), ("std", std), ("padding_value", padding_value)):
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}, but a number is expected")
+        if not isinstance(do_normalize, bool | np.bool_):
+            raise ValueError(f"do_normalize is {do_normalize!r}, but True or False is expected")
         mean, std, self.padding_value = float(mean), float(std), float(padding_value)
         if not (np.isfinite([mean, std, self.padding_value]).all() and std > 0):
             raise ValueError(f"mean is {mean}, std is {std} and padding_value is {padding_value}: give finite numbers, and a std above 0")
@@ -81,15 +88,10 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 f"feature_size is {feature_size} and padding_side {self.padding_side!r}, but only mono waveforms (1), padded on the right, "
                 "are heard"
             )
-        if num_mel_bins < 1 or pad_to_multiple_of < 1:
-            raise ValueError(f"num_mel_bins is {num_mel_bins} and pad_to_multiple_of {pad_to_multiple_of}: both must be at least 1")
-        self.num_mel_bins = num_mel_bins
-        self.max_length = max_length
-        self.do_normalize = do_normalize
+        self.do_normalize = bool(do_normalize)
         self.mean = mean
         self.std = std
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self._check_length("max_length", max_length)
+        self._check_length("max_length", self.max_length)
 
     @classmethod
     def from_preset(cls, name: str, **kwargs) -> "SSLAMFeatureExtractor":
@@ -115,8 +117,9 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
     ) -> BatchFeature:
         """
         Args:
-            raw_speech: One mono clip (1-D array, tensor or list of floats), or several: a list of such clips of any lengths, or a
-                2-D array `(clips, samples)`. Floats in [-1, 1]. Two rows are refused, for stereo looks the same: give two clips as a list.
+            raw_speech: One mono clip (1-D array, tensor or list of floats), or several: a list of such clips of any lengths, each
+                `(samples,)` or `(1, samples)`, or a 2-D array `(clips, samples)`. Floats in [-1, 1]. Two rows are refused, for stereo
+                looks the same: give two clips as a list.
             sampling_rate: Rate of `raw_speech` in Hz; it must equal the extractor's. Leaving it out is warned about.
             padding: `"max_length"` (1024 frames by default, as published); a number of frames, which is the same with that `max_length`;
                 `"longest"` or `True`, the longest clip of the batch, rounded up to a multiple of 16; `False`, none.
@@ -134,6 +137,9 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             ValueError: if a clip is empty or shorter than 25 ms, holds NaN or infinity, integers or values out of scale, or more than one
                 channel; if the sampling rate differs, or the length asked for is no multiple of 16.
         """
+        kind = None if return_tensors is None else TensorType(return_tensors)
+        if kind not in (None, TensorType.PYTORCH, TensorType.NUMPY):
+            raise ValueError(f'return_tensors is {return_tensors!r}, but must be "pt", "np" or None')
         self._check_sampling_rate(sampling_rate)
         clips = [self._check_clip(clip, i, device) for i, clip in enumerate(_as_clips(raw_speech))]
         available = [num_frames(len(clip), self.sampling_rate) for clip in clips]
@@ -143,7 +149,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         features = {"input_values": values}
         if self.return_attention_mask if return_attention_mask is None else return_attention_mask:
             features["attention_mask"] = [(torch.arange(len(v), device=v.device) < k).to(torch.int32) for v, k in zip(values, kept)]
-        return self._as_batch_feature(features, None if return_tensors is None else TensorType(return_tensors))
+        return self._as_batch_feature(features, kind)
 
     def _pad(  # type: ignore[override]  # the base class passes all by name
         self, processed_features: dict, max_length: int, padding_strategy=PaddingStrategy.DO_NOT_PAD, **kwargs
@@ -155,7 +161,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             return super()._pad(processed_features, max_length=max_length, padding_strategy=padding_strategy, **kwargs)
         multiple = math.lcm(self.pad_to_multiple_of, kwargs.get("pad_to_multiple_of") or 1)
         missing = max(0, _round_up(max_length, multiple) - len(values))  # what is longer stays as it is, as in the base class
-        silence = (self.padding_value - self.mean) / (2 * self.std) if self.do_normalize else self.padding_value
+        silence = self._scaled(torch.tensor(self.padding_value)).item()  # to the last bit what `__call__` gives
         if "attention_mask" in processed_features or kwargs.get("return_attention_mask"):
             mask = processed_features.get("attention_mask", np.ones(len(values), dtype=np.int32))
             processed_features["attention_mask"] = np.pad(mask, (0, missing))
@@ -199,7 +205,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             logger.warning_once(f"No sampling_rate was given; {self.sampling_rate} Hz is assumed. Pass `sampling_rate` to have it checked.")
         elif sampling_rate != self.sampling_rate:
             raise ValueError(
-                f"sampling_rate is {sampling_rate} Hz, but the model hears {self.sampling_rate} Hz: resample the audio first, for example "
+                f"sampling_rate is {sampling_rate!r}, but the model hears {self.sampling_rate} Hz: resample the audio first, for example "
                 f"with torchaudio.functional.resample(waveform, {sampling_rate}, {self.sampling_rate})"
             )
 
@@ -208,10 +214,13 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         name = f"clip {index}"
         if not isinstance(clip, torch.Tensor):
             try:
-                array = np.ascontiguousarray(clip)
-                clip = torch.from_numpy(array if array.flags.writeable else array.copy())
+                array = np.asarray(clip)
+                # A copy of what torch cannot take over as it lies there: read-only, strided backwards, other byte orders, long doubles.
+                clip = torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else array.dtype, order="C"))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name} is no array of numbers ({error}): give a 1-D array of floats") from error
+        if clip.dim() == 2 and len(clip) == 1:  # one channel, as audio libraries give it
+            clip = clip[0]
         if clip.dim() != 1:
             raise ValueError(
                 f"{name} has shape {tuple(clip.shape)}, but a clip is 1-D (samples,): mix several channels down to one first, "
@@ -220,9 +229,10 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         if len(clip) == 0:
             raise ValueError(f"{name} is empty: leave it out")
         if not clip.is_floating_point():
+            is_integer = not clip.is_complex() and clip.dtype != torch.bool
             raise ValueError(
-                f"{name} has dtype {str(clip.dtype).removeprefix('torch.')}, but floats in [-1, 1] are expected: divide "
-                "16-bit integers by 32768"
+                f"{name} has dtype {str(clip.dtype).removeprefix('torch.')}, but floats in [-1, 1] are expected"
+                + (": divide 16-bit integers by 32768" if is_integer else "")
             )
         clip = clip.detach().to(device=device, dtype=torch.float32)
         peak = clip.abs().max().item()
@@ -267,8 +277,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 )
             if longest > limit:
                 logger.warning_once(
-                    f"A clip of {longest} frames (10 ms each) was cut to the first {limit}, as in the published recipes. To keep longer "
-                    'ones whole, pass padding="longest" or a larger max_length, or cut the audio into windows.'
+                    f"Clips of more than {limit} frames (10 ms each) are cut to the first {limit}, as in the published recipes. To keep "
+                    'them whole, pass padding="longest" or a larger max_length, or cut the audio into windows.'
                 )
             frames = [min(n, limit) for n in frames]
         if strategy == PaddingStrategy.DO_NOT_PAD:
@@ -288,6 +298,9 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
     def _fit(self, frames: torch.Tensor, length: int) -> torch.Tensor:
         """Pad to `length` frames, then scale: in the published training padding is scaled too."""
         frames = torch.nn.functional.pad(frames, (0, 0, 0, length - len(frames)), value=self.padding_value)
+        return self._scaled(frames)
+
+    def _scaled(self, frames: torch.Tensor) -> torch.Tensor:
         return (frames - self.mean) / (2 * self.std) if self.do_normalize else frames
 
     @staticmethod
@@ -301,6 +314,13 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         if kind == TensorType.PYTORCH:
             return BatchFeature({name: torch.stack(rows) for name, rows in features.items()})
         return BatchFeature({name: [row.cpu().numpy() for row in rows] for name, rows in features.items()}, tensor_type=kind)
+
+
+def _whole_number(name: str, value: int, least: int = 1) -> int:
+    """Python's own, for NumPy's cannot be saved."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}, but a whole number of at least {least} is expected")
+    return int(value)
 
 
 def _round_up(number: int, multiple: int) -> int:

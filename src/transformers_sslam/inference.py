@@ -117,7 +117,8 @@ def score_windows(
 
     Windows begin every `hop`, and the last one ends where the recording does. A recording shorter than a window is one, padded, as the
     pipeline pads a clip. Memory holds one batch and the samples that its windows span, however long the recording is, if it comes in
-    blocks and what is yielded is not kept. While a batch is computed the model is in eval mode, and as it was between batches.
+    blocks and what is yielded is not kept. While a batch is computed the model is in eval mode, and as it was between batches: threads may
+    share one that is in eval mode already.
 
     Frame embeddings are the mean over the frequency patches of the last hidden state. Where windows overlap they are averaged; steps that
     hold no sound are left out. For their sake all windows begin on their grid, so the last one ends up to 160 ms after the recording and
@@ -255,7 +256,9 @@ def _score_windows(
     merged = None if windowing.step is None else _MergedSteps(model.config.hidden_size)
     for starts, windows, is_last in _cut(_checked(_blocks(audio), windowing), windowing, batch_size):
         with _inference(model):
-            inputs = feature_extractor(windows, sampling_rate=rate, max_length=windowing.frames, return_tensors="pt", device=model.device)
+            inputs = feature_extractor(
+                windows, sampling_rate=rate, max_length=windowing.frames, return_tensors="pt", device=_input_device(model)
+            )
             outputs = model(**inputs, output_hidden_states=merged is not None, return_dict=True)
             scores = to_scores(outputs.logits.float()).cpu().numpy()
             if not np.isfinite(scores).all():
@@ -403,7 +406,7 @@ def _encode_batch(model: "SSLAMModel", feature_extractor: "SSLAMFeatureExtractor
             ),
             return_attention_mask=True,
             return_tensors="pt",
-            device=model.device,
+            device=_input_device(model),
         )
         mask = inputs.pop("attention_mask")
         # Attention is faster without a mask.
@@ -473,6 +476,11 @@ def _check_frames(
             f"{name} gives {frames} frames (10 ms each), but a positive multiple of {size} up to {most} is expected by this model: set the "
             "extractor's max_length, or give windows another length"
         )
+
+
+def _input_device(model: torch.nn.Module) -> torch.device:
+    """Where inputs go: to the first weights that lie on a device. Offloaded ones lie on none, and are fetched when they are needed."""
+    return next((weights.device for weights in model.parameters() if weights.device.type != "meta"), torch.device("cpu"))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ A ViT over 16 x 16 patches of a log-mel with fixed positions, a CLS token, a nor
 arXiv 2506.12222, which keeps the encoder of EAT, arXiv 2401.03497).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -63,9 +63,18 @@ def sincos_position_table(config: SSLAMConfig) -> torch.Tensor:
     return grid.flatten(0, 1)[None] * config.position_embedding_scale
 
 
+def gather_patches(patches: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Take patches `index`, (views, n), of each view's clip: (clips, patches, width) -> (views, n, width). Nothing is repeated per view."""
+    clips, num_patches, width = patches.shape
+    first = torch.arange(len(index), device=index.device) // (len(index) // clips) * num_patches
+    flat = (index + first.unsqueeze(1)).flatten()
+    return patches.reshape(-1, width).index_select(0, flat).view(*index.shape, width)
+
+
 class SSLAMPatchProjection(nn.Conv2d):
     """A convolution whose windows do not overlap, computed as a linear layer of flattened patches: the same numbers, without a layout that
-    makes the backward pass of a convolution with one channel slow (20 times, in bfloat16 on a CPU)."""
+    makes the backward pass of a convolution with one channel slow (20 times, in bfloat16 on a CPU). The weights keep a convolution's shape,
+    as in every published checkpoint; the input does not."""
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """(batch, patches, pixels) -> (batch, patches, hidden_size)"""
@@ -115,23 +124,37 @@ class SSLAMEmbeddings(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def patches(self, input_values: torch.Tensor) -> torch.Tensor:
-        """(batch, frames, mel bins) -> (batch, patches, hidden_size), positions added. Of these the pre-training student sees only some."""
+    def forward(self, input_values: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """(batch, frames, mel bins) -> (batch, 1 + patches, hidden_size), or with `visible`, indices (views, n) of the patches that are
+        seen, (views, 1 + n, hidden_size).
+
+        The student's selection is made in here, for only a module that is called as a whole can be offloaded or sharded.
+        """
         patches = self.patch_embeddings(input_values)
         if patches.shape[1] > self.position_embeddings.shape[1]:
             raise ValueError(
                 f"input_values has {input_values.shape[1]} frames, but the position table ends at {self.config.max_length} "
                 f"({self.config.max_length / 100:g} s): cut the audio into windows"
             )
-        return patches + self.position_embeddings[:, : patches.shape[1]]
-
-    def tokens(self, patches: torch.Tensor) -> torch.Tensor:
-        """Put CLS before any selection of patches and normalise: (batch, n, hidden_size) -> (batch, 1 + n, hidden_size)."""
+        patches = patches + self.position_embeddings[:, : patches.shape[1]]
+        if visible is not None:
+            patches = gather_patches(patches, visible)
         cls_token = self.cls_token.expand(patches.shape[0], -1, -1)
         return self.dropout(self.layernorm(torch.cat((cls_token, patches), dim=1)))
 
-    def forward(self, input_values: torch.Tensor) -> torch.Tensor:
-        return self.tokens(self.patches(input_values))
+
+def as_boolean(attention_mask: torch.Tensor) -> torch.Tensor:
+    """The mask with `True` where there is sound.
+
+    Raises:
+        ValueError: if it is a mask that is added to attention scores, whose zeros say the opposite.
+    """
+    if attention_mask.is_floating_point() and not torch.compiler.is_compiling() and (attention_mask < 0).any():
+        raise ValueError(
+            "attention_mask holds negative values, as masks that are added to attention scores do, but 1 (sound) and 0 (padding) are "
+            "expected: give the mask that the feature extractor returns"
+        )
+    return attention_mask.to(torch.bool)
 
 
 def eager_attention_forward(
@@ -360,12 +383,7 @@ class SSLAMModel(SSLAMPreTrainedModel):
         batch, frames = input_values.shape[:2]
         size, patches_per_step = self.config.patch_size, self.config.num_frequency_patches
         tokens = 1 + frames // size * patches_per_step
-        if attention_mask.is_floating_point() and not torch.compiler.is_compiling() and (attention_mask < 0).any():
-            raise ValueError(
-                "attention_mask holds negative values, as masks that are added to attention scores do, but 1 (sound) and 0 (padding) are "
-                "expected: give the mask that the feature extractor returns"
-            )
-        mask = attention_mask.to(torch.bool)
+        mask = as_boolean(attention_mask)
         if mask.shape == (batch, frames):
             input_values = input_values.masked_fill(~mask.unsqueeze(-1), self.config.padding_value)
             if frames % size == 0:  # otherwise the patch embedding says what is wrong
@@ -397,6 +415,20 @@ class SSLAMModel(SSLAMPreTrainedModel):
         return (patches * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
+def _class_names(id2label: Mapping[int, str] | Mapping[str, str]) -> dict[int, str]:
+    """Names of classes by whole numbers: `from_pretrained(..., id2label=...)` leaves keys as they are given, often as text."""
+    try:
+        names = {int(index): name for index, name in id2label.items()}
+    except ValueError:
+        names = {}
+    if sorted(names) != list(range(len(id2label))):
+        keys = ", ".join(map(repr, list(id2label)[:5])) + (" ..." if len(id2label) > 5 else "")
+        raise ValueError(
+            f"id2label has the keys {keys}, but the classes' numbers are expected, 0 to {len(id2label) - 1}, each with its name"
+        )
+    return names
+
+
 class SSLAMForAudioClassification(SSLAMPreTrainedModel):
     """The encoder with a layer norm and a linear layer on its pooled output, for tags (multi-label) or classes."""
 
@@ -405,8 +437,9 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel):
 
     def __init__(self, config: SSLAMConfig):
         super().__init__(config)
-        if config.id2label:  # `from_pretrained(..., id2label=...)` leaves keys as they are given, often as text
-            config.id2label = {int(index): name for index, name in config.id2label.items()}
+        if config.id2label:
+            config.id2label = _class_names(config.id2label)
+            config.label2id = {name: index for index, name in config.id2label.items()}
         self.num_labels = config.num_labels
         self.sslam = SSLAMModel(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -434,6 +467,7 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel):
 
         Returns:
             `logits: (batch, num_labels)` before softmax or sigmoid, `loss` if there are labels, hidden states and attentions on request.
+            (MLP outputs are the encoder's alone: ask `model.sslam`.)
         """
         outputs: SSLAMModelOutput = self.sslam(input_values, attention_mask=attention_mask, **{**kwargs, "return_dict": True})
         logits = self._classify(outputs.pooler_output)  # type: ignore[arg-type]  # an encoder always gives one

@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_sslam import SSLAMConfig
 from .masking import count_visible, inverse_block_masks, num_visible_patches
 from .mixing import check_unmixed_spans, draw_unmixed_spans, mixed_time_patches, partial_mixture
-from .modeling_sslam import SSLAMModel, SSLAMPreTrainedModel
+from .modeling_sslam import SSLAMModel, SSLAMPreTrainedModel, as_boolean, gather_patches
 
 
 @dataclass
@@ -82,14 +82,6 @@ class Targets(NamedTuple):
 def ema_decay(step: int, start: float, end: float, anneal_end_step: int) -> float:
     """Decay of the teacher's moving average at update `step`, which counts from 1: linear from `start` to `end`, then constant."""
     return start + (end - start) * min(step, anneal_end_step) / anneal_end_step
-
-
-def gather_patches(patches: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Take patches `index`, (views, n), of each view's clip: (clips, patches, width) -> (views, n, width). Nothing is repeated per view."""
-    clips, num_patches, width = patches.shape
-    first = torch.arange(len(index), device=index.device) // (len(index) // clips) * num_patches
-    flat = (index + first.unsqueeze(1)).flatten()
-    return patches.reshape(-1, width).index_select(0, flat).view(*index.shape, width)
 
 
 def squared_error(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -165,12 +157,12 @@ class SSLAMTeacher(SSLAMModel):
 
     def _apply(self, fn, recurse: bool = True):
         # Behind `.to()`, `.half()`, `.cuda()` and the like. An update of 2e-4 does not move a bfloat16 weight at all, so devices change,
-        # but the type never becomes narrower.
-        def keep_width(tensor: torch.Tensor) -> torch.Tensor:
+        # but the type is never narrower than float32.
+        def keep_wide(tensor: torch.Tensor) -> torch.Tensor:
             probe = fn(tensor.new_empty(0))
-            return tensor.to(probe.device) if probe.element_size() < tensor.element_size() else fn(tensor)
+            return tensor.to(probe.device, torch.float32) if probe.element_size() < 4 else fn(tensor)
 
-        return super()._apply(keep_width, recurse)
+        return super()._apply(keep_wide, recurse)
 
     @torch.no_grad()
     def targets(self, tokens: torch.Tensor, *num_layers: int) -> list[torch.Tensor]:
@@ -236,6 +228,11 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
             init.copy_(teacher, student)
         self.teacher.requires_grad_(False)  # again each time: loading replaces parameters by new ones
 
+    def requires_grad_(self, requires_grad: bool = True) -> "SSLAMForPreTraining":
+        super().requires_grad_(requires_grad)
+        self.teacher.requires_grad_(False)  # whatever is thawed
+        return self
+
     def get_input_embeddings(self) -> nn.Module:
         return self.sslam.get_input_embeddings()
 
@@ -293,6 +290,15 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         if input_values is None:
             raise ValueError("input_values is None: give the log-mels that SSLAMFeatureExtractor makes")
         self.sslam.embeddings.patch_embeddings.check(input_values)
+        if len(input_values) == 0:
+            raise ValueError("input_values holds no clip: give at least one, and with mixtures two")
+        if attention_mask is not None:
+            if attention_mask.shape != input_values.shape[:2]:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, but pre-training needs a mask over frames, "
+                    f"{tuple(input_values.shape[:2])}"
+                )
+            attention_mask = as_boolean(attention_mask)
         masks, visible, masked = self._masks(input_values, bool_masked_pos, generator)
         starts = self._spans(input_values, unmixed_span_starts, generator)
         clips, mixed_patches = input_values, None
@@ -399,15 +405,14 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """CLS (views, hidden_size) and the decoder's outputs at masked patches (views, masked, hidden_size), of what is visible."""
-        patches = self.sslam.embeddings.patches(clips)
-        hidden_states = self.sslam.embeddings.tokens(gather_patches(patches, visible))
+        hidden_states = self.sslam.embeddings(clips, visible)
         # A compiler decides by itself what is computed again.
         on_cpu = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
         recompute = self.recompute_activations and on_cpu and torch.is_grad_enabled()
         for layer in self.sslam.layers:
             hidden_states = layer(hidden_states, recompute_activation=recompute, **kwargs)
         cls, encoded = hidden_states[:, 0], hidden_states[:, 1:]
-        shape = (len(visible), patches.shape[1], patches.shape[2])
+        shape = (len(visible), visible.shape[1] + masked.shape[1], encoded.shape[2])
         if self.config.mask_noise_std:
             source = encoded.device if generator is None else generator.device
             noise = torch.randn(shape, generator=generator, device=source, dtype=encoded.dtype)

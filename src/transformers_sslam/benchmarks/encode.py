@@ -23,7 +23,7 @@ def measure_encoder(
     compile: bool = False,
     device: str = "cpu",
     repeats: int = 5,
-    warmup: int = 1,
+    warmup: int = 2,
 ) -> list[dict[str, Any]]:
     """Both encoders, of the same width and depth, in turns: log-mels in, hidden states out.
 

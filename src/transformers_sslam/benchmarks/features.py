@@ -15,7 +15,7 @@ TORCHAUDIO = "torchaudio, one at a time, cpu"
 
 
 def measure_features(
-    clips: int = 64, seconds: float = 10.0, *, device: str = "cpu", repeats: int = 5, warmup: int = 1
+    clips: int = 64, seconds: float = 10.0, *, device: str = "cpu", repeats: int = 5, warmup: int = 2
 ) -> list[dict[str, Any]]:
     """Milliseconds a clip of each way, in turns, and how many times as fast as torchaudio's filter bank alone, one clip at a time.
 

@@ -48,7 +48,8 @@ class StepSettings:
         plain_precision: that of the plain update beside it.
         compile: whether the model is compiled.
         device: "cpu", "cuda" ...
-        repeats, warmup: updates that are timed, and those before them.
+        repeats, warmup: updates that are timed, and those before them: two, for on a CPU the second one still finds its memory scattered by
+            the optimiser's states, which the first one made, and fetches new pages.
     """
 
     size: str = "base"
@@ -61,7 +62,7 @@ class StepSettings:
     compile: bool = False
     device: str = "cpu"
     repeats: int = 5
-    warmup: int = 1
+    warmup: int = 2
 
     def config(self) -> SSLAMConfig:
         fields = dict(PRETRAINING_STAGES[self.stage])
