@@ -17,7 +17,9 @@ import psutil
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForPreTraining
@@ -594,6 +596,12 @@ def test_two_processes_hold_the_same_model_and_share_the_clips(sounds, tmp_path)
 def test_processes_that_do_not_know_of_each_other_are_refused(sounds, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match="2 processes were started, but Accelerate sees 1"):
+        trainer(sounds, tmp_path)
+
+
+def test_models_in_parts_are_refused(sounds, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(SettingsError, match="Accelerate was set to FSDP.*data-parallel"):
         trainer(sounds, tmp_path)
 
 

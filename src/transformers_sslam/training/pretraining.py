@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -92,6 +92,11 @@ class PreTrainer:
             )
         if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise SettingsError("mixed_precision is fp16, which needs a GPU: on a CPU use bf16 or no")
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise SettingsError(
+                f"Accelerate was set to {self.accelerator.distributed_type.value}, but each process here holds the whole model (6 GB of "
+                "weights, gradients and moments for the large one): choose data-parallel training, as in scripts/launch"
+            )
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != self.accelerator.num_processes:  # they would not know of each other, and write over each other's files
             raise SettingsError(
