@@ -13,7 +13,16 @@ from conftest import noise
 
 from transformers_sslam import SSLAMFeatureExtractor
 from transformers_sslam.data.decoding import load_waveform
-from transformers_sslam.data.labelled import DatasetError, LabelledRows, LabelReader, Waveforms, fold_values, keep_rows, read_rows
+from transformers_sslam.data.labelled import (
+    DatasetError,
+    LabelledRows,
+    LabelReader,
+    Waveforms,
+    fold_values,
+    keep_rows,
+    read_rows,
+    select_folds,
+)
 from transformers_sslam.training.augmentation import AugmentationSettings
 from transformers_sslam.training.labelled_clips import (
     ClipDataset,
@@ -320,6 +329,15 @@ def test_folds_are_those_of_all_splits_in_order():
     assert fold_values(table, "fold") == [1, 2, 10]
 
 
+def test_folds_with_gaps_are_whole_numbers_still():
+    rows = datasets.Dataset.from_dict({"x": ["a", "b", "c"], "fold": [1.0, None, 2.0]})
+    splits = datasets.DatasetDict(train=rows)
+    assert select_folds(splits, "fold", [2])["x"] == ["c"]
+    with pytest.raises(DatasetError, match="no fold 3, only 1, 2"):
+        select_folds(splits, "fold", [3])
+    assert fold_values(datasets.DatasetDict(train=rows.select([0, 2])), "fold") == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("folds", "message"),
     [([1, 1], r"holds \[1\], but to hold out each fold"), ([1, None], "has rows without a value"), (None, "no column 'fold', only x")],
@@ -328,6 +346,25 @@ def test_folds_that_cannot_be_held_out_are_an_error(folds, message):
     table = datasets.Dataset.from_dict({"x": [1]} if folds is None else {"fold": folds})
     with pytest.raises(DatasetError, match=message):
         fold_values(datasets.DatasetDict(train=table), "fold")
+
+
+def labelled(*cells: str) -> datasets.Dataset:
+    sources = [{"path": f"{i}.wav", "bytes": None} for i in range(len(cells))]
+    return datasets.Dataset.from_dict({"audio": sources, "label": list(cells)})
+
+
+def test_space_around_a_label_is_none_of_it():
+    assert read_rows(labelled("dog", "dog ", " cat"), "label").labels == [["dog"], ["dog"], ["cat"]]
+
+
+def test_a_separator_that_divides_nothing_is_told(caplog):
+    assert read_rows(labelled("dog#cat"), "label", "#").labels == [["dog", "cat"]]
+    assert not caplog.records
+    read_rows(labelled("dog#cat"), "label", ";")
+    assert "the separator ';' is in none of the 1 labels" in caplog.text
+    rows = labelled("dog+cat", "dog").class_encode_column("label")
+    with pytest.raises(DatasetError, match=r"label_separator is '\+', but the column 'label' holds classes"):
+        read_rows(rows, "label", "+")
 
 
 def test_an_empty_label_in_a_list_is_an_error():

@@ -62,6 +62,48 @@ def test_audio_folder(tmp_path):
     assert {name: table(rows) for name, rows in splits.items()} == {"train": {"1.wav": "hum", "2.wav": "hiss"}, "test": {"3.wav": "hum"}}
 
 
+def test_names_that_look_like_splits_are_classes_and_clips(tmp_path):
+    names = ("train/0.wav", "dog/train.wav", "dog/a test.wav", "dog/dev-1.wav", "dog/0.wav")
+    for name in names:
+        write_clip(tmp_path / name)
+    (rows,) = open_data_set(str(tmp_path), "audiofolder").values()
+    assert sorted(zip((Path(audio["path"]).name for audio in rows["audio"]), rows["label"])) == [
+        ("0.wav", 0),
+        ("0.wav", 1),
+        ("a test.wav", 0),
+        ("dev-1.wav", 0),
+        ("train.wav", 0),
+    ]
+    assert rows.features["label"].names == ["dog", "train"]
+
+
+def test_a_class_of_the_name_of_a_split_is_in_one_split(tmp_path):
+    for name in ("train/dog/0.wav", "train/train/1.wav", "test/dog/2.wav", "test/train/3.wav"):
+        write_clip(tmp_path / name)
+    splits = open_data_set(str(tmp_path), "audiofolder")
+    assert {name: table(rows) for name, rows in splits.items()} == {
+        "train": {"0.wav": "dog", "1.wav": "train"},
+        "test": {"2.wav": "dog", "3.wav": "train"},
+    }
+
+
+@pytest.mark.parametrize("beside", ["other/3.wav", "3.wav", "metadata.csv"])
+def test_what_lies_beside_splits_is_not_left_out_silently(beside, tmp_path):
+    for name in ("train/dog/0.wav", "train/cat/1.wav", "Test/dog/2.wav", beside):
+        write_clip(tmp_path / name) if name.endswith("wav") else write_text(tmp_path / name, "file_name,label")
+    with pytest.raises(DatasetError, match=f"Test, train, which are splits, and beside them {beside.split('/')[0]}: move"):
+        open_data_set(str(tmp_path), "audiofolder")
+
+
+def test_clips_that_the_metadata_do_not_list_are_counted(tmp_path, caplog):
+    for name in ("0.wav", "1.wav", "2.wav"):
+        write_clip(tmp_path / name)
+    write_text(tmp_path / "metadata.csv", "file_name,label", "0.wav,dog")
+    (rows,) = open_data_set(str(tmp_path), "audiofolder").values()
+    assert len(rows) == 1
+    assert "2 of 3 audio files" in caplog.text
+
+
 # Parquet and the Hub
 
 
@@ -106,6 +148,13 @@ def test_another_name_of_the_audio_column_is_found(tmp_path):
     assert open_data_set(str(tmp_path), "parquet")["train"][0]["audio"]["path"] == "a"
 
 
+def test_audio_of_another_writer_is_found(tmp_path):
+    columns = {"sound": [{"bytes": b"RIFF", "path": "a"}], "label": ["dog"]}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+    (rows,) = open_data_set(str(tmp_path), "parquet").values()
+    assert rows[0] == {"audio": {"bytes": b"RIFF", "path": "a"}, "label": "dog"}
+
+
 def test_parquet_without_audio_without_a_split_or_without_files_is_refused(tmp_path):
     write_text(tmp_path / "empty" / "notes.txt", "")
     with pytest.raises(DatasetError, match="holds notes.txt, but the layout parquet expects"):
@@ -133,6 +182,15 @@ def test_a_hub_data_set_as_a_local_folder_with_configurations(tmp_path, streamin
     assert [row["audio"]["path"] for row in splits["train"]] == ["b", "c"]
     with pytest.raises(DatasetError, match="cannot be opened: .*half"):
         open_data_set(str(tmp_path), "hub", subset="half")
+
+
+def test_local_folders_of_one_name_and_one_that_changed_are_told_apart(tmp_path):
+    card = ["---", "configs:", "- config_name: default", "  data_files: data/*.parquet", "---"]
+    for place, names in (("first", ["a"]), ("second", ["b", "c"]), ("first", ["d", "e", "f"])):
+        write_parquet(tmp_path / place / "set" / "data" / "train.parquet", *names)
+        write_text(tmp_path / place / "set" / "README.md", *card)
+        rows = open_data_set(str(tmp_path / place / "set"), "hub")["train"]
+        assert [audio["path"] for audio in rows["audio"]] == names
 
 
 def test_what_is_not_on_the_hub_is_refused(monkeypatch):

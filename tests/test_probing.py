@@ -372,6 +372,13 @@ def test_mistakes_end_the_program_with_one_sentence(arguments, message, run, cap
     assert re.search(message, said), said
 
 
+def test_a_clip_of_two_folds_is_refused(run, tmp_path):
+    with (tmp_path / "clips" / "train" / "metadata.csv").open("a") as table:
+        table.write("\n00.wav,hiss,x,1")
+    with pytest.raises(SystemExit, match="00.wav is both in 0 and in 1"):
+        run()
+
+
 def test_a_checkpoint_that_does_not_fill_the_encoder_is_refused(run, tmp_path):
     file = tmp_path / "model" / "model.safetensors"
     weights = {name.replace("layers.1.", "blocks.1."): tensor for name, tensor in load_file(file).items()}

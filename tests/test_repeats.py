@@ -104,11 +104,15 @@ def test_the_summary_is_that_of_the_runs_results(series):
 
 def test_the_table_has_a_line_for_each_run_and_one_for_all():
     values = {"one": 0.5, "two": 0.7, "three": 0.9}
-    lines = format_runs({"metrics": {"accuracy": {"runs": values, **summarize(list(values.values())).to_dict()}}}).splitlines()
+    accuracy = {"runs": values, **summarize(list(values.values())).to_dict()}
+    lines = format_runs({"metrics": {"accuracy": accuracy}, "classes_without_positives": {"two": ["dog"]}}).splitlines()
     assert lines[0] == "| run | accuracy |"
     assert lines[2:5] == ["| one | 0.5000 |", "| two | 0.7000 |", "| three | 0.9000 |"]
     half = 4.302653 * 0.2 / 3**0.5  # Student's t for two degrees of freedom
-    assert lines[5:] == [f"| mean ± std [95 %] | 0.7000 ± 0.2000 [{0.7 - half:.4f}, {0.7 + half:.4f}] |"]
+    assert lines[5] == f"| mean ± std [95 %] | 0.7000 ± 0.2000 [{0.7 - half:.4f}, {0.7 + half:.4f}] |"
+    assert lines[6:] == ["two leaves out dog, of which it has no clip"]
+    single = {"accuracy": {"runs": {"": 0.5}, **summarize([0.5]).to_dict()}}
+    assert format_runs({"metrics": single, "classes_without_positives": {}}).splitlines()[0::2] == ["| accuracy |", "| 0.5000 |"]
 
 
 def test_without_evaluation_there_is_no_table(copy, tmp_path):
@@ -148,9 +152,33 @@ def test_further_seeds_add_runs(copy):
     assert made(copy).items() > before.items()
 
 
+def test_changed_data_are_refused_or_run_again(copy, tmp_path):
+    data = Path(shutil.copytree(copy.data_dir, tmp_path / "clips"))
+    moved = replace(copy, data_dir=str(data), seeds=[0], overwrite=True)
+    repeat_fine_tuning(moved)
+    again, before = replace(moved, overwrite=False, memory_gb=1.0), made(copy)
+    repeat_fine_tuning(again)
+    assert made(copy) == before
+    table = (data / "metadata.csv").read_text()
+    (data / "metadata.csv").write_text(table.replace("1.wav,b,1", "1.wav,a,1"))
+    with pytest.raises(SettingsError, match=r"holds a model already \(of another state of the data\)"):
+        repeat_fine_tuning(again)
+    assert made(copy) == before
+
+
+def test_a_fold_that_cannot_work_is_refused_before_the_first_run(copy, tmp_path):
+    data = Path(shutil.copytree(copy.data_dir, tmp_path / "clips"))
+    table = (data / "metadata.csv").read_text()
+    (data / "metadata.csv").write_text(table.replace("8.wav,b,3", "8.wav,owl,3"))
+    settings = replace(copy, data_dir=str(data), eval_folds=[], output_dir=str(tmp_path / "others"))
+    with pytest.raises(DatasetError, match="8.wav is labelled 'owl', which is none of the 2 classes"):
+        repeat_fine_tuning(settings)
+    assert not (tmp_path / "others").exists()
+
+
 def test_changed_settings_are_refused_or_run_again(copy):
     changed, before = replace(copy, learning_rate=1e-3), made(copy)
-    with pytest.raises(SettingsError, match="fold-1-seed-0 holds a model already: .*overwrite=true"):
+    with pytest.raises(SettingsError, match=r"fold-1-seed-0 holds a model already \(of another learning_rate\): .*overwrite=true"):
         repeat_fine_tuning(changed)
     assert made(copy) == before
     repeat_fine_tuning(replace(changed, overwrite=True))

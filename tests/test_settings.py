@@ -1,6 +1,7 @@
 """Settings: typed values from YAML and the command line, and errors that help."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -51,6 +52,8 @@ def read(*overrides: str, file=None) -> Example:
         ("data_dir=runs/a=b", "runs/a=b"),
         ("separator=null", None),
         ("separator=;", ";"),
+        ("separator=#", "#"),  # a comment in YAML
+        ("data_dir=~/clips", str(Path.home() / "clips")),
         ("separator=,", ","),
         ("separator=|", "|"),
         ("separator= ", " "),

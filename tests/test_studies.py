@@ -102,11 +102,27 @@ def test_clips_of_one_name_in_two_folders_are_two(tmp_path):
 
 def test_a_copy_of_another_folder_is_refused(clips, tmp_path):
     copy_clips(clips, tmp_path / "copy")
-    with pytest.raises(DatasetError, match=f"copy was copied from {clips}, not from {tmp_path / 'copy'}: delete it"):
+    with pytest.raises(DatasetError, match=f"copy was copied from {clips} .*, not from {tmp_path / 'copy'} .*: delete it"):
         copy_clips(tmp_path / "copy", tmp_path / "copy")
     (tmp_path / "mine").mkdir()
     with pytest.raises(DatasetError, match="mine was copied from something else"):
         copy_clips(clips, tmp_path / "mine")
+
+
+def test_a_copy_of_clips_that_changed_since_is_refused(clips, tmp_path):
+    copy_clips(clips, tmp_path / "copy")
+    table = (clips / "metadata.csv").read_text()
+    (clips / "metadata.csv").write_text(table.replace("hiss", "hum", 1))
+    with pytest.raises(DatasetError, match=r"copy was copied from .* \(folder and state of its clips\): delete it"):
+        copy_clips(clips, tmp_path / "copy")
+
+
+def test_splits_become_one_copy(tmp_path):
+    for name in ("train/hum/1.wav", "train/hiss/2.wav", "test/hum/3.wav"):
+        (tmp_path / "clips" / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / "clips" / name, np.zeros(1600), 16_000)
+    copy = copy_clips(tmp_path / "clips", tmp_path / "copy")
+    assert (copy / "metadata.csv").read_text().count(".wav") == 3
 
 
 def test_a_copy_that_another_process_finished_first_is_taken(clips, tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """Labelled clips: an "audiofolder" read through `datasets`, its classes, and its waveforms, decoded once."""
 
+import hashlib
+import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..fbank import num_frames
 from ..feature_extraction_sslam import LARGEST_PLAUSIBLE_AMPLITUDE
 from .decoding import AudioDecodingError, load_waveform
+from .sources import AUDIO_SUFFIXES, audio_folder_splits, files_below
 
 
 try:
@@ -21,6 +26,8 @@ try:
 except ImportError as error:
     raise ImportError('reading a labelled data set needs datasets: pip install "transformers-sslam[train]"') from error
 
+
+logger = logging.get_logger(__name__)
 
 # Why a clip cannot be used: what `load_waveform` finds, and behind it what `decode_clip` finds.
 CAUSES = ("missing", "empty", "unreadable", "truncated", "not finite", "too short", "out of scale")
@@ -51,8 +58,8 @@ class LabelledRows:
 
 
 def load_audio_folder(data_dir: str | Path) -> datasets.DatasetDict:
-    """The splits of a folder in the layout of `datasets`' "audiofolder": `train/` and `test/` folders or none, and labels as the names
-    of class folders or as columns of `metadata.csv`, `.jsonl` or `.parquet` beside a column `file_name`. Nothing is decoded.
+    """The splits of a folder in the layout of `datasets`' "audiofolder": `train/`, `validation/` and `test/` at its top or none, and labels
+    as the names of class folders or as columns of `metadata.csv`, `.jsonl` or `.parquet` beside a column `file_name`. Nothing is decoded.
 
     Raises:
         DatasetError: (a `ValueError`) if there is no such folder, or no audio in it.
@@ -61,7 +68,7 @@ def load_audio_folder(data_dir: str | Path) -> datasets.DatasetDict:
     if not Path(data_dir).is_dir():
         raise DatasetError(f"data_dir is {data_dir}, but there is no such folder")
     try:
-        splits = datasets.load_dataset("audiofolder", data_dir=str(data_dir))
+        splits = datasets.load_dataset("audiofolder", data_files=audio_folder_splits(Path(data_dir)))
     except ImportError as error:
         raise ImportError(f'reading an audio folder failed ({error}): pip install "transformers-sslam[train]"') from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -74,6 +81,9 @@ def load_audio_folder(data_dir: str | Path) -> datasets.DatasetDict:
             raise DatasetError(
                 f"{data_dir} has no audio column in its split {name}, only {', '.join(rows.column_names)}: put audio files there"
             )
+    read, found = sum(map(len, splits.values())), sum(1 for _ in files_below(Path(data_dir), AUDIO_SUFFIXES))
+    if read < found:
+        logger.warning(f"{found - read} of {found} audio files below {data_dir} are not listed in its metadata, and are left out")
     return splits.cast_column("audio", datasets.Audio(decode=False))
 
 
@@ -97,17 +107,23 @@ def select_folds(splits: datasets.DatasetDict, column: str, values: Sequence[int
     """
     rows = datasets.concatenate_datasets(list(splits.values()))
     _check_column(rows, column)
-    folds = [str(fold) for fold in rows[column]]
+    folds = fold_names(rows[column])
+    known = sorted({fold for fold in folds if fold is not None})
     if not values:
         raise DatasetError(
-            f"no fold of the column {column!r} was chosen, so there is no clip: give some of {', '.join(sorted(set(folds)))}, for example "
+            f"no fold of the column {column!r} was chosen, so there is no clip: give some of {', '.join(known)}, for example "
             "as train_folds='[...]', or leave fold_column out (fold_column=null)"
         )
-    for value in values:
-        if str(value) not in folds:
-            raise DatasetError(f"the column {column!r} has no fold {value}, only {', '.join(sorted(set(folds)))}")
-    wanted = {str(value) for value in values}
+    wanted = set(fold_names(values))
+    if absent := [fold for fold in fold_names(values) if fold not in known]:
+        raise DatasetError(f"the column {column!r} has no fold {absent[0]}, only {', '.join(known)}")
     return rows.select([i for i, fold in enumerate(folds) if fold in wanted])
+
+
+def fold_names(values: Iterable[Any]) -> list[str | None]:
+    """Folds as text. A table in which some clips have none holds 1.0 for 1."""
+    whole = (int(value) if isinstance(value, float) and value.is_integer() else value for value in values)
+    return [None if value is None else str(value) for value in whole]
 
 
 @dataclass(frozen=True)
@@ -133,6 +149,9 @@ class LabelReader:
         feature = rows.features[column]
         is_list = isinstance(feature, (datasets.List, datasets.LargeList))
         item = feature.feature if is_list else feature
+        if separator is not None and (is_list or isinstance(item, datasets.ClassLabel)):
+            kind = "lists" if is_list else "classes"
+            raise DatasetError(f"label_separator is {separator!r}, but the column {column!r} holds {kind}, no text to divide: leave it out")
         return cls(column, separator, is_list, item.names if isinstance(item, datasets.ClassLabel) else None)
 
     @property
@@ -147,13 +166,17 @@ class LabelReader:
         if cell is None or cell == "":
             parts = []
         elif self.separator is not None and isinstance(cell, str):
-            parts = [part.strip() for part in cell.split(self.separator) if part.strip()]
+            parts = [part for part in cell.split(self.separator) if part.strip()]
         else:
             parts = cell if self.is_list else [cell]
+        parts = [part.strip() if isinstance(part, str) else part for part in parts]
         if any(part is None for part in parts):
             raise DatasetError(f"{source_name(row['audio'])} has an empty label in the column {self.column!r}: take it out of its list")
         if not parts and not self.multi_label:
-            raise DatasetError(f"{source_name(row['audio'])} has no label in the column {self.column!r}: give it one or leave it out")
+            raise DatasetError(
+                f"{source_name(row['audio'])} has no label in the column {self.column!r} (of a CSV file, NA, None and the like are read as "
+                "nothing): give it one or leave it out"
+            )
         if self.declared_classes is None:
             return [str(part) for part in parts]
         for part in parts:
@@ -171,9 +194,9 @@ def fold_values(splits: datasets.DatasetDict, column: str) -> list[int | str]:
     rows = datasets.concatenate_datasets(list(splits.values()))
     _check_column(rows, column)
     found: set[Any] = set(rows[column])
-    if None in found:
+    if None in found or any(value != value for value in found):
         raise DatasetError(f"the column {column!r} has rows without a value: give each clip its fold, or leave the clip out")
-    values: list[int | str] = sorted(found)
+    values: list[int | str] = sorted({int(fold) if isinstance(fold, float) and fold.is_integer() else fold for fold in found})
     if len(values) < 2:
         raise DatasetError(f"the column {column!r} holds {values}, but to hold out each fold in turn takes at least two")
     return values
@@ -190,6 +213,8 @@ def read_rows(rows: datasets.Dataset, label_column: str, separator: str | None =
     """
     reader, sources = LabelReader.of(rows, label_column, separator), rows["audio"]
     labels = [reader({"audio": source, label_column: cell}) for source, cell in zip(sources, rows[label_column])]
+    if separator is not None and not any(isinstance(cell, str) and separator in cell for cell in rows[label_column]):
+        logger.warning(f"the separator {separator!r} is in none of the {len(labels)} labels of the column {label_column!r}")
     return LabelledRows(sources, labels, reader.multi_label, reader.declared_classes)
 
 
@@ -211,6 +236,36 @@ def choose_classes(rows: LabelledRows) -> list[str]:
             f"the training clips have {len(classes)} class ({', '.join(classes) or 'none'}), but there must be two to tell apart"
         )
     return classes
+
+
+def check_apart(sources: Sequence[dict], parts: Sequence[str]) -> None:
+    """That no file is in two parts of the data. Where entries hold their audio themselves, they are not compared.
+
+    Args:
+        sources: what `load_waveform` takes.
+        parts: the name of each one's part.
+
+    Raises:
+        DatasetError: if a file is in two.
+    """
+    if not are_files(sources):
+        return
+    part_of: dict[str, str] = {}
+    for path, part in zip((source["path"] for source in sources), parts, strict=True):
+        if part_of.setdefault(path, part) != part:
+            raise DatasetError(f"{path} is both in {part_of[path]} and in {part}: what is evaluated on must not be trained on")
+
+
+def are_files(sources: Sequence[dict]) -> bool:
+    """Whether sources are files on their own, not held in those of the data set, where looking at them all would read all of it."""
+    return len(sources) > 0 and sources[0]["bytes"] is None
+
+
+def hash_sources(sources: Sequence[dict]) -> str:
+    """Of the names and sizes of files; of nothing where the data set holds the audio itself."""
+    paths = [source["path"] for source in sources] if are_files(sources) else []
+    sizes = [os.path.getsize(path) if os.path.isfile(path) else None for path in paths]
+    return hashlib.sha256(json.dumps([paths, sizes]).encode()).hexdigest()[:16]
 
 
 def encode_labels(rows: LabelledRows, classes: Sequence[str]) -> torch.Tensor:

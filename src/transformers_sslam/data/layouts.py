@@ -7,6 +7,8 @@ splits["train"][0]  # {"audio": {"path": "ESC-50-master/audio/1-100032-A-0.wav",
 """
 
 import csv
+import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -104,7 +106,15 @@ def _open_parquet(root: Path, subset: None, streaming: bool) -> DatasetDict | It
 
 
 def _open_hub(root: Path, subset: str | None, streaming: bool) -> DatasetDict | IterableDatasetDict:
-    return _load(str(root), root, name=subset, streaming=streaming)
+    if not root.is_dir():
+        return _load(str(root), root, name=subset, streaming=streaming)
+    # Of a local folder whose card has `configs:`, `datasets` would give the rows that it has kept of another one of the same name, or of
+    # this one before it changed.
+    found = [(name, (root / name).stat()) for name in sorted(files_below(root, ("",)))]
+    state = [str(root.resolve()), *((name, file.st_size, file.st_mtime_ns) for name, file in found)]
+    digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+    cache_dir = str(Path(datasets.config.HF_DATASETS_CACHE) / f"local-{digest}")
+    return _load(str(root), root, name=subset, streaming=streaming, cache_dir=cache_dir)
 
 
 def _load(builder: str, path: Path, **arguments) -> DatasetDict | IterableDatasetDict:
@@ -114,6 +124,9 @@ def _load(builder: str, path: Path, **arguments) -> DatasetDict | IterableDatase
     except (ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, LookupError, StopIteration) as error:
         raise DatasetError(f"the data set {path} cannot be opened: {type(error).__name__}: {error}") from error
     for name, rows in splits.items():
+        for column, feature in (rows.features or {}).items():
+            if isinstance(feature, dict) and feature.keys() == {"bytes", "path"}:  # audio that was written without `datasets`
+                rows = rows.cast_column(column, datasets.Audio(decode=False))
         columns = [column for column, feature in (rows.features or {}).items() if isinstance(feature, datasets.Audio)]
         if len(columns) != 1:
             found = f"columns {', '.join(rows.features)}" if rows.features else "no description of its columns"

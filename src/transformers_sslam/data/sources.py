@@ -29,6 +29,12 @@ logger = logging.getLogger(__name__)
 
 SHARD_INDEX = "index.json"  # what `shards.prepare` writes beside its shards
 AUDIO_SUFFIXES = (".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64")
+# How folders are called that are splits.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 SHARD_SUFFIXES = {"parquet": (".parquet",), "webdataset": (".tar",)}
 ROWS_AT_ONCE = 16  # read from a shard in one go
 
@@ -243,13 +249,40 @@ def _open_folder(settings: SourceSettings):
 def _open_audiofolder(settings: SourceSettings):
     root = _existing(settings)
     # Not streamed: as a stream an audiofolder is one single shard, whatever its size. The table holds paths, not audio.
-    data = _load(settings, "audiofolder", data_dir=glob.escape(str(root)), split=settings.split)
+    data = _load(settings, "audiofolder", data_files=audio_folder_splits(root), split=settings.split)
     if "audio" not in data.features:
         return data, [], len(data)
     for column, values in settings.keep.items():
         data = _keep(settings, data, column, values)
     paths = data.data.column("audio").combine_chunks().field("path").to_pylist()
     return data, [os.path.relpath(path, root) if path else "" for path in paths], len(data)
+
+
+def audio_folder_splits(root: Path) -> dict[str, list[str]]:
+    """The splits of an audio folder, as patterns of their files. `datasets` by itself would look for "train", "test" and the like in all
+    names of files and folders, leave out what has none, and count what has two in both.
+
+    Here folders of these names at the top are splits, where there is more than one or nothing else; otherwise all is the split "train".
+
+    Raises:
+        ValueError: if beside several such folders there is other audio, or a table of metadata for all.
+    """
+    tops = {Path(name).parts[0] for name in files_below(root, (*AUDIO_SUFFIXES, ".zip"))}
+    split_of = {top: split for top in sorted(tops) for split, names in SPLIT_NAMES.items() if top.lower().removesuffix(".zip") in names}
+    others = sorted(tops - split_of.keys()) + [file.name for file in sorted(root.glob("metadata.*"))]
+    escaped = glob.escape(str(root.resolve()))
+    if not split_of or (others and len(set(split_of.values())) == 1):
+        return {"train": [f"{escaped}/**"]}
+    if others:
+        raise ValueError(
+            f"{root} holds {', '.join(split_of)}, which are splits, and beside them {', '.join(others[:3])}: move all audio into the "
+            "splits, each with a metadata.csv of its own, or rename the folders"
+        )
+    return {
+        split: [f"{escaped}/{top}" + ("/**" if (root / top).is_dir() else "") for top, its in split_of.items() if its == split]
+        for split in SPLIT_NAMES  # training first: of a split before it, with one class folder, `datasets` would drop the class
+        if split in split_of.values()
+    }
 
 
 def _keep(settings: SourceSettings, data, column: str, values: list):

@@ -9,7 +9,17 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..data.labelled import DatasetError, Waveforms, choose_classes, encode_labels, fold_values, read_rows, select_split
+from ..data.labelled import (
+    DatasetError,
+    Waveforms,
+    check_apart,
+    choose_classes,
+    encode_labels,
+    fold_names,
+    fold_values,
+    read_rows,
+    select_split,
+)
 from ..data.layouts import open_data_set
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
@@ -104,6 +114,7 @@ def read_task(settings: FrozenSettings, sampling_rate: int) -> Task:
     rows, training_rows, groups = _choose_rows(settings)
     classes = choose_classes(read_rows(training_rows, settings.label_column, settings.label_separator))
     labelled = read_rows(rows, settings.label_column, settings.label_separator)
+    check_apart(labelled.sources, groups)
     targets = encode_labels(labelled, classes).numpy()
     waveforms = Waveforms(labelled.sources, sampling_rate, settings.memory_gb)
     waveforms.check_unreadable(settings.max_unreadable, "probed")
@@ -133,7 +144,7 @@ def _choose_rows(settings: FrozenSettings) -> tuple[datasets.Dataset, datasets.D
             "null to use splits"
         )
     fold_values(splits, settings.fold_column)  # refuses clips without a fold
-    return rows, rows, [str(fold) for fold in rows[settings.fold_column]]
+    return rows, rows, [str(fold) for fold in fold_names(rows[settings.fold_column])]
 
 
 def evaluate_frozen(

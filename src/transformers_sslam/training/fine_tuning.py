@@ -19,17 +19,24 @@ from ..allocator import keep_freed_memory
 from ..configuration_sslam import ENCODER_FIELDS, SSLAMConfig
 from ..conversion import ConversionError, convert_checkpoint
 from ..data.labelled import (
+    DatasetError,
     LabelledRows,
     LabelReader,
     Waveforms,
+    are_files,
+    check_apart,
     choose_classes,
+    encode_labels,
+    hash_sources,
     keep_rows,
     read_rows,
     select_folds,
     select_split,
+    source_name,
 )
 from ..data.layouts import open_data_set
 from ..evaluation.metrics import Accuracy, MeanAveragePrecision
+from ..evaluation.reports import write_json
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtractor
 from ..hub import add_remote_code, write_model_card
 from ..model_cards import public_name
@@ -51,6 +58,9 @@ from .settings import SettingsError, refusals_as_settings_errors, write_settings
 
 logger = logging.get_logger(__name__)
 
+# Settings that a run's result does not depend on.
+SAME_RESULT = {"overwrite", "memory_gb", "check_clips"}
+
 
 @dataclass
 class TrainingData:
@@ -61,6 +71,7 @@ class TrainingData:
         classes: their names.
         multi_label: whether a clip may have several of them.
         callbacks: what training must tell the clips.
+        digest: of what the clips and their labels are, see [`hash_rows`]; `None` of a stream.
     """
 
     train: ClipDataset | StreamedClips
@@ -68,6 +79,7 @@ class TrainingData:
     classes: list[str]
     multi_label: bool
     callbacks: list[TrainerCallback]
+    digest: str | None = None
 
     def counts(self) -> dict[str, Any]:
         """Clips of either part (of a stream they are not known), and those left out, by cause."""
@@ -102,16 +114,25 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
 
     Returns:
         What `results.json` holds: metrics, class names, numbers of clips, unreadable files by cause, seconds. Beside it, `scores.npz` has
-        `logits` and `targets`, `(clips, classes)`, of the evaluation.
+        `logits` and `targets`, `(clips, classes)`, of the evaluation, the `classes`, and the clips' `names` unless it was streamed.
 
     Raises:
         SettingsError, DatasetError: (both are `ValueError`s) if settings contradict each other, or the data do not hold what they ask for.
     """
     start = time.perf_counter()
     output = Path(settings.output_dir)
-    if (output / "config.json").exists() and not settings.overwrite and not _lacks_results(settings):
-        raise SettingsError(f"output_dir {output} holds a model already: choose another folder, or set overwrite=true to replace it")
+    if (output / "config.json").exists() and not settings.overwrite:
+        of_another = differences(settings)
+        if of_another or (output / "results.json").exists():  # without results it is this very run, stopped before its end
+            raise SettingsError(
+                f"output_dir {output} holds a model already ({'of another ' + of_another if of_another else 'of this very run'}): choose "
+                "another folder, or set overwrite=true to replace it"
+            )
+    with refusals_as_settings_errors(f"output_dir {output} cannot be written to"):
+        output.mkdir(parents=True, exist_ok=True)
     arguments = settings.training_arguments()
+    if arguments.fp16 and arguments.device.type == "cpu":
+        raise SettingsError("trainer.fp16 is true, which needs a GPU: on a CPU use trainer.bf16")
     if arguments.device.type == "cpu":
         keep_freed_memory()
     origin = resolve_checkpoint(settings)
@@ -140,6 +161,8 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
     ready, cpu_ready = time.perf_counter(), time.process_time()
     trainer.train()
     trained, cpu_trained = time.perf_counter(), time.process_time()
+    if not all(weights.isfinite().all() for weights in model.parameters()):
+        raise SettingsError("the training has diverged, its weights are NaN or infinite, and nothing was saved: lower learning_rate")
     if trainer.is_world_process_zero():  # before the evaluation, so that nothing said there can cost the training
         model.save_pretrained(output)
         extractor.save_pretrained(output)
@@ -150,6 +173,7 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
     results = {
         "metrics": {} if data.evaluation is None else _evaluate(trainer, data, output),
         "classes": data.classes,
+        "data": data.digest,
         **data.counts(),
         "training_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "steps": trainer.state.global_step,
@@ -161,17 +185,22 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
         },
     }
     if trainer.is_world_process_zero():
-        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_json(output / "results.json", results)
         write_model_card(output, describe_results(settings, results))
     return results
 
 
-def _lacks_results(settings: FineTuningSettings) -> bool:
-    """Whether this very run has saved its model in the folder, and was stopped before its results were written."""
-    output = Path(settings.output_dir)
-    if (output / "results.json").exists() or not (output / "settings.yaml").is_file():
-        return False
-    return yaml.safe_load((output / "settings.yaml").read_text()) == asdict(settings)
+def differences(settings: FineTuningSettings) -> str:
+    """What the run in `output_dir` has otherwise than these settings, in words; nothing where it is this very run."""
+    output, wanted = Path(settings.output_dir), json.loads(json.dumps(asdict(settings)))
+    if not (output / "settings.yaml").is_file():
+        return "origin"
+    there = yaml.safe_load((output / "settings.yaml").read_text())
+    names = sorted(name for name in wanted.keys() | there.keys() if name not in SAME_RESULT and wanted.get(name) != there.get(name))
+    if names or settings.streaming or not (output / "results.json").is_file():
+        return ", ".join(names)
+    same_data = json.loads((output / "results.json").read_text()).get("data") == hash_rows(*select_rows(settings))
+    return "" if same_data else "state of the data"
 
 
 def _evaluate(trainer: Trainer, data: TrainingData, output: Path) -> dict[str, Any]:
@@ -180,8 +209,15 @@ def _evaluate(trainer: Trainer, data: TrainingData, output: Path) -> dict[str, A
     logits, targets = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     metrics = evaluate_predictions(logits, targets, data.classes, data.multi_label)
     if trainer.is_world_process_zero():
-        np.savez(output / "scores.npz", logits=logits, targets=targets)
+        np.savez(output / "scores.npz", logits=logits, targets=targets, classes=data.classes, names=_names(data.evaluation))
+    if silent := metrics.get("classes_without_positives"):
+        logger.warning(f"no clip of the evaluation has {', '.join(silent)}: the mean average precision leaves these classes out")
     return {**metrics, "loss": (prediction.metrics or {})["test_loss"]}
+
+
+def _names(clips: ClipDataset | StreamedClips | None) -> list[str]:
+    """Of the files, or none of a stream."""
+    return [source_name(clips.waveforms.sources[i]) for i in clips.waveforms.kept] if isinstance(clips, ClipDataset) else []
 
 
 # --- data
@@ -190,6 +226,7 @@ def _evaluate(trainer: Trainer, data: TrainingData, output: Path) -> dict[str, A
 def _load(settings: FineTuningSettings, extractor: SSLAMFeatureExtractor) -> TrainingData:
     """Both parts as tables of clips, decoded as far as memory reaches."""
     train_rows, eval_rows = select_rows(settings)
+    digest = hash_rows(train_rows, eval_rows)
     if settings.clips_per_class is not None:
         train_rows = keep_rows(train_rows, keep_clips_per_class(train_rows, settings.clips_per_class, settings.seed))
     train = decode(train_rows, extractor.sampling_rate, settings, "training")
@@ -201,7 +238,7 @@ def _load(settings: FineTuningSettings, extractor: SSLAMFeatureExtractor) -> Tra
     eval_set = None
     if eval_rows is not None:
         eval_set = ClipDataset(decode(eval_rows, extractor.sampling_rate, settings, "evaluation"), classes, extractor)
-    return TrainingData(train_set, eval_set, classes, train.rows.multi_label, [EpochCallback(train_set)])
+    return TrainingData(train_set, eval_set, classes, train.rows.multi_label, [EpochCallback(train_set)], digest)
 
 
 def _stream(settings: FineTuningSettings, extractor: SSLAMFeatureExtractor) -> TrainingData:
@@ -233,7 +270,34 @@ def select_rows(settings: FineTuningSettings) -> tuple[LabelledRows, LabelledRow
         return read_rows(chosen, settings.label_column, settings.label_separator)
 
     train = select(settings.train_split, settings.train_folds)
-    return train, select(settings.eval_split, settings.eval_folds) if settings.evaluate else None
+    if not settings.evaluate:
+        return train, None
+    evaluation = select(settings.eval_split, settings.eval_folds)
+    if are_files(train.sources) and are_files(evaluation.sources):
+        parts = ["the training clips"] * len(train) + ["the evaluation"] * len(evaluation)
+        check_apart([*train.sources, *evaluation.sources], parts)
+    if not any(evaluation.labels):
+        raise DatasetError("no clip of the evaluation has a label, so nothing can be measured on them: choose others")
+    return train, evaluation
+
+
+def check_rows(settings: FineTuningSettings) -> None:
+    """That the rows of a run can be had, and its evaluation has no other classes than its training. Nothing is decoded.
+
+    Raises:
+        DatasetError: if not.
+    """
+    train, evaluation = select_rows(settings)
+    classes = choose_classes(train)
+    if evaluation is not None:
+        encode_labels(evaluation, classes)
+
+
+def hash_rows(*parts: LabelledRows | None) -> str:
+    """Of the labels and, where clips are files, of their names and sizes: whether a run had the same data. Other sound of the same size is
+    not seen."""
+    state = [None if rows is None else (hash_sources(rows.sources), rows.labels) for rows in parts]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
 
 
 def decode(rows: LabelledRows, sampling_rate: int, settings: FineTuningSettings, what: str) -> LabelledClips:
@@ -292,7 +356,12 @@ def build_extractor(settings: FineTuningSettings, origin: str | None = None) -> 
             arguments |= NORMALIZATION_PRESETS.get(settings.normalization, {})
         if settings.max_length is not None:
             arguments["max_length"] = settings.max_length
-        return SSLAMFeatureExtractor(**arguments)
+        config = SSLAMConfig(**settings.model_config) if origin is None else AutoConfig.from_pretrained(origin)
+        longest = settings.model_config.get("max_length", config.max_length)
+        extractor = SSLAMFeatureExtractor(**arguments)
+        if extractor.max_length > longest:
+            raise SettingsError(f"max_length is {extractor.max_length}, but the model's positions end at {longest} frames: take less")
+        return extractor
 
 
 def build_model(
@@ -359,10 +428,10 @@ def evaluate_predictions(
         confidence: of the bootstrap interval over clips; `None` for none.
 
     Raises:
-        ValueError: if the logits are not finite.
+        SettingsError: (a `ValueError`) if the logits are not finite.
     """
     if not np.isfinite(logits).all():
-        raise ValueError("the model's outputs are NaN or infinite, so the training has diverged: lower learning_rate")
+        raise SettingsError("the model's outputs are NaN or infinite, so the training has diverged: lower learning_rate")
     if multi_label:
         return MeanAveragePrecision().compute(
             predictions=logits, references=targets.astype(np.int64), class_names=classes, confidence=confidence

@@ -175,6 +175,7 @@ class FineTuningSettings:
             "adam_beta2": 0.95,
             "save_strategy": "no",
             "logging_strategy": "epoch",
+            "logging_nan_inf_filter": False,  # which would report a loss of NaN as 0
             "report_to": "none",
             "dataloader_pin_memory": torch.accelerator.is_available(),
         }

@@ -12,6 +12,7 @@ from ..data.labelled import DatasetError, fold_values
 from ..data.layouts import open_data_set
 from ..evaluation.intervals import Summary, independent_values, summarize
 from ..evaluation.reports import format_summary, markdown_table, write_json
+from .fine_tuning import check_rows
 from .fine_tuning_settings import FineTuningSettings
 from .settings import write_settings
 from .steps import fine_tune_once
@@ -58,6 +59,9 @@ def repeat_fine_tuning(settings: FineTuningSettings) -> dict[str, Any]:
         SettingsError, DatasetError: see [`fine_tune`].
     """
     results, runs = {}, expand(settings)
+    if not settings.streaming:  # said now, not after hours of other folds
+        for run in {str((run.train_folds, run.eval_folds)): run for run in runs.values()}.values():
+            check_rows(run)
     for name, run in runs.items():
         logger.info(f"fine-tuning run {name or run.output_dir}")
         results[name] = fine_tune_once(run)
@@ -67,7 +71,12 @@ def repeat_fine_tuning(settings: FineTuningSettings) -> dict[str, Any]:
             values = {run: result["metrics"][metric] for run, result in results.items()}
             independent = independent_values(list(values.values()), [str(run.eval_folds) for run in runs.values()])
             metrics[metric] = {"runs": values, **summarize(independent).to_dict()}
-    summary = {"metrics": metrics, "seconds": sum(result["seconds"]["total"] for result in results.values())}
+    silent = {run: found for run, result in results.items() if (found := result["metrics"].get("classes_without_positives"))}
+    summary = {
+        "metrics": metrics,
+        "classes_without_positives": silent,
+        "seconds": sum(result["seconds"]["total"] for result in results.values()),
+    }
     if PartialState().is_main_process:
         write_settings(settings, Path(settings.output_dir) / "series.yaml")
         write_json(Path(settings.output_dir) / "summary.json", summary)
@@ -83,7 +92,13 @@ def format_runs(summary: dict[str, Any]) -> str:
     rows = [[run, *(f"{values['runs'][run]:.4f}" for values in metrics.values())] for run in runs]
     names = [field.name for field in fields(Summary)]
     totals = [format_summary(Summary(**{name: values[name] for name in names}), scale=1, decimals=4) for values in metrics.values()]
-    return markdown_table(["run", *metrics], [*rows, ["mean ± std [95 %]", *totals]])
+    if len(runs) == 1:
+        return markdown_table(list(metrics), [rows[0][1:]])
+    table = markdown_table(["run", *metrics], [*rows, ["mean ± std [95 %]", *totals]])
+    left_out = [
+        f"{run} leaves out {', '.join(classes)}, of which it has no clip" for run, classes in summary["classes_without_positives"].items()
+    ]
+    return "\n".join([table, *left_out])
 
 
 __all__ = ["expand", "format_runs", "repeat_fine_tuning"]

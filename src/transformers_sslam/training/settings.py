@@ -239,6 +239,10 @@ def _convert_text(text: _Text, kind: Any, key: str) -> Any:
         value = yaml.load(literal, Loader=_Loader)
     except yaml.YAMLError:
         value = literal
+    if value is None and literal.strip().lower() not in ("", "~", "null"):  # a comment, for YAML
+        value = literal
+    if literal.startswith("~/"):  # not every shell expands it behind a `key=`
+        literal = value = str(Path(literal).expanduser())
     if literal != literal.strip() or (isinstance(value, str) and literal[:1] not in "\"'"):
         value = literal  # YAML would strip spaces, and read `|` as an empty block
     try:

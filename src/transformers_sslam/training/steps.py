@@ -1,5 +1,6 @@
 """Steps of a study: each is done once, found again when the study is started again, and its cost is written down."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -10,21 +11,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import datasets
 import soundfile
-import yaml
 from accelerate.state import AcceleratorState
+from transformers.utils import logging
 
-from ..data.labelled import DatasetError, Waveforms, load_audio_folder
+from ..data.labelled import DatasetError, Waveforms, hash_sources, load_audio_folder
 from .checkpoints import checkpoints
-from .fine_tuning import fine_tune
+from .fine_tuning import differences, fine_tune
 from .fine_tuning_settings import FineTuningSettings
 from .pretraining import PreTrainer
 from .pretraining_settings import PreTrainingSettings
 from .settings import read_settings
 
 
+logger = logging.get_logger(__name__)
+
+
 def copy_clips(data_dir: str | Path, output_dir: str | Path, sampling_rate: int = 16_000) -> Path:
-    """An audio folder decoded once: mono WAV of floats at the model's rate, with its metadata, so that no run resamples it again.
+    """An audio folder decoded once: mono WAV of floats at the model's rate, with its metadata, so that no run resamples it again. Its
+    splits become one.
 
     Several processes may ask for the same copy at once: each makes its own, and the first to finish gives it its name.
 
@@ -33,12 +39,14 @@ def copy_clips(data_dir: str | Path, output_dir: str | Path, sampling_rate: int 
         output_dir: where the copy lies; one of the same folder is taken as it is.
 
     Raises:
-        DatasetError: if a clip cannot be read, or what lies there is the copy of another folder.
+        DatasetError: if a clip cannot be read, or what lies there is the copy of another folder, or of this one before it changed.
     """
-    output, origin = Path(output_dir), str(Path(data_dir).resolve())
+    output = Path(output_dir)
+    rows = datasets.concatenate_datasets(list(load_audio_folder(data_dir).values()))
+    said = json.dumps(rows.remove_columns("audio").to_list(), default=str)
+    origin = f"{Path(data_dir).resolve()} {hash_sources(rows['audio'])}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
     if _is_copy(output, origin):
         return output
-    (rows,) = load_audio_folder(data_dir).values()
     waveforms = Waveforms(rows["audio"], sampling_rate)
     waveforms.check_unreadable(0.0, "study")
     # Numbered, for files of several folders or formats may share a name.
@@ -69,7 +77,9 @@ def _is_copy(output: Path, origin: str) -> bool:
         return False
     found = (output / _ORIGIN).read_text() if (output / _ORIGIN).is_file() else "something else"
     if found != origin:
-        raise DatasetError(f"{output} was copied from {found}, not from {origin}: delete it, or give another output_dir")
+        raise DatasetError(
+            f"{output} was copied from {found}, not from {origin} (folder and state of its clips): delete it, or give another output_dir"
+        )
     return True
 
 
@@ -115,10 +125,10 @@ def pretrain_on_folds(
 def fine_tune_once(settings: FineTuningSettings) -> dict[str, Any]:
     """The results of [`fine_tune`], unless this very run is finished: then those that it left."""
     folder = Path(settings.output_dir)
-    finished = (folder / "results.json").is_file() and (folder / "settings.yaml").is_file() and not settings.overwrite
-    if finished and yaml.safe_load((folder / "settings.yaml").read_text()) == json.loads(json.dumps(asdict(settings))):
-        return json.loads((folder / "results.json").read_text())
-    return fine_tune(settings)
+    if settings.overwrite or not (folder / "results.json").is_file() or differences(settings):
+        return fine_tune(settings)
+    logger.warning(f"{folder} holds this very run, finished: it is not repeated (overwrite=true does)")
+    return json.loads((folder / "results.json").read_text())
 
 
 def _read_step(file: Path, settings: Any) -> dict[str, Any] | None:
