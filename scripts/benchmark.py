@@ -13,6 +13,7 @@ figures, with what they were measured on.
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,16 @@ def data(args: argparse.Namespace) -> tuple[Any, str]:
     return rows, markdown_table(["input path, one core", "median (smallest - largest)"], cells)
 
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def at_least(least: float, kind: Callable[[str], float] = int) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not (value := kind(text)) >= least:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least:g}")
+        return value
+
+    return number
+
+
+positive = at_least(1)
 
 
 def device(text: str) -> str:
@@ -120,10 +127,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--compile", action="store_true")
     sub = command(features)
     sub.add_argument("--clips", type=positive, default=64)
-    sub.add_argument("--seconds", type=float, default=10.0)
+    sub.add_argument("--seconds", type=at_least(0.025, float), default=10.0, help="of a clip")
     sub = command(recording, sized=True, repeated=False)
-    sub.add_argument("--minutes", type=float, default=60.0)
-    sub.add_argument("--hop", type=float, default=10.24, help="seconds from window to window")
+    sub.add_argument("--minutes", type=at_least(0.01, float), default=60.0)
+    sub.add_argument("--hop", type=at_least(0.01, float), default=10.24, help="seconds from window to window")
     sub.add_argument("--batch-size", type=positive, default=8, help="windows")
     sub = command(data, on_device=False)
     sub.add_argument(
@@ -133,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=positive, default=12)
     sub.add_argument("--batches", type=positive, default=10, help="in each run")
     sub.add_argument("--recordings", type=positive, default=48, help="made-up ones of each format")
-    sub.add_argument("--resume-after", type=int, nargs="*", default=[10, 10_000, 1_000_000], help="clips")
+    sub.add_argument("--resume-after", type=at_least(0), nargs="*", default=[10, 10_000, 1_000_000], help="clips")
     return whole
 
 

@@ -252,6 +252,8 @@ def test_the_script_prints_a_table_and_writes_json(tmp_path, command, rows):
     [
         (["step", "--device", "abacus"], "'abacus' cannot be used here"),
         (["encode", "--batch-sizes", "0"], "0 is not at least 1"),
+        (["features", "--seconds", "0.01"], "0.01 is not at least 0.025"),
+        (["data", "--resume-after", "-5"], "-5"),
         (["data", "--source", "{path: /data}"], "is no source"),
         (["data", "--source", "foo"], "is no source"),
         (["step", "--size", "tiny", "--frames", "100"], "input_values has 100 frames, but a positive multiple of 16"),
