@@ -41,8 +41,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         mean (`float`, defaults to -4.268): Mean of the log-mels of the data set, AudioSet's by default.
         std (`float`, defaults to 4.569): Their standard deviation; the scale is twice as much.
         return_attention_mask (`bool`, defaults to `False`): Whether to return a mask over frames when a call does not say.
-        pad_to_multiple_of (`int`, defaults to 16): The model's patch size: every length returned is a multiple of it, except with
-                `padding=False`.
+        pad_to_multiple_of (`int`, defaults to 16): The model's patch size; every length but those of `padding=False` is a multiple.
 
     Raises:
         ValueError: if one of these is out of range.
