@@ -29,7 +29,7 @@ from transformers_sslam.benchmarks.recording import measure_recording
 from transformers_sslam.benchmarks.step import SIZES, StepSettings, measure_step, summary
 from transformers_sslam.benchmarks.timing import Spread, machine
 from transformers_sslam.data.sources import parse_source
-from transformers_sslam.evaluation.reports import markdown_table, write_json
+from transformers_sslam.reports import markdown_table, write_json
 
 
 def step(args: argparse.Namespace) -> tuple[Any, str]:

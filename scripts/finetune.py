@@ -11,9 +11,9 @@ import sys
 
 from transformers_sslam.data.decoding import AudioDecodingError
 from transformers_sslam.data.labelled import DatasetError
+from transformers_sslam.settings import SettingsError, parse_settings
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.repeats import format_runs, repeat_fine_tuning
-from transformers_sslam.training.settings import SettingsError, parse_settings
 
 
 def main() -> None:

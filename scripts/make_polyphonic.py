@@ -9,7 +9,7 @@ import sys
 
 from transformers_sslam.data.labelled import DatasetError
 from transformers_sslam.data.polyphonic_benchmark import BenchmarkSettings, make_benchmark
-from transformers_sslam.training.settings import parse_settings
+from transformers_sslam.settings import parse_settings
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ import sys
 
 import transformers
 
+from transformers_sslam.settings import SettingsError, parse_settings
 from transformers_sslam.training.monitoring import CollapseError
 from transformers_sslam.training.pretraining import NonFiniteError, PreTrainer
 from transformers_sslam.training.pretraining_settings import PreTrainingSettings
-from transformers_sslam.training.settings import SettingsError, parse_settings
 
 
 def main() -> None:

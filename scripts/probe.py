@@ -22,9 +22,9 @@ from transformers_sslam.data.labelled import DatasetError
 from transformers_sslam.evaluation.features import ProbeError
 from transformers_sslam.evaluation.frozen import FrozenSettings, evaluate_frozen, results_table
 from transformers_sslam.evaluation.probing import Partition
-from transformers_sslam.evaluation.reports import write_json
+from transformers_sslam.reports import write_json
+from transformers_sslam.settings import SettingsError, parse_settings, read_settings, setting
 from transformers_sslam.training.fine_tuning import FineTuningSettings, fine_tune
-from transformers_sslam.training.settings import SettingsError, parse_settings, read_settings, setting
 
 
 # As in recipes/linear_spass.yaml, for any data: length and statistics are the checkpoint's, exclusive classes have cross-entropy.

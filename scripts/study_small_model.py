@@ -26,9 +26,9 @@ from transformers_sslam.evaluation.features import encode_clips
 from transformers_sslam.evaluation.frozen import FrozenSettings, read_task
 from transformers_sslam.evaluation.intervals import independent_values, summarize, summarize_difference
 from transformers_sslam.evaluation.probing import run_probe
-from transformers_sslam.evaluation.reports import format_summary, markdown_table, write_json
+from transformers_sslam.reports import format_summary, markdown_table, write_json
+from transformers_sslam.settings import SettingsError, parse_settings, read_settings, setting
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
-from transformers_sslam.training.settings import SettingsError, parse_settings, read_settings, setting
 from transformers_sslam.training.steps import copy_clips, epochs_of_equal_cost, fine_tune_once, pretrain_on_folds, read_records
 
 

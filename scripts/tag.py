@@ -15,7 +15,7 @@ import sys
 import transformers
 
 from transformers_sslam.evaluation.tag_files import TagSettings, tag_files
-from transformers_sslam.training.settings import SettingsError, parse_settings
+from transformers_sslam.settings import SettingsError, parse_settings
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import noise
 
+from transformers_sslam.settings import SettingsError
 from transformers_sslam.training.augmentation import (
     NO_AUGMENTATION,
     AugmentationSettings,
@@ -15,7 +16,6 @@ from transformers_sslam.training.augmentation import (
     spec_augment,
 )
 from transformers_sslam.training.labelled_clips import Collator
-from transformers_sslam.training.settings import SettingsError
 
 
 def settings(**changes) -> AugmentationSettings:

@@ -23,9 +23,9 @@ from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudio
 from transformers_sslam.conversion import convert_checkpoint
 from transformers_sslam.data.decoding import load_waveform
 from transformers_sslam.data.labelled import DatasetError
+from transformers_sslam.settings import SettingsError
 from transformers_sslam.training.fine_tuning import build_extractor, build_model, describe_results, fine_tune, resolve_checkpoint
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
-from transformers_sslam.training.settings import SettingsError
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"

@@ -29,11 +29,11 @@ from transformers_sslam import SSLAMForPreTraining, SSLAMModel
 
 soundfile = pytest.importorskip("soundfile")
 from transformers_sslam.data.stream import DataSettings  # noqa: E402
+from transformers_sslam.settings import SettingsError  # noqa: E402
 from transformers_sslam.training.checkpoints import checkpoints, damage  # noqa: E402
 from transformers_sslam.training.monitoring import CollapseError, training_flops_per_clip  # noqa: E402
 from transformers_sslam.training.pretraining import NonFiniteError, PreTrainer  # noqa: E402
 from transformers_sslam.training.pretraining_settings import PreTrainingSettings  # noqa: E402
-from transformers_sslam.training.settings import SettingsError  # noqa: E402
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "pretrain.py"

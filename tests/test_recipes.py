@@ -8,8 +8,8 @@ import yaml
 
 from transformers_sslam.data.layouts import LAYOUTS
 from transformers_sslam.data.polyphonic_sets import SPASS_SCENES
+from transformers_sslam.settings import read_settings
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
-from transformers_sslam.training.settings import read_settings
 
 
 RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"

@@ -14,9 +14,9 @@ import yaml
 
 from transformers_sslam.data.labelled import DatasetError
 from transformers_sslam.evaluation.intervals import summarize
+from transformers_sslam.settings import SettingsError
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.repeats import expand, format_runs, repeat_fine_tuning
-from transformers_sslam.training.settings import SettingsError
 
 
 RUNS = ["fold-1-seed-0", "fold-1-seed-1", "fold-2-seed-0", "fold-2-seed-1", "fold-3-seed-0", "fold-3-seed-1"]

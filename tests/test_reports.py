@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from transformers_sslam.evaluation.intervals import Summary, summarize
-from transformers_sslam.evaluation.reports import format_summary, markdown_table, write_json
+from transformers_sslam.reports import format_summary, markdown_table, write_json
 
 
 def test_numbers_with_their_spread():

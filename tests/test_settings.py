@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from transformers_sslam.training.pretraining_settings import PreTrainingSettings
-from transformers_sslam.training.settings import (
+from transformers_sslam.settings import (
     SettingsError,
     check_names,
     list_settings,
@@ -16,6 +15,7 @@ from transformers_sslam.training.settings import (
     setting,
     write_settings,
 )
+from transformers_sslam.training.pretraining_settings import PreTrainingSettings
 
 
 @dataclass

@@ -18,10 +18,10 @@ from sklearn.metrics import average_precision_score
 from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
 from transformers_sslam.data.decoding import load_waveform
 from transformers_sslam.data.labelled import DatasetError, load_audio_folder
+from transformers_sslam.settings import SettingsError
 from transformers_sslam.training import steps
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.monitoring import training_flops_per_clip
-from transformers_sslam.training.settings import SettingsError
 from transformers_sslam.training.steps import copy_clips, epochs_of_equal_cost, fine_tune_once, pretrain_on_folds, read_records
 
 

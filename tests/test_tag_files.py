@@ -23,7 +23,7 @@ pytest.importorskip("torchaudio")
 from transformers_sslam.data.decoding import AudioDecodingError, load_waveform, read_blocks  # noqa: E402
 from transformers_sslam.evaluation import tag_files as module  # noqa: E402
 from transformers_sslam.evaluation.tag_files import TagSettings, find_recordings, tag_files  # noqa: E402
-from transformers_sslam.training.settings import SettingsError  # noqa: E402
+from transformers_sslam.settings import SettingsError  # noqa: E402
 
 
 ROOT = Path(__file__).parents[1]

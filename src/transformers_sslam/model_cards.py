@@ -16,7 +16,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.repocard_data import CardData, eval_results_to_model_index
 
-from .evaluation.reports import markdown_table
+from .reports import markdown_table
 
 
 PLACEHOLDER = "PATH_OR_ID"  # in the examples of a card whose model has no place of its own yet

@@ -23,6 +23,7 @@ from ..data.labelled import (
 from ..data.layouts import open_data_set
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
+from ..reports import format_summary, markdown_table
 from .features import Precision, ProbeError, encode_clips, hash_waveforms
 from .intervals import Summary
 from .pooling import best_device
@@ -38,7 +39,6 @@ from .probing import (
     summarize_gain,
     summarize_runs,
 )
-from .reports import format_summary, markdown_table
 
 
 logger = logging.get_logger(__name__)

@@ -32,7 +32,7 @@ from ..data.sources import AUDIO_SUFFIXES, files_below
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..inference import ScoresOverTime
 from ..modeling_sslam import SSLAMForAudioClassification
-from ..training.settings import SettingsError, refusals_as_settings_errors, setting
+from ..settings import SettingsError, refusals_as_settings_errors, setting
 from .pooling import best_device
 
 

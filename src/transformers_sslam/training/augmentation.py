@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .settings import SettingsError, setting
+from ..settings import SettingsError, setting
 
 
 @dataclass

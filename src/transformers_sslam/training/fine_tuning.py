@@ -36,11 +36,12 @@ from ..data.labelled import (
 )
 from ..data.layouts import open_data_set
 from ..evaluation.metrics import Accuracy, MeanAveragePrecision
-from ..evaluation.reports import write_json
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtractor
 from ..hub import add_remote_code, write_model_card
 from ..model_cards import public_name
 from ..modeling_sslam import SSLAMForAudioClassification
+from ..reports import write_json
+from ..settings import SettingsError, refusals_as_settings_errors, write_settings
 from .fine_tuning_settings import FineTuningSettings
 from .labelled_clips import (
     ClipDataset,
@@ -53,7 +54,6 @@ from .labelled_clips import (
     keep_clips_per_class,
 )
 from .optimization import classification_loss, layer_decay_groups
-from .settings import SettingsError, refusals_as_settings_errors, write_settings
 
 
 logger = logging.get_logger(__name__)

@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 
 from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS
+from ..settings import SettingsError, check_names, refusals_as_settings_errors, setting
 from .augmentation import AugmentationSettings
-from .settings import SettingsError, check_names, refusals_as_settings_errors, setting
 
 
 @dataclass

@@ -29,6 +29,7 @@ from ..data.stream import ClipStream, DataSettings
 from ..hub import add_remote_code, write_model_card
 from ..model_cards import public_name
 from ..modeling_sslam_pretraining import SSLAMForPreTraining
+from ..settings import SettingsError, refusals_as_settings_errors, write_settings
 from .checkpoints import (
     begin_checkpoint,
     checkpoint_folder,
@@ -42,7 +43,6 @@ from .monitoring import CollapseGuard, Stopwatch, matmul_peak, peak_memory, trai
 from .pretraining_model import build_extractor, build_model, compile_model, parameter_groups
 from .pretraining_settings import PreTrainingSettings
 from .schedules import adam_epsilon, learning_rate
-from .settings import SettingsError, refusals_as_settings_errors, write_settings
 
 
 logger = logging.getLogger(__name__)

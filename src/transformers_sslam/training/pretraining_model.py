@@ -8,8 +8,8 @@ import torch
 from ..configuration_sslam import ENCODER_FIELDS, PRETRAINING_STAGES, SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam_pretraining import SSLAMForPreTraining
+from ..settings import SettingsError, check_names, refusals_as_settings_errors
 from .pretraining_settings import PreTrainingSettings
-from .settings import SettingsError, check_names, refusals_as_settings_errors
 
 
 # What belongs to the number of clips on a device, and not to a model that goes on on others.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..data.stream import DataSettings
-from .settings import SettingsError, setting
+from ..settings import SettingsError, setting
 
 
 @dataclass

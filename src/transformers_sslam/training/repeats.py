@@ -11,10 +11,10 @@ from transformers.utils import logging
 from ..data.labelled import DatasetError, fold_values
 from ..data.layouts import open_data_set
 from ..evaluation.intervals import Summary, independent_values, summarize
-from ..evaluation.reports import format_summary, markdown_table, write_json
+from ..reports import format_summary, markdown_table, write_json
+from ..settings import write_settings
 from .fine_tuning import check_rows
 from .fine_tuning_settings import FineTuningSettings
-from .settings import write_settings
 from .steps import fine_tune_once
 
 

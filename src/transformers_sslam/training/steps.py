@@ -17,12 +17,12 @@ from accelerate.state import AcceleratorState
 from transformers.utils import logging
 
 from ..data.labelled import DatasetError, Waveforms, hash_sources, load_audio_folder
+from ..settings import read_settings
 from .checkpoints import checkpoints
 from .fine_tuning import differences, fine_tune
 from .fine_tuning_settings import FineTuningSettings
 from .pretraining import PreTrainer
 from .pretraining_settings import PreTrainingSettings
-from .settings import read_settings
 
 
 logger = logging.get_logger(__name__)
