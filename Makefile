@@ -34,4 +34,4 @@ slow: install
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 clean:
-	rm -rf .venv* build dist runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv* build dist runs/demo .pytest_cache .ruff_cache .mypy_cache

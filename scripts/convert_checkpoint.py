@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Convert an official SSLAM or EAT checkpoint (fairseq .pt, Hub folder or Hub id) to a folder that `from_pretrained` loads.
 
 python scripts/convert_checkpoint.py SSLAM_Pretrained.pt sslam-base
@@ -27,7 +26,7 @@ def main() -> None:
     try:
         model = convert_checkpoint(**vars(arguments))
     except ConversionError as error:
-        sys.exit(f"convert_checkpoint: {error}")
+        sys.exit(f"error: {error}")
     size = f"{type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters"
     print(f"{arguments.output_dir}: {size}, every tensor verified by loading it again")
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Export a saved classifier or encoder to ONNX, and compare it with torch on inputs of several batch sizes and lengths.
 
 python scripts/export_onnx.py model_cards/sslam-tiny-esc10 sslam-tiny-esc10-onnx
@@ -23,7 +22,7 @@ def main() -> None:
     try:
         differences = export_onnx(**vars(arguments))
     except ExportError as error:
-        sys.exit(f"export_onnx: {error}")
+        sys.exit(f"error: {error}")
     for (batch, frames), difference in differences.items():
         print(f"{batch} x {frames:>4} frames: ONNX Runtime differs from torch by {difference:.1e} of the largest value")
     for file in sorted(Path(arguments.output_dir).iterdir()):

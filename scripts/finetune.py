@@ -6,6 +6,7 @@ python scripts/finetune.py data_dir=my_sounds fold_column=fold cross_validate=tr
 python scripts/finetune.py --help
 """
 
+import logging
 import os
 import sys
 
@@ -18,6 +19,8 @@ from transformers_sslam.training.repeats import format_runs, repeat_fine_tuning
 
 def main() -> None:
     settings = parse_settings(FineTuningSettings, __doc__)
+    logging.basicConfig(level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request to the Hub
     try:
         summary = repeat_fine_tuning(settings)
     except (AudioDecodingError, DatasetError, SettingsError) as error:

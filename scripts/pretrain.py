@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Pre-train SSLAM on streamed audio.
 
     accelerate launch scripts/pretrain.py scripts/recipes/pretrain_base_stage1.yaml output_dir=runs/stage1
@@ -29,7 +28,7 @@ def main() -> None:
         trainer = PreTrainer(settings)
         trainer.run()
     except (SettingsError, CollapseError, NonFiniteError, OSError) as error:
-        sys.exit(f"pretrain: {error}")
+        sys.exit(f"error: {error}")
     if trainer.stop_signal is not None and trainer.update < settings.total_updates:
         sys.exit(128 + trainer.stop_signal)
 

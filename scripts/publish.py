@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Push a saved model to the Hugging Face Hub: weights, configuration, feature extractor, code, card and results.
 
 python scripts/publish.py runs/mine/model me/my-sounds --dry-run   # what would go up; touches neither the folder nor the network
@@ -34,7 +33,7 @@ def main() -> None:
             else:
                 print(f"published: {upload(publication, arguments.private, arguments.revision)}")
     except PublishError as error:
-        sys.exit(f"publish: {error}")
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Write README.md of folders that hold config.json, preprocessor_config.json and results.json, a description of the model.
 
 python scripts/write_model_card.py model_cards/*/
@@ -17,7 +16,7 @@ def main() -> None:
         for folder in parser.parse_args().folders:
             print(generate_model_card(folder))
     except CardError as error:
-        sys.exit(f"write_model_card: {error}")
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 @pytest.fixture
 def shared() -> Path:
     """The folder of reference numbers and real audio that lies beside a checkout on some machines, and on others not."""
-    if not SHARED.is_dir():
+    if not (SHARED / "reference").is_dir():  # some other folder may be called so
         pytest.skip("needs ../shared (reference numbers and real audio), which is not part of the repository")
     return SHARED
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import tiny_config
+from huggingface_hub.errors import StrictDataclassError
 
 from transformers_sslam import SSLAMConfig, SSLAMModel
 
@@ -60,5 +61,5 @@ def test_whole_numbers_are_numbers():
 
 @pytest.mark.parametrize("kwargs", [{"hidden_size": "768"}, {"classifier_pooling": "max"}])
 def test_wrong_types_are_refused(kwargs):
-    with pytest.raises(Exception, match=next(iter(kwargs))):
+    with pytest.raises(StrictDataclassError, match=next(iter(kwargs))):
         SSLAMConfig(**kwargs)

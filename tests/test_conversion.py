@@ -477,5 +477,5 @@ def test_the_script_says_in_one_line_what_it_did_or_why_not(tmp_path):
     assert "SSLAMModel, 0.0 M parameters, every tensor verified" in good.stdout
     bad = subprocess.run([*command, str(tmp_path / "absent.pt"), str(tmp_path / "out2")], capture_output=True, text=True)
     assert bad.returncode == 1
-    assert bad.stderr.strip().splitlines()[-1].startswith("convert_checkpoint: ")
+    assert bad.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "Traceback" not in bad.stderr

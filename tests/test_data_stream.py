@@ -279,6 +279,14 @@ def test_an_audiofolder_can_be_heard_in_part(kinds):
     assert source.signature != Source(SourceSettings(**kinds["audiofolder"], keep={"number": [5, 13]})).signature
 
 
+def test_folds_of_a_table_with_gaps_can_be_kept(tmp_path):
+    for number in range(3):
+        soundfile.write(tmp_path / f"{number}.wav", noise(0.3, seed=number), 16_000)
+    (tmp_path / "metadata.csv").write_text("file_name,fold\n0.wav,1\n1.wav,\n2.wav,2\n")
+    source = Source(SourceSettings(kind="audiofolder", path=str(tmp_path), keep={"fold": [2]}))
+    assert source.num_rows == 1
+
+
 @pytest.mark.parametrize(
     ("keep", "message"),
     [({"number": [5, 99, 100]}, "keep asks for number 100, 99, but .* has 0, 1, 10"), ({"fold": [1]}, "keep names the column 'fold', but")],

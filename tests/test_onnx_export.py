@@ -296,7 +296,7 @@ def test_a_place_that_is_taken_and_an_unknown_opset_are_refused(classifier, tmp_
 
 def test_the_program_says_mistakes_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "nowhere"), str(tmp_path / "onnx")])
-    with pytest.raises(SystemExit, match="^export_onnx: there is no SSLAM model"):
+    with pytest.raises(SystemExit, match="^error: there is no SSLAM model"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
 
 

@@ -439,7 +439,7 @@ def test_a_full_disk_is_told_and_former_checkpoints_stay(sounds, tmp_path, monke
     [
         ({"warmup_updates": 8}, "warmup_updates is 8.*total_updates, 8"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"model": {**MODEL, "hiden_size": 32}}, "no field hiden_size"),
+        ({"model": {**MODEL, "hiden_size": 32}}, "no setting model.hiden_size: did you mean model.hidden_size"),
         ({"model": {**MODEL, "hidden_size": 30}}, "model: hidden_size is 30"),
         ({"features": {"max_length": 128}}, "128 frames of 128 mel bins, but the model takes up to 64"),
         ({"features": {"std": 0.0}}, "features: .*std is 0"),
@@ -597,6 +597,18 @@ def test_processes_that_do_not_know_of_each_other_are_refused(sounds, tmp_path, 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match="2 processes were started, but Accelerate sees 1"):
         trainer(sounds, tmp_path)
+
+
+@pytest.mark.parametrize(("normalized", "padding"), [(True, 4.268 / (2 * 4.569)), (False, 0.0)])
+def test_the_model_takes_for_padding_what_the_extractor_pads_with(sounds, tmp_path, normalized, padding):
+    features = {**recipe(sounds, tmp_path).get("features", {}), "do_normalize": normalized}
+    run = trainer(sounds, tmp_path, features={name: value for name, value in features.items() if name not in ("mean", "std")})
+    assert run.model.config.padding_value == pytest.approx(padding, rel=1e-6)
+
+
+def test_what_is_no_field_of_the_configuration_is_refused(sounds, tmp_path):
+    with pytest.raises(SettingsError, match="there is no setting model.base: there are|did you mean"):
+        trainer(sounds, tmp_path, model={**recipe(sounds, tmp_path)["model"], "base": 1})
 
 
 def test_models_in_parts_are_refused(sounds, tmp_path, monkeypatch):

@@ -20,7 +20,8 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel, hub
-from transformers_sslam.hub import PublishError, prepare_publication, upload, write_model_card
+from transformers_sslam.hub import PublishError, prepare_publication, upload
+from transformers_sslam.model_cards import write_model_card
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "publish.py"
@@ -364,5 +365,5 @@ def test_bytes_that_arrive_otherwise_are_noticed(server, api, folder, name):
 
 def test_the_script_prints_a_sentence_and_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "nowhere"), REPOSITORY])
-    with pytest.raises(SystemExit, match=r"^publish: .*nowhere is no folder"):
+    with pytest.raises(SystemExit, match=r"^error: .*nowhere is no folder"):
         runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -1,4 +1,4 @@
-"""The fine-tuning recipes against the published settings, written out here a second time."""
+"""The recipes against the published settings, written out here a second time."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +10,7 @@ from transformers_sslam.data.layouts import LAYOUTS
 from transformers_sslam.data.polyphonic_sets import SPASS_SCENES
 from transformers_sslam.settings import read_settings
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
+from transformers_sslam.training.pretraining_settings import PreTrainingSettings
 
 
 RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
@@ -109,3 +110,24 @@ def test_a_recipe_starts_from_a_checkpoint_and_reads_the_column_its_layout_gives
 
 def test_every_scene_of_spass_can_be_asked_for():
     assert [recipe("finetune_spass", f"subset={scene}").subset for scene in SPASS_SCENES] == list(SPASS_SCENES)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("pretrain_*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_pre_training_is_accepted(path):
+    settings = read_settings(PreTrainingSettings, path, ["output_dir=somewhere"])
+    assert settings.stage == int(path.stem[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "updates", "warmup", "rate"),
+    [
+        ("pretrain_base_stage1", 400_000, 53_333, 5e-4),
+        ("pretrain_base_stage2", 200_000, 25_000, 5e-5),
+        ("pretrain_large_stage1", 400_000, 53_333, 4e-4),
+    ],
+)
+def test_pre_training_is_the_published_one(name, updates, warmup, rate):
+    settings = read_settings(PreTrainingSettings, RECIPES / f"{name}.yaml", ["output_dir=somewhere"])
+    assert (settings.total_updates, settings.warmup_updates, settings.learning_rate) == (updates, warmup, rate)
+    assert (settings.batch_size, settings.max_grad_norm, settings.weight_decay) == (12, 4.0, 0.05)
+    assert (settings.adam_beta1, settings.adam_beta2, settings.preset) == (0.9, 0.95, name.split("_")[1])

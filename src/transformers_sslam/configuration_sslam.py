@@ -187,8 +187,8 @@ class SSLAMConfig(PreTrainedConfig):
         return self.num_mel_bins // self.patch_size
 
     def to_dict(self) -> dict[str, Any]:
-        """As saved. Where the code beside a checkpoint lies is no property of the model: what is saved elsewhere does not claim to have any
-        (`transformers_sslam.hub.add_remote_code` puts it there), unless Transformers itself copies it along."""
+        """As saved, without `auto_map`: a copy that is saved elsewhere has no code beside it, unless Transformers itself copies it along.
+        (`transformers_sslam.hub.add_remote_code` puts both there.)"""
         values = super().to_dict()
         if self._auto_class is None:
             values.pop("auto_map", None)

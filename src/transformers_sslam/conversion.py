@@ -12,7 +12,8 @@ from transformers import AutoFeatureExtractor, PreTrainedModel
 
 from .configuration_sslam import PRETRAINING_STAGES, SSLAMConfig
 from .feature_extraction_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtractor
-from .hub import add_remote_code, write_model_card
+from .hub import add_remote_code
+from .model_cards import write_model_card
 from .modeling_sslam import SSLAMForAudioClassification, SSLAMModel
 from .modeling_sslam_pretraining import SSLAMForPreTraining
 from .official import ConversionError, OfficialCheckpoint, listed, read_official_checkpoint
@@ -95,7 +96,7 @@ def convert_checkpoint(
         raise
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError, StrictDataclassError) as error:
         raise ConversionError(f"{official.source}: what it says does not make a model ({error})") from error
-    config.padding_value = (extractor.padding_value - extractor.mean) / (2 * extractor.std)
+    config.padding_value = extractor.scaled_padding_value
     try:
         _write(output_dir, model_class(config), tensors, extractor, official)
     except OSError as error:

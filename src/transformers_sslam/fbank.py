@@ -17,8 +17,7 @@ PREEMPHASIS = 0.97
 LOWEST_FREQUENCY = 20.0  # Hz
 # Bounds the working memory (about 6 kB a frame) however long or many the clips are. On a CPU the working set of 1,024
 # frames stays near the caches; an accelerator wants more work at a time.
-MAX_FRAMES_AT_ONCE = {"cpu": 1024}
-MAX_FRAMES_AT_ONCE_ON_ACCELERATOR = 131_072
+FRAMES_AT_ONCE_ON_CPU, FRAMES_AT_ONCE_ON_ACCELERATOR = 1024, 131_072
 
 
 def frame_geometry(sampling_rate: int) -> tuple[int, int]:
@@ -62,8 +61,8 @@ def log_mel(waveforms: torch.Tensor, sampling_rate: int = 16_000, num_mel_bins: 
         clips = math.prod(frames.shape[:-2])
         if clips == 0:
             return frames.new_empty(*frames.shape[:-1], num_mel_bins)
-        at_once = MAX_FRAMES_AT_ONCE.get(waveforms.device.type, MAX_FRAMES_AT_ONCE_ON_ACCELERATOR)
-        chunks = frames.split(max(1, at_once // max(1, clips)), dim=-2)
+        at_once = FRAMES_AT_ONCE_ON_CPU if waveforms.device.type == "cpu" else FRAMES_AT_ONCE_ON_ACCELERATOR
+        chunks = frames.split(max(1, at_once // clips), dim=-2)
         return torch.cat([_frames_to_log_mel(chunk, sampling_rate, num_mel_bins) for chunk in chunks], dim=-2)
 
 

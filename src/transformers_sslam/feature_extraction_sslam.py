@@ -90,7 +90,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         self.do_normalize = bool(do_normalize)
         self.mean = mean
         self.std = std
-        self._check_length("max_length", self.max_length)
+        self._check_length(self.max_length)
 
     @classmethod
     def from_preset(cls, name: str, **kwargs) -> "SSLAMFeatureExtractor":
@@ -160,10 +160,10 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             return super()._pad(processed_features, max_length=max_length, padding_strategy=padding_strategy, **kwargs)
         multiple = math.lcm(self.pad_to_multiple_of, kwargs.get("pad_to_multiple_of") or 1)
         missing = max(0, _round_up(max_length, multiple) - len(values))  # what is longer stays as it is, as in the base class
-        silence = self._scaled(torch.tensor(self.padding_value)).item()  # to the last bit what `__call__` gives
         if "attention_mask" in processed_features or kwargs.get("return_attention_mask"):
             mask = processed_features.get("attention_mask", np.ones(len(values), dtype=np.int32))
             processed_features["attention_mask"] = np.pad(mask, (0, missing))
+        silence = self._scaled(torch.tensor(self.padding_value)).item()  # in float32, to the last bit what `__call__` gives
         processed_features["input_values"] = np.pad(values, ((0, missing), (0, 0)), constant_values=silence).astype(values.dtype)
         return processed_features
 
@@ -250,10 +250,10 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             )
         return clip
 
-    def _check_length(self, name: str, length: int) -> None:
+    def _check_length(self, length: int) -> None:
         if length < 1 or length % self.pad_to_multiple_of:
             raise ValueError(
-                f"{name} is {length} frames, but must be a positive multiple of {self.pad_to_multiple_of} (the model's patch size)"
+                f"max_length is {length} frames, but must be a positive multiple of {self.pad_to_multiple_of} (the model's patch size)"
             )
 
     def _target_lengths(self, frames: list[int], padding, max_length: int | None, truncation: bool) -> tuple[int | None, list[int]]:
@@ -267,7 +267,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         if strategy == PaddingStrategy.MAX_LENGTH and limit is None:
             limit = self.max_length
         if limit is not None:
-            self._check_length("max_length", limit)
+            self._check_length(limit)
             longest = max(frames)
             if longest > limit and not truncation:
                 raise ValueError(
@@ -299,8 +299,13 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         frames = torch.nn.functional.pad(frames, (0, 0, 0, length - len(frames)), value=self.padding_value)
         return self._scaled(frames)
 
-    def _scaled(self, frames: torch.Tensor) -> torch.Tensor:
-        return (frames - self.mean) / (2 * self.std) if self.do_normalize else frames
+    @property
+    def scaled_padding_value(self) -> float:
+        """What padding becomes by scaling, which a model's `config.padding_value` must equal."""
+        return self._scaled(self.padding_value)
+
+    def _scaled(self, values):
+        return (values - self.mean) / (2 * self.std) if self.do_normalize else values
 
     @staticmethod
     def _as_batch_feature(features: dict[str, list[torch.Tensor]], kind: TensorType | None) -> BatchFeature:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,10 +19,11 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration_sslam import SSLAMConfig
 from .feature_extraction_sslam import SSLAMFeatureExtractor
-from .model_cards import PLACEHOLDER, CardError, generate_model_card, is_description, write_model_card
+from .model_cards import PLACEHOLDER, CardError, generate_model_card, is_description
 from .modeling_sslam import SSLAMForAudioClassification, SSLAMModel
 from .modeling_sslam_pretraining import SSLAMForPreTraining
 
@@ -65,19 +65,10 @@ def add_remote_code(folder: str | Path) -> None:
 
 
 def _remote_code() -> list[Path]:
-    """The files of this package that a saved model runs on."""
-    return sorted(_with_siblings({value.split(".")[0] for value in (MODEL_AUTO_MAP | FEATURE_EXTRACTOR_AUTO_MAP).values()}))
-
-
-def _with_siblings(modules: set[str]) -> set[Path]:
-    """The files of these modules of this package and of all that they import from it by `from .x import y`."""
-    found: set[Path] = set()
-    while modules:
-        source = Path(__file__).with_name(f"{modules.pop()}.py")
-        found.add(source)
-        imported = re.findall(r"^from \.(\w+) import", source.read_text(), flags=re.MULTILINE)
-        modules |= {name for name in imported if source.with_name(f"{name}.py") not in found}
-    return found
+    """The files of this package that a saved model runs on, as Transformers' own loader finds them."""
+    modules = {value.split(".")[0] for value in (MODEL_AUTO_MAP | FEATURE_EXTRACTOR_AUTO_MAP).values()}
+    named = {Path(__file__).with_name(f"{module}.py") for module in modules}
+    return sorted(named | {Path(file) for source in named for file in get_relative_import_files(source)})
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -91,7 +82,7 @@ MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
 }
 WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]  # either the first or the others
 # All that goes up; so no pickle, optimiser state, log or recording ever does, whatever else lies in the folder.
-PUBLISHED = ["config.json", "preprocessor_config.json", *WEIGHTS, "README.md", "LICENSE*", "results.json", "settings.yaml"]
+UPLOADED_FILES = ["config.json", "preprocessor_config.json", *WEIGHTS, "README.md", "LICENSE*", "results.json", "settings.yaml"]
 LARGEST_FILE = 50 * 10**9  # bytes; `save_pretrained` cuts larger models into shards of this size
 
 
@@ -227,7 +218,7 @@ def _copy(source: Path, staged: Path) -> list[str]:
             (staged / path.name).symlink_to(path.resolve())
         elif path.is_file() and path.name in ("results.json", "settings.yaml"):
             (staged / path.name).write_text(_without_folders(path))
-        elif path.is_file() and _matches(path.name, PUBLISHED):
+        elif path.is_file() and _matches(path.name, UPLOADED_FILES):
             shutil.copyfile(path, staged / path.name)
         elif path.name not in code:  # code is written anew
             left_out.append(path.name + ("/" if path.is_dir() else ""))
@@ -334,4 +325,4 @@ def _failures_as_sentences(repo_id: str) -> Iterator[None]:
         raise PublishError(f"{repo_id} could not be published ({said}): {advice}") from error
 
 
-__all__ = ["Publication", "PublishError", "add_remote_code", "prepare_publication", "upload", "write_model_card"]
+__all__ = ["Publication", "PublishError", "add_remote_code", "prepare_publication", "upload"]

@@ -265,12 +265,11 @@ def _results_table(results: Sequence[ReportedResult]) -> str:
 # --- cards beside models
 
 
-def generate_model_card(folder: str | Path, results: str | Path | None = None, model_id: str | None = None) -> Path:
+def generate_model_card(folder: str | Path, model_id: str | None = None) -> Path:
     """Write `README.md` of a folder from its `config.json`, `preprocessor_config.json` and `results.json`.
 
     Args:
-        folder: holds the two configurations.
-        results: the description, if it lies elsewhere than in the folder's `results.json`.
+        folder: holds them.
         model_id: folder or Hub id in the examples; by default the description's name.
 
     Returns:
@@ -280,8 +279,7 @@ def generate_model_card(folder: str | Path, results: str | Path | None = None, m
         CardError: (a `ValueError`) if one of the three files is missing or not as it should be.
     """
     folder = Path(folder)
-    description = read_description(results or folder / "results.json")
-    return _write(folder, description, model_id)
+    return _write(folder, read_description(folder / "results.json"), model_id)
 
 
 def write_model_card(folder: str | Path, text: str, title: str | None = None, results: Sequence[ReportedResult] = ()) -> None:

@@ -475,7 +475,7 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def _classify(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Logits, under autocast too in the weights' own type: half precision leaves scores of 8 bits, whose ties spoil a ranking."""
+        """Logits in the weights' own dtype, under autocast too: bfloat16 keeps 8 significant bits, and the ties distort rankings."""
         device_type = pooled.device.type
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 
 # What the authors' code can be set to, and this package cannot: settings that a file may have, with the values that were published.
-PUBLISHED = {
+SUPPORTED_SETTINGS = {
     **{"layer_norm_first": False, "norm_affine": True, "instance_norm_target_layer": True, "layer_norm_targets": True},
     **{"layer_norm_target_layer": False, "batch_norm_target_layer": False, "instance_norm_targets": False, "end_of_block_targets": False},
     **{"num_extra_tokens": 1, "prenet_depth": 0, "use_alibi_encoder": False, "inverse_mask": True, "fixed_positions": True, "in_chans": 1},
@@ -197,7 +197,7 @@ def _check_settings(checkpoint: OfficialCheckpoint) -> None:
     heads = settings.get("num_heads")
     if type(heads) is not int or heads < 1:
         raise ConversionError(f"{source} has num_heads {heads!r}: the number of attention heads cannot be told from the weights")
-    for name, value in PUBLISHED.items():
+    for name, value in SUPPORTED_SETTINGS.items():
         if settings.get(name, value) not in (value, None):
             raise ConversionError(f"{source} has {name} {settings[name]!r}, but only models with {value!r} were published and are read")
     for name in ("time_patches", "target_length"):

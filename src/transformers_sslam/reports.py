@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:  # it needs scipy, and a table does not
-    from .intervals import Summary
+    from .evaluation.intervals import Summary
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

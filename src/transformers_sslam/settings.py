@@ -137,7 +137,7 @@ def check_names(names: Iterable[str], known: Iterable[str], prefix: str = "") ->
 
 @contextmanager
 def refusals_as_settings_errors(what: str) -> Iterator[None]:
-    """What a library says against values that the user set, as a `SettingsError` that begins with `what`."""
+    """Raise a library's complaint about what the user set again, as a `SettingsError` that begins with `what`."""
     try:
         yield
     except SettingsError:

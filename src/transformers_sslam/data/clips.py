@@ -6,8 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..feature_extraction_sslam import LARGEST_PLAUSIBLE_AMPLITUDE
-from .decoding import AudioDecodingError, load_waveform
+from .decoding import AudioDecodingError, check_scale, load_waveform
 from .sources import Row
 
 
@@ -134,9 +133,7 @@ def read_clips(row: Row, windows: Windows, generator: np.random.Generator, tally
     tally.recordings += 1
     try:
         waveform = load_waveform(row.audio, windows.sampling_rate)
-        peak = np.abs(waveform).max()
-        if peak > LARGEST_PLAUSIBLE_AMPLITUDE:
-            raise AudioDecodingError("out of scale", f"{row.name} has a peak of {peak:g}, but samples lie in [-1, 1]")
+        check_scale(waveform, row.name)
     except AudioDecodingError as error:
         tally.broken[error.cause] = tally.broken.get(error.cause, 0) + 1
         if len(tally.examples) < EXAMPLES_KEPT:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..feature_extraction_sslam import LARGEST_PLAUSIBLE_AMPLITUDE
+
 
 if TYPE_CHECKING:
     from soundfile import SoundFile
@@ -26,8 +28,12 @@ _LARGEST_FILTER = 2**25  # numbers; 44.1 to 16 kHz takes 2**16, 44,099 to 16,000
 _LONGEST_OGG_PAGE = 27 + 255 + 255 * 255  # bytes: header, table of segments, segments
 
 
+# Why a clip cannot be used: what `load_waveform` finds, and behind it what those who use waveforms find.
+CAUSES = ("missing", "empty", "unreadable", "truncated", "not finite", "too short", "out of scale")
+
+
 class AudioDecodingError(ValueError):
-    """Why one clip cannot be used. `cause` is a short, countable kind: "missing", "empty", "unreadable", "truncated" or "not finite"."""
+    """Why one clip cannot be used. `cause` is a short, countable kind, one of `CAUSES`."""
 
     def __init__(self, cause: str, message: str):
         super().__init__(message)
@@ -35,6 +41,14 @@ class AudioDecodingError(ValueError):
 
     def __reduce__(self):  # the default would pickle the message alone, and worker processes send these home
         return type(self), (self.cause, str(self))
+
+
+def check_scale(waveform: np.ndarray, name: str) -> None:
+    """Raise an `AudioDecodingError` that names the clip if samples were never scaled to [-1, 1]."""
+    if (peak := np.abs(waveform).max()) > LARGEST_PLAUSIBLE_AMPLITUDE:
+        raise AudioDecodingError(
+            "out of scale", f"{name} has a peak of {peak:g}, but samples lie in [-1, 1]: divide integers by their full scale"
+        )
 
 
 def load_waveform(source: str | Path | bytes | dict, sampling_rate: int = 16_000) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,12 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from ..fbank import num_frames
-from ..feature_extraction_sslam import LARGEST_PLAUSIBLE_AMPLITUDE
-from .decoding import AudioDecodingError, load_waveform
-from .sources import AUDIO_SUFFIXES, audio_folder_splits, files_below
+from .decoding import AudioDecodingError, check_scale, load_waveform
+from .sources import AUDIO_SUFFIXES, audio_folder_splits, files_below, fold_names
 
 
 try:
@@ -27,10 +26,7 @@ except ImportError as error:
     raise ImportError('reading a labelled data set needs datasets: pip install "transformers-sslam[train]"') from error
 
 
-logger = logging.get_logger(__name__)
-
-# Why a clip cannot be used: what `load_waveform` finds, and behind it what `decode_clip` finds.
-CAUSES = ("missing", "empty", "unreadable", "truncated", "not finite", "too short", "out of scale")
+logger = logging.getLogger(__name__)
 
 
 class DatasetError(ValueError):
@@ -118,12 +114,6 @@ def select_folds(splits: datasets.DatasetDict, column: str, values: Sequence[int
     if absent := [fold for fold in fold_names(values) if fold not in known]:
         raise DatasetError(f"the column {column!r} has no fold {absent[0]}, only {', '.join(known)}")
     return rows.select([i for i, fold in enumerate(folds) if fold in wanted])
-
-
-def fold_names(values: Iterable[Any]) -> list[str | None]:
-    """Folds as text. A table in which some clips have none holds 1.0 for 1."""
-    whole = (int(value) if isinstance(value, float) and value.is_integer() else value for value in values)
-    return [None if value is None else str(value) for value in whole]
 
 
 @dataclass(frozen=True)
@@ -368,8 +358,7 @@ def decode_clip(source: dict, sampling_rate: int) -> np.ndarray:
     waveform = load_waveform(source, sampling_rate)
     if num_frames(len(waveform), sampling_rate) == 0:
         raise AudioDecodingError("too short", f"{source_name(source)} has {len(waveform)} samples, less than one frame of 25 ms")
-    if (peak := np.abs(waveform).max()) > LARGEST_PLAUSIBLE_AMPLITUDE:
-        raise AudioDecodingError("out of scale", f"{source_name(source)} has a peak of {peak:g}, but samples lie in [-1, 1]")
+    check_scale(waveform, source_name(source))
     return waveform
 
 

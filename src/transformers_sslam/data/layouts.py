@@ -9,6 +9,7 @@ splits["train"][0]  # {"audio": {"path": "ESC-50-master/audio/1-100032-A-0.wav",
 import csv
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,6 @@ from typing import NamedTuple
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDatasetDict, List, Value
 from pyarrow import ArrowException
-from transformers.utils import logging
 
 from .labelled import DatasetError, load_audio_folder
 from .polyphonic_sets import (
@@ -35,7 +35,7 @@ from .polyphonic_sets import (
 from .sources import AUDIO_SUFFIXES, files_below
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # Pieces that ranks and workers may share out, of a data set that is streamed although it is a table of files.
 STREAM_SHARDS = 1024

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ import yaml
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..reports import markdown_table
+from ..settings import setting
 from .labelled import DatasetError, Waveforms, read_rows, select_folds, select_split, source_name
 from .layouts import open_data_set
 from .polyphony import Mixture, MixtureSettings, Sound, find_sound, plan_mixtures, render
@@ -43,29 +45,29 @@ class BenchmarkSettings:
         DatasetError: (a `ValueError`) if a value is out of range, or two settings contradict each other.
     """
 
-    data_dir: str = field(metadata={"help": "folder of the single sounds"})
-    output_dir: str = field(metadata={"help": "folder of the benchmark; it must not be there yet"})
-    layout: str = field(default="audiofolder", metadata={"help": "how they are laid out, see transformers_sslam.data.layouts"})
-    subset: str | None = field(default=None, metadata={"help": "part of a data set that has several"})
+    data_dir: str = setting("folder of the single sounds")
+    output_dir: str = setting("folder of the benchmark; it must not be there yet")
+    layout: str = setting("how they are laid out, see transformers_sslam.data.layouts", "audiofolder")
+    subset: str | None = setting("part of a data set that has several", None)
 
-    label_column: str = field(default="label", metadata={"help": "column of the class, one a source"})
-    group_column: str | None = field(default=None, metadata={"help": "column of the recording a source is cut from; null: each is its own"})
-    fold_column: str | None = field(default=None, metadata={"help": "column to choose sources by, whatever their split"})
-    train_folds: list[int | str] = field(default_factory=list, metadata={"help": "its values to make training mixtures of"})
-    test_folds: list[int | str] = field(default_factory=list, metadata={"help": "its values to make test mixtures of"})
-    test_share: float | None = field(default=None, metadata={"help": "without folds: share of the recordings, drawn by seed, for the test"})
-    train_split: str = field(default="train", metadata={"help": "with neither folds nor share: split of the training sources"})
-    test_split: str = field(default="test", metadata={"help": "with neither folds nor share: split of the test sources"})
+    label_column: str = setting("column of the class, one a source", "label")
+    group_column: str | None = setting("column of the recording a source is cut from; null: each is its own", None)
+    fold_column: str | None = setting("column to choose sources by, whatever their split", None)
+    train_folds: list[int | str] = setting("its values to make training mixtures of", [])
+    test_folds: list[int | str] = setting("its values to make test mixtures of", [])
+    test_share: float | None = setting("without folds: share of the recordings, drawn by seed, for the test", None)
+    train_split: str = setting("with neither folds nor share: split of the training sources", "train")
+    test_split: str = setting("with neither folds nor share: split of the test sources", "test")
 
-    num_events: list[int] = field(default_factory=lambda: list(range(1, 15)), metadata={"help": "numbers of events of a mixture"})
-    train_clips: int = field(default=100, metadata={"help": "training mixtures for each of these numbers"})
-    test_clips: int = field(default=50, metadata={"help": "test mixtures for each of these numbers"})
-    mixing: MixtureSettings = field(default_factory=MixtureSettings, metadata={"help": "the rules of mixing"})
-    seed: int = field(default=0, metadata={"help": "of everything that is random"})
+    num_events: list[int] = setting("numbers of events of a mixture", list(range(1, 15)))
+    train_clips: int = setting("training mixtures for each of these numbers", 100)
+    test_clips: int = setting("test mixtures for each of these numbers", 50)
+    mixing: MixtureSettings = setting("the rules of mixing", MixtureSettings())
+    seed: int = setting("of everything that is random", 0)
 
-    max_unreadable: float = field(default=0.01, metadata={"help": "more than this share of unusable sources stops the program"})
-    memory_gb: float = field(default=4.0, metadata={"help": "memory for decoded sources; what does not fit is decoded each time"})
-    clips_per_shard: int = field(default=500, metadata={"help": "largest number of mixtures in a parquet file"})
+    max_unreadable: float = setting("more than this share of unusable sources stops the program", 0.01)
+    memory_gb: float = setting("memory for decoded sources; what does not fit is decoded each time", 4.0)
+    clips_per_shard: int = setting("largest number of mixtures in a parquet file", 500)
 
     def __post_init__(self):
         if not self.num_events or min(self.num_events) < 1 or len(set(self.num_events)) < len(self.num_events):
@@ -338,8 +340,8 @@ def data_card(settings: BenchmarkSettings, report: dict[str, Any]) -> str:
         num_classes=len(report["classes"]),
         classes=", ".join(report["classes"]),
         version=__version__,
-        by_num_events=_table(["events", *(f"{key}, {split}" for split in SPLITS for key in MEANS)], means),
-        by_class=_table(
+        by_num_events=markdown_table(["events", *(f"{key}, {split}" for split in SPLITS for key in MEANS)], means),
+        by_class=markdown_table(
             ["clips with", *SPLITS], [[name, *(str(by_class[split].get(name, 0)) for split in SPLITS)] for name in report["classes"]]
         ),
         scaled=sum(report["scaled"].values()),
@@ -357,10 +359,6 @@ def data_card(settings: BenchmarkSettings, report: dict[str, Any]) -> str:
         left_out="\nLeft out:\n\n" + "\n".join(left_out) + "\n" if left_out else "",
         files="\n".join(f"{digest}  {name}" for name, digest in report["files"].items()),
     )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["-"] * len(header), *rows])
 
 
 def _plan(sounds: list[Sound], split: str, settings: BenchmarkSettings) -> list[Mixture]:

@@ -26,11 +26,12 @@ The rules, in frames of 10 ms:
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
 
+from ..settings import setting
 from .labelled import DatasetError, Waveforms
 
 
@@ -50,18 +51,13 @@ class MixtureSettings:
         DatasetError: (a `ValueError`) if a value is out of range.
     """
 
-    sampling_rate: int = field(default=16_000, metadata={"help": "in Hz; sources at other rates are resampled"})
-    clip_seconds: float = field(default=10.0, metadata={"help": "length of a mixture"})
-    event_seconds: float = field(default=5.0, metadata={"help": "of longer sounds a window of this length is taken; at most half a clip"})
-    sounding_db: float = field(default=40.0, metadata={"help": "a frame sounds if it is at most so far below its source's loudest"})
-    level_db: list[float] = field(
-        default_factory=lambda: [-35.0, -25.0],
-        metadata={"help": "range of an event's level, the RMS of its loudest 100 ms, in dB of full scale"},
-    )
-    overlap: Overlap = field(
-        default="together", metadata={"help": "whether there is an instant at which all events sound, or any onset will do"}
-    )
-    repeat_classes: bool = field(default=True, metadata={"help": "whether a mixture may have several events of a class"})
+    sampling_rate: int = setting("in Hz; sources at other rates are resampled", 16_000)
+    clip_seconds: float = setting("length of a mixture", 10.0)
+    event_seconds: float = setting("of longer sounds a window of this length is taken; at most half a clip", 5.0)
+    sounding_db: float = setting("a frame sounds if it is at most so far below its source's loudest", 40.0)
+    level_db: list[float] = setting("range of an event's level, the RMS of its loudest 100 ms, in dB of full scale", [-35.0, -25.0])
+    overlap: Overlap = setting("whether there is an instant at which all events sound, or any onset will do", "together")
+    repeat_classes: bool = setting("whether a mixture may have several events of a class", True)
 
     def __post_init__(self):
         if self.sampling_rate < 1000:

@@ -12,7 +12,7 @@ import math
 import os
 from argparse import ArgumentTypeError
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from itertools import accumulate, islice
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 SHARD_INDEX = "index.json"  # what `shards.prepare` writes beside its shards
 AUDIO_SUFFIXES = (".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64")
 # How folders are called that are splits.
-SPLIT_NAMES = {
+SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
@@ -268,7 +268,7 @@ def audio_folder_splits(root: Path) -> dict[str, list[str]]:
         ValueError: if beside several such folders there is other audio, or a table of metadata for all.
     """
     tops = {Path(name).parts[0] for name in files_below(root, (*AUDIO_SUFFIXES, ".zip"))}
-    split_of = {top: split for top in sorted(tops) for split, names in SPLIT_NAMES.items() if top.lower().removesuffix(".zip") in names}
+    split_of = {top: split for top in sorted(tops) for split, names in SPLIT_FOLDERS.items() if top.lower().removesuffix(".zip") in names}
     others = sorted(tops - split_of.keys()) + [file.name for file in sorted(root.glob("metadata.*"))]
     escaped = glob.escape(str(root.resolve()))
     if not split_of or (others and len(set(split_of.values())) == 1):
@@ -280,7 +280,7 @@ def audio_folder_splits(root: Path) -> dict[str, list[str]]:
         )
     return {
         split: [f"{escaped}/{top}" + ("/**" if (root / top).is_dir() else "") for top, its in split_of.items() if its == split]
-        for split in SPLIT_NAMES  # training first: of a split before it, with one class folder, `datasets` would drop the class
+        for split in SPLIT_FOLDERS  # training first: of a split before it, with one class folder, `datasets` would drop the class
         if split in split_of.values()
     }
 
@@ -289,11 +289,17 @@ def _keep(settings: SourceSettings, data, column: str, values: list):
     """The rows whose column holds one of these values; 1 and "1" count as equal, for a file of text cannot tell them apart."""
     if column not in data.features:
         raise ValueError(f"keep names the column {column!r}, but the audiofolder {settings.path} has only {', '.join(data.features)}")
-    found, wanted = [str(value) for value in data[column]], {str(value) for value in values}
-    if absent := sorted(wanted - set(found)):
-        there = ", ".join(sorted(set(found)))
+    found, wanted = fold_names(data[column]), set(fold_names(values))
+    if absent := sorted(map(str, wanted - set(found))):
+        there = ", ".join(sorted({str(value) for value in found}))
         raise ValueError(f"keep asks for {column} {', '.join(absent)}, but the audiofolder {settings.path} has {there}")
     return data.select([row for row, value in enumerate(found) if value in wanted]).flatten_indices()
+
+
+def fold_names(values: Iterable[Any]) -> list[str | None]:
+    """Values of a column of folds as text. A table in which some clips have none holds 1.0 for 1."""
+    whole = (int(value) if isinstance(value, float) and value.is_integer() else value for value in values)
+    return [None if value is None else str(value) for value in whole]
 
 
 def _open_manifest(settings: SourceSettings):
@@ -349,11 +355,12 @@ _OPEN = {
 def _load(settings: SourceSettings, *args, **kwargs):
     """`datasets.load_dataset`, whose many errors become one that names the source."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
     from pyarrow import ArrowException
 
     try:
         return load_dataset(*args, **kwargs)
-    except (ArrowException, OSError, ValueError, RuntimeError, LookupError, StopIteration) as error:
+    except (ArrowException, DatasetsError, OSError, ValueError, RuntimeError, LookupError, StopIteration) as error:
         raise ValueError(f"the {settings.kind} source {settings.path} cannot be opened: {type(error).__name__}: {error}") from error
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import logging
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from .. import __version__
 from ..allocator import keep_freed_memory
@@ -21,7 +21,7 @@ from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 LAYOUT = 2  # of the files in a cache folder, a part of its key
 Precision = Literal["float16", "float32"]

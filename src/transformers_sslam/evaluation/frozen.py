@@ -1,13 +1,13 @@
 """Frozen evaluation of one checkpoint on one labelled data set: all probes, folds and seeds, in one table."""
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from transformers.utils import logging
 
 from ..data.labelled import (
     DatasetError,
@@ -24,6 +24,7 @@ from ..data.layouts import open_data_set
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
 from ..reports import format_summary, markdown_table
+from ..settings import setting
 from .features import Precision, ProbeError, encode_clips, hash_waveforms
 from .intervals import Summary
 from .pooling import best_device
@@ -41,52 +42,44 @@ from .probing import (
 )
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
-PUBLISHED = "published_linear"  # beside PROBES, for it is no classifier on features but a training run
+PUBLISHED_LINEAR = "published_linear"  # beside PROBES, for it is no classifier on features but a training run
 Values = dict[str, np.ndarray]  # (partitions, seeds), of the "trained" network and of "untrained" ones
-
-
-def _described(help: str, default: Any = MISSING) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(kw_only=True)
 class FrozenSettings(ProbeSettings):
     """Everything a frozen evaluation depends on."""
 
-    model: str = _described("checkpoint of the encoder, a folder or Hub id")
-    data_dir: str = _described("folder of the clips, or, with layout=hub, id of a data set")
-    layout: str = _described("how the clips are laid out, see transformers_sslam.data.layouts", "audiofolder")
-    subset: str | None = _described("part of a data set that has several", None)
-    label_column: str = _described("column of the labels; a column of lists makes the task multi-label", "label")
-    label_separator: str | None = _described("between the labels of a clip that has several; makes the task multi-label too", None)
-    fold_column: str | None = _described("column whose values are held out in turn; null: train_split against eval_split", "fold")
-    train_split: str = _described("split to train on, if fold_column is null", "train")
-    eval_split: str = _described("split to evaluate on, if fold_column is null", "test")
-    max_unreadable: float = _described("share of unreadable files above which the run stops; fewer are left out and reported", 0.01)
-    max_length: int | None = _described("frames (10 ms) that a clip is padded or cut to; null: the feature extractor's", None)
+    model: str = setting("checkpoint of the encoder, a folder or Hub id")
+    data_dir: str = setting("folder of the clips, or, with layout=hub, id of a data set")
+    layout: str = setting("how the clips are laid out, see transformers_sslam.data.layouts", "audiofolder")
+    subset: str | None = setting("part of a data set that has several", None)
+    label_column: str = setting("column of the labels; a column of lists makes the task multi-label", "label")
+    label_separator: str | None = setting("between the labels of a clip that has several; makes the task multi-label too", None)
+    fold_column: str | None = setting("column whose values are held out in turn; null: train_split against eval_split", "fold")
+    train_split: str = setting("split to train on, if fold_column is null", "train")
+    eval_split: str = setting("split to evaluate on, if fold_column is null", "test")
+    max_unreadable: float = setting("share of unreadable files above which the run stops; fewer are left out and reported", 0.01)
+    max_length: int | None = setting("frames (10 ms) that a clip is padded or cut to; null: the feature extractor's", None)
 
-    probes: list[str] = field(
-        default_factory=lambda: list(PROBES), metadata={"help": f"which to run, of {', '.join(PROBES)}, {PUBLISHED} (a training run each)"}
-    )
-    untrained: bool = _described("probe networks of the same configuration with random weights too, one a seed", True)
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": f"of attentive and prototype probes, untrained networks and {PUBLISHED}"}
-    )
+    probes: list[str] = setting(f"which to run, of {', '.join(PROBES)}, {PUBLISHED_LINEAR} (a training run each)", list(PROBES))
+    untrained: bool = setting("probe networks of the same configuration with random weights too, one a seed", True)
+    seeds: list[int] = setting(f"of attentive and prototype probes, untrained networks and {PUBLISHED_LINEAR}", [0, 1, 2])
 
-    output_dir: str = _described("folder for results.json, which holds every number", "runs/probe")
-    cache_dir: str = _described(
+    output_dir: str = setting("folder for results.json, which holds every number", "runs/probe")
+    cache_dir: str = setting(
         "folder for frozen features, which are kept from run to run: empty it when you need the space", "runs/features"
     )
-    precision: Precision = field(default="float16", metadata={"help": "of the patch tokens there"})
-    batch_size: int = _described("clips that are encoded at a time", 16)
-    memory_gb: float = _described("memory for decoded clips; what does not fit is decoded each time", 4.0)
+    precision: Precision = setting("of the patch tokens there", "float16")
+    batch_size: int = setting("clips that are encoded at a time", 16)
+    memory_gb: float = setting("memory for decoded clips; what does not fit is decoded each time", 4.0)
 
     def __post_init__(self):
         super().__post_init__()
-        if unknown := [name for name in self.probes if name not in (*PROBES, PUBLISHED)]:
-            raise ProbeError(f"there is no probe {unknown[0]!r}, only {', '.join(PROBES)}, {PUBLISHED}")
+        if unknown := [name for name in self.probes if name not in (*PROBES, PUBLISHED_LINEAR)]:
+            raise ProbeError(f"there is no probe {unknown[0]!r}, only {', '.join(PROBES)}, {PUBLISHED_LINEAR}")
         if not self.probes or not self.seeds or self.batch_size < 1:
             raise ProbeError(
                 f"probes are {self.probes}, seeds {self.seeds} and batch_size is {self.batch_size}, but of each there must be at least one"
@@ -164,8 +157,8 @@ def evaluate_frozen(
     Raises:
         DatasetError, ProbeError: (both are `ValueError`s) if the model, the data or the settings will not do.
     """
-    if PUBLISHED in settings.probes and published_protocol is None:
-        raise ProbeError(f"{PUBLISHED} is a training run, and nothing was given that could run it: use scripts/probe.py")
+    if PUBLISHED_LINEAR in settings.probes and published_protocol is None:
+        raise ProbeError(f"{PUBLISHED_LINEAR} is a training run, and nothing was given that could run it: use scripts/probe.py")
     try:
         extractor = SSLAMFeatureExtractor.from_pretrained(settings.model)
         loaded: Any = SSLAMModel.from_pretrained(settings.model, dtype=torch.float32, output_loading_info=True)
@@ -179,8 +172,8 @@ def evaluate_frozen(
     task = read_task(settings, extractor.sampling_rate)
     names = [name for name in settings.probes if name in PROBES]
     values = _probe_features(settings, task, model, extractor, names) if names else {}
-    if PUBLISHED in settings.probes and published_protocol is not None:
-        values[PUBLISHED] = {"trained": published_protocol(settings, task.partitions)}
+    if PUBLISHED_LINEAR in settings.probes and published_protocol is not None:
+        values[PUBLISHED_LINEAR] = {"trained": published_protocol(settings, task.partitions)}
     return {
         "settings": asdict(settings),
         "metric": "accuracy" if task.targets.ndim == 1 else "mean_average_precision",
@@ -232,7 +225,7 @@ def results_table(results: dict[str, Any]) -> str:
     """What `evaluate_frozen` returned as a Markdown table, a row a probe, in per cent."""
     compared = any("untrained" in found for found in results["probes"].values())
     columns = ["trained", "untrained", "gain"] if compared else ["trained"]
-    titles = {**TITLES, PUBLISHED: "published linear protocol"}
+    titles = {**TITLES, PUBLISHED_LINEAR: "published linear protocol"}
     rows = []
     for name, found in results["probes"].items():
         cells = [format_summary(Summary(**found[column]["summary"])) if column in found else "-" for column in columns]
@@ -240,4 +233,4 @@ def results_table(results: dict[str, Any]) -> str:
     return markdown_table([f"{results['metric'].replace('_', ' ')}, %", *columns], rows)
 
 
-__all__ = ["PUBLISHED", "FrozenSettings", "Task", "evaluate_frozen", "read_task", "results_table"]
+__all__ = ["PUBLISHED_LINEAR", "FrozenSettings", "Task", "evaluate_frozen", "read_task", "results_table"]

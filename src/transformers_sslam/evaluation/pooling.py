@@ -5,12 +5,13 @@ look.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..settings import setting
 from .features import Features, ProbeError
 
 
@@ -18,15 +19,14 @@ from .features import Features, ProbeError
 class HeadSettings:
     """How heads on patch tokens are built and trained: AdamW, a cosine to zero, no warm-up."""
 
-    queries: int = field(default=8, metadata={"help": "learnt queries of the attentive probe, each of which pools the patches once"})
-    prototypes: int = field(
-        default=8,
-        metadata={"help": "learnt prototypes a class, of the prototype probe; few find little, for each learns only where it is nearest"},
+    queries: int = setting("learnt queries of the attentive probe, each of which pools the patches once", 8)
+    prototypes: int = setting(
+        "learnt prototypes a class, of the prototype probe; few find little, for each learns only where it is nearest", 8
     )
-    epochs: int = field(default=60, metadata={"help": "passes over the training clips"})
-    batch_size: int = field(default=32, metadata={"help": "clips a step"})
-    learning_rate: float = field(default=1e-2, metadata={"help": "at the beginning"})
-    weight_decay: float = field(default=0.05, metadata={"help": "of AdamW, on all weights"})
+    epochs: int = setting("passes over the training clips", 60)
+    batch_size: int = setting("clips a step", 32)
+    learning_rate: float = setting("at the beginning", 1e-2)
+    weight_decay: float = setting("of AdamW, on all weights", 0.05)
 
     def __post_init__(self):
         for name in ("queries", "prototypes", "epochs", "batch_size"):

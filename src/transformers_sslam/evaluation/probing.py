@@ -7,6 +7,7 @@ scores = probe.scores(features.select(test))  # (clips, classes)
 ```
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,8 @@ from typing import Literal, Self
 
 import numpy as np
 import torch
-from transformers.utils import logging
 
+from ..settings import setting
 from .features import Features, ProbeError
 from .intervals import Summary, summarize, summarize_difference
 from .metrics import Accuracy, MeanAveragePrecision
@@ -31,7 +32,7 @@ except ImportError as error:
     raise ImportError('probes need scikit-learn: pip install "transformers-sslam[train]"') from error
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 View = Literal["cls", "mean", "mean_and_deviation", "statistics"]
 
@@ -40,8 +41,8 @@ View = Literal["cls", "mean", "mean_and_deviation", "statistics"]
 class ProbeSettings:
     """Of all probes. Each takes from it what concerns it."""
 
-    strength: float = field(default=1.0, metadata={"help": "inverse of the L2 regularisation of logistic regressions"})
-    neighbors: int = field(default=10, metadata={"help": "training clips that k-NN looks at"})
+    strength: float = setting("inverse of the L2 regularisation of logistic regressions", 1.0)
+    neighbors: int = setting("training clips that k-NN looks at", 10)
     heads: HeadSettings = field(default_factory=HeadSettings)
 
     def __post_init__(self):

@@ -1,1 +1,1 @@
-"""Training programs: settings, augmentation, fine-tuning."""
+"""Training: the pre-training loop, fine-tuning, their settings, and the steps of studies."""

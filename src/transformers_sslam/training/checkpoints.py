@@ -25,9 +25,14 @@ def checkpoint_folder(output_dir: Path, update: int) -> Path:
     return output_dir / f"checkpoint-{update:08d}"
 
 
+def unfinished_folder(output_dir: Path, update: int) -> Path:
+    """Where it is written before it is whole."""
+    return checkpoint_folder(output_dir, update).with_suffix(UNFINISHED)
+
+
 def begin_checkpoint(output_dir: Path, update: int) -> Path:
     """An empty folder to write into. One process calls it, before any writes."""
-    folder = checkpoint_folder(output_dir, update).with_suffix(UNFINISHED)
+    folder = unfinished_folder(output_dir, update)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder

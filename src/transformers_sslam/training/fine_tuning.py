@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioClassification, Trainer, TrainerCallback, set_seed
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 from ..allocator import keep_freed_memory
 from ..configuration_sslam import ENCODER_FIELDS, SSLAMConfig
@@ -37,8 +38,8 @@ from ..data.labelled import (
 from ..data.layouts import open_data_set
 from ..evaluation.metrics import Accuracy, MeanAveragePrecision
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtractor
-from ..hub import add_remote_code, write_model_card
-from ..model_cards import public_name
+from ..hub import add_remote_code
+from ..model_cards import public_name, write_model_card
 from ..modeling_sslam import SSLAMForAudioClassification
 from ..reports import write_json
 from ..settings import SettingsError, refusals_as_settings_errors, write_settings
@@ -56,7 +57,7 @@ from .labelled_clips import (
 from .optimization import classification_loss, layer_decay_groups
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # Settings that a run's result does not depend on.
 SAME_RESULT = {"overwrite", "memory_gb", "check_clips"}
@@ -121,15 +122,7 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
     """
     start = time.perf_counter()
     output = Path(settings.output_dir)
-    if (output / "config.json").exists() and not settings.overwrite:
-        of_another = differences(settings)
-        if of_another or (output / "results.json").exists():  # without results it is this very run, stopped before its end
-            raise SettingsError(
-                f"output_dir {output} holds a model already ({'of another ' + of_another if of_another else 'of this very run'}): choose "
-                "another folder, or set overwrite=true to replace it"
-            )
-    with refusals_as_settings_errors(f"output_dir {output} cannot be written to"):
-        output.mkdir(parents=True, exist_ok=True)
+    _take_folder(settings)
     arguments = settings.training_arguments()
     if arguments.fp16 and arguments.device.type == "cpu":
         raise SettingsError("trainer.fp16 is true, which needs a GPU: on a CPU use trainer.bf16")
@@ -188,6 +181,21 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
         write_json(output / "results.json", results)
         write_model_card(output, describe_results(settings, results))
     return results
+
+
+def _take_folder(settings: FineTuningSettings) -> None:
+    """Make `output_dir`. A model that it holds is left alone, unless `overwrite` says otherwise, or it is of this very run, stopped before
+    its results were written."""
+    output = Path(settings.output_dir)
+    if (output / "config.json").exists() and not settings.overwrite:
+        of_another = differences(settings)
+        if of_another or (output / "results.json").exists():
+            raise SettingsError(
+                f"output_dir {output} holds a model already ({'of another ' + of_another if of_another else 'of this very run'}): choose "
+                "another folder, or set overwrite=true to replace it"
+            )
+    with refusals_as_settings_errors(f"output_dir {output} cannot be written to"):
+        output.mkdir(parents=True, exist_ok=True)
 
 
 def differences(settings: FineTuningSettings) -> str:
@@ -396,8 +404,7 @@ def build_model(
             if [config.id2label[i] for i in range(config.num_labels)] != classes:  # as many as before, and yet others
                 torch.nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
                 torch.nn.init.zeros_(model.classifier.bias)
-    silence = extractor.padding_value
-    model.config.padding_value = (silence - extractor.mean) / (2 * extractor.std) if extractor.do_normalize else silence
+    model.config.padding_value = extractor.scaled_padding_value
     model.sslam.requires_grad_(not settings.freeze_encoder)
     return model
 

@@ -76,7 +76,7 @@ class FineTuningSettings:
     learning_rate: float = setting("peak of the schedule, a linear warm-up and a cosine", 5e-5)
     min_learning_rate: float = setting("end of the cosine", 1e-6)
     warmup_share: float = setting("share of the steps spent on the warm-up", 0.1)
-    layer_decay: float = setting("learning rate of each block over that of the block above it, from a checkpoint", 0.65)
+    layer_decay: float = setting("ratio of each block's learning rate to that of the block above it; used only with `model`", 0.65)
     weight_decay: float = setting("of AdamW, on all weights but those with one axis (biases and norms)", 0.05)
     seed: int = setting("of weights, order of clips, augmentation, drop path", 0)
     trainer: dict[str, Any] = setting("any other argument of transformers.TrainingArguments, such as bf16 or dataloader_num_workers", {})

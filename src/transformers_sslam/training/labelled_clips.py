@@ -1,5 +1,6 @@
 """Labelled clips as the `Trainer` takes them: held in memory or streamed, augmented, and in the mixture of classes that is asked for."""
 
+import logging
 import multiprocessing
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -9,15 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import TrainerCallback
-from transformers.utils import logging
 
-from ..data.decoding import AudioDecodingError
-from ..data.labelled import CAUSES, DatasetError, LabelledRows, LabelReader, Waveforms, decode_clip, encode_labels
+from ..data.decoding import CAUSES, AudioDecodingError
+from ..data.labelled import DatasetError, LabelledRows, LabelReader, Waveforms, decode_clip, encode_labels
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from .augmentation import AugmentationSettings, augment_batch, augment_waveform, smooth_targets
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass

@@ -26,8 +26,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..allocator import keep_freed_memory
 from ..data.stream import ClipStream, DataSettings
-from ..hub import add_remote_code, write_model_card
-from ..model_cards import public_name
+from ..hub import add_remote_code
+from ..model_cards import public_name, write_model_card
 from ..modeling_sslam_pretraining import SSLAMForPreTraining
 from ..settings import SettingsError, refusals_as_settings_errors, write_settings
 from .checkpoints import (
@@ -38,6 +38,7 @@ from .checkpoints import (
     latest_whole_checkpoint,
     sweep,
     sweep_leftovers,
+    unfinished_folder,
 )
 from .monitoring import CollapseGuard, Stopwatch, matmul_peak, peak_memory, training_flops_per_clip
 from .pretraining_model import build_extractor, build_model, compile_model, parameter_groups
@@ -47,6 +48,8 @@ from .schedules import adam_epsilon, learning_rate
 
 logger = logging.getLogger(__name__)
 
+# Where a run stands, as a checkpoint holds it.
+COUNTERS = ("update", "attempt", "skipped", "skipped_in_a_row", "clips_seen")
 STAGE_NAMES = {1: "stage 1 (EAT)", 2: "stage 2 (SSLAM)"}
 LOSSES = ("loss", "local_loss", "global_loss", "source_retention_loss")
 Batch = dict[str, torch.Tensor]
@@ -72,16 +75,7 @@ class PreTrainer:
         self.output_dir = Path(settings.output_dir)
         # Positions, the only buffers, never change: nothing to broadcast before each forward pass.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.output_dir).close()
-        except OSError as error:
-            raise SettingsError(f"output_dir {self.output_dir} cannot be written to ({error}): choose another") from error
-        if not settings.resume and (found := checkpoints(self.output_dir)):
-            raise SettingsError(
-                f"resume is false, but output_dir {self.output_dir} holds checkpoints of another run ({found[-1].name}): choose another "
-                "folder"
-            )
+        self._take_folder()
         with refusals_as_settings_errors("trackers or mixed_precision"):
             self.accelerator = Accelerator(
                 mixed_precision=settings.mixed_precision,
@@ -90,19 +84,7 @@ class PreTrainer:
                 project_dir=settings.output_dir,
                 kwargs_handlers=[ddp],
             )
-        if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
-            raise SettingsError("mixed_precision is fp16, which needs a GPU: on a CPU use bf16 or no")
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise SettingsError(
-                f"Accelerate was set to {self.accelerator.distributed_type.value}, but each process here holds the whole model (6 GB of "
-                "weights, gradients and moments for the large one): choose data-parallel training, as in scripts/launch"
-            )
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        if started != self.accelerator.num_processes:  # they would not know of each other, and write over each other's files
-            raise SettingsError(
-                f"{started} processes were started, but Accelerate sees {self.accelerator.num_processes}: on CPUs set "
-                "ACCELERATE_USE_CPU=true"
-            )
+        self._check_launch()
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
         set_seed(settings.seed)
@@ -134,6 +116,33 @@ class PreTrainer:
         self.update = self.attempt = self.skipped = self.skipped_in_a_row = self.clips_seen = self.clips_logged = 0
         self.stop_signal: int | None = None
         self.pending: list[torch.Tensor] = []  # statistics of updates not yet logged
+
+    def _take_folder(self) -> None:
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.output_dir).close()
+        except OSError as error:
+            raise SettingsError(f"output_dir {self.output_dir} cannot be written to ({error}): choose another") from error
+        if not self.settings.resume and (found := checkpoints(self.output_dir)):
+            raise SettingsError(
+                f"resume is false, but output_dir {self.output_dir} holds checkpoints of another run ({found[-1].name}): choose another "
+                "folder"
+            )
+
+    def _check_launch(self) -> None:
+        accelerator = self.accelerator
+        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+            raise SettingsError("mixed_precision is fp16, which needs a GPU: on a CPU use bf16 or no")
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise SettingsError(
+                f"Accelerate was set to {accelerator.distributed_type.value}, but each process here holds the whole model (6 GB of "
+                "weights, gradients and moments for the large one): choose data-parallel training, as in scripts/launch"
+            )
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != accelerator.num_processes:  # they would not know of each other, and write over each other's files
+            raise SettingsError(
+                f"{started} processes were started, but Accelerate sees {accelerator.num_processes}: on CPUs set ACCELERATE_USE_CPU=true"
+            )
 
     # --- the loop
 
@@ -224,7 +233,7 @@ class PreTrainer:
         self.pending.append(statistics)
         return True
 
-    def _skip(self, norm: torch.Tensor | None) -> None:
+    def _skip(self, norm: torch.Tensor) -> None:
         self.skipped += 1
         self.skipped_in_a_row += 1
         logger.warning(
@@ -387,7 +396,7 @@ class PreTrainer:
         except OSError as error:
             problem = str(error)
         accelerator.wait_for_everyone()
-        folder = checkpoint_folder(self.output_dir, self.update).with_suffix(".unfinished")
+        folder = unfinished_folder(self.output_dir, self.update)
         try:
             if main and problem is None:
                 self.model.save_pretrained(folder)
@@ -430,9 +439,7 @@ class PreTrainer:
         add_remote_code(folder)
 
     def _place(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("update", "attempt", "skipped", "skipped_in_a_row", "clips_seen")} | {
-            "world_size": self.accelerator.num_processes
-        }
+        return {name: getattr(self, name) for name in COUNTERS} | {"world_size": self.accelerator.num_processes}
 
     def _resume(self) -> None:
         """Go to where the latest whole checkpoint stands, if there is one."""
@@ -448,7 +455,7 @@ class PreTrainer:
                 f"{folder} is of stage {run['settings']['stage']} and update {run['update']}, but stage {self.settings.stage} and "
                 f"{self.settings.total_updates} updates are asked for: choose another output_dir"
             )
-        for name in ("update", "attempt", "skipped", "skipped_in_a_row", "clips_seen"):
+        for name in COUNTERS:
             setattr(self, name, run[name])
         self.clips_logged = self.clips_seen
         try:

@@ -31,10 +31,8 @@ def build_extractor(settings: PreTrainingSettings) -> SSLAMFeatureExtractor:
 def build_model(settings: PreTrainingSettings, extractor: SSLAMFeatureExtractor) -> SSLAMForPreTraining:
     """The model that the settings ask for, in float32, on the CPU."""
     fields: dict[str, Any] = {**PRETRAINING_STAGES[settings.stage], **settings.model}
-    unknown = [name for name in fields if name != "attn_implementation" and not hasattr(SSLAMConfig(), name)]
-    if unknown:
-        raise SettingsError(f"model: SSLAMConfig has no field {', '.join(unknown)}")
-    fields.setdefault("padding_value", (extractor.padding_value - extractor.mean) / (2 * extractor.std))
+    check_names(fields, {*inspect.get_annotations(SSLAMConfig), "attn_implementation"}, "model.")
+    fields.setdefault("padding_value", extractor.scaled_padding_value)
     with refusals_as_settings_errors("model" if settings.init_from is None else f"init_from {settings.init_from}"):
         if settings.init_from is not None:
             model = _from_checkpoint(settings.init_from, fields)

@@ -1,12 +1,12 @@
 """The same fine-tuning over folds and seeds, and what the runs say together."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers.utils import logging
 
 from ..data.labelled import DatasetError, fold_values
 from ..data.layouts import open_data_set
@@ -18,7 +18,7 @@ from .fine_tuning_settings import FineTuningSettings
 from .steps import fine_tune_once
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def expand(settings: FineTuningSettings) -> dict[str, FineTuningSettings]:

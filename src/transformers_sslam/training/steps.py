@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -14,7 +15,6 @@ from typing import Any
 import datasets
 import soundfile
 from accelerate.state import AcceleratorState
-from transformers.utils import logging
 
 from ..data.labelled import DatasetError, Waveforms, hash_sources, load_audio_folder
 from ..settings import read_settings
@@ -25,7 +25,7 @@ from .pretraining import PreTrainer
 from .pretraining_settings import PreTrainingSettings
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def copy_clips(data_dir: str | Path, output_dir: str | Path, sampling_rate: int = 16_000) -> Path:
@@ -140,7 +140,7 @@ def _read_step(file: Path, settings: Any) -> dict[str, Any] | None:
 
 
 def _write_step(file: Path, settings: Any, results: dict[str, Any]) -> None:
-    """Leave a step's results with its settings, for `read_step`."""
+    """Leave a step's results with its settings, for `_read_step`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"settings": asdict(settings), "results": results}, indent=2) + "\n")
 
