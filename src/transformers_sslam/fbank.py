@@ -40,12 +40,12 @@ def log_mel(waveforms: torch.Tensor, sampling_rate: int = 16_000, num_mel_bins: 
         num_mel_bins: number of triangular filters between 20 Hz and half the sampling rate.
 
     Returns:
-        `(..., frames, num_mel_bins)`, float32 natural logarithms of the energies on `waveforms`' device, one frame each
+        `(..., frames, num_mel_bins)`, float32 natural logarithms of the energies on `waveforms`' device, one frame every
         10 ms. Digital silence is `log(2**-23) = -15.9424`. With 128 bins at 16 kHz one low filter lies between two
         FFT bins and is always silent, as in Kaldi.
 
     Raises:
-        ValueError: if a waveform is shorter than one 25 ms window, or the rate too low for a frame each 10 ms.
+        ValueError: if a waveform is shorter than one 25 ms window, or the rate too low for a frame every 10 ms.
     """
     length, shift = frame_geometry(sampling_rate)
     if shift < 1:

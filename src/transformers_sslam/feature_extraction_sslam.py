@@ -28,7 +28,7 @@ LOWEST_SAMPLING_RATE = 1000  # Hz; of less, half of which is the highest frequen
 class SSLAMFeatureExtractor(SequenceFeatureExtractor):
     r"""
     Turns mono waveforms into the log-mels that SSLAM reads: the clip's mean is subtracted, a Kaldi filter bank applied (25 ms Hann
-    windows each 10 ms), the log-mel padded with zeros or cut, and *then* scaled to `(x - mean) / (2 * std)`, so that padding
+    windows every 10 ms), the log-mel padded with zeros or cut, and *then* scaled to `(x - mean) / (2 * std)`, so that padding
     becomes `(0 - mean) / (2 * std)`, as in the published training.
 
     Args:

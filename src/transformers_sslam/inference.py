@@ -32,7 +32,7 @@ class WindowScores(NamedTuple):
     Attributes:
         starts: `(windows,)`, where each begins, in seconds.
         scores: `(windows, classes)`, float32, in [0, 1]: sigmoid of tags, otherwise softmax over classes.
-        embeddings: on request `(steps, hidden_size)`, float32, one each 160 ms: those that no later window adds to. All batches'
+        embeddings: on request `(steps, hidden_size)`, float32, one every 160 ms: those that no later window adds to. All batches'
             together, in their order, are the recording's.
     """
 
@@ -52,7 +52,7 @@ class ScoresOverTime:
         duration: of the recording in seconds.
         sampling_rate: of the recording in Hz.
         classes: their names.
-        embeddings: on request `(steps, hidden_size)`, one each 160 ms from the recording's start.
+        embeddings: on request `(steps, hidden_size)`, one every 160 ms from the recording's start.
     """
 
     scores: np.ndarray

@@ -369,7 +369,7 @@ class SSLAMModel(SSLAMPreTrainedModel):
     def frame_embeddings(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
         """Patch tokens on their grid: a view `(batch, time, frequency, hidden_size)` of `last_hidden_state`.
 
-        One step is 160 ms in time and 16 mel bins in frequency, both from low to high. `.mean(2)` gives one embedding each 160 ms.
+        One step is 160 ms in time and 16 mel bins in frequency, both from low to high. `.mean(2)` gives one embedding every 160 ms.
         Of a padded batch, `attention_mask.unflatten(1, (-1, config.patch_size)).any(-1)`, `(batch, time)`, says which steps hold sound.
         """
         return last_hidden_state[:, 1:].unflatten(1, (-1, self.config.num_frequency_patches))

@@ -191,7 +191,7 @@ def _description(config: SSLAMConfig, extractor: SSLAMFeatureExtractor, with_mas
     mask = " attention_mask: 1 where a frame is sound, 0 where it is padding." if with_mask else ""
     return (
         f"input_values: Kaldi log-mels of mono audio at {extractor.sampling_rate} Hz in [-1, 1], its mean subtracted (Hann windows of 25 "
-        f"ms each 10 ms, {extractor.num_mel_bins} bins), padded with padding_value or cut to max_length frames{scaled}. Any multiple of "
+        f"ms every 10 ms, {extractor.num_mel_bins} bins), padded with padding_value or cut to max_length frames{scaled}. Any multiple of "
         f"{config.patch_size} frames up to {config.max_length} will do.{mask} logits, where there are any: before softmax "
         "(single_label_classification) or sigmoid (multi_label_classification)."
     )

@@ -18,7 +18,7 @@ from .. import __version__
 from ..allocator import keep_freed_memory
 from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
-from ..modeling_sslam import SSLAMModel
+from ..modeling_sslam import SSLAMModel, SSLAMPreTrainedModel
 
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,8 @@ def encode_clips(
         arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
         _fill(arrays, model, extractor, waveforms, batch_size)
         return _features(arrays)
-    key = _cache_key(model, extractor, data_key or hash_waveforms(waveforms), shapes)
+    data = data_key or hash_waveforms(waveforms)
+    key = hash_model(model, extractor, data=data, shapes=shapes, version=[__version__, LAYOUT])
     folder = Path(cache) / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -220,9 +221,10 @@ def _shapes(model: SSLAMModel, extractor: SSLAMFeatureExtractor, clips: int, kee
     return shapes | ({"patches": ((clips, patches, config.hidden_size), np.dtype(precision))} if keep_patches else {})
 
 
-def _cache_key(model: SSLAMModel, extractor: SSLAMFeatureExtractor, data_key: str, shapes: Shapes) -> str:
+def hash_model(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, **more: Any) -> str:
+    """Of all that decides what a model says of a clip, wherever it lies: configuration, extractor and weights; and of whatever is added."""
     config = {name: getattr(model.config, name) for name in inspect.get_annotations(SSLAMConfig)}  # not what every model has, as labels
-    about = {"config": config, "extractor": extractor.to_dict(), "data": data_key, "shapes": shapes, "version": [__version__, LAYOUT]}
+    about = {"config": config, "extractor": extractor.to_dict(), **more}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -275,4 +277,4 @@ def _features(arrays: dict[str, np.ndarray]) -> Features:
     return Features(**values, rows=np.arange(len(arrays["cls"])))
 
 
-__all__ = ["Clips", "Features", "Precision", "ProbeError", "encode_clips", "hash_waveforms"]
+__all__ = ["Clips", "Features", "Precision", "ProbeError", "encode_clips", "hash_model", "hash_waveforms"]

@@ -6,8 +6,6 @@ where they lie, their size and their time, for a name alone may be another file'
 """
 
 import csv
-import hashlib
-import inspect
 import io
 import json
 import os
@@ -26,13 +24,13 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..allocator import keep_freed_memory
-from ..configuration_sslam import SSLAMConfig
 from ..data.decoding import AudioDecodingError, read_blocks
 from ..data.sources import AUDIO_SUFFIXES, files_below
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..inference import ScoresOverTime
 from ..modeling_sslam import SSLAMForAudioClassification
 from ..settings import SettingsError, refusals_as_settings_errors, setting
+from .features import hash_model
 from .pooling import best_device
 
 
@@ -278,14 +276,9 @@ class _Output:
 
 def _identity(settings: TagSettings, model: SSLAMForAudioClassification, extractor: SSLAMFeatureExtractor) -> dict[str, Any]:
     """All that decides what is written of a recording; the model by its contents, wherever it lies."""
-    names = (*inspect.get_annotations(SSLAMConfig), "id2label", "problem_type")
-    about = {name: getattr(model.config, name) for name in names} | {"extractor": extractor.to_dict()}
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     kept = {name: value for name, value in asdict(settings).items() if name not in NO_MATTER}
-    return kept | {"model": f"sha256:{digest.hexdigest()[:32]}"}
+    digest = hash_model(model, extractor, id2label=model.config.id2label, problem_type=model.config.problem_type)
+    return kept | {"model": f"sha256:{digest}"}
 
 
 def _load(settings: TagSettings) -> tuple[SSLAMForAudioClassification, SSLAMFeatureExtractor]:
