@@ -188,10 +188,10 @@ def _take_folder(settings: FineTuningSettings) -> None:
     its results were written."""
     output = Path(settings.output_dir)
     if (output / "config.json").exists() and not settings.overwrite:
-        of_another = differences(settings)
-        if of_another or (output / "results.json").exists():
+        others = differences(settings)
+        if others or (output / "results.json").exists():
             raise SettingsError(
-                f"output_dir {output} holds a model already ({'of another ' + of_another if of_another else 'of this very run'}): choose "
+                f"output_dir {output} holds a model already, of {'a run with other ' + others if others else 'this very run'}: choose "
                 "another folder, or set overwrite=true to replace it"
             )
     with refusals_as_settings_errors(f"output_dir {output} cannot be written to"):
@@ -208,7 +208,7 @@ def differences(settings: FineTuningSettings) -> str:
     if names or settings.streaming or not (output / "results.json").is_file():
         return ", ".join(names)
     same_data = json.loads((output / "results.json").read_text()).get("data") == hash_rows(*select_rows(settings))
-    return "" if same_data else "state of the data"
+    return "" if same_data else "data"
 
 
 def _evaluate(trainer: Trainer, data: TrainingData, output: Path) -> dict[str, Any]:
