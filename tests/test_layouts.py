@@ -388,6 +388,15 @@ def test_audioset_2m_trains_on_both_tables(audioset):
     assert "---1_cCGK4M_0_10000.wav" in table(splits["train"], "labels")
 
 
+def test_audioset_is_evaluated_on_without_its_training_part(audioset):
+    for file in [*audioset.glob("*train_segments.csv"), *(audioset / "train").rglob("*.wav")]:
+        file.unlink()
+    splits = open_data_set(str(audioset), "audioset", subset="eval")
+    assert {name: table(rows, "labels") for name, rows in splits.items()} == {
+        "test": {"--4gqARaEJE.wav": ["Speech"], "YY_abcdefghi.flac": ["Gush"]}
+    }
+
+
 def test_missing_clips_of_audioset_are_counted(audioset, monkeypatch):
     warnings: list[str] = []
     monkeypatch.setattr(layouts.logger, "warning", warnings.append)

@@ -228,6 +228,12 @@ def choose_classes(rows: LabelledRows) -> list[str]:
     return classes
 
 
+def check_has_labels(rows: LabelledRows) -> None:
+    """That a clip of the evaluation has a label at all: of several classes each may be missing. `DatasetError` if not."""
+    if not any(rows.labels):
+        raise DatasetError("no clip of the evaluation has a label, so nothing can be measured on them: choose others")
+
+
 def check_apart(sources: Sequence[dict], parts: Sequence[str]) -> None:
     """That no file is in two parts of the data. Where entries hold their audio themselves, they are not compared.
 

@@ -52,6 +52,7 @@ WORDS_V2 = (*WORDS_V1, "backward", "follow", "forward", "learn", "visual")
 AUDIOSET_SEGMENTS = {
     "20k": {"train": ["balanced_train"], "test": ["eval"]},
     "2m": {"train": ["balanced_train", "unbalanced_train"], "test": ["eval"]},
+    "eval": {"test": ["eval"]},  # all that it takes to evaluate a model
 }
 
 
@@ -367,7 +368,8 @@ _LAYOUTS = {
         ("v1", "v2", "v1_12"),
     ),
     "audioset": _Layout(
-        "{eval,balanced_train,unbalanced_train}_segments.csv, class_labels_indices.csv, clips YTID.wav at any depth; subset: 20k, or 2m",
+        "{eval,balanced_train,unbalanced_train}_segments.csv, class_labels_indices.csv, clips YTID.wav at any depth; subset: "
+        f"{', '.join(AUDIOSET_SEGMENTS)}",
         _open_audioset,
         tuple(AUDIOSET_SEGMENTS),
     ),

@@ -19,19 +19,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self, TypeVar
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from ..allocator import keep_freed_memory
 from ..data.decoding import AudioDecodingError, read_blocks
 from ..data.sources import AUDIO_SUFFIXES, files_below
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..inference import ScoresOverTime
 from ..modeling_sslam import SSLAMForAudioClassification
 from ..settings import SettingsError, refusals_as_settings_errors, setting
+from .classifier import load_classifier
 from .features import hash_model
-from .pooling import best_device
 
 
 CSV_HEADER = ("path", "start", "end", "label", "score", "error")
@@ -117,7 +115,7 @@ def tag_files(settings: TagSettings) -> TagSummary:
         FloatingPointError: if the model's scores are not finite.
     """
     paths = find_recordings(settings.inputs)
-    model, extractor = _load(settings)
+    model, extractor = load_classifier(settings.model, settings.dtype, settings.device)
     options: dict[str, Any] = {"hop": settings.hop, "window": settings.window, "batch_size": settings.batch_size}
     with refusals_as_settings_errors("these settings do not fit the model"):
         next(model.score_windows(np.zeros(extractor.sampling_rate, dtype=np.float32), extractor, **options))
@@ -279,26 +277,6 @@ def _identity(settings: TagSettings, model: SSLAMForAudioClassification, extract
     kept = {name: value for name, value in asdict(settings).items() if name not in NO_MATTER}
     digest = hash_model(model, extractor, id2label=model.config.id2label, problem_type=model.config.problem_type)
     return kept | {"model": f"sha256:{digest}"}
-
-
-def _load(settings: TagSettings) -> tuple[SSLAMForAudioClassification, SSLAMFeatureExtractor]:
-    with refusals_as_settings_errors(f"{settings.model} cannot be loaded as a SSLAM classifier with its feature extractor"):
-        extractor = SSLAMFeatureExtractor.from_pretrained(settings.model)
-        loaded: Any = SSLAMForAudioClassification.from_pretrained(
-            settings.model, dtype=getattr(torch, settings.dtype), output_loading_info=True
-        )
-    model, loading = loaded
-    if loading["missing_keys"]:
-        raise SettingsError(
-            f"{settings.model} holds no classifier ({min(loading['missing_keys'])} is missing): give one that was fine-tuned"
-        )
-    device = settings.device or best_device()
-    if str(device) == "cpu":
-        keep_freed_memory()
-    try:
-        return model.to(device), extractor
-    except (RuntimeError, AssertionError) as error:  # unknown, not there, or torch was built without it
-        raise SettingsError(f"device is {settings.device!r}, which cannot be used: {error}") from error
 
 
 def _decoded(paths: Iterable[str], sampling_rate: int) -> Iterator[tuple[str, np.ndarray | AudioDecodingError]]:

@@ -20,12 +20,12 @@ from ..allocator import keep_freed_memory
 from ..configuration_sslam import ENCODER_FIELDS, SSLAMConfig
 from ..conversion import ConversionError, convert_checkpoint
 from ..data.labelled import (
-    DatasetError,
     LabelledRows,
     LabelReader,
     Waveforms,
     are_files,
     check_apart,
+    check_has_labels,
     choose_classes,
     encode_labels,
     hash_sources,
@@ -36,7 +36,7 @@ from ..data.labelled import (
     source_name,
 )
 from ..data.layouts import open_data_set
-from ..evaluation.metrics import Accuracy, MeanAveragePrecision
+from ..evaluation.classifier import evaluate_predictions, save_scores
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtractor
 from ..hub import add_remote_code
 from ..model_cards import public_name, write_model_card
@@ -217,7 +217,7 @@ def _evaluate(trainer: Trainer, data: TrainingData, output: Path) -> dict[str, A
     logits, targets = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     metrics = evaluate_predictions(logits, targets, data.classes, data.multi_label)
     if trainer.is_world_process_zero():
-        np.savez(output / "scores.npz", logits=logits, targets=targets, classes=data.classes, names=_names(data.evaluation))
+        save_scores(output, logits, targets, data.classes, _names(data.evaluation))
     if silent := metrics.get("classes_without_positives"):
         logger.warning(f"no clip of the evaluation has {', '.join(silent)}: the mean average precision leaves these classes out")
     return {**metrics, "loss": (prediction.metrics or {})["test_loss"]}
@@ -284,8 +284,7 @@ def select_rows(settings: FineTuningSettings) -> tuple[LabelledRows, LabelledRow
     if are_files(train.sources) and are_files(evaluation.sources):
         parts = ["the training clips"] * len(train) + ["the evaluation"] * len(evaluation)
         check_apart([*train.sources, *evaluation.sources], parts)
-    if not any(evaluation.labels):
-        raise DatasetError("no clip of the evaluation has a label, so nothing can be measured on them: choose others")
+    check_has_labels(evaluation)
     return train, evaluation
 
 
@@ -422,30 +421,6 @@ def _check_architecture(settings: FineTuningSettings, config: SSLAMConfig) -> No
 # --- results
 
 
-def evaluate_predictions(
-    logits: np.ndarray, targets: np.ndarray, classes: list[str], multi_label: bool, confidence: float | None = 0.95
-) -> dict[str, Any]:
-    """Accuracy, or mean average precision where a clip may have several classes.
-
-    Args:
-        logits: `(clips, classes)`.
-        targets: `(clips, classes)`, 0 or 1.
-        classes: their names.
-        multi_label: whether a clip may have several.
-        confidence: of the bootstrap interval over clips; `None` for none.
-
-    Raises:
-        SettingsError: (a `ValueError`) if the logits are not finite.
-    """
-    if not np.isfinite(logits).all():
-        raise SettingsError("the model's outputs are NaN or infinite, so the training has diverged: lower learning_rate")
-    if multi_label:
-        return MeanAveragePrecision().compute(
-            predictions=logits, references=targets.astype(np.int64), class_names=classes, confidence=confidence
-        )
-    return Accuracy().compute(predictions=logits.argmax(-1), references=targets.argmax(-1), confidence=confidence)
-
-
 def describe_results(settings: FineTuningSettings, results: dict[str, Any]) -> str:
     """What the run did and found, as Markdown for the model card."""
     # A folder of this machine by its name alone, for cards go to the Hub.
@@ -467,4 +442,4 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
-__all__ = ["FineTuningSettings", "build_extractor", "build_model", "evaluate_predictions", "fine_tune", "resolve_checkpoint", "select_rows"]
+__all__ = ["FineTuningSettings", "build_extractor", "build_model", "fine_tune", "resolve_checkpoint", "select_rows"]

@@ -1,0 +1,180 @@
+"""Evaluating a classifier that is there: the numbers of fine-tuning's own evaluation, and of tags against scikit-learn's."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import noise
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from transformers_sslam.data.labelled import DatasetError
+from transformers_sslam.evaluation.classifier import EvaluationSettings, evaluate_classifier, results_table
+from transformers_sslam.settings import SettingsError
+from transformers_sslam.training.fine_tuning import fine_tune
+from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate_classifier.py"
+CLASSES = ["cat", "dog", "owl"]
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_length": 64}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def write_clips(folder: Path, labels: list[str]) -> Path:
+    """An audio folder of half seconds of noise, each with its labels."""
+    folder.mkdir(exist_ok=True)
+    for i in range(len(labels)):
+        soundfile.write(folder / f"{i:02}.wav", noise(0.5 + 0.02 * i, seed=i), 16_000)
+    rows = "\n".join(f"{i:02}.wav,{label},{i % 2}" for i, label in enumerate(labels))
+    (folder / "metadata.csv").write_text(f"file_name,label,fold\n{rows}\n")
+    return folder
+
+
+def write_model(folder: Path, problem_type: str) -> Path:
+    names = dict(enumerate(CLASSES))
+    config = SSLAMConfig(**TINY, id2label=names, label2id={name: i for i, name in names.items()}, problem_type=problem_type)
+    model = SSLAMForAudioClassification(config)
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(folder)
+    SSLAMFeatureExtractor(max_length=48).save_pretrained(folder)
+    return folder
+
+
+def evaluation(model: Path, clips: Path, output: Path, /, **changes) -> EvaluationSettings:
+    return EvaluationSettings(
+        **{"model": str(model), "data_dir": str(clips), "output_dir": str(output), "eval_split": "train", "batch_size": 4, **changes}
+    )
+
+
+def expected_logits(model: Path, clips: Path) -> np.ndarray:
+    """Clip by clip, by hand."""
+    network, extractor = SSLAMForAudioClassification.from_pretrained(model), SSLAMFeatureExtractor.from_pretrained(model)
+    waveforms = [soundfile.read(file, dtype="float32")[0] for file in sorted(clips.glob("*.wav"))]
+    with torch.inference_mode():
+        return np.concatenate([network(**extractor(w, sampling_rate=16_000, return_tensors="pt")).logits.numpy() for w in waveforms])
+
+
+def test_a_fine_tuned_model_is_worth_what_its_own_run_said(tmp_path):
+    clips = write_clips(tmp_path / "clips", ["cat", "cat", "dog", "dog"] * 3)
+    settings = FineTuningSettings(
+        data_dir=str(clips),
+        output_dir=str(tmp_path / "model"),
+        fold_column="fold",
+        train_folds=[0],
+        eval_folds=[1],
+        max_length=48,
+        model_config=TINY,
+        total_updates=2,
+        trainer={"disable_tqdm": True},
+    )
+    tuned = fine_tune(settings)
+    results = evaluate_classifier(
+        evaluation(tmp_path / "model", clips, tmp_path / "evaluation", fold_column="fold", eval_folds=[1], batch_size=5)
+    )
+    assert results["metrics"] == {name: value for name, value in tuned["metrics"].items() if name != "loss"}
+    assert (results["classes"], results["clips"]) == (["cat", "dog"], 6)
+    own, again = (np.load(tmp_path / folder / "scores.npz") for folder in ("model", "evaluation"))
+    np.testing.assert_allclose(again["logits"], own["logits"], atol=1e-6)
+    for name in ("targets", "classes", "names"):
+        np.testing.assert_array_equal(again[name], own[name])
+
+
+def test_tags_are_ranked_as_scikit_learn_ranks_them(tmp_path):
+    labels = ["cat;dog", "dog", "", "owl;cat", "owl", "dog;owl", "cat", ""]
+    clips, model = write_clips(tmp_path / "clips", labels), write_model(tmp_path / "model", "multi_label_classification")
+    results = evaluate_classifier(evaluation(model, clips, tmp_path / "out", label_separator=";"))
+    targets, logits = np.array([[name in label for name in CLASSES] for label in labels]), expected_logits(model, clips)
+    scores = np.load(tmp_path / "out" / "scores.npz")
+    np.testing.assert_allclose(scores["logits"], logits, atol=1e-5)
+    np.testing.assert_array_equal(scores["targets"], targets)
+    metrics = results["metrics"]
+    assert metrics["mean_average_precision"] == pytest.approx(average_precision_score(targets, logits, average="macro"), abs=1e-9)
+    assert metrics["mean_roc_auc"] == pytest.approx(roc_auc_score(targets, logits, average="macro"), abs=1e-9)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["d_prime"] == metrics["d_prime"]
+    low, high = metrics["mean_roc_auc_interval"]
+    assert f"| mean roc auc | {metrics['mean_roc_auc']:.4f} [{low:.4f}, {high:.4f}] |" in results_table(results)
+
+
+def test_a_classifier_of_exclusive_classes_is_ranked_by_its_probabilities_on_overlapping_sounds(tmp_path):
+    labels = ["cat;dog", "dog", "owl", "owl;cat", "owl", "dog;owl", "cat", "dog"]
+    clips, model = write_clips(tmp_path / "clips", labels), write_model(tmp_path / "model", "single_label_classification")
+    found = evaluate_classifier(evaluation(model, clips, tmp_path / "out", label_separator=";"))["metrics"]["mean_average_precision"]
+    targets, logits = np.array([[name in label for name in CLASSES] for label in labels]), expected_logits(model, clips)
+    of_probabilities, of_logits = (
+        average_precision_score(targets, scores, average="macro") for scores in (torch.tensor(logits).softmax(-1).numpy(), logits)
+    )
+    assert of_probabilities != pytest.approx(of_logits)  # so that the two can be told apart here
+    assert found == pytest.approx(of_probabilities, abs=1e-9)
+
+
+def test_unreadable_clips_are_left_out_and_named(tmp_path, caplog):
+    clips = write_clips(tmp_path / "clips", ["cat", "dog", "owl", "cat"])
+    (clips / "02.wav").write_bytes(b"RIFF and nothing more")
+    model = write_model(tmp_path / "model", "single_label_classification")
+    results = evaluate_classifier(evaluation(model, clips, tmp_path / "out", max_unreadable=0.3))
+    assert results["clips"] == 3
+    assert [Path(name).name for name in results["unreadable"]["unreadable"]] == ["02.wav"]
+    assert [Path(name).name for name in np.load(tmp_path / "out" / "scores.npz")["names"]] == ["00.wav", "01.wav", "03.wav"]
+    assert "1 of 4 clips are left out" in caplog.text
+    with pytest.raises(DatasetError, match="1 of 4 evaluated clips cannot be used"):
+        evaluate_classifier(evaluation(model, clips, tmp_path / "out"))
+
+
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_decoded(tmp_path, monkeypatch):
+    clips, model = write_clips(tmp_path / "clips", ["cat", "wolf"]), write_model(tmp_path / "model", "single_label_classification")
+    SSLAMModel(SSLAMConfig(**TINY)).save_pretrained(tmp_path / "encoder")
+    SSLAMFeatureExtractor().save_pretrained(tmp_path / "encoder")
+    monkeypatch.setattr("transformers_sslam.evaluation.classifier.Waveforms", None)
+    for changes, error, message in (
+        ({}, DatasetError, "01.wav is labelled 'wolf', which is none of the 3 classes: cat, dog, owl"),
+        ({"eval_split": "test"}, DatasetError, "there is no split 'test'"),
+        ({"fold_column": "fold"}, DatasetError, "no fold of the column 'fold' was chosen"),
+        ({"model": str(tmp_path / "encoder")}, SettingsError, "holds no classifier"),
+        ({"model": str(tmp_path)}, SettingsError, "cannot be loaded as a SSLAM classifier"),
+        ({"device": "abacus"}, SettingsError, "device is 'abacus', which cannot be used"),
+    ):
+        with pytest.raises(error, match=message):
+            evaluate_classifier(evaluation(model, clips, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+    for changes, message in (
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_unreadable": 1.0}, "max_unreadable 1"),
+        ({"eval_folds": [1]}, "eval_folds are set, but fold_column"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            evaluation(model, clips, tmp_path / "out", **changes)
+
+
+def test_a_damaged_model_has_no_result(tmp_path):
+    clips, model = write_clips(tmp_path / "clips", ["cat", "dog"]), write_model(tmp_path / "model", "single_label_classification")
+    damaged = SSLAMForAudioClassification.from_pretrained(model)
+    torch.nn.init.constant_(damaged.classifier.bias, float("nan"))
+    damaged.save_pretrained(model)
+    with pytest.raises(SettingsError, match="outputs are NaN or infinite"):
+        evaluate_classifier(evaluation(model, clips, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_program(tmp_path):
+    clips, model = write_clips(tmp_path / "clips", ["cat", "dog", "owl"]), write_model(tmp_path / "model", "single_label_classification")
+    command = [sys.executable, SCRIPT, f"model={model}", f"data_dir={clips}", f"output_dir={tmp_path / 'out'}"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("error: there is no split 'test', only train")
+    done = subprocess.run([*command, "eval_split=train"], env=environment, capture_output=True, text=True)
+    accuracy = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["accuracy"]
+    assert done.returncode == 0
+    assert f"| accuracy | {accuracy:.4f} [" in done.stdout
