@@ -114,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command(step, sized=True)
+    sub.set_defaults(warmup=StepSettings.warmup)
     sub.add_argument("--baseline", action="store_true", help="measure the plainly written update beside it")
     sub.add_argument("--plain-precision", choices=precisions, default="float32", help="of that one")
     sub.add_argument("--stage", type=int, choices=(1, 2), default=2)
