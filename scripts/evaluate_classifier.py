@@ -5,8 +5,8 @@ python scripts/evaluate_classifier.py model=sslam-base-as2m data_dir=audioset la
 python scripts/evaluate_classifier.py model=runs/mine data_dir=esc10 fold_column=fold eval_folds='[4]'
 python scripts/evaluate_classifier.py --help
 
-The model's class names must be those of the clips' labels. The intervals are of the clips: they say what other clips, as many, would have
-changed, not what another training would.
+The clips must be others than those it was trained on, and their labels called as the model's classes. The intervals are of the clips:
+they say what other clips, as many, would have changed, not what another training would.
 """
 
 import sys
@@ -25,11 +25,12 @@ def main() -> None:
     settings = parse_settings(EvaluationSettings, __doc__)
     try:
         results = evaluate_classifier(settings)
-    except (AudioDecodingError, DatasetError, SettingsError) as error:
+    except (AudioDecodingError, DatasetError, FloatingPointError, SettingsError) as error:
         sys.exit(f"error: {error}")
     print(results_table(results))
-    if silent := results["metrics"].get("classes_without_positives"):
-        print(f"\nleft out, for no clip has them: {', '.join(silent)}")
+    for kind, whose in (("positives", "no clip"), ("negatives", "every clip")):
+        if left_out := results["metrics"].get(f"classes_without_{kind}"):
+            print(f"\nleft out, for {whose} has them: {', '.join(left_out)}")
     print(f"\nevery number is in {Path(settings.output_dir) / 'results.json'}, the logits in scores.npz there")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import soundfile
 import torch
 from conftest import noise
+from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
@@ -42,9 +44,10 @@ def write_clips(folder: Path, labels: list[str]) -> Path:
     return folder
 
 
-def write_model(folder: Path, problem_type: str) -> Path:
-    names = dict(enumerate(CLASSES))
-    config = SSLAMConfig(**TINY, id2label=names, label2id={name: i for i, name in names.items()}, problem_type=problem_type)
+def write_model(folder: Path, problem_type: str | None, id2label: dict[int, str] | None = None) -> Path:
+    if id2label is None:
+        id2label = dict(enumerate(CLASSES))
+    config = SSLAMConfig(**TINY, id2label=id2label, problem_type=problem_type)
     model = SSLAMForAudioClassification(config)
     torch.nn.init.normal_(model.classifier.weight)
     model.save_pretrained(folder)
@@ -100,6 +103,8 @@ def test_tags_are_ranked_as_scikit_learn_ranks_them(tmp_path):
     np.testing.assert_allclose(scores["logits"], logits, atol=1e-5)
     np.testing.assert_array_equal(scores["targets"], targets)
     metrics = results["metrics"]
+    assert metrics["roc_auc"]["dog"] == pytest.approx(roc_auc_score(targets[:, 1], logits[:, 1]), abs=1e-9)
+    assert metrics["d_prime"] == pytest.approx(2**0.5 * norm.ppf(metrics["mean_roc_auc"]), abs=1e-9)
     assert metrics["mean_average_precision"] == pytest.approx(average_precision_score(targets, logits, average="macro"), abs=1e-9)
     assert metrics["mean_roc_auc"] == pytest.approx(roc_auc_score(targets, logits, average="macro"), abs=1e-9)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["d_prime"] == metrics["d_prime"]
@@ -107,9 +112,10 @@ def test_tags_are_ranked_as_scikit_learn_ranks_them(tmp_path):
     assert f"| mean roc auc | {metrics['mean_roc_auc']:.4f} [{low:.4f}, {high:.4f}] |" in results_table(results)
 
 
-def test_a_classifier_of_exclusive_classes_is_ranked_by_its_probabilities_on_overlapping_sounds(tmp_path):
+@pytest.mark.parametrize("problem_type", ["single_label_classification", None])  # None is what SSLAM's own scores take for the former
+def test_a_classifier_of_exclusive_classes_is_ranked_by_its_probabilities_on_overlapping_sounds(tmp_path, problem_type):
     labels = ["cat;dog", "dog", "owl", "owl;cat", "owl", "dog;owl", "cat", "dog"]
-    clips, model = write_clips(tmp_path / "clips", labels), write_model(tmp_path / "model", "single_label_classification")
+    clips, model = write_clips(tmp_path / "clips", labels), write_model(tmp_path / "model", problem_type)
     found = evaluate_classifier(evaluation(model, clips, tmp_path / "out", label_separator=";"))["metrics"]["mean_average_precision"]
     targets, logits = np.array([[name in label for name in CLASSES] for label in labels]), expected_logits(model, clips)
     of_probabilities, of_logits = (
@@ -117,6 +123,29 @@ def test_a_classifier_of_exclusive_classes_is_ranked_by_its_probabilities_on_ove
     )
     assert of_probabilities != pytest.approx(of_logits)  # so that the two can be told apart here
     assert found == pytest.approx(of_probabilities, abs=1e-9)
+
+
+def test_classes_that_are_everywhere_have_no_roc_auc(tmp_path, caplog):
+    model = write_model(tmp_path / "model", "multi_label_classification")
+    clips = write_clips(tmp_path / "clips", ["cat;dog", "cat;owl", "cat"])
+    results = evaluate_classifier(evaluation(model, clips, tmp_path / "out", label_separator=";"))
+    assert results["metrics"]["classes_without_negatives"] == ["cat"]
+    assert set(results["metrics"]["roc_auc"]) == {"dog", "owl"}
+    clips = write_clips(tmp_path / "all", ["cat;dog", "cat;dog"])
+    metrics = evaluate_classifier(evaluation(model, clips, tmp_path / "out", label_separator=";"))["metrics"]
+    assert metrics["mean_average_precision"] == 1.0
+    assert metrics["classes_without_positives"] == ["owl"]
+    assert "mean_roc_auc" not in metrics
+    assert "there is no ROC AUC" in caplog.text
+
+
+def test_half_precision_does_not_round_logits(tmp_path):
+    clips, model = write_clips(tmp_path / "clips", ["cat", "dog", "owl"]), write_model(tmp_path / "model", "single_label_classification")
+    evaluate_classifier(evaluation(model, clips, tmp_path / "out", dtype="bfloat16"))
+    logits = torch.from_numpy(np.load(tmp_path / "out" / "scores.npz")["logits"])
+    assert not torch.equal(logits, logits.bfloat16().float())
+    expected = expected_logits(model, clips)
+    assert 1e-5 < np.abs(logits.numpy() - expected).max() < 0.05 * np.abs(expected).max()  # and the encoder did compute in it
 
 
 def test_unreadable_clips_are_left_out_and_named(tmp_path, caplog):
@@ -127,7 +156,7 @@ def test_unreadable_clips_are_left_out_and_named(tmp_path, caplog):
     assert results["clips"] == 3
     assert [Path(name).name for name in results["unreadable"]["unreadable"]] == ["02.wav"]
     assert [Path(name).name for name in np.load(tmp_path / "out" / "scores.npz")["names"]] == ["00.wav", "01.wav", "03.wav"]
-    assert "1 of 4 clips are left out" in caplog.text
+    assert "1 of 4 evaluated clips are left out (unreadable)" in caplog.text
     with pytest.raises(DatasetError, match="1 of 4 evaluated clips cannot be used"):
         evaluate_classifier(evaluation(model, clips, tmp_path / "out"))
 
@@ -136,6 +165,13 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_decoded(tmp_path
     clips, model = write_clips(tmp_path / "clips", ["cat", "wolf"]), write_model(tmp_path / "model", "single_label_classification")
     SSLAMModel(SSLAMConfig(**TINY)).save_pretrained(tmp_path / "encoder")
     SSLAMFeatureExtractor().save_pretrained(tmp_path / "encoder")
+    for name, changes in (("long", {"max_length": 1024}), ("narrow", {"max_length": 48, "num_mel_bins": 64})):
+        shutil.copytree(model, tmp_path / name)
+        SSLAMFeatureExtractor(**changes).save_pretrained(tmp_path / name)
+    for name, changes in (("regression", {"problem_type": "regression"}), ("twins", {"id2label": {0: "cat", 1: "cat", 2: "owl"}})):
+        write_model(tmp_path / name, **{"problem_type": "single_label_classification", **changes})
+    shutil.copytree(model, tmp_path / "wide")
+    SSLAMConfig(**TINY | {"hidden_size": 64}, id2label={0: "cat", 1: "dog", 2: "owl"}).save_pretrained(tmp_path / "wide")
     monkeypatch.setattr("transformers_sslam.evaluation.classifier.Waveforms", None)
     for changes, error, message in (
         ({}, DatasetError, "01.wav is labelled 'wolf', which is none of the 3 classes: cat, dog, owl"),
@@ -143,14 +179,21 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_decoded(tmp_path
         ({"fold_column": "fold"}, DatasetError, "no fold of the column 'fold' was chosen"),
         ({"model": str(tmp_path / "encoder")}, SettingsError, "holds no classifier"),
         ({"model": str(tmp_path)}, SettingsError, "cannot be loaded as a SSLAM classifier"),
+        ({"model": str(tmp_path / "wide")}, SettingsError, "cannot be loaded as a SSLAM classifier"),
+        ({"model": str(tmp_path / "long")}, SettingsError, "the model cannot be evaluated: the feature extractor's max_length"),
+        ({"model": str(tmp_path / "narrow")}, SettingsError, "the model cannot be evaluated: .*128 mel bins"),
+        ({"model": str(tmp_path / "regression")}, SettingsError, "'regression' with 3 labels, which is no choice between classes"),
+        ({"model": str(tmp_path / "twins")}, SettingsError, "has two classes called 'cat'"),
         ({"device": "abacus"}, SettingsError, "device is 'abacus', which cannot be used"),
+        ({"output_dir": str(clips / "00.wav")}, SettingsError, "00.wav cannot be written to"),
+        ({"output_dir": str(model)}, SettingsError, "holds a model or its run"),
     ):
         with pytest.raises(error, match=message):
             evaluate_classifier(evaluation(model, clips, tmp_path / "out", **changes))
-    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / "out").iterdir())
     for changes, message in (
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"max_unreadable": 1.0}, "max_unreadable 1"),
+        ({"max_unreadable": 1.0}, "max_unreadable is 1"),
         ({"eval_folds": [1]}, "eval_folds are set, but fold_column"),
     ):
         with pytest.raises(SettingsError, match=message):
@@ -162,9 +205,9 @@ def test_a_damaged_model_has_no_result(tmp_path):
     damaged = SSLAMForAudioClassification.from_pretrained(model)
     torch.nn.init.constant_(damaged.classifier.bias, float("nan"))
     damaged.save_pretrained(model)
-    with pytest.raises(SettingsError, match="outputs are NaN or infinite"):
+    with pytest.raises(FloatingPointError, match="are NaN: the model is damaged"):
         evaluate_classifier(evaluation(model, clips, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_the_program(tmp_path):

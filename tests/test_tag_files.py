@@ -420,6 +420,12 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(model, 
     assert not Path(output).exists()
 
 
+def test_tagging_needs_nothing_that_only_training_and_evaluation_do():
+    absent = dict.fromkeys(("datasets", "evaluate", "sklearn", "scipy", "accelerate"))
+    code = f"import sys; sys.modules.update({absent}); import transformers_sslam.evaluation.tag_files"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_an_encoder_without_a_classifier_is_refused(model, recordings, tmp_path):
     SSLAMModel(tiny_config()).save_pretrained(model)
     with pytest.raises(SettingsError, match="holds no classifier"):

@@ -1,5 +1,6 @@
 """Labelled clips: an "audiofolder" read through `datasets`, its classes, and its waveforms, decoded once."""
 
+import difflib
 import hashlib
 import json
 import logging
@@ -87,8 +88,8 @@ def select_split(splits: datasets.DatasetDict | datasets.IterableDatasetDict, na
     """One split, by name. `DatasetError` if there is none or, unless it is a stream, whose length is not known, it is empty."""
     if name not in splits:
         raise DatasetError(
-            f"there is no split {name!r}, only {', '.join(splits)}: make folders train/ and test/, name others (train_split, ...), or "
-            "choose rows by a column of folds (fold_column); to fine-tune on all clips, without an evaluation, set evaluate=false"
+            f"there is no split {name!r}, only {', '.join(splits)}: make folders train/ and test/, name others (train_split, eval_split), "
+            "or choose rows by a column of folds (fold_column); to fine-tune on all clips, without an evaluation, set evaluate=false"
         )
     if isinstance(splits[name], datasets.Dataset) and len(splits[name]) == 0:
         raise DatasetError(f"the split {name!r} has no clip")
@@ -107,8 +108,8 @@ def select_folds(splits: datasets.DatasetDict, column: str, values: Sequence[int
     known = sorted({fold for fold in folds if fold is not None})
     if not values:
         raise DatasetError(
-            f"no fold of the column {column!r} was chosen, so there is no clip: give some of {', '.join(known)}, for example "
-            "as train_folds='[...]', or leave fold_column out (fold_column=null)"
+            f"no fold of the column {column!r} was chosen, so there is no clip: give some of {', '.join(known)} as eval_folds='[...]' "
+            "and, to train, train_folds='[...]', or leave fold_column out (fold_column=null)"
         )
     wanted = set(fold_names(values))
     if absent := [fold for fold in fold_names(values) if fold not in known]:
@@ -139,6 +140,8 @@ class LabelReader:
         feature = rows.features[column]
         is_list = isinstance(feature, (datasets.List, datasets.LargeList))
         item = feature.feature if is_list else feature
+        if separator == "":
+            raise DatasetError("label_separator is empty: give what stands between two labels, or leave it out")
         if separator is not None and (is_list or isinstance(item, datasets.ClassLabel)):
             kind = "lists" if is_list else "classes"
             raise DatasetError(f"label_separator is {separator!r}, but the column {column!r} holds {kind}, no text to divide: leave it out")
@@ -167,8 +170,8 @@ class LabelReader:
                 f"{source_name(row['audio'])} has no label in the column {self.column!r} (of a CSV file, NA, None and the like are read as "
                 "nothing): give it one or leave it out"
             )
-        if self.declared_classes is None:
-            return [str(part) for part in parts]
+        if self.declared_classes is None:  # beside an empty cell, a CSV file's whole numbers come as floats
+            return [str(int(part) if isinstance(part, float) and part.is_integer() else part) for part in parts]
         for part in parts:
             if not 0 <= part < len(self.declared_classes):  # `datasets` marks clips without a label by -1
                 raise DatasetError(
@@ -275,7 +278,8 @@ def encode_labels(rows: LabelledRows, classes: Sequence[str]) -> torch.Tensor:
         for label in labels:
             if label not in index:
                 name = source_name(rows.sources[number])
-                raise DatasetError(f"{name} is labelled {label!r}, which is none of the {len(classes)} classes: {', '.join(classes)}")
+                shown = classes if len(classes) <= 20 else [*difflib.get_close_matches(label, classes, n=5), *classes[:5], "..."]
+                raise DatasetError(f"{name} is labelled {label!r}, which is none of the {len(classes)} classes: {', '.join(shown)}")
     if not rows.multi_label:
         return torch.tensor([index[label] for (label,) in rows.labels])
     targets = torch.zeros(len(rows), len(classes))
@@ -338,7 +342,7 @@ class Waveforms:
         return (self[i] for i in range(len(self)))
 
     def check_unreadable(self, largest_share: float, what: str) -> None:
-        """Raise `DatasetError` if more than this share of the files, or all, cannot be read; the message counts and names them."""
+        """Raise `DatasetError` if more than this share of the files, or all, cannot be read, warn of fewer, and count and name them."""
         names = [name for names in self.unreadable.values() for name in names]
         if len(names) > largest_share * len(self.sources) or not self.kept:
             counts = ", ".join(f"{len(names)} {cause}" for cause, names in self.unreadable.items())
@@ -347,6 +351,8 @@ class Waveforms:
                 f"that is allowed: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}: repair or remove them, or allow more "
                 "(max_unreadable)"
             )
+        for cause, names in self.unreadable.items():
+            logger.warning(f"{len(names)} of {len(self.sources)} {what} clips are left out ({cause}): {', '.join(names)}")
 
     def _try(self, i: int) -> np.ndarray | AudioDecodingError:
         try:

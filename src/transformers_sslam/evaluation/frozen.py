@@ -1,6 +1,5 @@
 """Frozen evaluation of one checkpoint on one labelled data set: all probes, folds and seeds, in one table."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -41,8 +40,6 @@ from .probing import (
     summarize_runs,
 )
 
-
-logger = logging.getLogger(__name__)
 
 PUBLISHED_LINEAR = "published_linear"  # beside PROBES, for it is no classifier on features but a training run
 Values = dict[str, np.ndarray]  # (partitions, seeds), of the "trained" network and of "untrained" ones
@@ -111,8 +108,6 @@ def read_task(settings: FrozenSettings, sampling_rate: int) -> Task:
     targets = encode_labels(labelled, classes).numpy()
     waveforms = Waveforms(labelled.sources, sampling_rate, settings.memory_gb)
     waveforms.check_unreadable(settings.max_unreadable, "probed")
-    for cause, names in waveforms.unreadable.items():
-        logger.warning(f"{len(names)} of {len(labelled)} clips are left out ({cause}): {', '.join(names)}")
     partitions = hold_out_each([groups[i] for i in waveforms.kept])
     if settings.fold_column is None:
         partitions = [partition for partition in partitions if partition.name == settings.eval_split]

@@ -28,8 +28,8 @@ from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..inference import ScoresOverTime
 from ..modeling_sslam import SSLAMForAudioClassification
 from ..settings import SettingsError, refusals_as_settings_errors, setting
-from .classifier import load_classifier
 from .features import hash_model
+from .loading import load_classifier
 
 
 CSV_HEADER = ("path", "start", "end", "label", "score", "error")

@@ -16,7 +16,7 @@ class AugmentationSettings:
     gain: float = setting("multiply the waveform by 0.5 + a draw from Beta(gain, gain), so by about 1; 0 for none", 10.0)
     noise: float = setting("add uniform noise in [0, a) to the scaled log-mel, `a` itself uniform in [0, noise); 0 for none", 0.0)
     mixup_alpha: float = setting("mix log-mels and targets of two clips by a share from Beta(alpha, alpha); 0 for none", 0.8)
-    mixup_probability: float = setting("share of the clips that are mixed", 0.9)
+    mixup_probability: float = setting("share of the clips that are mixed, each by a share of its own", 0.9)
     time_mask: float = setting("SpecAugment: the largest share of the frames that is hidden; 0 for none", 0.2)
     frequency_mask: float = setting("SpecAugment: the largest share of the mel bins that is hidden; 0 for none", 0.2)
 

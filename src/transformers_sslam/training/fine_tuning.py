@@ -36,7 +36,7 @@ from ..data.labelled import (
     source_name,
 )
 from ..data.layouts import open_data_set
-from ..evaluation.classifier import evaluate_predictions, save_scores
+from ..evaluation.scores import evaluate_predictions, save_scores
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtractor
 from ..hub import add_remote_code
 from ..model_cards import public_name, write_model_card
@@ -51,7 +51,6 @@ from .labelled_clips import (
     EpochRows,
     LabelledClips,
     StreamedClips,
-    describe_unreadable,
     keep_clips_per_class,
 )
 from .optimization import classification_loss, layer_decay_groups
@@ -311,9 +310,7 @@ def decode(rows: LabelledRows, sampling_rate: int, settings: FineTuningSettings,
     """The rows that can be read, with their waveforms; those that cannot are reported, and stop the run where they are too many."""
     waveforms = Waveforms(rows.sources, sampling_rate, settings.memory_gb, f"decoding {what} clips", settings.check_clips)
     waveforms.check_unreadable(settings.max_unreadable, what)
-    clips = LabelledClips(keep_rows(rows, waveforms.kept), waveforms)
-    describe_unreadable(clips, len(rows), what)
-    return clips
+    return LabelledClips(keep_rows(rows, waveforms.kept), waveforms)
 
 
 # --- model

@@ -79,7 +79,11 @@ class FineTuningSettings:
     layer_decay: float = setting("ratio of each block's learning rate to that of the block above it; used only with `model`", 0.65)
     weight_decay: float = setting("of AdamW, on all weights but those with one axis (biases and norms)", 0.05)
     seed: int = setting("of weights, order of clips, augmentation, drop path", 0)
-    trainer: dict[str, Any] = setting("any other argument of transformers.TrainingArguments, such as bf16 or dataloader_num_workers", {})
+    trainer: dict[str, Any] = setting(
+        "any other argument of transformers.TrainingArguments, such as bf16, dataloader_num_workers, or max_grad_norm (1.0 there; what was "
+        "published names none)",
+        {},
+    )
 
     def __post_init__(self):
         self._check_data()

@@ -238,12 +238,6 @@ def keep_clips_per_class(rows: LabelledRows, count: int, seed: int) -> list[int]
     return sorted(index for _, indices in sorted(by_class.items()) for index in generator.choice(indices, count, replace=False).tolist())
 
 
-def describe_unreadable(clips: LabelledClips, total: int, what: str) -> None:
-    """Warn, by cause and by name, of the clips that are left out."""
-    for cause, names in clips.waveforms.unreadable.items():
-        logger.warning(f"{len(names)} of {total} {what} clips are left out ({cause}): {', '.join(names)}")
-
-
 __all__ = [
     "ClipDataset",
     "Collator",
