@@ -171,14 +171,14 @@ def test_the_floor_is_made_of_matrix_products_alone(monkeypatch):
     timed = []
     monkeypatch.setattr("transformers_sslam.benchmarks.timing.timed", lambda run, device: (timed.append(run()), 2.0 + len(timed))[1])
     a = torch.randn(1, 2, 8, 4, requires_grad=True)
-    with MatrixProducts(CPU, tries=2) as products:
+    with MatrixProducts(CPU) as products:
         b = nn.functional.gelu(a) + 1
         nn.functional.scaled_dot_product_attention(b, b, b)
         nn.functional.conv2d(b, torch.randn(3, 2, 1, 1)).exp()
         (b @ b.transpose(2, 3)).softmax(-1).sum().backward()
-    # Attention, convolution, a product forward and two backward, each tried twice, and the better time of the two counted.
-    assert len(timed) == 10
-    assert products.seconds == 3 + 5 + 7 + 9 + 11
+    # Attention, convolution, a product forward and two backward.
+    assert len(timed) == 5
+    assert products.seconds == 3 + 4 + 5 + 6 + 7
 
 
 def test_an_update_is_measured_whole_and_in_parts():
@@ -192,6 +192,7 @@ def test_an_update_is_measured_whole_and_in_parts():
     assert results["utilisation"].median == pytest.approx(results["flops"] / seconds["update"].median / results["peak_flops_per_second"])
     assert 0 < results["floor_seconds"].median < 5 * seconds["update"].median
     assert results["share_of_floor"].runs == results["floor_seconds"].runs == 3
+    assert 0 < results["share_of_floor"].smallest <= results["share_of_floor"].largest < 1
     assert results["difference"] < 1e-5
     rows = summary(results)
     assert rows[0][0] == "update, ms"

@@ -51,7 +51,7 @@ def write_model(folder: Path, problem_type: str | None, id2label: dict[int, str]
     model = SSLAMForAudioClassification(config)
     torch.nn.init.normal_(model.classifier.weight)
     model.save_pretrained(folder)
-    SSLAMFeatureExtractor(max_length=48).save_pretrained(folder)
+    SSLAMFeatureExtractor(max_length=64).save_pretrained(folder)
     return folder
 
 
@@ -77,7 +77,7 @@ def test_a_fine_tuned_model_is_worth_what_its_own_run_said(tmp_path):
         fold_column="fold",
         train_folds=[0],
         eval_folds=[1],
-        max_length=48,
+        max_length=64,
         model_config=TINY,
         total_updates=2,
         trainer={"disable_tqdm": True},
@@ -165,7 +165,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_decoded(tmp_path
     clips, model = write_clips(tmp_path / "clips", ["cat", "wolf"]), write_model(tmp_path / "model", "single_label_classification")
     SSLAMModel(SSLAMConfig(**TINY)).save_pretrained(tmp_path / "encoder")
     SSLAMFeatureExtractor().save_pretrained(tmp_path / "encoder")
-    for name, changes in (("long", {"max_length": 1024}), ("narrow", {"max_length": 48, "num_mel_bins": 64})):
+    for name, changes in (("long", {"max_length": 1024}), ("narrow", {"max_length": 64, "num_mel_bins": 64})):
         shutil.copytree(model, tmp_path / name)
         SSLAMFeatureExtractor(**changes).save_pretrained(tmp_path / name)
     for name, changes in (("regression", {"problem_type": "regression"}), ("twins", {"id2label": {0: "cat", 1: "cat", 2: "owl"}})):

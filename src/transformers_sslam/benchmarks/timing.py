@@ -82,7 +82,8 @@ def synchronize(device: torch.device) -> None:
 
 
 class MatrixProducts(TorchDispatchMode):
-    """Times the matrix products, convolutions and attentions of all that runs inside, each by itself and at its best of several tries.
+    """Times the matrix products, convolutions and attentions of all that runs inside, each where it is called, once: what is tried again
+    would take memory that the update does not, and leave its own scattered.
 
     Their sum is the floor of a step on this device: what it would take if everything between them were free.
     """
@@ -93,16 +94,17 @@ class MatrixProducts(TorchDispatchMode):
         "aten._scaled_dot_product_flash_attention_for_cpu_backward",
     }
 
-    def __init__(self, device: torch.device, tries: int = 3):
+    def __init__(self, device: torch.device):
         super().__init__()
-        self.device, self.tries = device, tries
-        self.seconds = 0.0
+        self.device, self.seconds = device, 0.0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if str(func.overloadpacket) in self.COUNTED:
-            self.seconds += min(timed(lambda: func(*args, **kwargs), self.device) for _ in range(self.tries))
-        return func(*args, **kwargs)
+        if str(func.overloadpacket) not in self.COUNTED:
+            return func(*args, **kwargs)
+        outputs: list[Any] = []
+        self.seconds += timed(lambda: outputs.append(func(*args, **kwargs)), self.device)
+        return outputs[0]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
