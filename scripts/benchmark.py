@@ -22,13 +22,13 @@ import torch
 import transformers
 from datasets import disable_progress_bars
 
+from transformers_sslam.audio.sources import parse_source
 from transformers_sslam.benchmarks.data import measure_data
 from transformers_sslam.benchmarks.encode import measure_encoder
 from transformers_sslam.benchmarks.features import measure_features
 from transformers_sslam.benchmarks.recording import measure_recording
 from transformers_sslam.benchmarks.step import SIZES, StepSettings, measure_step, summary
 from transformers_sslam.benchmarks.timing import Spread, machine
-from transformers_sslam.data.sources import parse_source
 from transformers_sslam.reports import markdown_table, write_json
 
 

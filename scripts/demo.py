@@ -23,7 +23,8 @@ import transformers
 from transformers import AudioClassificationPipeline, pipeline
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
-from transformers_sslam.data.decoding import AudioDecodingError, load_waveform
+from transformers_sslam.audio.decode import load_waveform
+from transformers_sslam.errors import AudioDecodingError
 from transformers_sslam.evaluation.tagging import Event, plot_scores
 
 
@@ -231,7 +232,7 @@ What to try next. The model lies in {checkpoint}; any mono waveform at 16 kHz wi
 
 import transformers_sslam
 from transformers import pipeline
-from transformers_sslam.data.decoding import load_waveform
+from transformers_sslam.audio.decode import load_waveform
 print(pipeline("audio-classification", model="{checkpoint}")(load_waveform("{sounds / "rain.wav"}")))
 
 Your own recording: make demo FILE=recording.wav. Training on your own sounds: README.md.""")

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import transformers
 
-from transformers_sslam.data.decoding import AudioDecodingError
-from transformers_sslam.data.labelled import DatasetError
+from transformers_sslam.errors import AudioDecodingError, UserError
 from transformers_sslam.evaluation.classifier import EvaluationSettings, evaluate_classifier, results_table
-from transformers_sslam.settings import SettingsError, parse_settings
+from transformers_sslam.settings import parse_settings
 
 
 def main() -> None:
@@ -25,7 +24,7 @@ def main() -> None:
     settings = parse_settings(EvaluationSettings, __doc__)
     try:
         results = evaluate_classifier(settings)
-    except (AudioDecodingError, DatasetError, FloatingPointError, SettingsError) as error:
+    except (AudioDecodingError, UserError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     print(results_table(results))
     for kind, whose in (("positives", "no clip"), ("negatives", "every clip")):

@@ -10,9 +10,8 @@ import logging
 import os
 import sys
 
-from transformers_sslam.data.decoding import AudioDecodingError
-from transformers_sslam.data.labelled import DatasetError
-from transformers_sslam.settings import SettingsError, parse_settings
+from transformers_sslam.errors import AudioDecodingError, UserError
+from transformers_sslam.settings import parse_settings
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.repeats import format_runs, repeat_fine_tuning
 
@@ -23,7 +22,7 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request to the Hub
     try:
         summary = repeat_fine_tuning(settings)
-    except (AudioDecodingError, DatasetError, SettingsError) as error:
+    except (AudioDecodingError, UserError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("stopped: finished runs stay, and are found again; this one begins anew", file=sys.stderr)

@@ -7,8 +7,8 @@ python scripts/make_polyphonic.py --help
 
 import sys
 
-from transformers_sslam.data.labelled import DatasetError
-from transformers_sslam.data.polyphonic_benchmark import BenchmarkSettings, make_benchmark
+from transformers_sslam.errors import UserError
+from transformers_sslam.polyphony.benchmark import BenchmarkSettings, make_benchmark
 from transformers_sslam.settings import parse_settings
 
 
@@ -16,7 +16,7 @@ def main() -> None:
     try:
         settings = parse_settings(BenchmarkSettings, __doc__)
         report = make_benchmark(settings)
-    except DatasetError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     for split, causes in report["left_out"].items():
         for cause, names in causes.items():

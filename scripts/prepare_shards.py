@@ -12,9 +12,9 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from transformers_sslam.data.clips import Tally
-from transformers_sslam.data.shards import ShardSettings, prepare
-from transformers_sslam.data.sources import parse_source
+from transformers_sslam.audio.clips import Tally
+from transformers_sslam.audio.shards import ShardSettings, prepare
+from transformers_sslam.audio.sources import parse_source
 
 
 OPTIONS = {

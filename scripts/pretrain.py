@@ -13,7 +13,8 @@ import sys
 
 import transformers
 
-from transformers_sslam.settings import SettingsError, parse_settings
+from transformers_sslam.errors import UserError
+from transformers_sslam.settings import parse_settings
 from transformers_sslam.training.monitoring import CollapseError
 from transformers_sslam.training.pretraining import NonFiniteError, PreTrainer
 from transformers_sslam.training.pretraining_settings import PreTrainingSettings
@@ -27,7 +28,7 @@ def main() -> None:
     try:
         trainer = PreTrainer(settings)
         trainer.run()
-    except (SettingsError, CollapseError, NonFiniteError, OSError) as error:
+    except (UserError, CollapseError, NonFiniteError, OSError) as error:
         sys.exit(f"error: {error}")
     if trainer.stop_signal is not None and trainer.update < settings.total_updates:
         sys.exit(128 + trainer.stop_signal)

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import transformers
 
-from transformers_sslam.data.labelled import DatasetError
+from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.features import ProbeError
 from transformers_sslam.evaluation.frozen import FrozenSettings, evaluate_frozen, results_table
 from transformers_sslam.evaluation.probing import Partition
 from transformers_sslam.reports import write_json
-from transformers_sslam.settings import SettingsError, parse_settings, read_settings, setting
+from transformers_sslam.settings import parse_settings, read_settings, setting
 from transformers_sslam.training.fine_tuning import FineTuningSettings, fine_tune
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     try:
         settings = parse_settings(Settings, __doc__)
         results = evaluate_frozen(settings, run_published_protocol)  # type: ignore[arg-type]  # it is given these settings
-    except (DatasetError, SettingsError, ProbeError) as error:
+    except (UserError, ProbeError) as error:
         sys.exit(f"error: {error}")
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)

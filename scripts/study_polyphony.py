@@ -22,17 +22,18 @@ import torch
 import transformers
 
 from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
-from transformers_sslam.data.labelled import DatasetError, fold_values, load_audio_folder
-from transformers_sslam.data.layouts import open_data_set
-from transformers_sslam.data.polyphonic_benchmark import BenchmarkSettings, make_benchmark
-from transformers_sslam.data.polyphony import MixtureSettings
+from transformers_sslam.audio.labels import fold_values, load_audio_folder
+from transformers_sslam.audio.layouts import open_data_set
+from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.features import encode_clips
 from transformers_sslam.evaluation.frozen import FrozenSettings, read_task
 from transformers_sslam.evaluation.intervals import independent_values, summarize, summarize_difference
 from transformers_sslam.evaluation.metrics import average_precision
 from transformers_sslam.evaluation.probing import build_probe
+from transformers_sslam.polyphony.benchmark import BenchmarkSettings, make_benchmark
+from transformers_sslam.polyphony.render import MixtureSettings
 from transformers_sslam.reports import format_summary, markdown_table, write_json
-from transformers_sslam.settings import SettingsError, parse_settings, read_settings, setting
+from transformers_sslam.settings import parse_settings, read_settings, setting
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.monitoring import training_flops_per_clip
 from transformers_sslam.training.pretraining_settings import PreTrainingSettings
@@ -115,7 +116,7 @@ def make_mixtures(settings: StudySettings, clips: Path, others: Sequence[int | s
         make_benchmark(mixtures)
         write_json(made, wanted)
     elif not made.is_file() or json.loads(made.read_text()) != wanted:
-        raise SettingsError(f"{output} holds mixtures of other settings: delete it, or give another output_dir")
+        raise UserError(f"{output} holds mixtures of other settings: delete it, or give another output_dir")
     return output
 
 
@@ -253,7 +254,7 @@ def main() -> None:
                 f"seed {seed}: " + json.dumps({v: {m: round(p[ALL], 3) for m, p in found.items()} for v, found in precision.items()}),
                 flush=True,
             )
-    except (DatasetError, SettingsError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     print(report(settings))
 

@@ -21,13 +21,14 @@ import torch
 import transformers
 
 from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
-from transformers_sslam.data.labelled import DatasetError, fold_values, load_audio_folder
+from transformers_sslam.audio.labels import fold_values, load_audio_folder
+from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.features import encode_clips
 from transformers_sslam.evaluation.frozen import FrozenSettings, read_task
 from transformers_sslam.evaluation.intervals import independent_values, summarize, summarize_difference
 from transformers_sslam.evaluation.probing import run_probe
 from transformers_sslam.reports import format_summary, markdown_table, write_json
-from transformers_sslam.settings import SettingsError, parse_settings, read_settings, setting
+from transformers_sslam.settings import parse_settings, read_settings, setting
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.steps import copy_clips, epochs_of_equal_cost, fine_tune_once, pretrain_on_folds, read_records
 
@@ -104,7 +105,7 @@ def run(settings: StudySettings, clips: Path, every: Sequence[int | str], fold: 
     others = [other for other in every if other != fold]
     model, pretraining_cost = pretrain(settings, clips, others, output, seed)
     if settings.scratch_epochs is None and math.isnan(pretraining_cost):
-        raise SettingsError(
+        raise UserError(
             f"pre-training in {output} was interrupted, so nobody knows its CPU seconds: set scratch_epochs, or delete that folder"
         )
     parts = [f"train_folds={json.dumps(others)}", f"eval_folds={json.dumps([fold])}"]
@@ -203,7 +204,7 @@ def main() -> None:
     try:
         every = fold_values(load_audio_folder(settings.data_dir), "fold")
         if absent := [fold for fold in settings.folds if fold not in every]:
-            raise SettingsError(f"folds has {absent[0]!r}, but the column 'fold' holds {every}")
+            raise UserError(f"folds has {absent[0]!r}, but the column 'fold' holds {every}")
         clips = copy_clips(settings.data_dir, Path(settings.output_dir) / "clips")
         for repetition in range(settings.repetitions):
             for fold in settings.folds or every:
@@ -211,7 +212,7 @@ def main() -> None:
                 print(f"fold {fold}, seed {seed}: {run(settings, clips, every, fold, seed)['accuracy']}", flush=True)
         if settings.ship:
             print(f"the model to ship lies in {ship(settings, clips, every)}")
-    except (DatasetError, SettingsError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     print(report(settings))
 

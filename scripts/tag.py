@@ -14,8 +14,9 @@ import sys
 
 import transformers
 
+from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.tag_files import TagSettings, tag_files
-from transformers_sslam.settings import SettingsError, parse_settings
+from transformers_sslam.settings import parse_settings
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     settings = parse_settings(TagSettings, __doc__)
     try:
         summary = tag_files(settings)
-    except (SettingsError, FloatingPointError, OSError) as error:
+    except (UserError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("stopped: what is written stays; to go on, start again", file=sys.stderr)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import noise
 
-from transformers_sslam.settings import SettingsError
+from transformers_sslam.errors import UserError
 from transformers_sslam.training.augmentation import (
     NO_AUGMENTATION,
     AugmentationSettings,
@@ -203,5 +203,5 @@ def test_batches_to_evaluate_are_left_alone():
     ],
 )
 def test_settings_out_of_range_are_an_error(changes, message):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(UserError, match=message):
         AugmentationSettings(**changes)

@@ -17,9 +17,8 @@ from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
-from transformers_sslam.data.labelled import DatasetError
+from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.classifier import EvaluationSettings, evaluate_classifier, results_table
-from transformers_sslam.settings import SettingsError
 from transformers_sslam.training.fine_tuning import fine_tune
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 
@@ -157,7 +156,7 @@ def test_unreadable_clips_are_left_out_and_named(tmp_path, caplog):
     assert [Path(name).name for name in results["unreadable"]["unreadable"]] == ["02.wav"]
     assert [Path(name).name for name in np.load(tmp_path / "out" / "scores.npz")["names"]] == ["00.wav", "01.wav", "03.wav"]
     assert "1 of 4 evaluated clips are left out (unreadable)" in caplog.text
-    with pytest.raises(DatasetError, match="1 of 4 evaluated clips cannot be used"):
+    with pytest.raises(UserError, match="1 of 4 evaluated clips cannot be used"):
         evaluate_classifier(evaluation(model, clips, tmp_path / "out"))
 
 
@@ -174,19 +173,19 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_decoded(tmp_path
     SSLAMConfig(**TINY | {"hidden_size": 64}, id2label={0: "cat", 1: "dog", 2: "owl"}).save_pretrained(tmp_path / "wide")
     monkeypatch.setattr("transformers_sslam.evaluation.classifier.Waveforms", None)
     for changes, error, message in (
-        ({}, DatasetError, "01.wav is labelled 'wolf', which is none of the 3 classes: cat, dog, owl"),
-        ({"eval_split": "test"}, DatasetError, "there is no split 'test'"),
-        ({"fold_column": "fold"}, DatasetError, "no fold of the column 'fold' was chosen"),
-        ({"model": str(tmp_path / "encoder")}, SettingsError, "holds no classifier"),
-        ({"model": str(tmp_path)}, SettingsError, "cannot be loaded as a SSLAM classifier"),
-        ({"model": str(tmp_path / "wide")}, SettingsError, "cannot be loaded as a SSLAM classifier"),
-        ({"model": str(tmp_path / "long")}, SettingsError, "the model cannot be evaluated: the feature extractor's max_length"),
-        ({"model": str(tmp_path / "narrow")}, SettingsError, "the model cannot be evaluated: .*128 mel bins"),
-        ({"model": str(tmp_path / "regression")}, SettingsError, "'regression' with 3 labels, which is no choice between classes"),
-        ({"model": str(tmp_path / "twins")}, SettingsError, "has two classes called 'cat'"),
-        ({"device": "abacus"}, SettingsError, "device is 'abacus', which cannot be used"),
-        ({"output_dir": str(clips / "00.wav")}, SettingsError, "00.wav cannot be written to"),
-        ({"output_dir": str(model)}, SettingsError, "holds a model or its run"),
+        ({}, UserError, "01.wav is labelled 'wolf', which is none of the 3 classes: cat, dog, owl"),
+        ({"eval_split": "test"}, UserError, "there is no split 'test'"),
+        ({"fold_column": "fold"}, UserError, "no fold of the column 'fold' was chosen"),
+        ({"model": str(tmp_path / "encoder")}, UserError, "holds no classifier"),
+        ({"model": str(tmp_path)}, UserError, "cannot be loaded as a SSLAM classifier"),
+        ({"model": str(tmp_path / "wide")}, UserError, "cannot be loaded as a SSLAM classifier"),
+        ({"model": str(tmp_path / "long")}, UserError, "the model cannot be evaluated: the feature extractor's max_length"),
+        ({"model": str(tmp_path / "narrow")}, UserError, "the model cannot be evaluated: .*128 mel bins"),
+        ({"model": str(tmp_path / "regression")}, UserError, "'regression' with 3 labels, which is no choice between classes"),
+        ({"model": str(tmp_path / "twins")}, UserError, "has two classes called 'cat'"),
+        ({"device": "abacus"}, UserError, "device is 'abacus', which cannot be used"),
+        ({"output_dir": str(clips / "00.wav")}, UserError, "00.wav cannot be written to"),
+        ({"output_dir": str(model)}, UserError, "holds a model or its run"),
     ):
         with pytest.raises(error, match=message):
             evaluate_classifier(evaluation(model, clips, tmp_path / "out", **changes))
@@ -196,7 +195,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_decoded(tmp_path
         ({"max_unreadable": 1.0}, "max_unreadable is 1"),
         ({"eval_folds": [1]}, "eval_folds are set, but fold_column"),
     ):
-        with pytest.raises(SettingsError, match=message):
+        with pytest.raises(UserError, match=message):
             evaluation(model, clips, tmp_path / "out", **changes)
 
 

@@ -9,9 +9,10 @@ import soundfile
 import torch
 from conftest import noise
 
-from transformers_sslam.data.clips import Tally, Windows, read_clips
-from transformers_sslam.data.decoding import AudioDecodingError, load_waveform
-from transformers_sslam.data.sources import Row
+from transformers_sslam.audio.clips import Tally, Windows, read_clips
+from transformers_sslam.audio.decode import load_waveform
+from transformers_sslam.audio.sources import Row
+from transformers_sslam.errors import AudioDecodingError
 from transformers_sslam.fbank import log_mel
 
 

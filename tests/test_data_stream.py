@@ -21,9 +21,9 @@ from conftest import noise
 from datasets import Audio, Dataset
 
 from transformers_sslam import SSLAMFeatureExtractor
-from transformers_sslam.data import stream as stream_module
-from transformers_sslam.data.sources import Source, SourceSettings, epoch_order
-from transformers_sslam.data.stream import ClipStream, DataSettings
+from transformers_sslam.audio import stream as stream_module
+from transformers_sslam.audio.sources import Source, SourceSettings, epoch_order
+from transformers_sslam.audio.stream import ClipStream, DataSettings
 
 
 EXTRACTOR = SSLAMFeatureExtractor(max_length=32)  # windows of 5360 samples, 0.335 s
@@ -140,7 +140,7 @@ def test_a_process_whose_workers_still_read_ends_all_the_same(kinds, tmp_path, e
     script = tmp_path / "reads.py"
     script.write_text(
         "from transformers_sslam import SSLAMFeatureExtractor\n"
-        "from transformers_sslam.data.stream import ClipStream, DataSettings\n"
+        "from transformers_sslam.audio.stream import ClipStream, DataSettings\n"
         f"stream = ClipStream(DataSettings([{kinds['folder']!r}]), SSLAMFeatureExtractor(max_length=32), batch_size=1, num_workers=2)\n"
         f"batches = iter(stream)\nnext(batches)\n{ending}\n"
     )

@@ -20,10 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from transformers_sslam.audio.decode import load_waveform
 from transformers_sslam.conversion import convert_checkpoint
-from transformers_sslam.data.decoding import load_waveform
-from transformers_sslam.data.labelled import DatasetError
-from transformers_sslam.settings import SettingsError
+from transformers_sslam.errors import UserError
 from transformers_sslam.training.fine_tuning import build_extractor, build_model, describe_results, fine_tune, resolve_checkpoint
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 
@@ -157,7 +156,7 @@ def test_computed_statistics_are_the_training_clips_and_padding_follows(finished
 
 def test_an_output_folder_is_not_replaced_unasked(finished, settings):
     output, _ = finished
-    with pytest.raises(SettingsError, match="holds a model already"):
+    with pytest.raises(UserError, match="holds a model already"):
         fine_tune(replace(settings, output_dir=str(output)))
 
 
@@ -187,7 +186,7 @@ def test_several_labels_a_clip_give_average_precision(settings, tmp_path):
 
 
 def test_label_smoothing_of_several_labels_is_refused(settings):
-    with pytest.raises(SettingsError, match="label_smoothing is set, but it spreads a single label"):
+    with pytest.raises(UserError, match="label_smoothing is set, but it spreads a single label"):
         fine_tune(replace(settings, label_separator=";", label_smoothing=0.1))
 
 
@@ -236,7 +235,7 @@ def test_results_of_another_run_do_not_stay_beside_a_new_model(settings, monkeyp
     left = {path.name for path in Path(settings.output_dir).iterdir()}
     assert "model.safetensors" in left
     assert not left & {"results.json", "scores.npz", "README.md"}
-    with pytest.raises(SettingsError, match="holds a model already"):
+    with pytest.raises(UserError, match="holds a model already"):
         fine_tune(settings)
 
 
@@ -363,7 +362,7 @@ def test_another_official_checkpoint_is_not_taken_for_the_first(settings, tmp_pa
 
 def test_an_official_checkpoint_that_is_damaged_is_an_error(settings, tmp_path):
     (tmp_path / "broken.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(SettingsError, match="broken.pt is an official checkpoint that cannot be converted"):
+    with pytest.raises(UserError, match="broken.pt is an official checkpoint that cannot be converted"):
         resolve_checkpoint(replace(settings, model=str(tmp_path / "broken.pt")))
 
 
@@ -385,7 +384,7 @@ def test_a_head_is_kept_for_the_same_classes_alone(settings, tmp_path):
 def test_sizes_that_contradict_a_checkpoint_are_refused(settings, checkpoint, name, value):
     """Other heads or fewer layers would load without a word, as another network."""
     settings = replace(settings, model=str(checkpoint), model_config={name: value})
-    with pytest.raises(SettingsError, match=rf"model_config\.{name} is {value}, but .*leave the sizes out"):
+    with pytest.raises(UserError, match=rf"model_config\.{name} is {value}, but .*leave the sizes out"):
         build_model(settings, build_extractor(settings, settings.model), ["a", "b"], multi_label=False, origin=settings.model)
 
 
@@ -394,7 +393,7 @@ def test_a_checkpoint_that_lacks_a_part_of_the_encoder_is_refused(settings, chec
     del weights["layers.1.mlp.fc1.weight"]
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     settings = replace(settings, model=str(checkpoint), model_config={})
-    with pytest.raises(SettingsError, match="does not fill the encoder"):
+    with pytest.raises(UserError, match="does not fill the encoder"):
         build_model(settings, build_extractor(settings, settings.model), ["a", "b"], multi_label=False, origin=settings.model)
 
 
@@ -430,7 +429,7 @@ def test_each_clip_is_augmented_once_an_epoch_with_a_seed_of_its_own(settings, m
     ],
 )
 def test_rows_that_cannot_be_chosen_are_an_error(settings, changes, message):
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(UserError, match=message):
         fine_tune(replace(settings, **changes))
 
 
@@ -444,27 +443,27 @@ def test_rows_that_cannot_be_chosen_are_an_error(settings, changes, message):
 )
 def test_labels_that_cannot_be_learnt_are_an_error(settings, tmp_path, rows, message):
     folder = write_folder(tmp_path / "rows", rows)
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(UserError, match=message):
         fine_tune(replace(settings, data_dir=str(folder)))
 
 
 def test_a_clip_of_both_parts_is_an_error(settings, folder):
     with (folder / "metadata.csv").open("a") as table:
         table.write("\n000.wav,hum,2")
-    with pytest.raises(DatasetError, match="000.wav is both in the training clips and in the evaluation"):
+    with pytest.raises(UserError, match="000.wav is both in the training clips and in the evaluation"):
         fine_tune(settings)
 
 
 def test_an_evaluation_without_labels_is_an_error(settings, tmp_path):
     folder = write_folder(tmp_path / "rows", [("hum;hiss", 1), ("hiss", 1), ("", 2)])
-    with pytest.raises(DatasetError, match="no clip of the evaluation has a label"):
+    with pytest.raises(UserError, match="no clip of the evaluation has a label"):
         fine_tune(replace(settings, data_dir=str(folder), label_separator=";"))
 
 
 @pytest.mark.parametrize("evaluate", [True, False])
 def test_a_run_that_diverged_is_no_success(settings, evaluate):
     folds = {} if evaluate else {"eval_folds": []}
-    with pytest.raises(SettingsError, match="diverged.*lower learning_rate"):
+    with pytest.raises(UserError, match="diverged.*lower learning_rate"):
         fine_tune(replace(settings, evaluate=evaluate, learning_rate=1e30, warmup_share=0.0, total_updates=4, **folds))
     assert not (Path(settings.output_dir) / "model.safetensors").exists()
 
@@ -481,16 +480,16 @@ def test_a_declared_class_without_training_clip_is_an_error(settings, tmp_path):
         (tmp_path / "splits" / path).mkdir(parents=True)
         soundfile.write(tmp_path / "splits" / path / "0.wav", sound("hum", 0), RATE)
     splits = {"fold_column": None, "train_folds": [], "eval_folds": []}
-    with pytest.raises(DatasetError, match="no training clip has the class drum"):
+    with pytest.raises(UserError, match="no training clip has the class drum"):
         fine_tune(replace(settings, data_dir=str(tmp_path / "splits"), **splits))
 
 
 def test_a_folder_without_audio_is_an_error(settings, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match="empty cannot be read as an audio folder"):
+    with pytest.raises(UserError, match="empty cannot be read as an audio folder"):
         fine_tune(replace(settings, data_dir=str(tmp_path / "empty")))
     (tmp_path / "empty" / "metadata.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(DatasetError, match="empty"):
+    with pytest.raises(UserError, match="empty"):
         fine_tune(replace(settings, data_dir=str(tmp_path / "empty")))
 
 
@@ -500,7 +499,7 @@ def test_too_many_unusable_files_stop_the_run_and_are_counted_by_cause(settings,
     soundfile.write(folder / "002.wav", noise(0.02), RATE)
     soundfile.write(folder / "003.wav", 1000 * noise(0.6), RATE, subtype="FLOAT")
     counts = r"4 of 6 training clips cannot be used \(1 missing, 1 unreadable, 1 too short, 1 out of scale\), .* allowed: .*000.wav"
-    with pytest.raises(DatasetError, match=counts):
+    with pytest.raises(UserError, match=counts):
         fine_tune(replace(settings, max_unreadable=0.5))
 
 
@@ -542,7 +541,7 @@ def test_too_many_unusable_files_stop_the_run_and_are_counted_by_cause(settings,
     ],
 )
 def test_settings_that_contradict_are_an_error(settings, changes, message):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(UserError, match=message):
         fine_tune(replace(settings, **changes))
 
 
@@ -561,7 +560,7 @@ def test_the_program_prints_an_error_without_traceback(tmp_path, monkeypatch):
     ],
 )
 def test_what_would_flatter_a_result_is_refused(settings, changes, message):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(UserError, match=message):
         replace(settings, **changes)
 
 

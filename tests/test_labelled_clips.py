@@ -12,17 +12,9 @@ import torch
 from conftest import noise
 
 from transformers_sslam import SSLAMFeatureExtractor
-from transformers_sslam.data.decoding import load_waveform
-from transformers_sslam.data.labelled import (
-    DatasetError,
-    LabelledRows,
-    LabelReader,
-    Waveforms,
-    fold_values,
-    keep_rows,
-    read_rows,
-    select_folds,
-)
+from transformers_sslam.audio.decode import load_waveform
+from transformers_sslam.audio.labels import LabelledRows, LabelReader, Waveforms, fold_values, keep_rows, read_rows, select_folds
+from transformers_sslam.errors import UserError
 from transformers_sslam.training.augmentation import AugmentationSettings
 from transformers_sslam.training.labelled_clips import (
     ClipDataset,
@@ -123,7 +115,7 @@ def test_so_many_clips_of_each_class_are_kept_by_the_seed():
     ],
 )
 def test_clips_per_class_that_cannot_be_had_are_an_error(labelled, message):
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(UserError, match=message):
         keep_clips_per_class(labelled, 2, seed=0)
 
 
@@ -283,13 +275,13 @@ def test_unreadable_clips_of_a_stream_are_left_out_and_counted(log_mels, workers
 def test_too_many_unreadable_clips_stop_a_stream_at_the_end_of_a_pass(log_mels):
     clips = iter(streamed(stream(broken=(0, 7)), max_unreadable=0.1))
     assert heard([next(clips) for _ in range(10)], log_mels) == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]
-    with pytest.raises(DatasetError, match=r"2 of 12 streamed clips cannot be used \({'unreadable': 2}\), more than the share of 0.1"):
+    with pytest.raises(UserError, match=r"2 of 12 streamed clips cannot be used \({'unreadable': 2}\), more than the share of 0.1"):
         next(clips)
 
 
 def test_too_many_unreadable_clips_stop_a_long_stream_before_its_end():
     clips, read = streamed(stream(150, broken=tuple(range(0, 150, 5))), max_unreadable=0.1), []
-    with pytest.raises(DatasetError, match="21 of 101 streamed clips"):  # looked at where one cannot be read
+    with pytest.raises(UserError, match="21 of 101 streamed clips"):  # looked at where one cannot be read
         read.extend(clips)
     assert len(read) == 80
 
@@ -308,7 +300,7 @@ def test_workers_share_a_stream_and_hear_of_each_epoch(log_mels, shards):
 
 
 def test_an_empty_stream_is_an_error():
-    with pytest.raises(DatasetError, match="the stream has no clip"):
+    with pytest.raises(UserError, match="the stream has no clip"):
         list(streamed(stream().take(0)))
 
 
@@ -319,7 +311,7 @@ def test_a_clip_marked_as_unlabelled_is_an_error():
     """`datasets` writes -1, which as an index would be the last class."""
     features = datasets.Features({"audio": datasets.Audio(decode=False), "label": datasets.ClassLabel(names=CLASSES)})
     table = datasets.Dataset.from_dict({"audio": ["x.wav", "y.wav"], "label": [0, -1]}, features=features)
-    with pytest.raises(DatasetError, match="y.wav has -1 in the column 'label', but the numbers of its classes are 0 to 2"):
+    with pytest.raises(UserError, match="y.wav has -1 in the column 'label', but the numbers of its classes are 0 to 2"):
         read_rows(table, "label")
 
 
@@ -333,7 +325,7 @@ def test_folds_with_gaps_are_whole_numbers_still():
     rows = datasets.Dataset.from_dict({"x": ["a", "b", "c"], "fold": [1.0, None, 2.0]})
     splits = datasets.DatasetDict(train=rows)
     assert select_folds(splits, "fold", [2])["x"] == ["c"]
-    with pytest.raises(DatasetError, match="no fold 3, only 1, 2"):
+    with pytest.raises(UserError, match="no fold 3, only 1, 2"):
         select_folds(splits, "fold", [3])
     assert fold_values(datasets.DatasetDict(train=rows.select([0, 2])), "fold") == [1, 2]
 
@@ -344,7 +336,7 @@ def test_folds_with_gaps_are_whole_numbers_still():
 )
 def test_folds_that_cannot_be_held_out_are_an_error(folds, message):
     table = datasets.Dataset.from_dict({"x": [1]} if folds is None else {"fold": folds})
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(UserError, match=message):
         fold_values(datasets.DatasetDict(train=table), "fold")
 
 
@@ -363,13 +355,13 @@ def test_a_separator_that_divides_nothing_is_told(caplog):
     read_rows(labelled("dog#cat"), "label", ";")
     assert "the separator ';' is in none of the 1 labels" in caplog.text
     rows = labelled("dog+cat", "dog").class_encode_column("label")
-    with pytest.raises(DatasetError, match=r"label_separator is '\+', but the column 'label' holds classes"):
+    with pytest.raises(UserError, match=r"label_separator is '\+', but the column 'label' holds classes"):
         read_rows(rows, "label", "+")
 
 
 def test_an_empty_label_in_a_list_is_an_error():
     rows = datasets.Dataset.from_dict({"audio": [{"path": "a.wav"}, {"path": "b.wav"}], "label": [["x"], ["y", None]]})
-    with pytest.raises(DatasetError, match="b.wav has an empty label in the column 'label'"):
+    with pytest.raises(UserError, match="b.wav has an empty label in the column 'label'"):
         read_rows(rows, "label")
 
 

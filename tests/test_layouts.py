@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from transformers_sslam.data import layouts
-from transformers_sslam.data.labelled import DatasetError, read_rows
-from transformers_sslam.data.layouts import KEYWORDS, LAYOUTS, WORDS_V1, WORDS_V2, open_data_set
+from transformers_sslam.audio import layouts
+from transformers_sslam.audio.labels import read_rows
+from transformers_sslam.audio.layouts import KEYWORDS, LAYOUTS, WORDS_V1, WORDS_V2, open_data_set
+from transformers_sslam.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def test_every_layout_says_what_it_expects_in_one_line():
     ],
 )
 def test_what_does_not_exist_is_refused(tmp_path, layout, subset, message):
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(UserError, match=message):
         open_data_set(str(tmp_path / "nowhere"), layout, subset=subset)
 
 
@@ -91,7 +92,7 @@ def test_a_class_of_the_name_of_a_split_is_in_one_split(tmp_path):
 def test_what_lies_beside_splits_is_not_left_out_silently(beside, tmp_path):
     for name in ("train/dog/0.wav", "train/cat/1.wav", "Test/dog/2.wav", beside):
         write_clip(tmp_path / name) if name.endswith("wav") else write_text(tmp_path / name, "file_name,label")
-    with pytest.raises(DatasetError, match=f"Test, train, which are splits, and beside them {beside.split('/')[0]}: move"):
+    with pytest.raises(UserError, match=f"Test, train, which are splits, and beside them {beside.split('/')[0]}: move"):
         open_data_set(str(tmp_path), "audiofolder")
 
 
@@ -157,16 +158,16 @@ def test_audio_of_another_writer_is_found(tmp_path):
 
 def test_parquet_without_audio_without_a_split_or_without_files_is_refused(tmp_path):
     write_text(tmp_path / "empty" / "notes.txt", "")
-    with pytest.raises(DatasetError, match="holds notes.txt, but the layout parquet expects"):
+    with pytest.raises(UserError, match="holds notes.txt, but the layout parquet expects"):
         open_data_set(str(tmp_path / "empty"), "parquet")
     write_parquet(tmp_path / "silent" / "train.parquet", "a", audio=False)
-    with pytest.raises(DatasetError, match=r"has 0 columns of type Audio \(columns labels\), but must have one"):
+    with pytest.raises(UserError, match=r"has 0 columns of type Audio \(columns labels\), but must have one"):
         open_data_set(str(tmp_path / "silent"), "parquet")
     write_parquet(tmp_path / "nameless" / "-0.parquet", "a")
-    with pytest.raises(DatasetError, match="does not tell its split: name it train-00000.parquet"):
+    with pytest.raises(UserError, match="does not tell its split: name it train-00000.parquet"):
         open_data_set(str(tmp_path / "nameless"), "parquet")
     write_text(tmp_path / "broken" / "train.parquet", "no table")
-    with pytest.raises(DatasetError, match="broken cannot be opened"):
+    with pytest.raises(UserError, match="broken cannot be opened"):
         open_data_set(str(tmp_path / "broken"), "parquet")
 
 
@@ -180,7 +181,7 @@ def test_a_hub_data_set_as_a_local_folder_with_configurations(tmp_path, streamin
     write_text(tmp_path / "README.md", *card, "---")
     splits = open_data_set(str(tmp_path), "hub", subset="full", streaming=streaming)
     assert [row["audio"]["path"] for row in splits["train"]] == ["b", "c"]
-    with pytest.raises(DatasetError, match="cannot be opened: .*half"):
+    with pytest.raises(UserError, match="cannot be opened: .*half"):
         open_data_set(str(tmp_path), "hub", subset="half")
 
 
@@ -195,7 +196,7 @@ def test_local_folders_of_one_name_and_one_that_changed_are_told_apart(tmp_path)
 
 def test_what_is_not_on_the_hub_is_refused(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("no such host")))
-    with pytest.raises(DatasetError, match="the data set someone/sounds cannot be opened: ConnectionError: no such host"):
+    with pytest.raises(UserError, match="the data set someone/sounds cannot be opened: ConnectionError: no such host"):
         open_data_set("someone/sounds", "hub")
 
 
@@ -261,7 +262,7 @@ def test_a_table_of_files_is_streamed_in_shards(esc50):
 )
 def test_damage_to_esc50_is_named(esc50, damage, message):
     damage(esc50)
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(UserError, match=message):
         open_data_set(str(esc50), "esc50")
 
 
@@ -328,13 +329,13 @@ def test_twelve_classes_take_unknown_words_and_background_in_and_the_test_archiv
 )
 def test_damage_to_speech_commands_is_named(tmp_path, damage, message):
     damage(write_speech_commands(tmp_path, WORDS_V1))
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(UserError, match=message):
         open_data_set(str(tmp_path), "speech_commands", subset="v1")
 
 
 def test_twelve_classes_need_both_archives(tmp_path):
     write_speech_commands(tmp_path / "speech_commands_v0.01", WORDS_V1)
-    with pytest.raises(DatasetError, match="there is no folder .*speech_commands_test_set_v0.01"):
+    with pytest.raises(UserError, match="there is no folder .*speech_commands_test_set_v0.01"):
         open_data_set(str(tmp_path), "speech_commands", subset="v1_12")
 
 
@@ -425,7 +426,7 @@ def test_missing_clips_of_audioset_are_counted(audioset, monkeypatch):
 )
 def test_damage_to_audioset_is_named(audioset, damage, message):
     damage(audioset)
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(UserError, match=message):
         open_data_set(str(audioset), "audioset", subset="20k")
 
 
@@ -478,7 +479,7 @@ def test_a_scene_of_spass_has_the_classes_that_occur_in_it(urban_sed, tmp_path_f
     splits = open_data_set(str(root), "spass", subset="Park")
     assert splits["train"].features["labels"].feature.names == ["air_conditioner", "drilling", "siren"]
     assert table(splits["train"], "labels") == {"soundscape_train_0.wav": ["air_conditioner", "siren"]}
-    with pytest.raises(DatasetError, match="holds Park/, but a folder Street was expected"):
+    with pytest.raises(UserError, match="holds Park/, but a folder Street was expected"):
         open_data_set(str(root), "spass", subset="Street")
 
 
@@ -497,7 +498,7 @@ def test_a_scene_of_spass_has_the_classes_that_occur_in_it(urban_sed, tmp_path_f
 def test_an_impossible_event_is_named_by_its_line(urban_sed, line, message):
     path = urban_sed / "annotations" / "validate" / "soundscape_validate_0.txt"
     write_text(path, "0.0\t1.0\tdrilling", line)
-    with pytest.raises(DatasetError, match=f"line 2 of {path} {message}"):
+    with pytest.raises(UserError, match=f"line 2 of {path} {message}"):
         open_data_set(str(urban_sed), "urban_sed")
 
 
@@ -516,18 +517,18 @@ def test_an_impossible_event_is_named_by_its_line(urban_sed, line, message):
 )
 def test_damage_to_a_set_of_strong_labels_is_named(urban_sed, damage, message):
     damage(urban_sed)
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(UserError, match=message):
         open_data_set(str(urban_sed), "urban_sed")
 
 
 def test_a_table_without_its_columns_or_with_half_an_event_is_refused(tmp_path):
     write_clip(tmp_path / "audio" / "train" / "1.wav")
     write_text(tmp_path / "metadata" / "train.tsv", "filename\tlabel", "1.wav\tDog")
-    with pytest.raises(DatasetError, match="train.tsv has the columns filename, label, but needs filename, onset, offset, event_label"):
+    with pytest.raises(UserError, match="train.tsv has the columns filename, label, but needs filename, onset, offset, event_label"):
         open_data_set(str(tmp_path), "idmt_desed")
     write_text(tmp_path / "metadata" / "train.tsv", "filename\tonset\toffset\tevent_label", "1.wav\t\t\tDog")
-    with pytest.raises(DatasetError, match="line 2 of .*train.tsv goes from '' to ''"):
+    with pytest.raises(UserError, match="line 2 of .*train.tsv goes from '' to ''"):
         open_data_set(str(tmp_path), "idmt_desed")
     (tmp_path / "metadata" / "train.tsv").unlink()
-    with pytest.raises(DatasetError, match="train.tsv is missing, though there is audio/train"):
+    with pytest.raises(UserError, match="train.tsv is missing, though there is audio/train"):
         open_data_set(str(tmp_path), "idmt_desed")

@@ -19,11 +19,12 @@ import soundfile
 import yaml
 from conftest import noise
 
-from transformers_sslam.data import polyphonic_benchmark
-from transformers_sslam.data.decoding import load_waveform
-from transformers_sslam.data.labelled import DatasetError, choose_classes, encode_labels, read_rows
-from transformers_sslam.data.polyphonic_benchmark import BenchmarkSettings, make_benchmark
-from transformers_sslam.data.polyphony import FULL_SCALE, Mixture, MixtureSettings, find_sound, plan_mixture, plan_mixtures, render
+from transformers_sslam.audio.decode import load_waveform
+from transformers_sslam.audio.labels import choose_classes, encode_labels, read_rows
+from transformers_sslam.errors import UserError
+from transformers_sslam.polyphony import benchmark as polyphonic_benchmark
+from transformers_sslam.polyphony.benchmark import BenchmarkSettings, make_benchmark
+from transformers_sslam.polyphony.render import FULL_SCALE, Mixture, MixtureSettings, find_sound, plan_mixture, plan_mixtures, render
 
 
 ROOT = Path(__file__).parents[1]
@@ -208,16 +209,16 @@ def test_beyond_full_scale_gains_and_levels_are_those_of_the_scaled_mixture(wave
     ],
 )
 def test_rules_that_cannot_be_are_refused(values: dict, message: str):
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(UserError, match=message):
         MixtureSettings(**values)
 
 
 def test_more_events_than_sounds_or_classes_are_refused(sounds):
-    with pytest.raises(DatasetError, match="a mixture of 25 events needs as many different sounds, but there are 24"):
+    with pytest.raises(UserError, match="a mixture of 25 events needs as many different sounds, but there are 24"):
         plan_mixtures(sounds, SHORT, [25], 1, 0, "train")
-    with pytest.raises(DatasetError, match="4 events of different classes was asked for, but there are 3 classes"):
+    with pytest.raises(UserError, match="4 events of different classes was asked for, but there are 3 classes"):
         plan_mixtures(sounds, replace(SHORT, repeat_classes=False), [4], 1, 0, "train")
-    with pytest.raises(DatasetError, match="a mixture of 0 events"):
+    with pytest.raises(UserError, match="a mixture of 0 events"):
         plan_mixtures(sounds, SHORT, [0], 1, 0, "train")
 
 
@@ -365,11 +366,11 @@ def test_a_recording_or_a_copied_file_in_both_splits_is_refused(folder: Path, tm
         (moved / path.name).write_bytes(path.read_bytes())
     table = (folder / "metadata.csv").read_text()
     (moved / "metadata.csv").write_text(table.replace("24.wav,beep,1", "24.wav,beep,2"))
-    with pytest.raises(DatasetError, match=r"train and test share 1 recording: r0: choose folds or splits"):
+    with pytest.raises(UserError, match=r"train and test share 1 recording: r0: choose folds or splits"):
         make_benchmark(benchmark_settings(moved, tmp_path / "out"))
     make_benchmark(benchmark_settings(moved, tmp_path / "blind", group_column=None))  # of other bytes, nothing shows it
     (moved / "24.wav").write_bytes((moved / "00.wav").read_bytes())
-    with pytest.raises(DatasetError, match=r"train and test share 1 file \(by its SHA-256\)"):
+    with pytest.raises(UserError, match=r"train and test share 1 file \(by its SHA-256\)"):
         make_benchmark(benchmark_settings(moved, tmp_path / "out", group_column=None))
     assert not (tmp_path / "out").exists()
 
@@ -389,9 +390,9 @@ def test_sources_that_cannot_be_used_are_named_or_stop_the_program(folder: Path,
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "03.wav").write_bytes(b"no audio")
     soundfile.write(tmp_path / "13.wav", np.zeros(RATE), RATE)
-    with pytest.raises(DatasetError, match=r"1 of 13 train clips cannot be used \(1 unreadable\).*03.wav"):
+    with pytest.raises(UserError, match=r"1 of 13 train clips cannot be used \(1 unreadable\).*03.wav"):
         make_benchmark(benchmark_settings(tmp_path, tmp_path / "out"))
-    with pytest.raises(DatasetError, match=r"1 of 12 test clips cannot be used \(1 silent\).*13.wav"):
+    with pytest.raises(UserError, match=r"1 of 12 test clips cannot be used \(1 silent\).*13.wav"):
         make_benchmark(benchmark_settings(tmp_path, tmp_path / "out", max_unreadable=0.08))
     report = make_benchmark(benchmark_settings(tmp_path, tmp_path / "out", max_unreadable=0.1, num_events=[11]))
     assert report["left_out"]["test"] == {"silent": ["13.wav"]}
@@ -418,7 +419,7 @@ def test_sources_that_cannot_be_used_are_named_or_stop_the_program(folder: Path,
     ],
 )
 def test_what_cannot_be_made_is_refused_in_one_sentence_and_leaves_nothing(folder: Path, tmp_path: Path, values: dict, message: str):
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(UserError, match=message):
         make_benchmark(benchmark_settings(folder, tmp_path / "out", **values))
     assert list(tmp_path.iterdir()) == []
 
@@ -428,12 +429,12 @@ def test_a_source_of_several_sounds_is_refused(tmp_path: Path):
         (tmp_path / split).mkdir()
         soundfile.write(tmp_path / split / "a.wav", noise(0.5), RATE)
         (tmp_path / split / "metadata.jsonl").write_text('{"file_name": "a.wav", "label": ["hum", "hiss"]}\n')
-    with pytest.raises(DatasetError, match=r"train.a.wav has 2 labels, but a single sound has one"):
+    with pytest.raises(UserError, match=r"train.a.wav has 2 labels, but a single sound has one"):
         make_benchmark(BenchmarkSettings(str(tmp_path), str(tmp_path / "out")))
 
 
 def test_neither_an_interruption_nor_what_is_there_already_does_harm(folder: Path, benchmark, tmp_path: Path, monkeypatch):
-    with pytest.raises(DatasetError, match="which is there already: choose another, or remove it"):
+    with pytest.raises(UserError, match="which is there already: choose another, or remove it"):
         make_benchmark(benchmark_settings(folder, benchmark[0]))
     encode, calls = polyphonic_benchmark.encode_row, []
 

@@ -17,10 +17,10 @@ from conftest import noise
 from datasets import Audio, load_dataset
 
 from transformers_sslam import SSLAMFeatureExtractor
-from transformers_sslam.data import shards
-from transformers_sslam.data.decoding import load_waveform
-from transformers_sslam.data.shards import ShardSettings, prepare
-from transformers_sslam.data.stream import ClipStream, DataSettings
+from transformers_sslam.audio import shards
+from transformers_sslam.audio.decode import load_waveform
+from transformers_sslam.audio.shards import ShardSettings, prepare
+from transformers_sslam.audio.stream import ClipStream, DataSettings
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "prepare_shards.py"

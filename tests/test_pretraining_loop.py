@@ -28,8 +28,8 @@ from transformers_sslam import SSLAMForPreTraining, SSLAMModel
 
 
 soundfile = pytest.importorskip("soundfile")
-from transformers_sslam.data.stream import DataSettings  # noqa: E402
-from transformers_sslam.settings import SettingsError  # noqa: E402
+from transformers_sslam.audio.stream import DataSettings  # noqa: E402
+from transformers_sslam.errors import UserError  # noqa: E402
 from transformers_sslam.training.checkpoints import checkpoints, damage  # noqa: E402
 from transformers_sslam.training.monitoring import CollapseError, training_flops_per_clip  # noqa: E402
 from transformers_sslam.training.pretraining import NonFiniteError, PreTrainer  # noqa: E402
@@ -197,9 +197,9 @@ def test_stage_2_hears_what_stage_1_heard_and_weighs_its_own_losses(sounds, tmp_
     assert (run.extractor.max_length, run.extractor.mean, run.extractor.std) == (64, -6.0, 4.0)
     assert run.model.config.global_loss_weight == 1.0
     for field, value in (("num_hidden_layers", 1), ("hidden_size", 64), ("max_length", 128)):
-        with pytest.raises(SettingsError, match=f"model.{field} is {value}, but .* has .*: with init_from leave the sizes out"):
+        with pytest.raises(UserError, match=f"model.{field} is {value}, but .* has .*: with init_from leave the sizes out"):
             trainer(sounds, tmp_path / "2", **{**second, "model": {field: value}})
-    with pytest.raises(SettingsError, match="the weights of .* do not fit the sizes under `model`"):
+    with pytest.raises(UserError, match="the weights of .* do not fit the sizes under `model`"):
         trainer(sounds, tmp_path / "2", **{**second, "model": {"decoder_hidden_size": 64}})
 
 
@@ -280,7 +280,7 @@ def test_a_damaged_checkpoint_is_passed_over(sounds, tmp_path, caplog):
 
 def test_a_folder_of_another_run_is_refused_where_nothing_is_to_be_resumed(sounds, tmp_path):
     trainer(sounds, tmp_path, total_updates=3).run()
-    with pytest.raises(SettingsError, match="resume is false.*checkpoint-00000003"):
+    with pytest.raises(UserError, match="resume is false.*checkpoint-00000003"):
         trainer(sounds, tmp_path, resume=False)
 
 
@@ -297,7 +297,7 @@ def test_settings_of_the_optimiser_are_those_of_now(sounds, tmp_path):
     run._resume()
     assert [(group["weight_decay"], group["betas"]) for group in run.optimizer.param_groups] == [(0.5, (0.5, 0.95))]
     assert all(state["step"] == 3 for state in run.optimizer.state.values())
-    with pytest.raises(SettingsError, match="decay_all_weights is another one than when the run began"):
+    with pytest.raises(UserError, match="decay_all_weights is another one than when the run began"):
         trainer(sounds, tmp_path, decay_all_weights=False).run()
 
 
@@ -314,7 +314,7 @@ def test_a_launcher_does_not_divide_the_gradients(sounds, tmp_path, monkeypatch)
 def test_a_folder_whose_run_is_further_or_of_another_stage_is_refused(sounds, tmp_path):
     trainer(sounds, tmp_path, total_updates=4).run()
     for changes in ({"total_updates": 3}, {"stage": 1}):
-        with pytest.raises(SettingsError, match="checkpoint-00000004 is of stage 2 and update 4, but .*choose another output_dir"):
+        with pytest.raises(UserError, match="checkpoint-00000004 is of stage 2 and update 4, but .*choose another output_dir"):
             trainer(sounds, tmp_path, **changes).run()
 
 
@@ -328,13 +328,9 @@ def test_a_signal_in_the_last_update_stops_nothing(sounds, tmp_path):
 
 def test_a_run_whose_model_or_clips_have_changed_is_refused(sounds, tmp_path):
     trainer(sounds, tmp_path, total_updates=3).run()
-    with pytest.raises(
-        SettingsError, match="checkpoint-00000003 holds a model of other sizes than `preset` and `model` ask for: leave them"
-    ):
+    with pytest.raises(UserError, match="checkpoint-00000003 holds a model of other sizes than `preset` and `model` ask for: leave them"):
         trainer(sounds, tmp_path, model={**recipe(sounds, tmp_path)["model"], "hidden_size": 64}).run()
-    with pytest.raises(
-        SettingsError, match=r"the run in .* cannot go on: .* seed \(\d+ then, 9 now\)\. Begin another run, in another folder"
-    ):
+    with pytest.raises(UserError, match=r"the run in .* cannot go on: .* seed \(\d+ then, 9 now\)\. Begin another run, in another folder"):
         trainer(sounds, tmp_path, seed=9).run()
 
 
@@ -456,20 +452,20 @@ def test_a_full_disk_is_told_and_former_checkpoints_stay(sounds, tmp_path, monke
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(sounds, tmp_path, changes, message):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(UserError, match=message):
         trainer(sounds, tmp_path, **changes)
 
 
 @pytest.mark.usefixtures("_another_precision")
 def test_float16_on_a_cpu_is_refused(sounds, tmp_path):
     """Accelerate would train in float32 without a word."""
-    with pytest.raises(SettingsError, match="mixed_precision is fp16, which needs a GPU"):
+    with pytest.raises(UserError, match="mixed_precision is fp16, which needs a GPU"):
         trainer(sounds, tmp_path, mixed_precision="fp16")
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(sounds, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match="cannot be written to"):
+    with pytest.raises(UserError, match="cannot be written to"):
         trainer(sounds, tmp_path / "file" / "runs")
 
 
@@ -568,7 +564,7 @@ def test_two_processes_hold_the_same_model_and_share_the_clips(sounds, tmp_path)
     settings = recipe(sounds, tmp_path / "run", total_updates=50, batch_size=3, save_every=100)
     program.write_text(
         "import json, sys, hashlib\n"
-        "from transformers_sslam.data.stream import DataSettings\n"
+        "from transformers_sslam.audio.stream import DataSettings\n"
         "from transformers_sslam.training.pretraining import PreTrainer\n"
         "from transformers_sslam.training.pretraining_settings import PreTrainingSettings\n"
         "settings = json.loads(sys.argv[1]); settings['data'] = DataSettings(**settings['data'])\n"
@@ -595,7 +591,7 @@ def test_two_processes_hold_the_same_model_and_share_the_clips(sounds, tmp_path)
 
 def test_processes_that_do_not_know_of_each_other_are_refused(sounds, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SettingsError, match="2 processes were started, but Accelerate sees 1"):
+    with pytest.raises(UserError, match="2 processes were started, but Accelerate sees 1"):
         trainer(sounds, tmp_path)
 
 
@@ -607,13 +603,13 @@ def test_the_model_takes_for_padding_what_the_extractor_pads_with(sounds, tmp_pa
 
 
 def test_what_is_no_field_of_the_configuration_is_refused(sounds, tmp_path):
-    with pytest.raises(SettingsError, match="there is no setting model.base: there are|did you mean"):
+    with pytest.raises(UserError, match="there is no setting model.base: there are|did you mean"):
         trainer(sounds, tmp_path, model={**recipe(sounds, tmp_path)["model"], "base": 1})
 
 
 def test_models_in_parts_are_refused(sounds, tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(SettingsError, match="Accelerate was set to FSDP.*data-parallel"):
+    with pytest.raises(UserError, match="Accelerate was set to FSDP.*data-parallel"):
         trainer(sounds, tmp_path)
 
 

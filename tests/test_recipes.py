@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from transformers_sslam.data.layouts import LAYOUTS
-from transformers_sslam.data.polyphonic_sets import SPASS_SCENES
+from transformers_sslam.audio.event_layouts import SPASS_SCENES
+from transformers_sslam.audio.layouts import LAYOUTS
 from transformers_sslam.settings import read_settings
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.pretraining_settings import PreTrainingSettings

@@ -12,9 +12,8 @@ import scipy.stats
 import soundfile
 import yaml
 
-from transformers_sslam.data.labelled import DatasetError
+from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.intervals import summarize
-from transformers_sslam.settings import SettingsError
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.repeats import expand, format_runs, repeat_fine_tuning
 
@@ -161,7 +160,7 @@ def test_changed_data_are_refused_or_run_again(copy, tmp_path):
     assert made(copy) == before
     table = (data / "metadata.csv").read_text()
     (data / "metadata.csv").write_text(table.replace("1.wav,b,1", "1.wav,a,1"))
-    with pytest.raises(SettingsError, match="holds a model already, of a run with other data: "):
+    with pytest.raises(UserError, match="holds a model already, of a run with other data: "):
         repeat_fine_tuning(again)
     assert made(copy) == before
 
@@ -171,14 +170,14 @@ def test_a_fold_that_cannot_work_is_refused_before_the_first_run(copy, tmp_path)
     table = (data / "metadata.csv").read_text()
     (data / "metadata.csv").write_text(table.replace("8.wav,b,3", "8.wav,owl,3"))
     settings = replace(copy, data_dir=str(data), eval_folds=[], output_dir=str(tmp_path / "others"))
-    with pytest.raises(DatasetError, match="8.wav is labelled 'owl', which is none of the 2 classes"):
+    with pytest.raises(UserError, match="8.wav is labelled 'owl', which is none of the 2 classes"):
         repeat_fine_tuning(settings)
     assert not (tmp_path / "others").exists()
 
 
 def test_changed_settings_are_refused_or_run_again(copy):
     changed, before = replace(copy, learning_rate=1e-3), made(copy)
-    with pytest.raises(SettingsError, match="fold-1-seed-0 holds a model already, of a run with other learning_rate: .*overwrite=true"):
+    with pytest.raises(UserError, match="fold-1-seed-0 holds a model already, of a run with other learning_rate: .*overwrite=true"):
         repeat_fine_tuning(changed)
     assert made(copy) == before
     repeat_fine_tuning(replace(changed, overwrite=True))
@@ -190,7 +189,7 @@ def test_changed_settings_are_refused_or_run_again(copy):
 
 def test_a_fold_that_is_not_there_is_an_error_before_the_first_run(copy, tmp_path):
     settings = replace(copy, eval_folds=[1, 7], output_dir=str(tmp_path / "none"))
-    with pytest.raises(DatasetError, match="the column 'fold' has no fold 7, only 1, 2, 3"):
+    with pytest.raises(UserError, match="the column 'fold' has no fold 7, only 1, 2, 3"):
         repeat_fine_tuning(settings)
     assert not (tmp_path / "none").exists()
 
@@ -205,5 +204,5 @@ def test_one_run_lies_in_the_folder_itself(copy):
 
 @pytest.mark.parametrize(("name", "values"), [("seeds", [1, 1]), ("eval_folds", [1, "1"])])
 def test_the_same_run_twice_is_an_error(copy, name, values):
-    with pytest.raises(SettingsError, match=f"{name} is .*the same twice"):
+    with pytest.raises(UserError, match=f"{name} is .*the same twice"):
         replace(copy, **{name: values})

@@ -6,15 +6,8 @@ from typing import Any, Literal
 
 import pytest
 
-from transformers_sslam.settings import (
-    SettingsError,
-    check_names,
-    list_settings,
-    parse_settings,
-    read_settings,
-    setting,
-    write_settings,
-)
+from transformers_sslam.errors import UserError
+from transformers_sslam.settings import check_names, list_settings, parse_settings, read_settings, setting, write_settings
 from transformers_sslam.training.pretraining_settings import PreTrainingSettings
 
 
@@ -91,7 +84,7 @@ def test_an_override_takes_the_type_of_its_setting(override, expected):
     ],
 )
 def test_a_wrong_override_is_named_with_what_was_expected(override, message):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(UserError, match=message):
         read(override)
 
 
@@ -115,7 +108,7 @@ def test_a_file_is_read_and_overrides_win(tmp_path):
 def test_a_wrong_file_is_refused(tmp_path, text, message):
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(UserError, match=message):
         read(file=file)
 
 
@@ -128,7 +121,7 @@ def test_a_date_is_text(tmp_path):
 
 
 def test_a_setting_without_default_must_be_given():
-    with pytest.raises(SettingsError, match=r"data_dir is required \(where the clips are\)"):
+    with pytest.raises(UserError, match=r"data_dir is required \(where the clips are\)"):
         read_settings(Example)
 
 
@@ -166,12 +159,12 @@ def test_the_command_line_reports_a_mistake_in_one_line(capsys, tmp_path):
 
 def test_unknown_names_are_compared_with_known_ones():
     check_names(["a"], ["a", "b"])
-    with pytest.raises(SettingsError, match="no setting model.hiden_size: did you mean model.hidden_size"):
+    with pytest.raises(UserError, match="no setting model.hiden_size: did you mean model.hidden_size"):
         check_names(["hiden_size"], ["hidden_size", "depth"], "model.")
 
 
 def test_a_number_with_a_letter_too_many_is_no_number():
-    with pytest.raises(SettingsError, match="learning_rate is '1e-3x', but a number is expected"):
+    with pytest.raises(UserError, match="learning_rate is '1e-3x', but a number is expected"):
         read("learning_rate=1e-3x")
 
 

@@ -16,9 +16,9 @@ from conftest import noise, tiny_config
 from sklearn.metrics import average_precision_score
 
 from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
-from transformers_sslam.data.decoding import load_waveform
-from transformers_sslam.data.labelled import DatasetError, load_audio_folder
-from transformers_sslam.settings import SettingsError
+from transformers_sslam.audio.decode import load_waveform
+from transformers_sslam.audio.labels import load_audio_folder
+from transformers_sslam.errors import UserError
 from transformers_sslam.training import steps
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
 from transformers_sslam.training.monitoring import training_flops_per_clip
@@ -102,10 +102,10 @@ def test_clips_of_one_name_in_two_folders_are_two(tmp_path):
 
 def test_a_copy_of_another_folder_is_refused(clips, tmp_path):
     copy_clips(clips, tmp_path / "copy")
-    with pytest.raises(DatasetError, match=f"copy was copied from {clips} .*, not from {tmp_path / 'copy'} .*: delete it"):
+    with pytest.raises(UserError, match=f"copy was copied from {clips} .*, not from {tmp_path / 'copy'} .*: delete it"):
         copy_clips(tmp_path / "copy", tmp_path / "copy")
     (tmp_path / "mine").mkdir()
-    with pytest.raises(DatasetError, match="mine was copied from something else"):
+    with pytest.raises(UserError, match="mine was copied from something else"):
         copy_clips(clips, tmp_path / "mine")
 
 
@@ -113,7 +113,7 @@ def test_a_copy_of_clips_that_changed_since_is_refused(clips, tmp_path):
     copy_clips(clips, tmp_path / "copy")
     table = (clips / "metadata.csv").read_text()
     (clips / "metadata.csv").write_text(table.replace("hiss", "hum", 1))
-    with pytest.raises(DatasetError, match=r"copy was copied from .* \(folder and state of its clips\): delete it"):
+    with pytest.raises(UserError, match=r"copy was copied from .* \(folder and state of its clips\): delete it"):
         copy_clips(clips, tmp_path / "copy")
 
 
@@ -176,7 +176,7 @@ def test_pre_training_after_fine_tuning_has_its_own_precision(clips, recipe, tmp
 
 def test_a_copy_with_a_broken_clip_is_refused(clips, tmp_path):
     (clips / "3-0.wav").write_bytes(b"no audio")
-    with pytest.raises(DatasetError, match=r"1 of 12 study clips cannot be used \(1 unreadable\)"):
+    with pytest.raises(UserError, match=r"1 of 12 study clips cannot be used \(1 unreadable\)"):
         copy_clips(clips, tmp_path / "copy")
     assert not (tmp_path / "copy" / "metadata.csv").exists()
 
@@ -203,7 +203,7 @@ def test_of_a_pre_training_that_was_interrupted_the_cost_is_not_known(clips, rec
     study = load_script("study_small_model")
     settings = study.StudySettings(data_dir=str(clips), output_dir=str(tmp_path / "study"), stage1=str(recipe), stage2=str(recipe))
     study.pretrain = lambda *_: (model, np.nan)
-    with pytest.raises(SettingsError, match="was interrupted, so nobody knows its CPU seconds: set scratch_epochs"):
+    with pytest.raises(UserError, match="was interrupted, so nobody knows its CPU seconds: set scratch_epochs"):
         study.run(settings, clips, FOLDS, 2, seed=0)
 
 

@@ -20,10 +20,10 @@ from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassificatio
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("torchaudio")
-from transformers_sslam.data.decoding import AudioDecodingError, load_waveform, read_blocks  # noqa: E402
+from transformers_sslam.audio.decode import load_waveform, read_blocks  # noqa: E402
+from transformers_sslam.errors import AudioDecodingError, UserError  # noqa: E402
 from transformers_sslam.evaluation import tag_files as module  # noqa: E402
 from transformers_sslam.evaluation.tag_files import TagSettings, find_recordings, tag_files  # noqa: E402
-from transformers_sslam.settings import SettingsError  # noqa: E402
 
 
 ROOT = Path(__file__).parents[1]
@@ -271,26 +271,26 @@ def test_an_output_of_other_settings_or_another_model_is_refused(model, recordin
     output = tmp_path / "tags.jsonl"
     tag_files(settings(model, recordings, output))
     before = output.read_bytes()
-    with pytest.raises(SettingsError, match="was written with hop=0.5, but hop is 0.25 now"):
+    with pytest.raises(UserError, match="was written with hop=0.5, but hop is 0.25 now"):
         tag_files(settings(model, recordings, output, hop=0.25))
     other = SSLAMForAudioClassification.from_pretrained(model)
     other.classifier.bias.data += 1
     other.save_pretrained(model)
-    with pytest.raises(SettingsError, match="was written with model='sha256:"):
+    with pytest.raises(UserError, match="was written with model='sha256:"):
         tag_files(settings(model, recordings, output))
     assert output.read_bytes() == before
 
 
 def test_an_output_that_another_process_writes_is_left_alone(model, recordings, tmp_path):
     output = tmp_path / "tags.jsonl"
-    with FileLock(tmp_path / ".tags.jsonl.lock"), pytest.raises(SettingsError, match="another process writes to .*tags.jsonl"):
+    with FileLock(tmp_path / ".tags.jsonl.lock"), pytest.raises(UserError, match="another process writes to .*tags.jsonl"):
         tag_files(settings(model, recordings, output))
     assert not output.exists()
 
 
 def test_a_file_that_is_not_ours_is_not_touched(model, recordings, tmp_path):
     (tmp_path / "tags.jsonl").write_text("precious\n")
-    with pytest.raises(SettingsError, match="is there, but not its journal tags.jsonl.journal"):
+    with pytest.raises(UserError, match="is there, but not its journal tags.jsonl.journal"):
         tag_files(settings(model, recordings, tmp_path / "tags.jsonl"))
     assert (tmp_path / "tags.jsonl").read_text() == "precious\n"
 
@@ -383,11 +383,11 @@ def test_a_failure_is_tried_again_and_written_again_only_if_it_is_another(model,
 
 def test_an_output_that_cannot_be_written_is_refused(model, recordings, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         tag_files(settings(model, recordings, tmp_path / "file" / "tags.jsonl"))
     for content in ("no journal\n", "[1]\n", '{}\n{"path": "x"}\n'):
         (tmp_path / "tags.jsonl.journal").write_text(content)
-        with pytest.raises(SettingsError, match="or its journal tags.jsonl.journal be read"):
+        with pytest.raises(UserError, match="or its journal tags.jsonl.journal be read"):
             tag_files(settings(model, recordings, tmp_path / "tags.jsonl"))
 
 
@@ -395,7 +395,7 @@ def test_inputs_that_hold_nothing_are_refused(recordings, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00")
     for name, message in [("empty", "holds no recording"), ("nowhere", "is no folder, audio file or list"), ("binary.bin", "is no folder")]:
-        with pytest.raises(SettingsError, match=message):
+        with pytest.raises(UserError, match=message):
             find_recordings(str(tmp_path / name))
 
 
@@ -415,7 +415,7 @@ def test_inputs_that_hold_nothing_are_refused(recordings, tmp_path):
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(model, recordings, tmp_path, changes, message):
     output = changes.get("output", tmp_path / "tags.jsonl")
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(UserError, match=message):
         tag_files(settings(**{"model": model, "recordings": recordings, **changes, "output": output}))
     assert not Path(output).exists()
 
@@ -428,7 +428,7 @@ def test_tagging_needs_nothing_that_only_training_and_evaluation_do():
 
 def test_an_encoder_without_a_classifier_is_refused(model, recordings, tmp_path):
     SSLAMModel(tiny_config()).save_pretrained(model)
-    with pytest.raises(SettingsError, match="holds no classifier"):
+    with pytest.raises(UserError, match="holds no classifier"):
         tag_files(settings(model, recordings, tmp_path / "tags.jsonl"))
 
 

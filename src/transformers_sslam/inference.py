@@ -127,7 +127,7 @@ def score_windows(
     Args:
         model: the classifier.
         audio: `(samples,)`, floats in [-1, 1], mono, at the extractor's rate; or an iterable of successive blocks of one, of any lengths,
-            such as `data.decoding.read_blocks` gives.
+            such as `audio.decode.read_blocks` gives.
         feature_extractor: the model's.
         hop: seconds from one window's start to the next one's; by default half a window, so that each moment is heard in two. With
             `embeddings` a multiple of 0.16 s, and no longer than a window.
@@ -146,7 +146,7 @@ def score_windows(
     if sampling_rate not in (None, feature_extractor.sampling_rate):
         raise ValueError(
             f"sampling_rate is {sampling_rate} Hz, but the model hears {feature_extractor.sampling_rate} Hz: resample the audio first, for "
-            "example by reading it with transformers_sslam.data.decoding.read_blocks"
+            "example by reading it with transformers_sslam.audio.decode.read_blocks"
         )
     windowing = _windowing(model, feature_extractor, hop, window, embeddings)
     return _score_windows(model, audio, feature_extractor, windowing, batch_size, to_scores)

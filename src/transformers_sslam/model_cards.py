@@ -150,7 +150,7 @@ TASKS = {"SSLAMForAudioClassification": "audio-classification"}
 USAGE = {
     "audio-classification": """import transformers_sslam
 from transformers import pipeline
-from transformers_sslam.data.decoding import load_waveform
+from transformers_sslam.audio.decode import load_waveform
 
 classify = pipeline("audio-classification", model="{model_id}")
 waveform = load_waveform("clip.wav", {sampling_rate})  # any format, rate and number of channels
@@ -158,7 +158,7 @@ print(classify({{"array": waveform, "sampling_rate": {sampling_rate}}}))""",
     "feature-extraction": """import torch
 import transformers_sslam
 from transformers import AutoFeatureExtractor, AutoModel
-from transformers_sslam.data.decoding import load_waveform
+from transformers_sslam.audio.decode import load_waveform
 
 extractor = AutoFeatureExtractor.from_pretrained("{model_id}")
 model = AutoModel.from_pretrained("{model_id}").eval()

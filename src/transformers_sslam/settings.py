@@ -17,25 +17,20 @@ import copy
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, asdict, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+
+from .errors import UserError, as_user_error
 
 
 Settings = TypeVar("Settings")
 OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
-
-
-class SettingsError(ValueError):
-    """A mistake in what the user asked for. One sentence says it, so programs print it without a traceback."""
 
 
 def setting(help: str, default: Any = MISSING) -> Any:
@@ -68,11 +63,9 @@ def parse_settings(cls: type[Settings], description: str, arguments: Sequence[st
     files = [argument for argument in given if argument not in overrides]
     try:
         if len(files) > 1:
-            raise SettingsError(
-                f"there are {len(files)} recipes ({', '.join(files)}), but one at most is read: give the others as key=value"
-            )
+            raise UserError(f"there are {len(files)} recipes ({', '.join(files)}), but one at most is read: give the others as key=value")
         return read_settings(cls, files[0] if files else None, overrides)
-    except SettingsError as error:
+    except UserError as error:
         parser.error(str(error))
 
 
@@ -83,13 +76,13 @@ def read_settings(cls: type[Settings], file: str | Path | None = None, overrides
     read as YAML reads it; where the setting is text, as it stands.
 
     Raises:
-        SettingsError: (a `ValueError`) if the file cannot be read, a setting is unknown, missing or of another type.
+        UserError: (a `ValueError`) if the file cannot be read, a setting is unknown, missing or of another type.
     """
     values = {} if file is None else _read_yaml(Path(file))
     for override in overrides:
         match = OVERRIDE.fullmatch(override)
         if match is None:
-            raise SettingsError(f"{override!r} is no setting: write key=value")
+            raise UserError(f"{override!r} is no setting: write key=value")
         _assign(values, match[1].split("."), _Text(match[2]), match[1])
     return _build(cls, values, prefix="")
 
@@ -125,25 +118,14 @@ def check_names(names: Iterable[str], known: Iterable[str], prefix: str = "") ->
     """Refuse names that are not known, and say which known ones come closest.
 
     Raises:
-        SettingsError: naming the first unknown one.
+        UserError: naming the first unknown one.
     """
     known = list(known)
     for name in names:
         if name not in known:
             closest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
             advice = f"did you mean {' or '.join(prefix + c for c in closest)}?" if closest else f"there are {', '.join(known)}"
-            raise SettingsError(f"there is no setting {prefix}{name}: {advice}")
-
-
-@contextmanager
-def refusals_as_settings_errors(what: str) -> Iterator[None]:
-    """Raise a library's complaint about what the user set again, as a `SettingsError` that begins with `what`."""
-    try:
-        yield
-    except SettingsError:
-        raise
-    except (ValueError, TypeError, OSError, SafetensorError, StrictDataclassError) as error:
-        raise SettingsError(f"{what}: {error}") from error
+            raise UserError(f"there is no setting {prefix}{name}: {advice}")
 
 
 class _Text(str):
@@ -171,13 +153,13 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise SettingsError(f"{file} is not there: give the path of a YAML file, or settings as key=value")
+        raise UserError(f"{file} is not there: give the path of a YAML file, or settings as key=value")
     try:
         values = yaml.load(file.read_text(), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file} is no YAML: {error}") from error
+        raise UserError(f"{file} is no YAML: {error}") from error
     if not isinstance(values or {}, dict):
-        raise SettingsError(f"{file} holds {TYPE_NAMES.get(type(values), 'a list')}, but lines of the form `key: value` are expected")
+        raise UserError(f"{file} holds {TYPE_NAMES.get(type(values), 'a list')}, but lines of the form `key: value` are expected")
     return values or {}
 
 
@@ -185,7 +167,7 @@ def _assign(values: dict[str, Any], path: list[str], text: _Text, key: str) -> N
     for name in path[:-1]:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
-            raise SettingsError(f"{key} cannot be set, because {name} is {values!r} and no group of settings")
+            raise UserError(f"{key} cannot be set, because {name} is {values!r} and no group of settings")
     values[path[-1]] = text
 
 
@@ -196,10 +178,16 @@ def _build(cls: type[Settings], values: dict[str, Any], prefix: str) -> Settings
         if f.name not in values and _is_required(f):
             what = f" ({f.metadata['help']})" if "help" in f.metadata else ""
             where = "there" if "[" in prefix else f"in the recipe or as {prefix}{f.name}=..."  # within a list no key leads to it
-            raise SettingsError(f"{prefix}{f.name} is required{what}: give it {where}")
+            raise UserError(f"{prefix}{f.name} is required{what}: give it {where}")
     converted = {name: _convert(value, hints[name], prefix + name) for name, value in values.items()}
-    with refusals_as_settings_errors(prefix.rstrip(".") or "the settings"):
-        return cls(**converted)
+    group = prefix.rstrip(".")
+    try:
+        with as_user_error(group or "the settings"):
+            return cls(**converted)
+    except UserError as error:  # a group names its settings without itself
+        if str(error).startswith(group):  # as anything starts with no group at all
+            raise
+        raise UserError(f"{group}: {error}") from error
 
 
 def _is_required(f: Field) -> bool:
@@ -223,13 +211,13 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         for option in arguments:
             try:
                 return _convert(value, option, key)
-            except SettingsError:
+            except UserError:
                 continue
     if kind is float and type(value) is int:
         return float(value)
     if origin is None and type(value) is kind:  # `type`, because True is an int too
         return value
-    raise SettingsError(f"{key} is {value!r}, but {_type_name(kind)} is expected")
+    raise UserError(f"{key} is {value!r}, but {_type_name(kind)} is expected")
 
 
 def _convert_text(text: _Text, kind: Any, key: str) -> Any:
@@ -247,10 +235,10 @@ def _convert_text(text: _Text, kind: Any, key: str) -> Any:
         value = literal  # YAML would strip spaces, and read `|` as an empty block
     try:
         return _convert(value, kind, key)
-    except SettingsError:
+    except UserError:
         try:
             return _convert(literal, kind, key)
-        except SettingsError:
+        except UserError:
             pass
         raise
 

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import soundfile
 from datasets import Audio, Features
 
-from ..data.clips import Tally
-from ..data.shards import ShardSettings, prepare
-from ..data.sources import SourceSettings
-from ..data.stream import ClipStream, DataSettings, Place
+from ..audio.clips import Tally
+from ..audio.shards import ShardSettings, prepare
+from ..audio.sources import SourceSettings
+from ..audio.stream import ClipStream, DataSettings, Place
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from .timing import spread
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..data.labelled import (
+from ..audio.labels import (
     LabelledRows,
     Waveforms,
     check_has_labels,
@@ -22,12 +22,13 @@ from ..data.labelled import (
     select_split,
     source_name,
 )
-from ..data.layouts import open_data_set
+from ..audio.layouts import open_data_set
+from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..inference import class_names
 from ..modeling_sslam import SSLAMForAudioClassification
 from ..reports import markdown_table, write_json
-from ..settings import SettingsError, refusals_as_settings_errors, setting
+from ..settings import setting
 from .loading import load_classifier
 from .probing import as_one_hot
 from .scores import evaluate_predictions, evaluate_tags, save_scores
@@ -39,7 +40,7 @@ class EvaluationSettings:
 
     model: str = setting("folder or Hub id of a SSLAM classifier")
     data_dir: str = setting("folder of the clips, or, with layout=hub, id of a data set")
-    layout: str = setting("how the clips are laid out, see transformers_sslam.data.layouts", "audiofolder")
+    layout: str = setting("how the clips are laid out, see transformers_sslam.audio.layouts", "audiofolder")
     subset: str | None = setting("part of a data set that has several: configuration on the Hub, scene of SPASS, eval of AudioSet", None)
     label_column: str = setting("column of the labels (of AudioSet: labels); a column of lists makes the task multi-label", "label")
     label_separator: str | None = setting("between the labels of a clip that has several; makes the task multi-label too", None)
@@ -57,11 +58,11 @@ class EvaluationSettings:
 
     def __post_init__(self):
         if self.batch_size < 1:
-            raise SettingsError(f"batch_size is {self.batch_size}, but must be positive")
+            raise UserError(f"batch_size is {self.batch_size}, but must be positive")
         if not 0 <= self.max_unreadable < 1:
-            raise SettingsError(f"max_unreadable is {self.max_unreadable:g}, but a share lies in [0, 1)")
+            raise UserError(f"max_unreadable is {self.max_unreadable:g}, but a share lies in [0, 1)")
         if self.eval_folds and self.fold_column is None:
-            raise SettingsError("eval_folds are set, but fold_column, which they choose from, is not")
+            raise UserError("eval_folds are set, but fold_column, which they choose from, is not")
 
 
 def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
         classes are exclusive, clips are ranked by its probabilities, the softmax of these logits.
 
     Raises:
-        SettingsError, DatasetError: (both are `ValueError`s) if the model cannot be used, the folder holds another run, or the clips do not
+        UserError: (a `ValueError`) if the model cannot be used, the folder holds another run, or the clips do not
             hold what was asked for or have labels that are none of the model's classes.
         FloatingPointError: if logits are not finite.
     """
@@ -124,8 +125,8 @@ def results_table(results: dict[str, Any]) -> str:
 def _make_folder(settings: EvaluationSettings) -> Path:
     output = Path(settings.output_dir)
     if any((output / name).exists() for name in ("config.json", "settings.yaml")):
-        raise SettingsError(f"output_dir {output} holds a model or its run, whose results would be replaced: choose another folder")
-    with refusals_as_settings_errors(f"output_dir {output} cannot be written to"):
+        raise UserError(f"output_dir {output} holds a model or its run, whose results would be replaced: choose another folder")
+    with as_user_error(f"output_dir {output} cannot be written to"):
         output.mkdir(parents=True, exist_ok=True)
     return output
 
@@ -133,12 +134,12 @@ def _make_folder(settings: EvaluationSettings) -> Path:
 def _load(settings: EvaluationSettings) -> tuple[SSLAMForAudioClassification, SSLAMFeatureExtractor, list[str]]:
     """The classifier, which has proved that it can score what the feature extractor makes, and its classes."""
     model, extractor = load_classifier(settings.model, device=settings.device)
-    with refusals_as_settings_errors("the model cannot be evaluated"):
+    with as_user_error("the model cannot be evaluated"):
         next(model.score_windows(np.zeros(extractor.sampling_rate, dtype=np.float32), extractor))
     classes = class_names(model)
     if len(set(classes)) < len(classes):
         twice = next(name for name in classes if classes.count(name) > 1)
-        raise SettingsError(f"{settings.model} has two classes called {twice!r}: give each a name of its own in its config.json")
+        raise UserError(f"{settings.model} has two classes called {twice!r}: give each a name of its own in its config.json")
     return model, extractor, classes
 
 

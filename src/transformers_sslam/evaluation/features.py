@@ -29,7 +29,7 @@ Shapes = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
 class Clips(Protocol):
-    """Waveforms `(samples,)` by their number: a list, or an object that decodes them when asked, such as `data.labelled.Waveforms`."""
+    """Waveforms `(samples,)` by their number: a list, or an object that decodes them when asked, such as `audio.labels.Waveforms`."""
 
     def __len__(self) -> int: ...
 

@@ -8,18 +8,9 @@ import datasets
 import numpy as np
 import torch
 
-from ..data.labelled import (
-    DatasetError,
-    Waveforms,
-    check_apart,
-    choose_classes,
-    encode_labels,
-    fold_names,
-    fold_values,
-    read_rows,
-    select_split,
-)
-from ..data.layouts import open_data_set
+from ..audio.labels import Waveforms, check_apart, choose_classes, encode_labels, fold_names, fold_values, read_rows, select_split
+from ..audio.layouts import open_data_set
+from ..errors import UserError
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
 from ..reports import format_summary, markdown_table
@@ -51,7 +42,7 @@ class FrozenSettings(ProbeSettings):
 
     model: str = setting("checkpoint of the encoder, a folder or Hub id")
     data_dir: str = setting("folder of the clips, or, with layout=hub, id of a data set")
-    layout: str = setting("how the clips are laid out, see transformers_sslam.data.layouts", "audiofolder")
+    layout: str = setting("how the clips are laid out, see transformers_sslam.audio.layouts", "audiofolder")
     subset: str | None = setting("part of a data set that has several", None)
     label_column: str = setting("column of the labels; a column of lists makes the task multi-label", "label")
     label_separator: str | None = setting("between the labels of a clip that has several; makes the task multi-label too", None)
@@ -99,7 +90,7 @@ def read_task(settings: FrozenSettings, sampling_rate: int) -> Task:
     """Decode all clips that can be read, and share them out to training and evaluation.
 
     Raises:
-        DatasetError, ProbeError: (both are `ValueError`s) if the data do not hold what the settings ask for, or a class cannot be learnt.
+        UserError, ProbeError: (both are `ValueError`s) if the data do not hold what the settings ask for, or a class cannot be learnt.
     """
     rows, training_rows, groups = _choose_rows(settings)
     classes = choose_classes(read_rows(training_rows, settings.label_column, settings.label_separator))
@@ -127,7 +118,7 @@ def _choose_rows(settings: FrozenSettings) -> tuple[datasets.Dataset, datasets.D
         return rows, chosen[settings.train_split], [name for name, part in chosen.items() for _ in range(len(part))]
     rows = datasets.concatenate_datasets(list(splits.values()))
     if settings.fold_column not in rows.column_names:
-        raise DatasetError(
+        raise UserError(
             f"there is no column {settings.fold_column!r}, only {', '.join(rows.column_names)}: name another as fold_column, or set it to "
             "null to use splits"
         )
@@ -150,7 +141,7 @@ def evaluate_frozen(
         network and of untrained ones, and the gain of the one over the others.
 
     Raises:
-        DatasetError, ProbeError: (both are `ValueError`s) if the model, the data or the settings will not do.
+        UserError, ProbeError: (both are `ValueError`s) if the model, the data or the settings will not do.
     """
     if PUBLISHED_LINEAR in settings.probes and published_protocol is None:
         raise ProbeError(f"{PUBLISHED_LINEAR} is a training run, and nothing was given that could run it: use scripts/probe.py")

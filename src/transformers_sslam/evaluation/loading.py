@@ -6,9 +6,9 @@ import torch
 from transformers import AutoFeatureExtractor
 
 from ..allocator import keep_freed_memory
+from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMForAudioClassification
-from ..settings import SettingsError, refusals_as_settings_errors
 from .pooling import best_device
 
 
@@ -23,27 +23,27 @@ def load_classifier(
         device: the accelerator of this machine, or else its CPU, where freed memory is then kept (`allocator`), by default.
 
     Raises:
-        SettingsError: (a `ValueError`) if they cannot be loaded, the classifier was never trained, or the device cannot be used.
+        UserError: (a `ValueError`) if they cannot be loaded, the classifier was never trained, or the device cannot be used.
     """
     refused = f"{model} cannot be loaded as a SSLAM classifier with its feature extractor"
-    with refusals_as_settings_errors(refused):
+    with as_user_error(refused):
         extractor = AutoFeatureExtractor.from_pretrained(model)
         if not isinstance(extractor, SSLAMFeatureExtractor):
-            raise SettingsError(f"{refused}: it has a {type(extractor).__name__}")
+            raise UserError(f"{refused}: it has a {type(extractor).__name__}")
         try:
             loaded: Any = SSLAMForAudioClassification.from_pretrained(model, dtype=getattr(torch, dtype), output_loading_info=True)
         except RuntimeError as error:  # weights of other sizes than the configuration's
-            raise SettingsError(f"{refused}: {error}") from error
+            raise UserError(f"{refused}: {error}") from error
     classifier, loading = loaded
     if loading["missing_keys"]:
-        raise SettingsError(f"{model} holds no classifier ({min(loading['missing_keys'])} is missing): give one that was fine-tuned")
+        raise UserError(f"{model} holds no classifier ({min(loading['missing_keys'])} is missing): give one that was fine-tuned")
     place = device or best_device()
     if str(place) == "cpu":
         keep_freed_memory()
     try:
         return classifier.to(place), extractor
     except (RuntimeError, AssertionError) as error:  # unknown, not there, or torch was built without it
-        raise SettingsError(f"device is {device!r}, which cannot be used: {error}") from error
+        raise UserError(f"device is {device!r}, which cannot be used: {error}") from error
 
 
 __all__ = ["load_classifier"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..settings import SettingsError
+from ..errors import UserError
 from .metrics import Accuracy, MeanAveragePrecision, MeanRocAuc, d_prime
 
 
@@ -26,10 +26,10 @@ def evaluate_predictions(
         confidence: of the bootstrap interval over clips; `None` for none.
 
     Raises:
-        SettingsError: (a `ValueError`) if the scores are not finite.
+        UserError: (a `ValueError`) if the scores are not finite.
     """
     if not np.isfinite(scores).all():
-        raise SettingsError("the model's outputs are NaN or infinite, so the training has diverged: lower learning_rate")
+        raise UserError("the model's outputs are NaN or infinite, so the training has diverged: lower learning_rate")
     if multi_label:
         return MeanAveragePrecision().compute(
             predictions=scores, references=targets.astype(np.int64), class_names=classes, confidence=confidence

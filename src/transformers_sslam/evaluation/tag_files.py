@@ -22,12 +22,13 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from ..data.decoding import AudioDecodingError, read_blocks
-from ..data.sources import AUDIO_SUFFIXES, files_below
+from ..audio.decode import read_blocks
+from ..audio.sources import AUDIO_SUFFIXES, files_below
+from ..errors import AudioDecodingError, UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..inference import ScoresOverTime
 from ..modeling_sslam import SSLAMForAudioClassification
-from ..settings import SettingsError, refusals_as_settings_errors, setting
+from ..settings import setting
 from .features import hash_model
 from .loading import load_classifier
 
@@ -62,13 +63,11 @@ class TagSettings:
 
     def __post_init__(self):
         if Path(self.output).suffix not in (".jsonl", ".csv"):
-            raise SettingsError(f"output is {self.output!r}, but a file that ends in .jsonl or .csv is expected")
+            raise UserError(f"output is {self.output!r}, but a file that ends in .jsonl or .csv is expected")
         if self.windows and self.output.endswith(".csv"):
-            raise SettingsError("windows is true, but a .csv has every window as it is: leave it out")
+            raise UserError("windows is true, but a .csv has every window as it is: leave it out")
         if self.top_k < 1 or not 0 <= self.threshold <= 1:
-            raise SettingsError(
-                f"top_k is {self.top_k} and threshold {self.threshold:g}, but at least 1 and a score in [0, 1] are expected"
-            )
+            raise UserError(f"top_k is {self.top_k} and threshold {self.threshold:g}, but at least 1 and a score in [0, 1] are expected")
 
 
 @dataclass
@@ -111,13 +110,13 @@ def tag_files(settings: TagSettings) -> TagSummary:
     scale) is written with its error and counted, and the run goes on; the next run tries it again.
 
     Raises:
-        SettingsError: if an input or the model is not there or not usable, or the output is from another model or other settings.
+        UserError: if an input or the model is not there or not usable, or the output is from another model or other settings.
         FloatingPointError: if the model's scores are not finite.
     """
     paths = find_recordings(settings.inputs)
     model, extractor = load_classifier(settings.model, settings.dtype, settings.device)
     options: dict[str, Any] = {"hop": settings.hop, "window": settings.window, "batch_size": settings.batch_size}
-    with refusals_as_settings_errors("these settings do not fit the model"):
+    with as_user_error("these settings do not fit the model"):
         next(model.score_windows(np.zeros(extractor.sampling_rate, dtype=np.float32), extractor, **options))
     as_text = _csv_rows if settings.output.endswith(".csv") else _json_line
     summary, started = TagSummary(), time.monotonic()
@@ -142,12 +141,12 @@ def find_recordings(inputs: str | Sequence[str]) -> list[str]:
     """Paths of all recordings, each once, by whatever way it is named: those below folders sorted, those of lists in their order.
 
     Raises:
-        SettingsError: if an input is not there, is no text, or holds no recording.
+        UserError: if an input is not there, is no text, or holds no recording.
     """
     found: dict[str, str] = {}  # by where they lie
     for name in [inputs] if isinstance(inputs, str) else inputs:
         path = Path(name)
-        with refusals_as_settings_errors(f"{name} is no folder, audio file or list of paths"):
+        with as_user_error(f"{name} is no folder, audio file or list of paths"):
             if path.is_dir():
                 here = sorted(str(path / below) for below in files_below(path, AUDIO_SUFFIXES + UNDECODED_SUFFIXES))
             elif path.suffix.lower() in AUDIO_SUFFIXES + UNDECODED_SUFFIXES:
@@ -158,9 +157,7 @@ def find_recordings(inputs: str | Sequence[str]) -> list[str]:
                 lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows puts a byte-order mark in front
                 here = [_listed(line, path.parent) for line in lines if line.strip()]
         if not here:
-            raise SettingsError(
-                f"{name} holds no recording: a folder's are known by {', '.join(AUDIO_SUFFIXES)}, a list has one path a line"
-            )
+            raise UserError(f"{name} holds no recording: a folder's are known by {', '.join(AUDIO_SUFFIXES)}, a list has one path a line")
         for recording in here:
             found.setdefault(_place(recording), recording)
     return list(found.values())
@@ -197,12 +194,12 @@ class _Output:
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
 
     def __enter__(self) -> Self:
-        with refusals_as_settings_errors(f"{self.path} cannot be written, or its journal {self.journal.name} be read"):
+        with as_user_error(f"{self.path} cannot be written, or its journal {self.journal.name} be read"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
-                raise SettingsError(f"another process writes to {self.path}: wait for it, or give another output") from None
+                raise UserError(f"another process writes to {self.path}: wait for it, or give another output") from None
             try:
                 self._open()
             except BaseException:
@@ -215,9 +212,7 @@ class _Output:
         whole = [line for line in lines if line.endswith(b"\n")]
         size = self.path.stat().st_size if self.path.exists() else 0
         if not whole and size:
-            raise SettingsError(
-                f"{self.path} is there, but not its journal {self.journal.name}, so nothing can be added: give another output"
-            )
+            raise UserError(f"{self.path} is there, but not its journal {self.journal.name}, so nothing can be added: give another output")
         identity, *entries = map(json.loads, whole) if whole else [self.identity]
         if not all(isinstance(line, dict) for line in (identity, *entries)) or not all(
             {"at", "length"} <= entry.keys() for entry in entries
@@ -261,7 +256,7 @@ class _Output:
     def _check_identity(self, before: dict[str, Any]) -> None:
         for name, value in self.identity.items():
             if before.get(name) != value:
-                raise SettingsError(
+                raise UserError(
                     f"{self.path} was written with {name}={before.get(name)!r}, but {name} is {value!r} now: give the same model and "
                     "settings, or another output"
                 )

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..settings import SettingsError, setting
+from ..errors import UserError
+from ..settings import setting
 
 
 @dataclass
@@ -23,10 +24,10 @@ class AugmentationSettings:
     def __post_init__(self):
         for name in ("gain", "noise", "mixup_alpha"):
             if getattr(self, name) < 0:
-                raise SettingsError(f"augmentation.{name} is {getattr(self, name):g}, but must be positive, or 0 for none")
+                raise UserError(f"augmentation.{name} is {getattr(self, name):g}, but must be positive, or 0 for none")
         for name in ("mixup_probability", "time_mask", "frequency_mask"):
             if not 0 <= getattr(self, name) <= 1:
-                raise SettingsError(f"augmentation.{name} is {getattr(self, name):g}, but a share lies in [0, 1]")
+                raise UserError(f"augmentation.{name} is {getattr(self, name):g}, but a share lies in [0, 1]")
 
 
 NO_AUGMENTATION = AugmentationSettings(roll=False, gain=0, noise=0, mixup_alpha=0, mixup_probability=0, time_mask=0, frequency_mask=0)

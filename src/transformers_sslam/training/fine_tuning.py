@@ -17,9 +17,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioClas
 from transformers.utils import cached_file
 
 from ..allocator import keep_freed_memory
-from ..configuration_sslam import ENCODER_FIELDS, SSLAMConfig
-from ..conversion import ConversionError, convert_checkpoint
-from ..data.labelled import (
+from ..audio.labels import (
     LabelledRows,
     LabelReader,
     Waveforms,
@@ -35,14 +33,17 @@ from ..data.labelled import (
     select_split,
     source_name,
 )
-from ..data.layouts import open_data_set
+from ..audio.layouts import open_data_set
+from ..configuration_sslam import ENCODER_FIELDS, SSLAMConfig
+from ..conversion import ConversionError, convert_checkpoint
+from ..errors import UserError, as_user_error
 from ..evaluation.scores import evaluate_predictions, save_scores
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtractor
 from ..hub import add_remote_code
 from ..model_cards import public_name, write_model_card
 from ..modeling_sslam import SSLAMForAudioClassification
 from ..reports import write_json
-from ..settings import SettingsError, refusals_as_settings_errors, write_settings
+from ..settings import write_settings
 from .fine_tuning_settings import FineTuningSettings
 from .labelled_clips import (
     ClipDataset,
@@ -117,21 +118,21 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
         `logits` and `targets`, `(clips, classes)`, of the evaluation, the `classes`, and the clips' `names` unless it was streamed.
 
     Raises:
-        SettingsError, DatasetError: (both are `ValueError`s) if settings contradict each other, or the data do not hold what they ask for.
+        UserError: (a `ValueError`) if settings contradict each other, or the data do not hold what they ask for.
     """
     start = time.perf_counter()
     output = Path(settings.output_dir)
     _take_folder(settings)
     arguments = settings.training_arguments()
     if arguments.fp16 and arguments.device.type == "cpu":
-        raise SettingsError("trainer.fp16 is true, which needs a GPU: on a CPU use trainer.bf16")
+        raise UserError("trainer.fp16 is true, which needs a GPU: on a CPU use trainer.bf16")
     if arguments.device.type == "cpu":
         keep_freed_memory()
     origin = resolve_checkpoint(settings)
     extractor = build_extractor(settings, origin)
     data = _stream(settings, extractor) if settings.streaming else _load(settings, extractor)
     if data.multi_label and settings.label_smoothing:
-        raise SettingsError("label_smoothing is set, but it spreads a single label over all classes, and these clips have several")
+        raise UserError("label_smoothing is set, but it spreads a single label over all classes, and these clips have several")
 
     set_seed(settings.seed)
     model = build_model(settings, extractor, data.classes, data.multi_label, origin)
@@ -154,7 +155,7 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
     trainer.train()
     trained, cpu_trained = time.perf_counter(), time.process_time()
     if not all(weights.isfinite().all() for weights in model.parameters()):
-        raise SettingsError("the training has diverged, its weights are NaN or infinite, and nothing was saved: lower learning_rate")
+        raise UserError("the training has diverged, its weights are NaN or infinite, and nothing was saved: lower learning_rate")
     if trainer.is_world_process_zero():  # before the evaluation, so that nothing said there can cost the training
         model.save_pretrained(output)
         extractor.save_pretrained(output)
@@ -189,11 +190,11 @@ def _take_folder(settings: FineTuningSettings) -> None:
     if (output / "config.json").exists() and not settings.overwrite:
         others = differences(settings)
         if others or (output / "results.json").exists():
-            raise SettingsError(
+            raise UserError(
                 f"output_dir {output} holds a model already, of {'a run with other ' + others if others else 'this very run'}: choose "
                 "another folder, or set overwrite=true to replace it"
             )
-    with refusals_as_settings_errors(f"output_dir {output} cannot be written to"):
+    with as_user_error(f"output_dir {output} cannot be written to"):
         output.mkdir(parents=True, exist_ok=True)
 
 
@@ -254,7 +255,7 @@ def _stream(settings: FineTuningSettings, extractor: SSLAMFeatureExtractor) -> T
     train = select_split(splits, settings.train_split)
     reader = LabelReader.of(train, settings.label_column, settings.label_separator)
     if reader.declared_classes is None:
-        raise SettingsError(
+        raise UserError(
             f"the column {settings.label_column!r} of {settings.data_dir} does not declare its classes (a ClassLabel does), and a stream "
             "cannot be searched for them: set streaming=false"
         )
@@ -291,7 +292,7 @@ def check_rows(settings: FineTuningSettings) -> None:
     """That the rows of a run can be had, and its evaluation has no other classes than its training. Nothing is decoded.
 
     Raises:
-        DatasetError: if not.
+        UserError: if not.
     """
     train, evaluation = select_rows(settings)
     classes = choose_classes(train)
@@ -321,7 +322,7 @@ def resolve_checkpoint(settings: FineTuningSettings) -> str | None:
     `output_dir/start-...`, which is named after where they came from.
 
     Raises:
-        SettingsError: if there is no such checkpoint, or it cannot be converted.
+        UserError: if there is no such checkpoint, or it cannot be converted.
     """
     if settings.model is None or not _is_official(settings.model):
         return settings.model
@@ -331,7 +332,7 @@ def resolve_checkpoint(settings: FineTuningSettings) -> str | None:
             try:
                 convert_checkpoint(settings.model, start)
             except ConversionError as error:
-                raise SettingsError(f"model {settings.model} is an official checkpoint that cannot be converted: {error}") from error
+                raise UserError(f"model {settings.model} is an official checkpoint that cannot be converted: {error}") from error
     return str(start)
 
 
@@ -339,20 +340,20 @@ def _is_official(model: str) -> bool:
     """Whether this is a file of fairseq, or a folder or Hub repository of the authors' remote code (`model_type` "eat")."""
     if Path(model).is_file():
         return True
-    with refusals_as_settings_errors(f"model {model} cannot be read"):
+    with as_user_error(f"model {model} cannot be read"):
         return json.loads(Path(str(cached_file(model, "config.json"))).read_text()).get("model_type") == "eat"
 
 
 def build_extractor(settings: FineTuningSettings, origin: str | None = None) -> SSLAMFeatureExtractor:
     """The feature extractor of the checkpoint `origin`, or a new one that fits the model, with the length and statistics that are set."""
-    with refusals_as_settings_errors("the feature extractor cannot be made"):
+    with as_user_error("the feature extractor cannot be made"):
         if origin is None:
             config = SSLAMConfig(**settings.model_config)
             arguments: dict[str, Any] = {"num_mel_bins": config.num_mel_bins, "pad_to_multiple_of": config.patch_size}
         else:
             extractor = AutoFeatureExtractor.from_pretrained(origin)
             if not isinstance(extractor, SSLAMFeatureExtractor):
-                raise SettingsError(f"{origin} has a {type(extractor).__name__}, so it is no SSLAM checkpoint: convert it first")
+                raise UserError(f"{origin} has a {type(extractor).__name__}, so it is no SSLAM checkpoint: convert it first")
             arguments = extractor.to_dict()
         if isinstance(settings.normalization, list):
             arguments |= dict(zip(("mean", "std"), settings.normalization))
@@ -364,7 +365,7 @@ def build_extractor(settings: FineTuningSettings, origin: str | None = None) -> 
         longest = settings.model_config.get("max_length", config.max_length)
         extractor = SSLAMFeatureExtractor(**arguments)
         if extractor.max_length > longest:
-            raise SettingsError(f"max_length is {extractor.max_length}, but the model's positions end at {longest} frames: take less")
+            raise UserError(f"max_length is {extractor.max_length}, but the model's positions end at {longest} frames: take less")
         return extractor
 
 
@@ -384,7 +385,7 @@ def build_model(
     }
     if settings.attn_implementation is not None:
         changes["attn_implementation"] = settings.attn_implementation
-    with refusals_as_settings_errors("the model cannot be made"):
+    with as_user_error("the model cannot be made"):
         if origin is None:
             model = SSLAMForAudioClassification(SSLAMConfig(**changes))
         else:
@@ -396,7 +397,7 @@ def build_model(
             )
             new = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
             if unfit := sorted(name for name in new if name.startswith(model.base_model_prefix)):
-                raise SettingsError(f"{origin} does not fill the encoder ({unfit[0]} and {len(unfit) - 1} more): does model_config fit it?")
+                raise UserError(f"{origin} does not fill the encoder ({unfit[0]} and {len(unfit) - 1} more): does model_config fit it?")
             if [config.id2label[i] for i in range(config.num_labels)] != classes:  # as many as before, and yet others
                 torch.nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
                 torch.nn.init.zeros_(model.classifier.bias)
@@ -409,7 +410,7 @@ def _check_architecture(settings: FineTuningSettings, config: SSLAMConfig) -> No
     """A recipe's sizes must not silently make another network of a checkpoint."""
     for name in ENCODER_FIELDS & settings.model_config.keys():
         if settings.model_config[name] != getattr(config, name, None):
-            raise SettingsError(
+            raise UserError(
                 f"model_config.{name} is {settings.model_config[name]}, but {settings.model} has {getattr(config, name, None)}: with "
                 "`model` leave the sizes out, for example by model_config={}"
             )

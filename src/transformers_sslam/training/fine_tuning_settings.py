@@ -8,8 +8,9 @@ import torch
 from transformers import TrainingArguments
 
 from ..configuration_sslam import SSLAMConfig
+from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS
-from ..settings import SettingsError, check_names, refusals_as_settings_errors, setting
+from ..settings import check_names, setting
 from .augmentation import AugmentationSettings
 
 
@@ -18,7 +19,7 @@ class FineTuningSettings:
     """Settings of `scripts/finetune.py`. Optimisation defaults are what the published recipes share (SSLAM, arXiv 2506.12222)."""
 
     data_dir: str = setting("folder of the clips, or, with layout=hub, id of a data set")
-    layout: str = setting("how the clips are laid out, see transformers_sslam.data.layouts", "audiofolder")
+    layout: str = setting("how the clips are laid out, see transformers_sslam.audio.layouts", "audiofolder")
     subset: str | None = setting("part of a data set that has several: configuration on the Hub, scene of SPASS", None)
     streaming: bool = setting("read clips as they are asked for, without holding them; needs total_updates and classes declared", False)
     shuffle_buffer: int = setting("clips that a stream draws from at random", 1000)
@@ -89,54 +90,52 @@ class FineTuningSettings:
         self._check_data()
         presets = ("model", "computed", *NORMALIZATION_PRESETS)
         if isinstance(self.normalization, str) and self.normalization not in presets:
-            raise SettingsError(f"normalization is {self.normalization!r}, but one of {', '.join(presets)} or [mean, std] is expected")
+            raise UserError(f"normalization is {self.normalization!r}, but one of {', '.join(presets)} or [mean, std] is expected")
         if isinstance(self.normalization, list) and len(self.normalization) != 2:
-            raise SettingsError(f"normalization is {self.normalization}, but a list must be [mean, std]")
+            raise UserError(f"normalization is {self.normalization}, but a list must be [mean, std]")
         for name in ("epochs", "total_updates", "batch_size", "clips_per_epoch", "clips_per_class", "shuffle_buffer"):
             if (value := getattr(self, name)) is not None and not value > 0:
-                raise SettingsError(f"{name} is {value:g}, but must be positive")
+                raise UserError(f"{name} is {value:g}, but must be positive")
         if not self.learning_rate >= self.min_learning_rate >= 0 or not self.learning_rate:
-            raise SettingsError(
+            raise UserError(
                 f"learning_rate is {self.learning_rate:g} and min_learning_rate {self.min_learning_rate:g}, but the cosine falls from the "
                 "first, which must be positive, to the second, which must not be negative"
             )
         if self.weight_decay < 0:
-            raise SettingsError(f"weight_decay is {self.weight_decay:g}, but must be positive, or 0 for none")
+            raise UserError(f"weight_decay is {self.weight_decay:g}, but must be positive, or 0 for none")
         if (lowest := min([self.seed, *self.seeds])) < 0:
-            raise SettingsError(f"seed or one of seeds is {lowest}, but random generators take none below 0")
+            raise UserError(f"seed or one of seeds is {lowest}, but random generators take none below 0")
         for name in ("max_unreadable", "warmup_share", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name):g}, but a share lies in [0, 1)")
+                raise UserError(f"{name} is {getattr(self, name):g}, but a share lies in [0, 1)")
         if not 0 < self.layer_decay <= 1:
-            raise SettingsError(f"layer_decay is {self.layer_decay:g}, but a ratio of learning rates lies in (0, 1], 1 for equal rates")
+            raise UserError(f"layer_decay is {self.layer_decay:g}, but a ratio of learning rates lies in (0, 1], 1 for equal rates")
         if self.freeze_encoder and self.model is None:
-            raise SettingsError("freeze_encoder is true, but model is null: an encoder that nothing has trained is not worth freezing")
+            raise UserError("freeze_encoder is true, but model is null: an encoder that nothing has trained is not worth freezing")
         check_names(self.model_config, inspect.get_annotations(SSLAMConfig).keys() - {"padding_value"}, "model_config.")
         check_names(self.trainer, [f.name for f in fields(TrainingArguments) if f.init], "trainer.")
         if taken := sorted(self.trainer.keys() & self.own_trainer_arguments().keys()):
-            raise SettingsError(
-                f"trainer.{taken[0]} cannot be set there, because the program or a setting of its own decides it: see --help"
-            )
+            raise UserError(f"trainer.{taken[0]} cannot be set there, because the program or a setting of its own decides it: see --help")
         if not self.evaluate and self.trainer.get("eval_strategy", "no") not in ("no", False):
-            raise SettingsError(f"evaluate is false, but trainer.eval_strategy is {self.trainer['eval_strategy']!r}: leave one of them out")
+            raise UserError(f"evaluate is false, but trainer.eval_strategy is {self.trainer['eval_strategy']!r}: leave one of them out")
 
     def _check_data(self) -> None:
         if self.fold_column is None and (self.train_folds or self.eval_folds or self.cross_validate):
-            raise SettingsError("train_folds, eval_folds or cross_validate are set, but fold_column, which they choose from, is not")
+            raise UserError("train_folds, eval_folds or cross_validate are set, but fold_column, which they choose from, is not")
         if not self.evaluate and (self.eval_folds or self.cross_validate):
-            raise SettingsError("evaluate is false, but eval_folds or cross_validate are set, which choose what to evaluate on")
+            raise UserError("evaluate is false, but eval_folds or cross_validate are set, which choose what to evaluate on")
         for name, values in (("seeds", self.seeds), ("eval_folds", self.eval_folds)):
             if len({str(value) for value in values}) < len(values):
-                raise SettingsError(f"{name} is {values}, but the same twice is one run, or one fold: give each once")
+                raise UserError(f"{name} is {values}, but the same twice is one run, or one fold: give each once")
         if self.fold_column is None and self.evaluate and self.train_split == self.eval_split:
-            raise SettingsError(
+            raise UserError(
                 f"train_split and eval_split are both {self.train_split!r}: evaluate on clips that training has not seen, choose by "
                 "fold_column, or set evaluate=false"
             )
         if self.cross_validate and self.train_folds:
-            raise SettingsError("train_folds is set, but with cross_validate a run trains on every fold that it does not evaluate on")
+            raise UserError("train_folds is set, but with cross_validate a run trains on every fold that it does not evaluate on")
         if both := {str(fold) for fold in self.train_folds} & {str(fold) for fold in self.eval_folds}:
-            raise SettingsError(
+            raise UserError(
                 f"fold {', '.join(sorted(both))} is both in train_folds and in eval_folds: evaluate on clips that training has not seen"
             )
         if self.streaming:
@@ -150,7 +149,7 @@ class FineTuningSettings:
             }
             for name in (name for name, wrong in refused.items() if wrong):
                 wanted = "must be set" if name == "total_updates" else "cannot be had"
-                raise SettingsError(f"{name} is {getattr(self, name)!r}, but of a stream, whose clips are not known before, it {wanted}")
+                raise UserError(f"{name} is {getattr(self, name)!r}, but of a stream, whose clips are not known before, it {wanted}")
 
     def own_trainer_arguments(self) -> dict[str, Any]:
         """The arguments of `TrainingArguments` that settings of other names, or the program itself, decide."""
@@ -183,7 +182,7 @@ class FineTuningSettings:
             "report_to": "none",
             "dataloader_pin_memory": torch.accelerator.is_available(),
         }
-        with refusals_as_settings_errors("TrainingArguments refuses these settings"):
+        with as_user_error("TrainingArguments refuses these settings"):
             return TrainingArguments(**{**defaults, **self.trainer, **self.own_trainer_arguments()})
 
 

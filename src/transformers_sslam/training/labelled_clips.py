@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from ..data.decoding import CAUSES, AudioDecodingError
-from ..data.labelled import DatasetError, LabelledRows, LabelReader, Waveforms, decode_clip, encode_labels
+from ..audio.labels import LabelledRows, LabelReader, Waveforms, decode_clip, encode_labels
+from ..errors import CAUSES, AudioDecodingError, UserError
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from .augmentation import AugmentationSettings, augment_batch, augment_waveform, smooth_targets
 
@@ -157,11 +157,11 @@ class StreamedClips(torch.utils.data.IterableDataset):
             yield make_item(waveform, make_targets(labels, self.classes)[0], self.extractor, self.augmentation, key)
         self._check(left_out, read)
         if read == 0 and worker is None:  # of several workers some may have no shard to read
-            raise DatasetError("the stream has no clip")
+            raise UserError("the stream has no clip")
 
     def _check(self, left_out: int, read: int) -> None:
         if left_out > self.max_unreadable * read:
-            raise DatasetError(
+            raise UserError(
                 f"{left_out} of {read} streamed clips cannot be used ({self.unreadable}), more than the share of "
                 f"{self.max_unreadable:g} that max_unreadable allows"
             )
@@ -225,16 +225,16 @@ def keep_clips_per_class(rows: LabelledRows, count: int, seed: int) -> list[int]
     """Indices of `count` rows of each class, drawn by the seed, in their order.
 
     Raises:
-        DatasetError: if rows may have several classes, or a class has fewer.
+        UserError: if rows may have several classes, or a class has fewer.
     """
     if rows.multi_label:
-        raise DatasetError(f"clips_per_class is {count}, but these clips may have several classes, so there is no fixed number for each")
+        raise UserError(f"clips_per_class is {count}, but these clips may have several classes, so there is no fixed number for each")
     generator, by_class = np.random.default_rng(seed), defaultdict[str, list[int]](list)
     for index, (label,) in enumerate(rows.labels):
         by_class[label].append(index)
     for label, indices in sorted(by_class.items()):
         if len(indices) < count:
-            raise DatasetError(f"clips_per_class is {count}, but the class {label} has {len(indices)} training clips")
+            raise UserError(f"clips_per_class is {count}, but the class {label} has {len(indices)} training clips")
     return sorted(index for _, indices in sorted(by_class.items()) for index in generator.choice(indices, count, replace=False).tolist())
 
 

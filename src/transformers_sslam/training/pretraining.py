@@ -25,11 +25,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..allocator import keep_freed_memory
-from ..data.stream import ClipStream, DataSettings
+from ..audio.stream import ClipStream, DataSettings
+from ..errors import UserError, as_user_error
 from ..hub import add_remote_code
 from ..model_cards import public_name, write_model_card
 from ..modeling_sslam_pretraining import SSLAMForPreTraining
-from ..settings import SettingsError, refusals_as_settings_errors, write_settings
+from ..settings import write_settings
 from .checkpoints import (
     begin_checkpoint,
     checkpoint_folder,
@@ -67,7 +68,7 @@ class PreTrainer:
         settings: of the run.
 
     Raises:
-        SettingsError: (a `ValueError`) if the settings contradict each other, the data cannot be opened or the model not be built.
+        UserError: (a `ValueError`) if the settings contradict each other, the data cannot be opened or the model not be built.
     """
 
     def __init__(self, settings: PreTrainingSettings):
@@ -76,7 +77,7 @@ class PreTrainer:
         # Positions, the only buffers, never change: nothing to broadcast before each forward pass.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         self._take_folder()
-        with refusals_as_settings_errors("trackers or mixed_precision"):
+        with as_user_error("trackers or mixed_precision"):
             self.accelerator = Accelerator(
                 mixed_precision=settings.mixed_precision,
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # whatever a launcher says: the loop does it itself
@@ -122,9 +123,9 @@ class PreTrainer:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.output_dir).close()
         except OSError as error:
-            raise SettingsError(f"output_dir {self.output_dir} cannot be written to ({error}): choose another") from error
+            raise UserError(f"output_dir {self.output_dir} cannot be written to ({error}): choose another") from error
         if not self.settings.resume and (found := checkpoints(self.output_dir)):
-            raise SettingsError(
+            raise UserError(
                 f"resume is false, but output_dir {self.output_dir} holds checkpoints of another run ({found[-1].name}): choose another "
                 "folder"
             )
@@ -132,15 +133,15 @@ class PreTrainer:
     def _check_launch(self) -> None:
         accelerator = self.accelerator
         if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-            raise SettingsError("mixed_precision is fp16, which needs a GPU: on a CPU use bf16 or no")
+            raise UserError("mixed_precision is fp16, which needs a GPU: on a CPU use bf16 or no")
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise SettingsError(
+            raise UserError(
                 f"Accelerate was set to {accelerator.distributed_type.value}, but each process here holds the whole model (6 GB of "
                 "weights, gradients and moments for the large one): choose data-parallel training, as in scripts/launch"
             )
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != accelerator.num_processes:  # they would not know of each other, and write over each other's files
-            raise SettingsError(
+            raise UserError(
                 f"{started} processes were started, but Accelerate sees {accelerator.num_processes}: on CPUs set ACCELERATE_USE_CPU=true"
             )
 
@@ -247,7 +248,7 @@ class PreTrainer:
 
     def _batches(self) -> Iterator[Batch]:
         """What the model takes of this rank's clips, epoch after epoch."""
-        with refusals_as_settings_errors("data"):
+        with as_user_error("data"):
             while True:
                 for batch in self.clips:
                     yield {name: self._pinned(batch[name]) for name in self.inputs}
@@ -355,14 +356,14 @@ class PreTrainer:
         share = -(-self.settings.validation_clips // self.accelerator.num_processes)
         stream = self._stream(self.settings.validation, num_workers=0, name="validation")
         batches, found = [], 0
-        with refusals_as_settings_errors("validation"):
+        with as_user_error("validation"):
             for batch in stream:
                 batches.append({name: batch[name][: share - found] for name in self.inputs})
                 found += len(batches[-1]["input_values"])
                 if found >= share:
                     break
         if not found:
-            raise SettingsError(f"validation: there is no clip for rank {self.accelerator.process_index}: give more, or use fewer devices")
+            raise UserError(f"validation: there is no clip for rank {self.accelerator.process_index}: give more, or use fewer devices")
         return batches
 
     @torch.no_grad()
@@ -444,14 +445,14 @@ class PreTrainer:
     def _resume(self) -> None:
         """Go to where the latest whole checkpoint stands, if there is one."""
         accelerator = self.accelerator
-        with refusals_as_settings_errors("the run cannot go on"):
+        with as_user_error("the run cannot go on"):
             found = latest_whole_checkpoint(self.output_dir) if self.settings.resume and accelerator.is_main_process else None
         folder = broadcast_object_list([found])[0]
         if folder is None:
             return
         run = json.loads((folder / "run.json").read_text())
         if run["settings"]["stage"] != self.settings.stage or run["update"] > self.settings.total_updates:
-            raise SettingsError(
+            raise UserError(
                 f"{folder} is of stage {run['settings']['stage']} and update {run['update']}, but stage {self.settings.stage} and "
                 f"{self.settings.total_updates} updates are asked for: choose another output_dir"
             )
@@ -461,7 +462,7 @@ class PreTrainer:
         try:
             self.model.load_state_dict(SSLAMForPreTraining.from_pretrained(folder).state_dict())
         except RuntimeError as error:  # torch names every tensor that differs
-            raise SettingsError(
+            raise UserError(
                 f"{folder} holds a model of other sizes than `preset` and `model` ask for: leave them as they were, or choose another "
                 "output_dir"
             ) from error
@@ -471,7 +472,7 @@ class PreTrainer:
             accelerator.scaler.load_state_dict(state["scaler"])
         same_world = run["world_size"] == accelerator.num_processes
         rank = accelerator.process_index if same_world else 0
-        with refusals_as_settings_errors(f"the run in {self.output_dir} cannot go on"):
+        with as_user_error(f"the run in {self.output_dir} cannot go on"):
             self.clips.load_state_dict(json.loads((folder / f"rank-{rank:05d}.json").read_text())["clips"])
         if accelerator.is_main_process:
             self._report_resuming(folder, run)
@@ -479,7 +480,7 @@ class PreTrainer:
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """The moments are the checkpoint's, the settings this run's."""
         settings = [{name: group[name] for name in ("weight_decay", "betas")} for group in self.optimizer.param_groups]
-        with refusals_as_settings_errors("decay_all_weights is another one than when the run began: leave it as it was"):
+        with as_user_error("decay_all_weights is another one than when the run began: leave it as it was"):
             self.optimizer.load_state_dict(state)
         for group, values in zip(self.optimizer.param_groups, settings):
             group.update(values)
@@ -499,7 +500,7 @@ class PreTrainer:
             logger.warning("Settings have changed since that checkpoint: %s", "; ".join(changed))
 
     def _stream(self, data: DataSettings, num_workers: int, name: str = "data") -> ClipStream:
-        with refusals_as_settings_errors(name):
+        with as_user_error(name):
             return ClipStream(
                 data,
                 self.extractor,

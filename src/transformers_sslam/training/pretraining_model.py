@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from ..configuration_sslam import ENCODER_FIELDS, PRETRAINING_STAGES, SSLAMConfig
+from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam_pretraining import SSLAMForPreTraining
-from ..settings import SettingsError, check_names, refusals_as_settings_errors
+from ..settings import check_names
 from .pretraining_settings import PreTrainingSettings
 
 
@@ -20,7 +21,7 @@ def build_extractor(settings: PreTrainingSettings) -> SSLAMFeatureExtractor:
     """A new feature extractor, or that of the model to start from, with the fields that are set."""
     names = inspect.signature(SSLAMFeatureExtractor.__init__).parameters.keys() - {"self", "kwargs"}
     check_names(settings.features, names, "features.")
-    with refusals_as_settings_errors("features"):
+    with as_user_error("features"):
         try:
             brought = {} if settings.init_from is None else SSLAMFeatureExtractor.from_pretrained(settings.init_from).to_dict()
         except OSError:  # there is none beside the model
@@ -33,18 +34,18 @@ def build_model(settings: PreTrainingSettings, extractor: SSLAMFeatureExtractor)
     fields: dict[str, Any] = {**PRETRAINING_STAGES[settings.stage], **settings.model}
     check_names(fields, {*inspect.get_annotations(SSLAMConfig), "attn_implementation"}, "model.")
     fields.setdefault("padding_value", extractor.scaled_padding_value)
-    with refusals_as_settings_errors("model" if settings.init_from is None else f"init_from {settings.init_from}"):
+    with as_user_error("model" if settings.init_from is None else f"init_from {settings.init_from}"):
         if settings.init_from is not None:
             model = _from_checkpoint(settings.init_from, fields)
         else:
             model = SSLAMForPreTraining(getattr(SSLAMConfig, settings.preset)(**fields))
     if extractor.num_mel_bins != model.config.num_mel_bins or extractor.max_length > model.config.max_length:
-        raise SettingsError(
+        raise UserError(
             f"features give {extractor.max_length} frames of {extractor.num_mel_bins} mel bins, but the model takes up to "
             f"{model.config.max_length} frames of {model.config.num_mel_bins}: change features or model"
         )
     # Now, and not behind the first clips: masks and spans must fit the clips' length.
-    with refusals_as_settings_errors("model, with features.max_length"), torch.random.fork_rng(devices=()):
+    with as_user_error("model, with features.max_length"), torch.random.fork_rng(devices=()):
         clip = torch.zeros(1, extractor.max_length, extractor.num_mel_bins)
         model._masks(clip, None, None)
         model._spans(clip, None, None)
@@ -56,13 +57,11 @@ def _from_checkpoint(origin: str, fields: dict[str, Any]) -> SSLAMForPreTraining
     config = SSLAMConfig.from_pretrained(origin)
     for name in ENCODER_FIELDS & fields.keys():
         if fields[name] != getattr(config, name):
-            raise SettingsError(
-                f"model.{name} is {fields[name]}, but {origin} has {getattr(config, name)}: with init_from leave the sizes out"
-            )
+            raise UserError(f"model.{name} is {fields[name]}, but {origin} has {getattr(config, name)}: with init_from leave the sizes out")
     try:
         return SSLAMForPreTraining.from_pretrained(origin, dtype=torch.float32, **{**NOT_TAKEN_OVER, **fields})
     except RuntimeError as error:  # torch names every tensor that differs
-        raise SettingsError(f"the weights of {origin} do not fit the sizes under `model`: leave the sizes out") from error
+        raise UserError(f"the weights of {origin} do not fit the sizes under `model`: leave the sizes out") from error
 
 
 def compile_model(model: SSLAMForPreTraining, fullgraph: bool = False) -> None:

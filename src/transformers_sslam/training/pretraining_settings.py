@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..data.stream import DataSettings
-from ..settings import SettingsError, setting
+from ..audio.stream import DataSettings
+from ..errors import UserError
+from ..settings import setting
 
 
 @dataclass
@@ -72,12 +73,12 @@ class PreTrainingSettings:
             *(("max_skipped_in_a_row", 1), ("seed", 0), ("final_learning_rate", 0), ("weight_decay", 0)),
         ):
             if getattr(self, name) < least:
-                raise SettingsError(f"{name} is {getattr(self, name)}, but must be at least {least}")
+                raise UserError(f"{name} is {getattr(self, name)}, but must be at least {least}")
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
-                raise SettingsError(f"{name} is {getattr(self, name)}, but a finite number above 0 is expected")
+                raise UserError(f"{name} is {getattr(self, name)}, but a finite number above 0 is expected")
         for name, limit in (("adam_beta1", 1), ("adam_beta2", 1), ("seed", 2**32)):
             if not 0 <= getattr(self, name) < limit:
-                raise SettingsError(f"{name} is {getattr(self, name)}, but a number from 0 to under {limit} is expected")
+                raise UserError(f"{name} is {getattr(self, name)}, but a number from 0 to under {limit} is expected")
         if self.warmup_updates >= self.total_updates:
-            raise SettingsError(f"warmup_updates is {self.warmup_updates}, but must be less than total_updates, {self.total_updates}")
+            raise UserError(f"warmup_updates is {self.warmup_updates}, but must be less than total_updates, {self.total_updates}")

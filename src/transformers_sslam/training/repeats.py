@@ -8,8 +8,9 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..data.labelled import DatasetError, fold_values
-from ..data.layouts import open_data_set
+from ..audio.labels import fold_values
+from ..audio.layouts import open_data_set
+from ..errors import UserError
 from ..evaluation.intervals import Summary, independent_values, summarize
 from ..reports import format_summary, markdown_table, write_json
 from ..settings import write_settings
@@ -30,7 +31,7 @@ def expand(settings: FineTuningSettings) -> dict[str, FineTuningSettings]:
         every = fold_values(splits, settings.fold_column)
         folds = settings.eval_folds or every
         if absent := [fold for fold in folds if str(fold) not in map(str, every)]:  # said now, not after hours of other folds
-            raise DatasetError(f"the column {settings.fold_column!r} has no fold {absent[0]}, only {', '.join(map(str, every))}")
+            raise UserError(f"the column {settings.fold_column!r} has no fold {absent[0]}, only {', '.join(map(str, every))}")
     runs = {}
     for fold in folds:
         for seed in settings.seeds or [settings.seed]:
@@ -56,7 +57,7 @@ def repeat_fine_tuning(settings: FineTuningSettings) -> dict[str, Any]:
         clips, so it is still somewhat too narrow), and the seconds of all runs.
 
     Raises:
-        SettingsError, DatasetError: see [`fine_tune`].
+        UserError: see [`fine_tune`].
     """
     results, runs = {}, expand(settings)
     if not settings.streaming:  # said now, not after hours of other folds

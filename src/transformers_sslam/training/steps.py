@@ -16,7 +16,8 @@ import datasets
 import soundfile
 from accelerate.state import AcceleratorState
 
-from ..data.labelled import DatasetError, Waveforms, hash_sources, load_audio_folder
+from ..audio.labels import Waveforms, hash_sources, load_audio_folder
+from ..errors import UserError
 from ..settings import read_settings
 from .checkpoints import checkpoints
 from .fine_tuning import differences, fine_tune
@@ -39,7 +40,7 @@ def copy_clips(data_dir: str | Path, output_dir: str | Path, sampling_rate: int 
         output_dir: where the copy lies; one of the same folder is taken as it is.
 
     Raises:
-        DatasetError: if a clip cannot be read, or what lies there is the copy of another folder, or of this one before it changed.
+        UserError: if a clip cannot be read, or what lies there is the copy of another folder, or of this one before it changed.
     """
     output = Path(output_dir)
     rows = datasets.concatenate_datasets(list(load_audio_folder(data_dir).values()))
@@ -77,7 +78,7 @@ def _is_copy(output: Path, origin: str) -> bool:
         return False
     found = (output / _ORIGIN).read_text() if (output / _ORIGIN).is_file() else "something else"
     if found != origin:
-        raise DatasetError(
+        raise UserError(
             f"{output} was copied from {found}, not from {origin} (folder and state of its clips): delete it, or give another output_dir"
         )
     return True

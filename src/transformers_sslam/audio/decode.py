@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..errors import AudioDecodingError
 from ..feature_extraction_sslam import LARGEST_PLAUSIBLE_AMPLITUDE
 
 
@@ -26,21 +27,6 @@ _FRAMES_UNKNOWN = 2**62  # of a FLAC written to a pipe libsndfile says 2**63 - 1
 _LOWEST_RATE = 1000  # Hz; under it a header is damaged, or what it describes no sound
 _LARGEST_FILTER = 2**25  # numbers; 44.1 to 16 kHz takes 2**16, 44,099 to 16,000 Hz would take 2**29, and several times that to compute
 _LONGEST_OGG_PAGE = 27 + 255 + 255 * 255  # bytes: header, table of segments, segments
-
-
-# Why a clip cannot be used: what `load_waveform` finds, and behind it what those who use waveforms find.
-CAUSES = ("missing", "empty", "unreadable", "truncated", "not finite", "too short", "out of scale")
-
-
-class AudioDecodingError(ValueError):
-    """Why one clip cannot be used. `cause` is a short, countable kind, one of `CAUSES`."""
-
-    def __init__(self, cause: str, message: str):
-        super().__init__(message)
-        self.cause = cause
-
-    def __reduce__(self):  # the default would pickle the message alone, and worker processes send these home
-        return type(self), (self.cause, str(self))
 
 
 def check_scale(waveform: np.ndarray, name: str) -> None:

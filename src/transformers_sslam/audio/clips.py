@@ -6,7 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from .decoding import AudioDecodingError, check_scale, load_waveform
+from ..errors import AudioDecodingError
+from .decode import check_scale, load_waveform
 from .sources import Row
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..errors import AudioDecodingError, UserError
 from ..fbank import num_frames
-from .decoding import AudioDecodingError, check_scale, load_waveform
+from .decode import check_scale, load_waveform
 from .sources import AUDIO_SUFFIXES, audio_folder_splits, files_below, fold_names
 
 
@@ -28,10 +29,6 @@ except ImportError as error:
 
 
 logger = logging.getLogger(__name__)
-
-
-class DatasetError(ValueError):
-    """A data set that does not hold what was asked of it. One sentence says it, so programs print it without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -59,23 +56,23 @@ def load_audio_folder(data_dir: str | Path) -> datasets.DatasetDict:
     as the names of class folders or as columns of `metadata.csv`, `.jsonl` or `.parquet` beside a column `file_name`. Nothing is decoded.
 
     Raises:
-        DatasetError: (a `ValueError`) if there is no such folder, or no audio in it.
+        UserError: (a `ValueError`) if there is no such folder, or no audio in it.
         ImportError: if torchcodec is missing, without which `datasets` reads no audio folder.
     """
     if not Path(data_dir).is_dir():
-        raise DatasetError(f"data_dir is {data_dir}, but there is no such folder")
+        raise UserError(f"data_dir is {data_dir}, but there is no such folder")
     try:
         splits = datasets.load_dataset("audiofolder", data_files=audio_folder_splits(Path(data_dir)))
     except ImportError as error:
         raise ImportError(f'reading an audio folder failed ({error}): pip install "transformers-sslam[train]"') from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DatasetError(
+        raise UserError(
             f"{data_dir} cannot be read as an audio folder ({error}): it must hold audio files, in folders named after their classes or "
             "with a metadata.csv"
         ) from error
     for name, rows in splits.items():
         if "audio" not in rows.column_names:
-            raise DatasetError(
+            raise UserError(
                 f"{data_dir} has no audio column in its split {name}, only {', '.join(rows.column_names)}: put audio files there"
             )
     read, found = sum(map(len, splits.values())), sum(1 for _ in files_below(Path(data_dir), AUDIO_SUFFIXES))
@@ -85,14 +82,14 @@ def load_audio_folder(data_dir: str | Path) -> datasets.DatasetDict:
 
 
 def select_split(splits: datasets.DatasetDict | datasets.IterableDatasetDict, name: str) -> datasets.Dataset | datasets.IterableDataset:
-    """One split, by name. `DatasetError` if there is none or, unless it is a stream, whose length is not known, it is empty."""
+    """One split, by name. `UserError` if there is none or, unless it is a stream, whose length is not known, it is empty."""
     if name not in splits:
-        raise DatasetError(
+        raise UserError(
             f"there is no split {name!r}, only {', '.join(splits)}: make folders train/ and test/, name others (train_split, eval_split), "
             "or choose rows by a column of folds (fold_column); to fine-tune on all clips, without an evaluation, set evaluate=false"
         )
     if isinstance(splits[name], datasets.Dataset) and len(splits[name]) == 0:
-        raise DatasetError(f"the split {name!r} has no clip")
+        raise UserError(f"the split {name!r} has no clip")
     return splits[name]
 
 
@@ -100,20 +97,20 @@ def select_folds(splits: datasets.DatasetDict, column: str, values: Sequence[int
     """The rows of all splits whose `column` is one of `values`; 1 and "1" count as equal, for a file of text cannot tell them apart.
 
     Raises:
-        DatasetError: if the column is missing, or a value selects no row.
+        UserError: if the column is missing, or a value selects no row.
     """
     rows = datasets.concatenate_datasets(list(splits.values()))
     _check_column(rows, column)
     folds = fold_names(rows[column])
     known = sorted({fold for fold in folds if fold is not None})
     if not values:
-        raise DatasetError(
+        raise UserError(
             f"no fold of the column {column!r} was chosen, so there is no clip: give some of {', '.join(known)} as eval_folds='[...]' "
             "and, to train, train_folds='[...]', or leave fold_column out (fold_column=null)"
         )
     wanted = set(fold_names(values))
     if absent := [fold for fold in fold_names(values) if fold not in known]:
-        raise DatasetError(f"the column {column!r} has no fold {absent[0]}, only {', '.join(known)}")
+        raise UserError(f"the column {column!r} has no fold {absent[0]}, only {', '.join(known)}")
     return rows.select([i for i, fold in enumerate(folds) if fold in wanted])
 
 
@@ -135,16 +132,16 @@ class LabelReader:
 
     @classmethod
     def of(cls, rows: datasets.Dataset | datasets.IterableDataset, column: str, separator: str | None = None) -> "LabelReader":
-        """For the column of a data set. `DatasetError` if there is none of this name."""
+        """For the column of a data set. `UserError` if there is none of this name."""
         _check_column(rows, column)
         feature = rows.features[column]
         is_list = isinstance(feature, (datasets.List, datasets.LargeList))
         item = feature.feature if is_list else feature
         if separator == "":
-            raise DatasetError("label_separator is empty: give what stands between two labels, or leave it out")
+            raise UserError("label_separator is empty: give what stands between two labels, or leave it out")
         if separator is not None and (is_list or isinstance(item, datasets.ClassLabel)):
             kind = "lists" if is_list else "classes"
-            raise DatasetError(f"label_separator is {separator!r}, but the column {column!r} holds {kind}, no text to divide: leave it out")
+            raise UserError(f"label_separator is {separator!r}, but the column {column!r} holds {kind}, no text to divide: leave it out")
         return cls(column, separator, is_list, item.names if isinstance(item, datasets.ClassLabel) else None)
 
     @property
@@ -153,7 +150,7 @@ class LabelReader:
         return self.is_list or self.separator is not None
 
     def __call__(self, row: dict) -> list[str]:
-        """Names of the classes of a row with an `audio` column. `DatasetError` if it lacks one that it needs, or has one not declared."""
+        """Names of the classes of a row with an `audio` column. `UserError` if it lacks one that it needs, or has one not declared."""
         cell: Any = row[self.column]
         parts: Sequence[Any]
         if cell is None or cell == "":
@@ -164,9 +161,9 @@ class LabelReader:
             parts = cell if self.is_list else [cell]
         parts = [part.strip() if isinstance(part, str) else part for part in parts]
         if any(part is None for part in parts):
-            raise DatasetError(f"{source_name(row['audio'])} has an empty label in the column {self.column!r}: take it out of its list")
+            raise UserError(f"{source_name(row['audio'])} has an empty label in the column {self.column!r}: take it out of its list")
         if not parts and not self.multi_label:
-            raise DatasetError(
+            raise UserError(
                 f"{source_name(row['audio'])} has no label in the column {self.column!r} (of a CSV file, NA, None and the like are read as "
                 "nothing): give it one or leave it out"
             )
@@ -174,7 +171,7 @@ class LabelReader:
             return [str(int(part) if isinstance(part, float) and part.is_integer() else part) for part in parts]
         for part in parts:
             if not 0 <= part < len(self.declared_classes):  # `datasets` marks clips without a label by -1
-                raise DatasetError(
+                raise UserError(
                     f"{source_name(row['audio'])} has {part} in the column {self.column!r}, but the numbers of its classes are 0 to "
                     f"{len(self.declared_classes) - 1}: leave it out"
                 )
@@ -182,16 +179,16 @@ class LabelReader:
 
 
 def fold_values(splits: datasets.DatasetDict, column: str) -> list[int | str]:
-    """The values of a column of folds, over all splits, sorted. `DatasetError` if there is no such column, a clip has no fold, or there are
+    """The values of a column of folds, over all splits, sorted. `UserError` if there is no such column, a clip has no fold, or there are
     fewer than two."""
     rows = datasets.concatenate_datasets(list(splits.values()))
     _check_column(rows, column)
     found: set[Any] = set(rows[column])
     if None in found or any(value != value for value in found):
-        raise DatasetError(f"the column {column!r} has rows without a value: give each clip its fold, or leave the clip out")
+        raise UserError(f"the column {column!r} has rows without a value: give each clip its fold, or leave the clip out")
     values: list[int | str] = sorted({int(fold) if isinstance(fold, float) and fold.is_integer() else fold for fold in found})
     if len(values) < 2:
-        raise DatasetError(f"the column {column!r} holds {values}, but to hold out each fold in turn takes at least two")
+        raise UserError(f"the column {column!r} holds {values}, but to hold out each fold in turn takes at least two")
     return values
 
 
@@ -202,7 +199,7 @@ def read_rows(rows: datasets.Dataset, label_column: str, separator: str | None =
         rows: with an undecoded audio column.
 
     Raises:
-        DatasetError: if the column is missing, or a clip has no label where it needs one.
+        UserError: if the column is missing, or a clip has no label where it needs one.
     """
     reader, sources = LabelReader.of(rows, label_column, separator), rows["audio"]
     labels = [reader({"audio": source, label_column: cell}) for source, cell in zip(sources, rows[label_column])]
@@ -215,26 +212,26 @@ def choose_classes(rows: LabelledRows) -> list[str]:
     """The classes that training rows define: those they declare, or else every label that occurs, sorted.
 
     Raises:
-        DatasetError: if a declared class has no clip, or there are not two classes to tell apart.
+        UserError: if a declared class has no clip, or there are not two classes to tell apart.
     """
     occurring = {label for labels in rows.labels for label in labels}
     classes = rows.declared_classes or sorted(occurring)
     without = [name for name in classes if name not in occurring]
     if without:
-        raise DatasetError(
+        raise UserError(
             f"no training clip has the class {', '.join(without)}: add some, choose other rows, or take it off the list of classes"
         )
     if len(classes) < (1 if rows.multi_label else 2):
-        raise DatasetError(
+        raise UserError(
             f"the training clips have {len(classes)} class ({', '.join(classes) or 'none'}), but there must be two to tell apart"
         )
     return classes
 
 
 def check_has_labels(rows: LabelledRows) -> None:
-    """That a clip of the evaluation has a label at all: of several classes each may be missing. `DatasetError` if not."""
+    """That a clip of the evaluation has a label at all: of several classes each may be missing. `UserError` if not."""
     if not any(rows.labels):
-        raise DatasetError("no clip of the evaluation has a label, so nothing can be measured on them: choose others")
+        raise UserError("no clip of the evaluation has a label, so nothing can be measured on them: choose others")
 
 
 def check_apart(sources: Sequence[dict], parts: Sequence[str]) -> None:
@@ -245,14 +242,14 @@ def check_apart(sources: Sequence[dict], parts: Sequence[str]) -> None:
         parts: the name of each one's part.
 
     Raises:
-        DatasetError: if a file is in two.
+        UserError: if a file is in two.
     """
     if not are_files(sources):
         return
     part_of: dict[str, str] = {}
     for path, part in zip((source["path"] for source in sources), parts, strict=True):
         if part_of.setdefault(path, part) != part:
-            raise DatasetError(f"{path} is both in {part_of[path]} and in {part}: what is evaluated on must not be trained on")
+            raise UserError(f"{path} is both in {part_of[path]} and in {part}: what is evaluated on must not be trained on")
 
 
 def are_files(sources: Sequence[dict]) -> bool:
@@ -271,7 +268,7 @@ def encode_labels(rows: LabelledRows, classes: Sequence[str]) -> torch.Tensor:
     """Class indices `(clips,)`, int64; or, where a clip may have several classes, `(clips, classes)`, float32, 0 or 1.
 
     Raises:
-        DatasetError: if a clip's label is none of `classes`.
+        UserError: if a clip's label is none of `classes`.
     """
     index = {name: i for i, name in enumerate(classes)}
     for number, labels in enumerate(rows.labels):
@@ -279,7 +276,7 @@ def encode_labels(rows: LabelledRows, classes: Sequence[str]) -> torch.Tensor:
             if label not in index:
                 name = source_name(rows.sources[number])
                 shown = classes if len(classes) <= 20 else [*difflib.get_close_matches(label, classes, n=5), *classes[:5], "..."]
-                raise DatasetError(f"{name} is labelled {label!r}, which is none of the {len(classes)} classes: {', '.join(shown)}")
+                raise UserError(f"{name} is labelled {label!r}, which is none of the {len(classes)} classes: {', '.join(shown)}")
     if not rows.multi_label:
         return torch.tensor([index[label] for (label,) in rows.labels])
     targets = torch.zeros(len(rows), len(classes))
@@ -342,11 +339,11 @@ class Waveforms:
         return (self[i] for i in range(len(self)))
 
     def check_unreadable(self, largest_share: float, what: str) -> None:
-        """Raise `DatasetError` if more than this share of the files, or all, cannot be read, warn of fewer, and count and name them."""
+        """Raise `UserError` if more than this share of the files, or all, cannot be read, warn of fewer, and count and name them."""
         names = [name for names in self.unreadable.values() for name in names]
         if len(names) > largest_share * len(self.sources) or not self.kept:
             counts = ", ".join(f"{len(names)} {cause}" for cause, names in self.unreadable.items())
-            raise DatasetError(
+            raise UserError(
                 f"{len(names)} of {len(self.sources)} {what} clips cannot be used ({counts}), more than the share of {largest_share:g} "
                 f"that is allowed: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}: repair or remove them, or allow more "
                 "(max_unreadable)"
@@ -400,7 +397,7 @@ def source_name(source: dict) -> str:
 
 def _check_column(rows: datasets.Dataset, column: str) -> None:
     if column not in rows.column_names:
-        raise DatasetError(
+        raise UserError(
             f"there is no column {column!r}, only {', '.join(rows.column_names)}: name another, or add it to metadata.csv; labels "
             "come from folders named after classes too, and splits take the place of folds with fold_column=null, train_folds=[] "
             "and eval_folds=[]"

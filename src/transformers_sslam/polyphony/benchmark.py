@@ -26,11 +26,12 @@ import yaml
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..audio.labels import Waveforms, read_rows, select_folds, select_split, source_name
+from ..audio.layouts import open_data_set
+from ..errors import UserError
 from ..reports import markdown_table
 from ..settings import setting
-from .labelled import DatasetError, Waveforms, read_rows, select_folds, select_split, source_name
-from .layouts import open_data_set
-from .polyphony import Mixture, MixtureSettings, Sound, find_sound, plan_mixtures, render
+from .render import Mixture, MixtureSettings, Sound, find_sound, plan_mixtures, render
 
 
 SPLITS = ("train", "test")
@@ -42,12 +43,12 @@ class BenchmarkSettings:
     """Everything that decides what the benchmark holds.
 
     Raises:
-        DatasetError: (a `ValueError`) if a value is out of range, or two settings contradict each other.
+        UserError: (a `ValueError`) if a value is out of range, or two settings contradict each other.
     """
 
     data_dir: str = setting("folder of the single sounds")
     output_dir: str = setting("folder of the benchmark; it must not be there yet")
-    layout: str = setting("how they are laid out, see transformers_sslam.data.layouts", "audiofolder")
+    layout: str = setting("how they are laid out, see transformers_sslam.audio.layouts", "audiofolder")
     subset: str | None = setting("part of a data set that has several", None)
 
     label_column: str = setting("column of the class, one a source", "label")
@@ -71,16 +72,16 @@ class BenchmarkSettings:
 
     def __post_init__(self):
         if not self.num_events or min(self.num_events) < 1 or len(set(self.num_events)) < len(self.num_events):
-            raise DatasetError(f"num_events is {self.num_events}, but must be different numbers of at least 1")
+            raise UserError(f"num_events is {self.num_events}, but must be different numbers of at least 1")
         for name, least in (("train_clips", 1), ("test_clips", 1), ("seed", 0), ("clips_per_shard", 1)):
             if getattr(self, name) < least:
-                raise DatasetError(f"{name} is {getattr(self, name)}, but must be at least {least}")
+                raise UserError(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if self.test_share is not None and not 0 < self.test_share < 1:
-            raise DatasetError(f"test_share is {self.test_share}, but must lie between 0 and 1")
+            raise UserError(f"test_share is {self.test_share}, but must lie between 0 and 1")
         if self.test_share is not None and self.fold_column is not None:
-            raise DatasetError(f"test_share is {self.test_share} and fold_column {self.fold_column!r}, but only one can choose: drop one")
+            raise UserError(f"test_share is {self.test_share} and fold_column {self.fold_column!r}, but only one can choose: drop one")
         if self.fold_column is None and (self.train_folds or self.test_folds):
-            raise DatasetError("there are train_folds or test_folds, but no fold_column that they are values of: give it")
+            raise UserError("there are train_folds or test_folds, but no fold_column that they are values of: give it")
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,11 @@ def make_benchmark(settings: BenchmarkSettings) -> dict[str, Any]:
         `sources`, `recordings`, `licenses`, `left_out` (names of sources that cannot be used, by cause), `bytes`, `files` (SHA-256).
 
     Raises:
-        DatasetError: (a `ValueError`) if the sources do not fit the settings, splits share a recording, or `output_dir` is there already.
+        UserError: (a `ValueError`) if the sources do not fit the settings, splits share a recording, or `output_dir` is there already.
     """
     target = Path(settings.output_dir)
     if target.exists():
-        raise DatasetError(f"output_dir is {target}, which is there already: choose another, or remove it")
+        raise UserError(f"output_dir is {target}, which is there already: choose another, or remove it")
     rows = select_sources(open_data_set(settings.data_dir, settings.layout, subset=settings.subset), settings)
     recordings = {split: _recordings(rows[split], settings) for split in SPLITS}
     _check_apart(recordings, "recording")
@@ -140,7 +141,7 @@ def select_sources(splits: datasets.DatasetDict, settings: BenchmarkSettings) ->
     """The sources of `train` and of `test`, by folds, by share or by split.
 
     Raises:
-        DatasetError: if the column is missing, or one of the two has no source.
+        UserError: if the column is missing, or one of the two has no source.
     """
     if settings.fold_column is not None:
         folds = zip(SPLITS, (settings.train_folds, settings.test_folds))
@@ -152,7 +153,7 @@ def select_sources(splits: datasets.DatasetDict, settings: BenchmarkSettings) ->
     shuffled = sorted(set(recordings), key=lambda name: hashlib.sha256(f"{settings.seed}/{name}".encode()).digest())
     test = set(shuffled[: round(settings.test_share * len(shuffled))])
     if not 0 < len(test) < len(shuffled):
-        raise DatasetError(
+        raise UserError(
             f"test_share is {settings.test_share:g}, but of {len(shuffled)} recordings that leaves one of the splits without any"
         )
     chosen = {"train": [name not in test for name in recordings], "test": [name in test for name in recordings]}
@@ -163,13 +164,13 @@ def read_sources(rows: datasets.Dataset, recordings: Sequence[str], split: str, 
     """Decode a split's sources and find where they sound.
 
     Raises:
-        DatasetError: if a source has not exactly one label, or too many are silent or cannot be read.
+        UserError: if a source has not exactly one label, or too many are silent or cannot be read.
     """
     labelled = read_rows(rows, settings.label_column)
     names = _file_names(rows, settings)
     for name, labels in zip(names, labelled.labels):
         if len(labels) != 1:
-            raise DatasetError(f"{name} has {len(labels)} labels, but a single sound has one: leave out what is a mixture already")
+            raise UserError(f"{name} has {len(labels)} labels, but a single sound has one: leave out what is a mixture already")
     waveforms = Waveforms(labelled.sources, settings.mixing.sampling_rate, settings.memory_gb, f"decoding {split} sources")
     called = {source_name(source): name for source, name in zip(labelled.sources, names) if source.get("path")}
     for cause, left_out in waveforms.unreadable.items():
@@ -364,8 +365,8 @@ def data_card(settings: BenchmarkSettings, report: dict[str, Any]) -> str:
 def _plan(sounds: list[Sound], split: str, settings: BenchmarkSettings) -> list[Mixture]:
     try:
         return plan_mixtures(sounds, settings.mixing, settings.num_events, getattr(settings, f"{split}_clips"), settings.seed, split)
-    except DatasetError as error:
-        raise DatasetError(f"{split}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{split}: {error}") from error
 
 
 def _write_split(
@@ -451,10 +452,10 @@ def _recordings(rows: datasets.Dataset, settings: BenchmarkSettings) -> list[str
     if column is None:
         return _file_names(rows, settings)
     if column not in rows.column_names:
-        raise DatasetError(f"there is no column {column!r}, only {', '.join(rows.column_names)}: name another, or set group_column=null")
+        raise UserError(f"there is no column {column!r}, only {', '.join(rows.column_names)}: name another, or set group_column=null")
     for name, value in zip(_file_names(rows, settings), rows[column]):
         if value is None or value == "":
-            raise DatasetError(f"{name} has nothing in the column {column!r}, so whose recording it is cannot be told: fill it in")
+            raise UserError(f"{name} has nothing in the column {column!r}, so whose recording it is cannot be told: fill it in")
     return [str(value) for value in rows[column]]
 
 
@@ -473,7 +474,7 @@ def _digest(source: dict) -> str:
 def _check_apart(values: dict[str, list[str]], what: str) -> None:
     shared = sorted(set(values["train"]) & set(values["test"]))
     if shared:
-        raise DatasetError(
+        raise UserError(
             f"train and test share {len(shared)} {what}: {', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}: choose folds or "
             "splits that keep a recording's clips together"
         )
@@ -486,5 +487,5 @@ def _common_classes(sources: dict[str, Sources]) -> list[str]:
     for split in SPLITS:
         without = [name for name in classes if name not in by_split[split]]
         if without:
-            raise DatasetError(f"no {split} source has the class {', '.join(without)}: add some, or choose others for the two splits")
+            raise UserError(f"no {split} source has the class {', '.join(without)}: add some, or choose others for the two splits")
     return classes

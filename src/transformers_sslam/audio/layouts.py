@@ -20,8 +20,8 @@ import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDatasetDict, List, Value
 from pyarrow import ArrowException
 
-from .labelled import DatasetError, load_audio_folder
-from .polyphonic_sets import (
+from ..errors import UserError
+from .event_layouts import (
     DESED_CLASSES,
     SPASS_SCENES,
     URBAN_SED_CLASSES,
@@ -32,6 +32,7 @@ from .polyphonic_sets import (
     read_spass,
     read_urban_sed,
 )
+from .labels import load_audio_folder
 from .sources import AUDIO_SUFFIXES, files_below
 
 
@@ -70,17 +71,17 @@ def open_data_set(path: str, layout: str, *, subset: str | None = None, streamin
         seconds) where they are known; `fold` where there are folds. "audiofolder", "parquet" and "hub" keep the columns they have.
 
     Raises:
-        DatasetError: (a `ValueError`) if the layout is unknown or has no such subset, or what is found is not what it expects.
+        UserError: (a `ValueError`) if the layout is unknown or has no such subset, or what is found is not what it expects.
     """
     if layout not in _LAYOUTS:
-        raise DatasetError(f"layout is {layout!r}, but one of {', '.join(LAYOUTS)} is expected")
+        raise UserError(f"layout is {layout!r}, but one of {', '.join(LAYOUTS)} is expected")
     _, open_layout, subsets = _LAYOUTS[layout]
     if subsets is not None and subset not in subsets:
         allowed = ", ".join("null" if name is None else name for name in subsets)
-        raise DatasetError(f"subset is {'null' if subset is None else repr(subset)}, but the layout {layout} has {allowed}")
+        raise UserError(f"subset is {'null' if subset is None else repr(subset)}, but the layout {layout} has {allowed}")
     root = Path(path).expanduser()
     if layout != "hub" and not root.is_dir():
-        raise DatasetError(f"there is no folder {path}, but the layout {layout} expects {LAYOUTS[layout]}")
+        raise UserError(f"there is no folder {path}, but the layout {layout} expects {LAYOUTS[layout]}")
     splits = open_layout(root, subset, streaming)
     if not streaming or isinstance(splits, IterableDatasetDict):
         return splits
@@ -99,10 +100,10 @@ def _open_parquet(root: Path, subset: None, streaming: bool) -> DatasetDict | It
         folders = [folder for folder in folders if folder != "data"]  # as on the Hub: data/train-00000-of-00001.parquet
         split = folders[0] if folders else re.split(r"[-.]", file)[0]
         if not re.fullmatch(r"\w+", split):
-            raise DatasetError(f"{root / name} does not tell its split: name it train-00000.parquet, say, or put it into a folder train/")
+            raise UserError(f"{root / name} does not tell its split: name it train-00000.parquet, say, or put it into a folder train/")
         files.setdefault("train" if split in ("shard", "data") else split, []).append(str(root / name))
     if not files:
-        raise DatasetError(f"{root} holds {contents(root)}, but the layout parquet expects {LAYOUTS['parquet']}")
+        raise UserError(f"{root} holds {contents(root)}, but the layout parquet expects {LAYOUTS['parquet']}")
     return _load("parquet", root, data_files=files, streaming=streaming)
 
 
@@ -123,7 +124,7 @@ def _load(builder: str, path: Path, **arguments) -> DatasetDict | IterableDatase
     try:
         splits = datasets.load_dataset(builder, **arguments)
     except (ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, LookupError, StopIteration) as error:
-        raise DatasetError(f"the data set {path} cannot be opened: {type(error).__name__}: {error}") from error
+        raise UserError(f"the data set {path} cannot be opened: {type(error).__name__}: {error}") from error
     for name, rows in splits.items():
         for column, feature in (rows.features or {}).items():
             if isinstance(feature, dict) and feature.keys() == {"bytes", "path"}:  # audio that was written without `datasets`
@@ -131,7 +132,7 @@ def _load(builder: str, path: Path, **arguments) -> DatasetDict | IterableDatase
         columns = [column for column, feature in (rows.features or {}).items() if isinstance(feature, datasets.Audio)]
         if len(columns) != 1:
             found = f"columns {', '.join(rows.features)}" if rows.features else "no description of its columns"
-            raise DatasetError(f"the split {name} of {path} has {len(columns)} columns of type Audio ({found}), but must have one")
+            raise UserError(f"the split {name} of {path} has {len(columns)} columns of type Audio ({found}), but must have one")
         if columns != ["audio"]:
             rows = rows.rename_column(columns[0], "audio")
         splits[name] = rows.cast_column("audio", datasets.Audio(decode=False))
@@ -143,20 +144,20 @@ def _open_esc50(root: Path, subset: str | None, streaming: bool) -> DatasetDict:
     table, audio = root / "meta" / "esc50.csv", root / "audio"
     rows = _read_csv(table, ("filename", "fold", "target", "category", "esc10"))
     if missing := {row["filename"] for row in rows if not (audio / row["filename"]).is_file()}:
-        raise DatasetError(f"clips of {table} that are not in {audio}: {first_names(missing)}; download the data set again")
+        raise UserError(f"clips of {table} that are not in {audio}: {first_names(missing)}; download the data set again")
     if unlisted := set(files_below(audio, AUDIO_SUFFIXES)) - {row["filename"] for row in rows}:
-        raise DatasetError(f"clips in {audio} that {table} does not label: {first_names(unlisted)}; take them away")
+        raise UserError(f"clips in {audio} that {table} does not label: {first_names(unlisted)}; take them away")
     try:
         names = {int(row["target"]): row["category"] for row in rows}
         folds = [int(row["fold"]) for row in rows]
     except ValueError as error:
-        raise DatasetError(f"{table} has a fold or a target that is no whole number ({error}): download it again") from error
+        raise UserError(f"{table} has a fold or a target that is no whole number ({error}): download it again") from error
     for row in rows:
         if names[int(row["target"])] != row["category"]:
-            raise DatasetError(f"{table} calls target {row['target']} both {row['category']} and {names[int(row['target'])]}")
+            raise UserError(f"{table} calls target {row['target']} both {row['category']} and {names[int(row['target'])]}")
     kept = [i for i, row in enumerate(rows) if subset is None or row["esc10"] == "True"]
     if not kept:
-        raise DatasetError(f"no clip of {table} belongs to {subset}: its column esc10 says True nowhere")
+        raise UserError(f"no clip of {table} belongs to {subset}: its column esc10 says True nowhere")
     present = {int(rows[i]["target"]) for i in kept}
     columns: dict[str, list] = {"label": [rows[i]["category"] for i in kept], "fold": [folds[i] for i in kept]}
     features = {"label": ClassLabel(names=[names[target] for target in sorted(present)]), "fold": Value("int64")}
@@ -180,7 +181,7 @@ def _open_speech_commands(root: Path, subset: str, streaming: bool) -> DatasetDi
     }
     background = sorted((main / "_background_noise_").glob("*.wav"))
     if not background:
-        raise DatasetError(f"{main} has no recordings in _background_noise_, which are the class _silence_: extract the archive again")
+        raise UserError(f"{main} has no recordings in _background_noise_, which are the class _silence_: extract the archive again")
     clips["train"] += [(clip, "_silence_") for clip in background]
     clips["test"] = _class_folders(test, KEYWORD_CLASSES)
     return _labelled_paths(clips, KEYWORD_CLASSES)
@@ -192,11 +193,11 @@ def _speech_commands_splits(root: Path, words: Sequence[str]) -> dict[str, list[
     splits: dict[str, list[tuple[Path, str]]] = {"train": []}
     for split, name in (("validation", "validation_list.txt"), ("test", "testing_list.txt")):
         if not (root / name).is_file():
-            raise DatasetError(f"{root} has no {name}, which tells the clips of the split {split}: extract the archive again")
+            raise UserError(f"{root} has no {name}, which tells the clips of the split {split}: extract the archive again")
         lines = (root / name).read_text(encoding="utf-8").splitlines()
         listed = list(dict.fromkeys(root / line.strip() for line in lines if line.strip()))
         if missing := {str(clip.relative_to(root)) for clip in listed if clip not in clips}:
-            raise DatasetError(f"clips of {root / name} that are not there, or in both lists: {first_names(missing)}; extract it again")
+            raise UserError(f"clips of {root / name} that are not there, or in both lists: {first_names(missing)}; extract it again")
         splits[split] = [(clip, clips.pop(clip)) for clip in listed]
     splits["train"] = list(clips.items())
     return splits
@@ -205,16 +206,16 @@ def _speech_commands_splits(root: Path, words: Sequence[str]) -> dict[str, list[
 def _class_folders(root: Path, classes: Sequence[str]) -> list[tuple[Path, str]]:
     """The clips below folders named after classes, and after these alone, which would otherwise be another task."""
     if not root.is_dir():
-        raise DatasetError(f"there is no folder {root}: expected is {LAYOUTS['speech_commands']}")
+        raise UserError(f"there is no folder {root}: expected is {LAYOUTS['speech_commands']}")
     found = {folder.name for folder in root.iterdir() if folder.is_dir()} - ({"_background_noise_"} - set(classes))
     if wrong := found.symmetric_difference(classes):
-        raise DatasetError(
+        raise UserError(
             f"the class folders of {root} are not the {len(classes)} expected: {len(wrong)} differ, {', '.join(sorted(wrong)[:5])} among "
             "them; is it another version, or not extracted to its end?"
         )
     clips = [(clip, label) for label in sorted(classes) for clip in sorted((root / label).glob("*.wav"))]
     if empty := set(classes) - {label for _, label in clips}:
-        raise DatasetError(f"class folders of {root} without a clip: {first_names(empty)}; extract the archive again")
+        raise UserError(f"class folders of {root} without a clip: {first_names(empty)}; extract the archive again")
     return clips
 
 
@@ -234,7 +235,7 @@ def _open_audioset(root: Path, subset: str, streaming: bool) -> DatasetDict:
     for split, rows in segments.items():
         found = [(clips[video], labels) for video, labels in rows if video in clips]
         if not found:
-            raise DatasetError(f"none of the {len(rows)} clips of the split {split} is below {root}: expected is {LAYOUTS['audioset']}")
+            raise UserError(f"none of the {len(rows)} clips of the split {split} is below {root}: expected is {LAYOUTS['audioset']}")
         if len(found) < len(rows):
             missing = [video for video, _ in rows if video not in clips]
             logger.warning(
@@ -252,7 +253,7 @@ def _open_audioset(root: Path, subset: str, streaming: bool) -> DatasetDict:
 def _audioset_segments(table: Path, classes: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
     """Video and class names of each line: three lines of comments, then `YTID, start_seconds, end_seconds, "mid,mid,..."`."""
     if not table.is_file():
-        raise DatasetError(f"there is no {table}: expected is {LAYOUTS['audioset']}")
+        raise UserError(f"there is no {table}: expected is {LAYOUTS['audioset']}")
     with table.open(encoding="utf-8", newline="") as file:
         reader = csv.reader(file, skipinitialspace=True)
         for row in reader:
@@ -263,12 +264,12 @@ def _audioset_segments(table: Path, classes: dict[str, str]) -> Iterator[tuple[s
                 video, start, end, mids = row
                 backwards = not 0 <= float(start) < float(end) < math.inf
             except ValueError as error:
-                raise DatasetError(f'{place} is {row}, but must be YTID, start_seconds, end_seconds, "labels"') from error
+                raise UserError(f'{place} is {row}, but must be YTID, start_seconds, end_seconds, "labels"') from error
             if backwards:
-                raise DatasetError(f"{place} goes from {start} s to {end} s, but a segment starts before it ends")
+                raise UserError(f"{place} goes from {start} s to {end} s, but a segment starts before it ends")
             labels = mids.split(",")
             if unknown := [mid for mid in labels if mid not in classes]:
-                raise DatasetError(f"{place} has the label {unknown[0]!r}, which is none of the {len(classes)} of class_labels_indices.csv")
+                raise UserError(f"{place} has the label {unknown[0]!r}, which is none of the {len(classes)} of class_labels_indices.csv")
             yield video, [classes[mid] for mid in labels]
 
 
@@ -280,7 +281,7 @@ def _clips_by_video(root: Path, videos: set[str]) -> dict[str, Path]:
         named = {stem[begin : begin + 11] for begin in (0, 1) if stem[:begin] in ("", "Y") and stem[begin + 11 : begin + 12] in ("", "_")}
         for video in named & videos:
             if video in clips:
-                raise DatasetError(f"{root / name} and {clips[video]} are the same clip of AudioSet: keep one of them")
+                raise UserError(f"{root / name} and {clips[video]} are the same clip of AudioSet: keep one of them")
             clips[video] = root / name
     return clips
 
@@ -332,17 +333,17 @@ def _rows(clips: list[Path], columns: dict[str, list], features: dict) -> Datase
 
 def _read_csv(table: Path, needed: Sequence[str]) -> list[dict[str, str]]:
     if not table.is_file():
-        raise DatasetError(f"there is no {table}, which should tell the labels")
+        raise UserError(f"there is no {table}, which should tell the labels")
     with table.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         if lacking := [column for column in needed if column not in (reader.fieldnames or ())]:
-            raise DatasetError(f"{table} has no column {', '.join(lacking)}, only {', '.join(reader.fieldnames or ['none'])}")
+            raise UserError(f"{table} has no column {', '.join(lacking)}, only {', '.join(reader.fieldnames or ['none'])}")
         rows = list(reader)
     for number, row in enumerate(rows, start=2):
         if short := [column for column in needed if not row[column]]:
-            raise DatasetError(f"line {number} of {table} has nothing in {', '.join(short)}: download the table again")
+            raise UserError(f"line {number} of {table} has nothing in {', '.join(short)}: download the table again")
     if not rows:
-        raise DatasetError(f"{table} has no rows")
+        raise UserError(f"{table} has no rows")
     return rows
 
 

@@ -31,8 +31,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from ..audio.labels import Waveforms
+from ..errors import UserError
 from ..settings import setting
-from .labelled import DatasetError, Waveforms
 
 
 Overlap = Literal["together", "anywhere"]
@@ -48,7 +49,7 @@ class MixtureSettings:
     """The rules of mixing.
 
     Raises:
-        DatasetError: (a `ValueError`) if a value is out of range.
+        UserError: (a `ValueError`) if a value is out of range.
     """
 
     sampling_rate: int = setting("in Hz; sources at other rates are resampled", 16_000)
@@ -61,18 +62,18 @@ class MixtureSettings:
 
     def __post_init__(self):
         if self.sampling_rate < 1000:
-            raise DatasetError(f"sampling_rate is {self.sampling_rate}, but must be at least 1000 Hz")
+            raise UserError(f"sampling_rate is {self.sampling_rate}, but must be at least 1000 Hz")
         if not 1 / FRAMES_PER_SECOND <= self.event_seconds <= self.clip_seconds / 2 < math.inf:
-            raise DatasetError(
+            raise UserError(
                 f"event_seconds is {self.event_seconds:g}, but must lie between 0.01 and half of clip_seconds, {self.clip_seconds / 2:g}: "
                 "only then any instant of the clip can be common to all events"
             )
         if not 0 < self.sounding_db < math.inf:
-            raise DatasetError(f"sounding_db is {self.sounding_db}, but must be a number of dB above 0")
+            raise UserError(f"sounding_db is {self.sounding_db}, but must be a number of dB above 0")
         if len(self.level_db) != 2 or not -math.inf < self.level_db[0] <= self.level_db[1] <= 0:
-            raise DatasetError(f"level_db is {self.level_db}, but must be [lowest, highest] in dB of full scale, not above 0")
+            raise UserError(f"level_db is {self.level_db}, but must be [lowest, highest] in dB of full scale, not above 0")
         if self.overlap not in get_args(Overlap):
-            raise DatasetError(f"overlap is {self.overlap!r}, but must be one of {', '.join(get_args(Overlap))}")
+            raise UserError(f"overlap is {self.overlap!r}, but must be one of {', '.join(get_args(Overlap))}")
 
     @property
     def num_samples(self) -> int:
@@ -184,7 +185,7 @@ def plan_mixtures(
     clips, or for other numbers of events, changes none of the others.
 
     Raises:
-        DatasetError: if there are fewer sounds than events or, where no class may repeat, fewer classes.
+        UserError: if there are fewer sounds than events or, where no class may repeat, fewer classes.
     """
     return [
         plan_mixture(sounds, settings, events, np.random.default_rng([seed, events, index, *split.encode()]))
@@ -197,7 +198,7 @@ def plan_mixture(sounds: Sequence[Sound], settings: MixtureSettings, num_events:
     """One mixture, by the rules above.
 
     Raises:
-        DatasetError: as `plan_mixtures`.
+        UserError: as `plan_mixtures`.
     """
     length = settings.num_samples
     instant = int(generator.integers(length - settings.frame + 1)) if settings.overlap == "together" else None
@@ -232,13 +233,13 @@ def _choose(sounds: Sequence[Sound], count: int, repeat_classes: bool, generator
     """Different sounds: each time a class, uniform among those that have one left, and one of its sounds."""
     classes = {sound.label for sound in sounds}
     if count < 1:
-        raise DatasetError(f"a mixture of {count} events was asked for, but it has at least 1")
+        raise UserError(f"a mixture of {count} events was asked for, but it has at least 1")
     if count > len(sounds):
-        raise DatasetError(
+        raise UserError(
             f"a mixture of {count} events needs as many different sounds, but there are {len(sounds)}: add some, or mix fewer (num_events)"
         )
     if not repeat_classes and count > len(classes):
-        raise DatasetError(
+        raise UserError(
             f"a mixture of {count} events of different classes was asked for, but there are {len(classes)} classes: allow repeat_classes, "
             "or mix fewer (num_events)"
         )

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .labelled import DatasetError
+from ..errors import UserError
 from .sources import AUDIO_SUFFIXES
 
 
@@ -66,7 +66,7 @@ def read_urban_sed(root: Path) -> dict[str, list[AnnotatedClip]]:
         Clips by split: `train`, `validation`, `test`, as far as they are there.
 
     Raises:
-        DatasetError: as `read_strong_labels`.
+        UserError: as `read_strong_labels`.
     """
     return read_strong_labels(root, URBAN_SED_CLASSES)
 
@@ -78,7 +78,7 @@ def read_idmt_desed(root: Path) -> dict[str, list[AnnotatedClip]]:
     from another one, and the division into clients for federated learning is not read.
 
     Raises:
-        DatasetError: as `read_strong_labels`.
+        UserError: as `read_strong_labels`.
     """
     return read_strong_labels(root, DESED_CLASSES)
 
@@ -94,11 +94,11 @@ def read_spass(root: Path, scene: str) -> dict[str, list[AnnotatedClip]]:
         scene: which one.
 
     Raises:
-        DatasetError: if there is no such folder, and as `read_strong_labels`.
+        UserError: if there is no such folder, and as `read_strong_labels`.
     """
     folder = root / scene
     if not folder.is_dir():
-        raise DatasetError(f"{root} holds {contents(root)}, but a folder {scene} was expected, one for each scene of SPASS")
+        raise UserError(f"{root} holds {contents(root)}, but a folder {scene} was expected, one for each scene of SPASS")
     return read_strong_labels(folder)
 
 
@@ -110,17 +110,17 @@ def read_strong_labels(root: Path, classes: Collection[str] | None = None) -> di
         classes: all labels that may occur; `None` for any.
 
     Raises:
-        DatasetError: if the folder has another layout, a split is without clips, a clip without annotation, an annotation without a clip,
+        UserError: if the folder has another layout, a split is without clips, a clip without annotation, an annotation without a clip,
             or an annotation cannot be right: a label that is no class, a time that is no number, an onset after the offset.
     """
     formats = [name for name in FORMATS if (root / name).is_dir()]
     if len(formats) != 1 or not (root / "audio").is_dir():
-        raise DatasetError(f"{root} holds {contents(root)}, but expected is either {' or '.join(FORMATS.values())}")
+        raise UserError(f"{root} holds {contents(root)}, but expected is either {' or '.join(FORMATS.values())}")
     splits = sorted(folder.name for folder in (root / "audio").iterdir() if folder.is_dir())
     if not splits:
-        raise DatasetError(f"{root / 'audio'} holds {contents(root / 'audio')}, but a folder for each split was expected, as train/, test/")
+        raise UserError(f"{root / 'audio'} holds {contents(root / 'audio')}, but a folder for each split was expected, as train/, test/")
     if twice := [name for name in SPLIT_NAMES if {name, SPLIT_NAMES[name]} <= set(splits)]:
-        raise DatasetError(f"{root / 'audio'} has both {twice[0]}/ and {SPLIT_NAMES[twice[0]]}/, which mean the same: keep one of them")
+        raise UserError(f"{root / 'audio'} has both {twice[0]}/ and {SPLIT_NAMES[twice[0]]}/, which mean the same: keep one of them")
     read = _read_scaper if formats == ["annotations"] else _read_dcase
     return {SPLIT_NAMES.get(split, split): _read_split(root, split, read, classes) for split in splits}
 
@@ -143,22 +143,22 @@ def _read_split(root: Path, split: str, read, classes: Collection[str] | None) -
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith("."):
             if path.stem in clips:
-                raise DatasetError(f"{path} and {clips[path.stem].name} are one clip twice: keep one of them")
+                raise UserError(f"{path} and {clips[path.stem].name} are one clip twice: keep one of them")
             clips[path.stem] = path
     if not clips:
-        raise DatasetError(f"{folder} has no audio file directly in it, only {contents(folder)}")
+        raise UserError(f"{folder} has no audio file directly in it, only {contents(folder)}")
     annotations: dict[str, list[Event]] = read(root, split, classes)
     if without := clips.keys() - annotations.keys():
-        raise DatasetError(f"clips of {folder} without annotation: {first_names(without)}; add them, or take the clips away")
+        raise UserError(f"clips of {folder} without annotation: {first_names(without)}; add them, or take the clips away")
     if without := annotations.keys() - clips.keys():
-        raise DatasetError(f"annotations without a clip in {folder}: {first_names(without)}; add the clips, or take the annotations away")
+        raise UserError(f"annotations without a clip in {folder}: {first_names(without)}; add the clips, or take the annotations away")
     return [AnnotatedClip(path, annotations[stem]) for stem, path in clips.items()]
 
 
 def _read_scaper(root: Path, split: str, classes: Collection[str] | None) -> dict[str, list[Event]]:
     folder = root / "annotations" / split
     if not folder.is_dir():
-        raise DatasetError(f"{folder} is missing, though there is audio/{split}: expected is {FORMATS['annotations']}")
+        raise UserError(f"{folder} is missing, though there is audio/{split}: expected is {FORMATS['annotations']}")
     return {path.stem: _read_scaper_file(path, classes) for path in folder.glob("*.txt") if not path.name.startswith(".")}
 
 
@@ -167,7 +167,7 @@ def _read_scaper_file(path: Path, classes: Collection[str] | None) -> list[Event
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         values = line.split("\t")
         if len(values) != 3:
-            raise DatasetError(f"line {number} of {path} is {line!r}, but must be onset<TAB>offset<TAB>label")
+            raise UserError(f"line {number} of {path} is {line!r}, but must be onset<TAB>offset<TAB>label")
         events.append(_event(values[2], values[0], values[1], f"line {number} of {path}", classes))
     return events
 
@@ -175,12 +175,12 @@ def _read_scaper_file(path: Path, classes: Collection[str] | None) -> list[Event
 def _read_dcase(root: Path, split: str, classes: Collection[str] | None) -> dict[str, list[Event]]:
     path = root / "metadata" / f"{split}.tsv"
     if not path.is_file():
-        raise DatasetError(f"{path} is missing, though there is audio/{split}: expected is {FORMATS['metadata']}")
+        raise UserError(f"{path} is missing, though there is audio/{split}: expected is {FORMATS['metadata']}")
     annotations: dict[str, list[Event]] = defaultdict(list)
     with path.open(encoding="utf-8", newline="") as file:
         table = csv.DictReader(file, delimiter="\t")
         if table.fieldnames is None or not set(TABLE_COLUMNS) <= set(table.fieldnames):
-            raise DatasetError(f"{path} has the columns {', '.join(table.fieldnames or ['none'])}, but needs {', '.join(TABLE_COLUMNS)}")
+            raise UserError(f"{path} has the columns {', '.join(table.fieldnames or ['none'])}, but needs {', '.join(TABLE_COLUMNS)}")
         for row in table:
             name, onset, offset, label = (row[column] or "" for column in TABLE_COLUMNS)
             events = annotations[Path(name).stem]
@@ -192,13 +192,13 @@ def _read_dcase(root: Path, split: str, classes: Collection[str] | None) -> dict
 def _event(label: str, onset: str, offset: str, place: str, classes: Collection[str] | None) -> Event:
     """Check and convert what stands at a place."""
     if not label.strip():
-        raise DatasetError(f"{place} has no label: name the sound")
+        raise UserError(f"{place} has no label: name the sound")
     if classes is not None and label not in classes:
-        raise DatasetError(f"{place} has the label {label!r}, which is none of the {len(classes)} classes: {', '.join(classes)}")
+        raise UserError(f"{place} has the label {label!r}, which is none of the {len(classes)} classes: {', '.join(classes)}")
     try:
         start, end = float(onset), float(offset)
     except ValueError:
         start = end = math.nan
     if not 0 <= start <= end < math.inf:
-        raise DatasetError(f"{place} goes from {onset!r} to {offset!r}, but an event has an onset, in seconds, and an offset not before it")
+        raise UserError(f"{place} goes from {onset!r} to {offset!r}, but an event has an onset, in seconds, and an offset not before it")
     return Event(label, start, end)

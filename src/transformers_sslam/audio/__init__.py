@@ -1,0 +1,1 @@
+"""Audio in: the only package that opens a data set or decodes a file."""

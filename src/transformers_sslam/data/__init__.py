@@ -1,1 +1,0 @@
-"""Audio in: from files of any kind to mono waveforms at the model's rate."""

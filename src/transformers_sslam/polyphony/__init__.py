@@ -1,0 +1,1 @@
+"""Mixtures of single sounds with known events."""
