@@ -15,8 +15,8 @@ import transformers
 
 from transformers_sslam.errors import UserError
 from transformers_sslam.settings import parse_settings
-from transformers_sslam.training.monitoring import CollapseError
-from transformers_sslam.training.pretraining import NonFiniteError, PreTrainer
+from transformers_sslam.training.monitoring import CollapseError, NonFiniteError
+from transformers_sslam.training.pretraining import PreTrainer
 from transformers_sslam.training.pretraining_settings import PreTrainingSettings
 
 

@@ -5,10 +5,12 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,9 +32,9 @@ from transformers_sslam import SSLAMForPreTraining, SSLAMModel
 soundfile = pytest.importorskip("soundfile")
 from transformers_sslam.audio.stream import DataSettings  # noqa: E402
 from transformers_sslam.errors import UserError  # noqa: E402
-from transformers_sslam.training.checkpoints import checkpoints, damage  # noqa: E402
-from transformers_sslam.training.monitoring import CollapseError, training_flops_per_clip  # noqa: E402
-from transformers_sslam.training.pretraining import NonFiniteError, PreTrainer  # noqa: E402
+from transformers_sslam.training.checkpoints import checkpoints, damage, finish_checkpoint  # noqa: E402
+from transformers_sslam.training.monitoring import CollapseError, NonFiniteError, training_flops_per_clip  # noqa: E402
+from transformers_sslam.training.pretraining import PreTrainer  # noqa: E402
 from transformers_sslam.training.pretraining_settings import PreTrainingSettings  # noqa: E402
 
 
@@ -157,8 +159,8 @@ def test_the_first_update_of_a_warm_up_changes_no_weight(sounds, tmp_path):
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     changed = []
     real = run.model.update_teacher
-    run.model.update_teacher = lambda step: (
-        real(step),
+    run.model.update_teacher = lambda step, skipped: (
+        real(step, skipped),
         changed.append(any(not torch.equal(before[name], tensor) for name, tensor in run.model.state_dict().items())),
     )
     run.run()
@@ -225,7 +227,7 @@ def local_gradients(sounds, tmp_path, accumulation: int) -> list[torch.Tensor]:
     run.wrapped.forward = lambda input_values, **kwargs: forward(input_values, bool_masked_pos=next(masks), **kwargs)
     run.optimizer.step = lambda: gradients.extend(p.grad.clone() for p in run.model.parameters() if p.grad is not None)
     values = torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(0))
-    run._train([{"input_values": part} for part in values.split(size)], 4)
+    run._train([{"input_values": part} for part in values.split(size)])
     return gradients
 
 
@@ -243,8 +245,8 @@ def interrupted_after(run: PreTrainer, updates: int, how) -> None:
     """Let `how` happen behind so many updates."""
     real = run.model.update_teacher
 
-    def update_teacher(step: int) -> None:
-        real(step)
+    def update_teacher(step: int, skipped: torch.Tensor) -> None:
+        real(step, skipped)
         if step == updates:
             how()
 
@@ -355,42 +357,122 @@ def test_a_run_that_a_signal_stopped_does_not_end_like_a_finished_one(number, st
 # --- what stops a run, or does not
 
 
-def test_gradients_that_are_not_finite_are_left_out_and_counted(sounds, tmp_path, caplog):
-    run = trainer(sounds, tmp_path)
-    forward, attempts = run.model.forward, []
+def infinite_at(run: PreTrainer, *updates: int) -> None:
+    """Let the losses of these updates be infinite."""
+    forward = run.model.forward
 
     def sometimes_infinite(*args, **kwargs):
         output = forward(*args, **kwargs)
-        attempts.append(run.update)
-        if len(attempts) in (3, 4):
+        if run.update + 1 in updates:
             output.loss = output.loss * torch.inf
         return output
 
     run.model.forward = sometimes_infinite
+
+
+def test_an_update_whose_gradients_are_not_finite_counts_and_changes_nothing(sounds, tmp_path, caplog):
+    run, states = trainer(sounds, tmp_path), []
+    infinite_at(run, 3, 4, 7)
+    train = run._train
+
+    def note(micro_batches):
+        train(micro_batches)
+        moments = [value.clone() for state in run.optimizer.state.values() for value in state.values()]
+        states.append([tensor.clone() for tensor in run.model.state_dict().values()] + moments)
+
+    run._train = note
     run.run()
-    assert attempts == [0, 1, 2, 2, 2, 3, 4, 5, 6, 7]  # two attempts failed, and eight updates were made all the same
-    assert (run.skipped, run.skipped_in_a_row) == (2, 0)
-    assert caplog.text.count("are not finite") == 2
-    assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path))
-    assert all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values())
+    unchanged = [all(map(torch.equal, before, after)) for before, after in pairwise(states)]
+    assert unchanged == [False, True, True, False, False, True, False]  # updates 2 to 8
+    assert (run.update, run.skipped, run.skipped_in_a_row) == (8, 3, 0)
+    found = re.findall(r"Gradients of (\d) of the last (\d) updates were not finite.*\((\d) since", caplog.text)
+    assert found == [("1", "1", "1"), ("1", "1", "2"), ("1", "2", "3")]  # in the lines of updates 3, 4 and 8
+    lines = metrics(tmp_path)
+    assert [line["update"] for line in lines] == list(range(1, 9))
+    assert [line["update"] for line in lines if line["loss"] is None] == [3, 4, 7]
+    assert all(np.isfinite(line["loss"]) for line in lines if line["loss"] is not None)
 
 
-def test_steps_that_a_fused_optimiser_left_out_by_itself_are_counted_too(sounds, tmp_path):
-    """Under a scaler of losses it is called all the same, and the scaler's wrapper says that nothing was skipped."""
-    run = trainer(sounds, tmp_path, max_skipped_in_a_row=2)
-    run.optimizer.step, run.accelerator.scaler = lambda: None, torch.amp.GradScaler("cpu")
+def test_a_teacher_that_is_told_of_no_skip_moves_as_before(sounds, tmp_path):
+    teachers = []
+    for skipped in (None, torch.tensor(False), torch.tensor(True)):
+        model = trainer(sounds, tmp_path).model
+        with torch.no_grad():
+            for parameter in model.sslam.parameters():
+                parameter.add_(1.0)
+        model.update_teacher(1, skipped)
+        teachers.append([parameter - student for parameter, student in zip(model.teacher.parameters(), model.sslam.parameters())])
+    assert all(map(torch.equal, teachers[0], teachers[1]))
+    assert all(torch.allclose(difference, torch.tensor(-1.0), atol=1e-5) for difference in teachers[2])
+    assert all(torch.allclose(difference, torch.tensor(-0.9), atol=2e-2) for difference in teachers[0])
+
+
+def test_skipped_updates_are_left_out_of_means_and_counted_over_a_resumption(sounds, tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append((step, values)))
+    first = trainer(sounds, tmp_path, total_updates=8, save_every=4, log_every=4)
+    infinite_at(first, 4, 5)
+    interrupted_after(first, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    first.run()
+    assert (first.update, first.skipped, first.skipped_in_a_row) == (6, 2, 0)
+    assert [(step, values["skipped_updates"]) for step, values in logged] == [(4, 1), (6, 2)]
+    assert logged[0][1]["loss"] == pytest.approx(np.mean([line["loss"] for line in metrics(tmp_path)[:3]]))
+    second = trainer(sounds, tmp_path, total_updates=8, save_every=4, log_every=4)
+    second.run()
+    assert second.skipped == 2
+
+
+def test_a_run_of_skipped_updates_is_counted_over_lines_of_the_log_and_a_resumption(sounds, tmp_path):
+    changes = {"max_skipped_in_a_row": 4, "log_every": 1, "save_every": 3}
+    first = trainer(sounds, tmp_path, **changes, total_updates=3)
+    infinite_at(first, 2, 3)
+    first.run()
+    second = trainer(sounds, tmp_path, **changes)
+    infinite_at(second, 4, 5, 6)
+    with pytest.raises(NonFiniteError, match="not finite 4 times in a row at update 5"):
+        second.run()
+
+
+def test_checkpoints_that_counted_attempts_resume(sounds, tmp_path):
+    """Until an update that was skipped counted as one, a checkpoint counted attempts beside updates."""
+    trainer(sounds, tmp_path, total_updates=3).run()
+    folder = tmp_path / "checkpoint-00000003"
+    place = json.loads((folder / "run.json").read_text())
+    assert "attempt" not in place
+    (folder / "run.json").write_text(json.dumps({**place, "attempt": 5, "skipped": 2}))
+    (folder / "manifest.json").unlink()
+    finish_checkpoint(folder.rename(folder.with_suffix(".unfinished")))
+    run = trainer(sounds, tmp_path, total_updates=5)
+    run.run()
+    assert (run.update, run.skipped) == (5, 2)
+    assert len(metrics(tmp_path)) == 5
+
+
+def test_a_scaler_of_losses_lowers_its_scale_until_gradients_are_finite(sounds, tmp_path):
+    """As in float16, whose scaler Accelerate makes on GPUs alone."""
+    run = trainer(sounds, tmp_path, log_every=8)
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=100)
+    before = [parameter.clone() for parameter in run.model.parameters()]
+    run.run()
+    skipped = [line["update"] for line in metrics(tmp_path) if line["loss"] is None]
+    assert skipped[:3] == [1, 2, 3]
+    assert len(skipped) == run.skipped < 8
+    assert run.accelerator.scaler.get_scale() == 2.0 ** (127 - run.skipped)
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
+    # A scale is a power of two, so nothing else depends on it.
+    other = trainer(sounds, tmp_path / "without a scaler", log_every=8)
+    infinite_at(other, *skipped)
+    other.run()
+    assert metrics(tmp_path / "without a scaler") == metrics(tmp_path)
+
+
+def test_too_many_in_a_row_stop_the_run_when_a_line_is_logged(sounds, tmp_path):
+    run = trainer(sounds, tmp_path, max_skipped_in_a_row=3, log_every=4, save_every=100)
     with torch.no_grad():
         run.model.decoder.projection.bias.fill_(torch.nan)
-    with pytest.raises(NonFiniteError, match="2 times in a row at update 1"):
+    with pytest.raises(NonFiniteError, match="3 times in a row at update 3"):
         run.run()
-
-
-def test_too_many_in_a_row_stop_the_run(sounds, tmp_path):
-    run = trainer(sounds, tmp_path, max_skipped_in_a_row=3)
-    with torch.no_grad():
-        run.model.decoder.projection.bias.fill_(torch.nan)
-    with pytest.raises(NonFiniteError, match="3 times in a row at update 1"):
-        run.run()
+    assert run.update == 4
 
 
 @pytest.mark.parametrize("floor", ["min_target_std", "min_prediction_std", "min_content_share"])
@@ -587,6 +669,31 @@ def test_two_processes_hold_the_same_model_and_share_the_clips(sounds, tmp_path)
     for epoch in (0, 1):
         union = sorted(Path(name).name for e, name in heard + also_heard if e == epoch)
         assert union == sorted(path.name for path in sounds.iterdir())
+
+
+def test_a_signal_to_one_process_stops_all_behind_the_same_update(sounds, tmp_path):
+    program = tmp_path / "two.py"
+    program.write_text(
+        "import json, os, signal, sys\n"
+        "from transformers_sslam.audio.stream import DataSettings\n"
+        "from transformers_sslam.training.pretraining import PreTrainer\n"
+        "from transformers_sslam.training.pretraining_settings import PreTrainingSettings\n"
+        "settings = json.loads(sys.argv[1]); settings['data'] = DataSettings(**settings['data'])\n"
+        "run = PreTrainer(PreTrainingSettings(**settings))\n"
+        "train = run._train\n"
+        "def train_and_stop(batches):\n"
+        "    train(batches)\n"
+        "    if run.update == 2 and run.accelerator.process_index == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "run._train = train_and_stop; run.run()\n"
+        "open(f'{sys.argv[2]}/{run.accelerator.process_index}.json', 'w').write(json.dumps(run.update))\n"
+    )
+    settings = recipe(sounds, tmp_path / "run", batch_size=3, save_every=100, total_updates=50)
+    command = [*on_processes(2), str(program), json.dumps(settings), str(tmp_path)]
+    outcome = subprocess.run(command, capture_output=True, text=True, env=ON_CPU)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [3, 3]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-00000003"]
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(sounds, tmp_path, monkeypatch):

@@ -233,8 +233,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 f"{name} has dtype {str(clip.dtype).removeprefix('torch.')}, but floats in [-1, 1] are expected"
                 + (": divide 16-bit integers by 32768" if is_integer else "")
             )
-        clip = clip.detach().to(device=device, dtype=torch.float32)
-        peak = clip.abs().max().item()
+        clip = clip.detach().to(dtype=torch.float32)
+        peak = clip.abs().max().item()  # read where the clip lies, before it is sent to a device that would be waited for
         if not np.isfinite(peak):
             raise ValueError(f"{name} holds NaN or infinite samples: repair it or leave it out")
         if peak > LARGEST_PLAUSIBLE_AMPLITUDE:
@@ -248,7 +248,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 f"{name} has {len(clip)} samples, but one frame takes {least} (25 ms at {self.sampling_rate} Hz): leave it out or pad it "
                 "with zeros. Were the axes swapped, that is (samples, channels)?"
             )
-        return clip
+        return clip.to(device=device)
 
     def _check_length(self, length: int) -> None:
         if length < 1 or length % self.pad_to_multiple_of:

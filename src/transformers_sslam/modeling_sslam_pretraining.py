@@ -91,7 +91,7 @@ def squared_error(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 
 @torch.no_grad()
 def channel_std(values: torch.Tensor) -> torch.Tensor:
-    """The collapse guard's deviation over all vectors of (..., width): unbiased for each channel, `sqrt(var + 1e-6)`, their mean."""
+    """Standard deviation over all vectors of (..., width): unbiased for each channel, `sqrt(var + 1e-6)`, their mean."""
     return (variance_over_rows(values.float().flatten(0, -2)) + 1e-6).sqrt().mean()
 
 
@@ -237,13 +237,15 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         return self.sslam.get_input_embeddings()
 
     @torch.no_grad()
-    def update_teacher(self, step: int) -> None:
+    def update_teacher(self, step: int, skipped: torch.Tensor | None = None) -> None:
         """Move the teacher towards the student: `teacher = d * teacher + (1 - d) * student` with `d` from [`ema_decay`].
 
-        Positions are copied. Call it after each optimiser step that was not skipped, on the unwrapped model.
+        Positions are copied. Call it after each optimiser step, on the unwrapped model.
 
         Args:
             step: which update it is, counting from 1.
+            skipped: `()`, boolean, on the model's device: whether the optimiser skipped the step there, as a fused one does with a
+                `found_inf`. The teacher then stays as it is (`d` is 1), and nothing waits for the device. `None`: it was taken.
 
         Raises:
             ValueError: if `step` is under 1.
@@ -253,7 +255,11 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         decay = ema_decay(step, self.config.ema_decay, self.config.ema_end_decay, self.config.ema_anneal_end_step)
         averages: list[torch.Tensor] = list(self.teacher.parameters())
         weights = [student.to(average.dtype) for average, student in zip(averages, self.sslam.parameters(), strict=True)]
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        if skipped is None:
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+        else:
+            weight = (1 - decay) * (~skipped).to(averages[0].dtype)
+            torch._foreach_lerp_(averages, weights, [weight] * len(averages))
         for teacher, student in zip(self.teacher.buffers(), self.sslam.buffers(), strict=True):
             teacher.copy_(student)
 

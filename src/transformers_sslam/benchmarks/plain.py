@@ -74,7 +74,9 @@ class PlainForPreTraining(SSLAMForPreTraining):
         )
 
     @torch.no_grad()
-    def update_teacher(self, step: int) -> None:
+    def update_teacher(self, step: int, skipped: torch.Tensor | None = None) -> None:
+        if skipped is not None and skipped:  # plainly: by asking the device
+            return
         config = self.config
         decay = ema_decay(step, config.ema_decay, config.ema_end_decay, config.ema_anneal_end_step)
         for average, weight in zip(self.teacher.parameters(), self.sslam.parameters()):

@@ -1,15 +1,32 @@
-"""What a run says of itself: speed against the hardware, and whether its targets still mean anything."""
+"""The log of a run: losses and statistics, speed against the hardware, and whether training is still of use."""
 
+import contextlib
+import json
+import logging
+import math
 import resource
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
+from accelerate import Accelerator
 
 from ..configuration_sslam import SSLAMConfig
 from ..masking import num_visible_patches
+
+
+logger = logging.getLogger(__name__)
+
+LOSSES = ("loss", "local_loss", "global_loss", "source_retention_loss")
+STATISTICS = (*LOSSES, "target_std", "prediction_std", "content_share")
+
+
+class NonFiniteError(RuntimeError):
+    """Gradients were not finite for too many updates in a row."""
 
 
 class CollapseError(RuntimeError):
@@ -20,8 +37,8 @@ class CollapseError(RuntimeError):
 class CollapseGuard:
     """Floors for what shows a collapse, looked at after `after_updates` updates.
 
-    The deviations fall when targets or predictions become constant. A collapse to codes of the patches' positions leaves them high; that
-    one shows in the content share. See `SSLAMForPreTrainingOutput`.
+    The standard deviations fall when targets or predictions become constant. A collapse to codes of the patches' positions leaves them
+    high; that one shows in the content share. See `SSLAMForPreTrainingOutput`.
     """
 
     min_target_std: float
@@ -119,3 +136,88 @@ class Stopwatch:
         result = function()
         self.waited += time.perf_counter() - start
         return result
+
+
+class TrainingLog:
+    """Statistics of updates, in the log, in `metrics.jsonl` (a line an update) and in Accelerate's trackers.
+
+    Until a line is written they stay on the device, where nothing has to wait for them. The main process writes; `frames` of a clip are
+    10 ms each.
+    """
+
+    def __init__(self, accelerator: Accelerator, path: Path, config: SSLAMConfig, frames: int):
+        self.accelerator, self.path = accelerator, path
+        self.flops_per_clip, self.hours_per_clip = training_flops_per_clip(config, frames), frames / 360_000
+        self.peak = math.nan  # FLOP/s of matrix products
+        self.watch = Stopwatch()
+        self.clips_logged = 0
+        # Of each update (2, statistics): sums over this device's clips, and the weights of what was known; all 0 where it was skipped.
+        self.pending: list[torch.Tensor] = []
+        self.file: TextIO | None = None
+
+    @contextlib.contextmanager
+    def open(self, update: int, clips_seen: int) -> Iterator[None]:
+        """Continue `metrics.jsonl` after an update. Lines of later ones, which a run wrote before it was interrupted, are dropped."""
+        self.clips_logged = clips_seen
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        kept = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be torn
+                if json.loads(line)["update"] <= update:
+                    kept.append(line + "\n")
+        replacement = self.path.with_suffix(".new")
+        replacement.write_text("".join(kept))
+        replacement.replace(self.path)
+        with open(self.path, "a") as self.file:
+            yield
+
+    def write(
+        self, update: int, total_updates: int, clips_seen: int, learning_rate: float, skipped_before: int
+    ) -> tuple[dict[str, float], list[bool]]:
+        """Write what is pending, up to `update`. All ranks call it: here alone the host reads what updates have computed.
+
+        Returns:
+            Means over the updates that were not skipped (NaN if there are none), and for each update whether it was skipped.
+        """
+        sums = self.accelerator.reduce(torch.stack(self.pending).double(), "sum").cpu()
+        self.pending = []
+        seconds, waited = self.watch.lap()
+        skipped = (sums[:, 1] == 0).all(1).tolist()
+        rows = (sums[:, 0] / sums[:, 1]).tolist()  # NaN where nothing is known
+        means = dict(zip(STATISTICS, (sums[:, 0].sum(0) / sums[:, 1].sum(0)).tolist()))
+        rate, self.clips_logged = (clips_seen - self.clips_logged) / seconds, clips_seen
+        speed = {
+            "learning_rate": learning_rate,
+            "clips_per_second": rate,
+            "hours_of_audio": clips_seen * self.hours_per_clip,
+            "flops_utilisation": rate * self.flops_per_clip / (self.peak * self.accelerator.num_processes),
+            "memory_gib": peak_memory(self.accelerator.device) / 2**30,
+            "data_wait_share": waited / seconds,
+            "skipped_updates": skipped_before + sum(skipped),
+        }
+        self.accelerator.log({**means, **speed}, step=update)
+        for number, row in enumerate(rows, update - len(rows) + 1):
+            self._write_line(number, {name: value if math.isfinite(value) else None for name, value in zip(STATISTICS, row)})
+        if self.accelerator.is_main_process:
+            logger.info(
+                f"update {update}/{total_updates}  loss {means['loss']:.4f} (local {means['local_loss']:.4f}, global "
+                f"{means['global_loss']:.4f}, retention {means['source_retention_loss']:.4f})  targets: standard deviation "
+                f"{means['target_std']:.3f}, content share {means['content_share']:.3f}  {rate:.1f} clips/s, "
+                f"{speed['hours_of_audio']:.1f} h of audio, {speed['flops_utilisation']:.0%} of the matrix peak, "
+                f"{speed['memory_gib']:.1f} GiB, waited {speed['data_wait_share']:.0%} for data"
+            )
+        return means, skipped
+
+    def write_validation(self, update: int, means: dict[str, float], clips: int) -> None:
+        """Write the losses on the validation set after an update."""
+        self.accelerator.log(means, step=update)
+        self._write_line(update, means)
+        if self.accelerator.is_main_process:
+            logger.info("update %d  validation loss %.4f on %d clips", update, means["validation_loss"], clips)
+
+    def _write_line(self, update: int, values: Mapping[str, float | None]) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps({"update": update, **values}) + "\n")
+            self.file.flush()

@@ -1,26 +1,29 @@
 """The pre-training loop: streamed clips in, checkpoints that can be trusted out.
 
-Nothing random is carried from update to update: masks, mixtures and noise follow from (seed, attempt, rank), the order of clips from the
+Nothing random is carried from update to update: masks, mixtures and noise follow from (seed, update, rank), the order of clips from the
 stream's place, rates and decays from the update. So a resumed run is the same run, bit for bit on a CPU.
+
+No update waits for the device. Where gradients are not finite, the step and the teacher's average are skipped there: such an update counts,
+and changes nothing. Statistics are read when a line is logged.
 """
 
 import contextlib
 import json
 import logging
-import math
 import os
 import signal
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
+from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -41,7 +44,7 @@ from .checkpoints import (
     sweep_leftovers,
     unfinished_folder,
 )
-from .monitoring import CollapseGuard, Stopwatch, matmul_peak, peak_memory, training_flops_per_clip
+from .monitoring import LOSSES, STATISTICS, CollapseGuard, NonFiniteError, TrainingLog, matmul_peak
 from .pretraining_model import build_extractor, build_model, compile_model, parameter_groups
 from .pretraining_settings import PreTrainingSettings
 from .schedules import adam_epsilon, learning_rate
@@ -50,15 +53,9 @@ from .schedules import adam_epsilon, learning_rate
 logger = logging.getLogger(__name__)
 
 # Where a run stands, as a checkpoint holds it.
-COUNTERS = ("update", "attempt", "skipped", "skipped_in_a_row", "clips_seen")
+COUNTERS = ("update", "skipped", "skipped_in_a_row", "clips_seen")
 STAGE_NAMES = {1: "stage 1 (EAT)", 2: "stage 2 (SSLAM)"}
-LOSSES = ("loss", "local_loss", "global_loss", "source_retention_loss")
 Batch = dict[str, torch.Tensor]
-STATISTICS = (*LOSSES, "target_std", "prediction_std", "content_share")
-
-
-class NonFiniteError(RuntimeError):
-    """Gradients were not finite for too many updates in a row."""
 
 
 class PreTrainer:
@@ -100,7 +97,7 @@ class PreTrainer:
                 ", and each clip is mixed with itself" if self.model.config.use_mixtures else "",
             )
 
-        optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, settings.weight_decay, settings.decay_all_weights),
             lr=0.0,
             betas=(settings.adam_beta1, settings.adam_beta2),
@@ -108,15 +105,18 @@ class PreTrainer:
         )
         if settings.compile:
             compile_model(self.model)  # an epoch's last batch is compiled for itself, and makes no other one slower
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        # The model alone: Accelerate's wrapper of an optimiser would wait for the device, to know whether a step was skipped.
+        self.wrapped = self.accelerator.prepare(self.model)
         self.guard = CollapseGuard(
             settings.min_target_std, settings.min_prediction_std, settings.min_content_share, settings.guard_after_updates
         )
+        self.log = TrainingLog(self.accelerator, self.output_dir / "metrics.jsonl", self.model.config, self.extractor.max_length)
 
-        # Where the run stands. An attempt is an update that was begun; those with gradients that are not finite change nothing.
-        self.update = self.attempt = self.skipped = self.skipped_in_a_row = self.clips_seen = self.clips_logged = 0
+        # Where the run stands; what was skipped is known up to the last line of the log.
+        self.update = self.skipped = self.skipped_in_a_row = self.clips_seen = 0
         self.stop_signal: int | None = None
-        self.pending: list[torch.Tensor] = []  # statistics of updates not yet logged
+        # Whether to stop is agreed upon over CPU tensors: the answer of NCCL would have to be read from the device.
+        self.cpu_group: Any = torch.distributed.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
 
     def _take_folder(self) -> None:
         try:
@@ -163,24 +163,22 @@ class PreTrainer:
             sweep_leftovers(self.output_dir)
         self._resume()
         self._start_logs()
-        batches, watch = self._batches(), Stopwatch()
+        batches, watch = self._batches(), self.log.watch
         bar = tqdm(total=settings.total_updates, initial=self.update, unit="update", disable=not self._shows_bar(), dynamic_ncols=True)
-        with _signals_to(self._ask_to_stop), bar, logging_redirect_tqdm(), self._metrics_file() as metrics:
+        with _signals_to(self._ask_to_stop), bar, logging_redirect_tqdm(), self.log.open(self.update, self.clips_seen):
             while self.update < settings.total_updates:
                 micro_batches = [watch.wait_for(lambda: next(batches)) for _ in range(settings.gradient_accumulation_steps)]
-                clips, stop = self._agree(sum(len(batch["input_values"]) for batch in micro_batches), self.stop_signal is not None)
-                updated = self._train(micro_batches, clips)
-                bar.update(updated)
+                stop = self._is_asked_to_stop()
+                self._train(micro_batches)
+                bar.update()
                 ends = self.update == settings.total_updates
                 stop = stop and not ends  # there is nothing left to stop
-                validates, saves = (
-                    ends or (updated and self.update % every == 0) for every in (settings.validate_every, settings.save_every)
-                )
+                validates, saves = (ends or self.update % every == 0 for every in (settings.validate_every, settings.save_every))
                 saves, validates = saves or stop, validates and not stop  # whoever stops a run may soon kill it
-                if validates or saves or (updated and self.update % settings.log_every == 0):
-                    self._log(metrics, watch.lap())
+                if validates or saves or self.update % settings.log_every == 0:
+                    self._log()
                 if validates and self.validation_set:
-                    self._log_validation(metrics)
+                    self._log_validation()
                 if saves:
                     self._save()
                 if validates or saves:
@@ -194,18 +192,20 @@ class PreTrainer:
         self.accelerator.end_training()
         return checkpoint_folder(self.output_dir, self.update)
 
-    def _train(self, micro_batches: list[Batch], clips: int) -> bool:
-        """One attempt at an update on `clips` clips over all devices. Returns whether the weights were updated."""
+    def _train(self, micro_batches: list[Batch]) -> None:
+        """One update. The host reads nothing of it from the device, which decides by itself whether the step is skipped."""
         settings, update = self.settings, self.update + 1
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(
                 update, settings.learning_rate, settings.warmup_updates, settings.total_updates, settings.final_learning_rate
             )
             group["eps"] = adam_epsilon(update, settings.adam_epsilon, settings.adam_beta2)
+        # Batches are full, so every rank has as many clips.
+        clips = self.accelerator.num_processes * sum(len(batch["input_values"]) for batch in micro_batches)
         statistics = torch.zeros(2, len(STATISTICS), device=self.accelerator.device)  # weighted sums, and the weights
         self.wrapped.train()
         for i, batch in enumerate(micro_batches):
-            self._seed(self.attempt, i)
+            self._seed(self.update, i)
             last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 output = self.wrapped(**self._on_device(batch))
@@ -214,37 +214,22 @@ class PreTrainer:
                 weight = len(batch["input_values"]) / clips
                 self.accelerator.backward(output.loss * weight * self.accelerator.num_processes)
             values = torch.stack([_detached(output.get(name), output.loss) for name in STATISTICS])
-            known = ~values.isnan()  # of a batch of one clip the content share is not
-            statistics += weight * torch.stack((values.where(known, 0), known.to(values.dtype)))
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
-        finite = bool(torch.isfinite(norm))
-        if finite or self.accelerator.scaler is not None:  # a scaler must see what was not finite, to lower its scale
-            self.optimizer.step()
-            # A fused optimiser skips the step by itself, unseen by the scaler's wrapper; the norm has told of that already.
-            finite = finite and not self.accelerator.optimizer_step_was_skipped
+            unknown = values.isnan()  # as the content share of a batch of one clip is
+            statistics += weight * torch.stack((values.masked_fill(unknown, 0), (~unknown).to(values.dtype)))
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)  # which also tells the scaler, on the device, of gradients that are not finite
+        # Gradients are the same on all ranks by now, and so is what is skipped.
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
+        skipped = ~norm.isfinite()
+        self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]  # where it is 1, a fused step changes nothing
+        self.optimizer.step()
+        if scaler is not None:
+            scaler.update()
         self.optimizer.zero_grad()
-        self.attempt += 1
-        self.clips_seen += clips
-        if not finite:
-            self._skip(norm)
-            return False
-        self.skipped_in_a_row = 0
-        self.update = update
-        self.model.update_teacher(update)
-        self.pending.append(statistics)
-        return True
-
-    def _skip(self, norm: torch.Tensor) -> None:
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        logger.warning(
-            "Gradients of update %d are not finite (norm %s): left out, %d in a row", self.update + 1, norm, self.skipped_in_a_row
-        )
-        if self.skipped_in_a_row >= self.settings.max_skipped_in_a_row:
-            raise NonFiniteError(
-                f"gradients were not finite {self.skipped_in_a_row} times in a row at update {self.update + 1}: lower the learning rate, "
-                "look for clips with extreme values, or use bf16 rather than fp16; max_skipped_in_a_row sets how often this may happen"
-            )
+        self.model.update_teacher(update, skipped)
+        self.log.pending.append(statistics.masked_fill(skipped, 0))
+        self.update, self.clips_seen = update, self.clips_seen + clips
 
     def _batches(self) -> Iterator[Batch]:
         """What the model takes of this rank's clips, epoch after epoch."""
@@ -266,12 +251,13 @@ class PreTrainer:
         # Torch's own generator, of each device: compiled code takes no other.
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
-    def _agree(self, clips: int, stop: bool) -> tuple[int, bool]:
-        """Clips of the next update over all ranks, and whether any of them was asked to stop."""
-        if self.accelerator.num_processes > 1:  # otherwise nothing needs to wait for the device
-            numbers = torch.tensor([clips, int(stop)], device=self.accelerator.device)
-            clips, stop = self.accelerator.reduce(numbers, "sum").tolist()
-        return clips, bool(stop)
+    def _is_asked_to_stop(self) -> bool:
+        """Whether any rank was asked to stop: all stop after the same update."""
+        if self.cpu_group is None:
+            return self.stop_signal is not None
+        asked = torch.tensor(int(self.stop_signal is not None))
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self.cpu_group)
+        return bool(asked)
 
     def _ask_to_stop(self, number: int) -> None:
         self.stop_signal = number
@@ -283,68 +269,35 @@ class PreTrainer:
         flat = {name: value for name, value in asdict(settings).items() if isinstance(value, (int, float, str, bool))}
         accelerator.init_trackers("sslam", config=flat)
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-        self.peak = matmul_peak(accelerator.device, autocast)
-        self.flops_per_clip = training_flops_per_clip(self.model.config, self.extractor.max_length)
+        self.log.peak = matmul_peak(accelerator.device, autocast)
         if accelerator.is_main_process:
             logger.info(
                 "Pre-training, %s, on %d x %s: %.1f M parameters, %.3g FLOP a clip; matrix products reach %.3g FLOP/s",
                 *(STAGE_NAMES[settings.stage], accelerator.num_processes, accelerator.device.type),
-                *(self.model.num_parameters(only_trainable=True) / 1e6, self.flops_per_clip, self.peak),
+                *(self.model.num_parameters(only_trainable=True) / 1e6, self.log.flops_per_clip, self.log.peak),
             )
 
     def _shows_bar(self) -> bool:
         return self.accelerator.is_main_process and os.isatty(2)
 
-    @contextlib.contextmanager
-    def _metrics_file(self) -> Iterator[TextIO | None]:
-        """`metrics.jsonl`, a line an update, without those behind the checkpoint that the run goes on from."""
-        path = self.output_dir / "metrics.jsonl"
-        if not self.accelerator.is_main_process:
-            yield None
-            return
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be torn
-                if json.loads(line)["update"] <= self.update:
-                    kept.append(line + "\n")
-        replacement = path.with_suffix(".new")
-        replacement.write_text("".join(kept))
-        replacement.replace(path)
-        with open(path, "a") as file:
-            yield file
-
-    def _log(self, metrics: TextIO | None, lap: tuple[float, float]) -> None:
-        """Losses and statistics of the updates since the last line, over all devices, and the guard's look at them."""
-        if not self.pending:
-            return
-        sums = self.accelerator.reduce(torch.stack(self.pending).double(), "sum").cpu()
-        count, self.pending = len(sums), []
-        seconds, waited = lap
-        rows = (sums[:, 0] / sums[:, 1]).tolist()  # NaN where nothing is known
-        means = dict(zip(STATISTICS, (sums[:, 0].sum(0) / sums[:, 1].sum(0)).tolist()))
-        rate, self.clips_logged = (self.clips_seen - self.clips_logged) / seconds, self.clips_seen
-        speed = {
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "clips_per_second": rate,
-            "hours_heard": self.clips_seen * self.extractor.max_length / 360_000,
-            "flops_utilisation": rate * self.flops_per_clip / (self.peak * self.accelerator.num_processes),
-            "memory_gib": peak_memory(self.accelerator.device) / 2**30,
-            "data_wait_share": waited / seconds,
-            "skipped_updates": self.skipped,
-        }
-        self.accelerator.log({**means, **speed}, step=self.update)
-        if metrics is not None:
-            for update, row in enumerate(rows, self.update - count + 1):
-                known = {name: None if math.isnan(value) else value for name, value in zip(STATISTICS, row)}
-                metrics.write(json.dumps({"update": update, **known}) + "\n")
-            metrics.flush()
-            line = (
-                f"update {self.update}/{self.settings.total_updates}  loss {means['loss']:.4f} (local {means['local_loss']:.4f}, "
-                f"global {means['global_loss']:.4f}, retention {means['source_retention_loss']:.4f})  targets' deviation "
-                f"{means['target_std']:.3f}, content {means['content_share']:.3f}  {rate:.1f} clips/s, {speed['hours_heard']:.1f} h, "
-                f"{speed['flops_utilisation']:.0%} of the matrix peak, {speed['memory_gib']:.1f} GiB, waited {speed['data_wait_share']:.0%}"
+    def _log(self) -> None:
+        """Write a line about the updates since the last one, and look at what should stop the run."""
+        settings = self.settings
+        rate = self.optimizer.param_groups[0]["lr"]
+        means, skipped = self.log.write(self.update, settings.total_updates, self.clips_seen, rate, self.skipped)
+        for update, is_skipped in enumerate(skipped, self.update - len(skipped) + 1):
+            self.skipped += is_skipped
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
+            if self.skipped_in_a_row >= settings.max_skipped_in_a_row:
+                raise NonFiniteError(
+                    f"gradients were not finite {self.skipped_in_a_row} times in a row at update {update}: lower the learning rate, look "
+                    "for clips with extreme values, or use bf16 rather than fp16; max_skipped_in_a_row sets how often this may happen"
+                )
+        if any(skipped):
+            logger.warning(
+                "Gradients of %d of the last %d updates were not finite: these updates changed nothing (%d since the run began)",
+                *(sum(skipped), len(skipped), self.skipped),
             )
-            logger.info(line)
         self.guard.check(self.update, means["target_std"], means["prediction_std"], means["content_share"])
 
     # --- validation
@@ -367,23 +320,19 @@ class PreTrainer:
         return batches
 
     @torch.no_grad()
-    def _log_validation(self, metrics: TextIO | None) -> None:
+    def _log_validation(self) -> None:
         """Losses on the fixed clips under the same masks and mixtures each time."""
         self.model.eval()
         totals = torch.zeros(1 + len(LOSSES), dtype=torch.float64, device=self.accelerator.device)
         for i, batch in enumerate(self.validation_set):
-            self._seed(2**40, i)  # apart from all attempts
+            self._seed(2**40, i)  # apart from all updates
             with self.accelerator.autocast():
                 output = self.model(**self._on_device(batch))
             losses = torch.stack([_detached(output.get(name), output.loss) for name in LOSSES]).double()
             totals += len(batch["input_values"]) * torch.cat((torch.ones(1, device=losses.device), losses))
         count, *sums = self.accelerator.reduce(totals, "sum").tolist()
         means = {f"validation_{name}": total / count for name, total in zip(LOSSES, sums)}
-        self.accelerator.log(means, step=self.update)
-        if metrics is not None:
-            metrics.write(json.dumps({"update": self.update, **means}) + "\n")
-            metrics.flush()
-            logger.info("update %d  validation loss %.4f on %d clips", self.update, means["validation_loss"], count)
+        self.log.write_validation(self.update, means, round(count))
 
     # --- checkpoints
 
@@ -458,7 +407,6 @@ class PreTrainer:
             )
         for name in COUNTERS:
             setattr(self, name, run[name])
-        self.clips_logged = self.clips_seen
         try:
             self.model.load_state_dict(SSLAMForPreTraining.from_pretrained(folder).state_dict())
         except RuntimeError as error:  # torch names every tensor that differs
@@ -535,4 +483,4 @@ def _signals_to(handler) -> Iterator[None]:
             signal.signal(number, former)
 
 
-__all__ = ["NonFiniteError", "PreTrainer"]
+__all__ = ["PreTrainer"]

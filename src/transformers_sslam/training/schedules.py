@@ -1,6 +1,6 @@
 """What changes from update to update, as pure functions of the update: nothing to save, nothing to resume.
 
-Updates count from 1. (The teacher's decay, also such a function, is `ema_decay` beside the model.)
+Updates count from 1, skipped ones included. (The teacher's decay, also such a function, is `ema_decay` beside the model.)
 """
 
 import math
@@ -22,6 +22,7 @@ def adam_epsilon(update: int, epsilon: float, beta2: float) -> float:
     """The epsilon with which torch's AdamW takes the published step.
 
     The published optimiser adds epsilon to `sqrt(v)`, torch to `sqrt(v / (1 - beta2 ** update))`, after the bias correction. At the first
-    update torch's own epsilon would thus be 4.5 times too small (7 % of the step of the worst tensor).
+    update torch's own epsilon would thus be 4.5 times too small (7 % of the step of the worst tensor). Torch does not count updates that
+    were skipped: after one of the first few, this epsilon is too small until `beta2 ** update` has vanished.
     """
     return epsilon / math.sqrt(1 - beta2**update)
