@@ -1,6 +1,7 @@
 """Pre-training on a GPU. Every test also runs on the CPU, so that it is known to be right before a GPU is there."""
 
 import contextlib
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,11 +9,11 @@ from accelerate.state import AcceleratorState
 
 
 pytest.importorskip("soundfile")
-from conftest import noise, tiny_config  # noqa: E402
-from test_host_synchronisation import HostSynchronisations, a_trainer, batches  # noqa: E402
+from conftest import noise, tiny_config
+from test_host_synchronisation import HostSynchronisations, a_trainer, batches
 
-from transformers_sslam import SSLAMFeatureExtractor, SSLAMForPreTraining  # noqa: E402
-from transformers_sslam.fbank import log_mel  # noqa: E402
+from transformers_sslam import SSLAMFeatureExtractor, SSLAMForPreTraining
+from transformers_sslam.fbank import log_mel
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
@@ -73,7 +74,7 @@ def test_updates_do_not_wait_and_one_that_is_not_finite_changes_nothing(tmp_path
         with no_synchronisation(device):
             run._train(batch)
         states.append(state(run))
-    changes = [[not torch.equal(a, b) for a, b in zip(before, after)] for before, after in zip(states, states[1:])]
+    changes = [[not torch.equal(a, b) for a, b in zip(before, after)] for before, after in pairwise(states)]
     assert any(changes[0])
     assert not any(changes[1])
     assert any(changes[2])
@@ -109,15 +110,14 @@ def test_losses_and_gradients_are_those_of_the_cpu(device):
     models = [SSLAMForPreTraining(config).train()]
     models.append(SSLAMForPreTraining(config).train().to(device))
     models[1].load_state_dict(models[0].state_dict())
-    values, gradients = torch.randn(3, 128, 128), []
+    values, results = torch.randn(3, 128, 128), []
     for model in models:  # one generator, on the CPU: the same masks, spans and noise on any device
         generator = torch.Generator().manual_seed(1)
         loss = model(values.to(next(model.parameters()).device), generator=generator).loss
         loss.backward()
-        gradients.append(
-            torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None] + [loss.detach().cpu()[None]])
-        )
-    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+        numbers = [loss.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+        results.append(torch.cat([number.flatten().cpu() for number in numbers]))
+    assert (results[0] - results[1]).norm() < 1e-4 * results[0].norm()
 
 
 def test_log_mels_are_those_of_the_cpu(device):

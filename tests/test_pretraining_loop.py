@@ -416,6 +416,7 @@ def test_skipped_updates_are_left_out_of_means_and_counted_over_a_resumption(sou
     first.run()
     assert (first.update, first.skipped, first.skipped_in_a_row) == (6, 2, 0)
     assert [(step, values["skipped_updates"]) for step, values in logged] == [(4, 1), (6, 2)]
+    assert logged[1][1]["hours_of_audio"] == pytest.approx(6 * 4 * 64 / 360_000)  # frames of 10 ms
     assert logged[0][1]["loss"] == pytest.approx(np.mean([line["loss"] for line in metrics(tmp_path)[:3]]))
     second = trainer(sounds, tmp_path, total_updates=8, save_every=4, log_every=4)
     second.run()

@@ -155,7 +155,7 @@ class PreTrainer:
 
         Raises:
             CollapseError: if targets or predictions collapse.
-            NonFiniteError: after too many updates in a row with gradients that are not finite.
+            NonFiniteError: if a line is logged after too many updates in a row with gradients that are not finite.
             OSError: if a checkpoint cannot be written. Former ones stay as they are.
         """
         settings = self.settings
