@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 
+from accelerate import PartialState
+
 from transformers_sslam.errors import AudioDecodingError, UserError
 from transformers_sslam.settings import parse_settings
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
@@ -25,8 +27,9 @@ def main() -> None:
     except (AudioDecodingError, UserError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("stopped: finished runs stay, and are found again; this one begins anew", file=sys.stderr)
+        print("stopped: started again, this run resumes from its last checkpoint, and finished runs are found again", file=sys.stderr)
         sys.exit(130)
+    PartialState().destroy_process_group()  # whose threads may abort a process that just ends
     if os.environ.get("RANK", "0") != "0":
         return
     print(format_runs(summary))

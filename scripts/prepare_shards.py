@@ -12,7 +12,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from transformers_sslam.audio.clips import Tally
+from transformers_sslam.audio.clips import ReadStatistics
 from transformers_sslam.audio.shards import ShardSettings, prepare
 from transformers_sslam.audio.sources import parse_source
 
@@ -25,7 +25,7 @@ OPTIONS = {
     "clips_per_shard": (int, "rows of a file; a multiple of --clips-per-group"),
     "clips_per_group": (int, "rows that are read at once, and that ranks and workers share out"),
     "shuffle_rows": (int, "recordings that a worker shuffles together"),
-    "max_broken_share": (float, "more than this share of recordings that cannot be decoded stops the writing, from the 200th recording on"),
+    "max_unreadable": (float, "a larger fraction of recordings that cannot be decoded stops the writing, from the 200th recording on"),
     "num_workers": (int, "processes that decode; the order of the rows follows from it too"),
 }
 
@@ -49,7 +49,7 @@ def main() -> None:
     print(
         f"{len(index['shards'])} shards, {index['clips']} clips, {index['hours']:.2f} hours in {folder}, {clipped} clips beyond full scale"
     )
-    print(Tally.from_dict(index["report"]))
+    print(ReadStatistics.from_dict(index["report"]))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ import torch
 import transformers
 
 from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
-from transformers_sslam.audio.labels import fold_values, load_audio_folder
-from transformers_sslam.audio.layouts import open_data_set
+from transformers_sslam.audio.layouts import open_splits
+from transformers_sslam.audio.rows import fold_values
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.features import encode_clips
 from transformers_sslam.evaluation.frozen import FrozenSettings, read_task
@@ -156,7 +156,7 @@ def run(settings: StudySettings, clips: Path, every: Sequence[int | str], seed: 
     stage1, _ = pretrain_on_folds(settings.stage1, clips, others, Path(settings.stage1_dir) / f"fold-{fold}-seed-{seed}" / "stage1", shared)
     seconds = SSLAMFeatureExtractor.from_pretrained(stage1).max_length / 100
     mixtures = make_mixtures(settings, clips, others, fold, seed, seconds)
-    num_events = np.array(open_data_set(str(mixtures), "parquet")["test"]["num_events"])
+    num_events = np.array(open_splits(str(mixtures), "parquet")["test"]["num_events"])
     record: dict = {"settings": comparable(settings), "fold": fold, "precision": {}, "updates": {}, "cpu_seconds": {}}
     for variant in VARIANTS:
         record["updates"][variant], own = variant_settings(settings, variant, stage1)
@@ -246,7 +246,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     settings = parse_settings(StudySettings, __doc__)
     try:
-        every = fold_values(load_audio_folder(settings.data_dir), "fold")
+        every = fold_values(open_splits(settings.data_dir), "fold")
         clips = copy_clips(settings.data_dir, Path(settings.stage1_dir) / "clips")
         for seed in settings.seeds:
             precision = run(settings, clips, every, seed)["precision"]

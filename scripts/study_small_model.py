@@ -21,7 +21,8 @@ import torch
 import transformers
 
 from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
-from transformers_sslam.audio.labels import fold_values, load_audio_folder
+from transformers_sslam.audio.layouts import open_splits
+from transformers_sslam.audio.rows import fold_values
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.features import encode_clips
 from transformers_sslam.evaluation.frozen import FrozenSettings, read_task
@@ -202,7 +203,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     settings = parse_settings(StudySettings, __doc__)
     try:
-        every = fold_values(load_audio_folder(settings.data_dir), "fold")
+        every = fold_values(open_splits(settings.data_dir), "fold")
         if absent := [fold for fold in settings.folds if fold not in every]:
             raise UserError(f"folds has {absent[0]!r}, but the column 'fold' holds {every}")
         clips = copy_clips(settings.data_dir, Path(settings.output_dir) / "clips")

@@ -5,6 +5,8 @@ import pytest
 import torch
 from conftest import noise
 
+from transformers_sslam import SSLAMFeatureExtractor
+from transformers_sslam.audio.clips import Clip
 from transformers_sslam.errors import UserError
 from transformers_sslam.training.augmentation import (
     NO_AUGMENTATION,
@@ -15,7 +17,7 @@ from transformers_sslam.training.augmentation import (
     smooth_targets,
     spec_augment,
 )
-from transformers_sslam.training.labelled_clips import Collator
+from transformers_sslam.training.labelled_stream import Collate
 
 
 def settings(**changes) -> AugmentationSettings:
@@ -160,35 +162,39 @@ def test_smoothed_targets_by_hand():
     torch.testing.assert_close(smoothed, torch.tensor([[0.85, 0.05, 0.05, 0.05], [0.05, 0.45, 0.45, 0.05]]))
 
 
-def items(*keys: tuple[int, ...] | None) -> list[dict]:
-    values, targets = torch.randn(len(keys), 32, 16), torch.eye(4)
-    return [
-        {"input_values": value, "labels": targets[i % 4], **({} if key is None else {"key": key})}
-        for i, (key, value) in enumerate(zip(keys, values))
-    ]
+EXTRACTOR = SSLAMFeatureExtractor(max_length=32)
+
+
+def clips(*keys: tuple[int, ...]) -> list[Clip]:
+    return [Clip(noise(0.3, seed=i), f"{i}.wav", "clips", i, 0.0, {}, key) for i, key in enumerate(keys)]
+
+
+def one_of_four(chosen: list[Clip]) -> np.ndarray:
+    return np.eye(4, dtype=np.float32)[[clip.row for clip in chosen]]
 
 
 def test_label_smoothing_is_torchs():
     logits, smoothing = torch.randn(3, 4), 0.1
-    batch = Collator(NO_AUGMENTATION, smoothing)(items((0, 0, 0), (0, 0, 1), (0, 0, 2)))
-    loss = torch.nn.functional.cross_entropy(logits, batch["labels"])
+    batch = Collate(one_of_four, EXTRACTOR, NO_AUGMENTATION, smoothing)(clips((0, 0, 0), (0, 0, 1), (0, 0, 2)))
+    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch["labels"]))
     torch.testing.assert_close(loss, torch.nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, torch.arange(3)))
 
 
-def test_a_batch_follows_from_the_keys_of_its_items():
-    collate, clips = Collator(AugmentationSettings(noise=0.1)), items((0, 0, 0), (0, 0, 1))
-    first, again = collate(clips), collate(clips)
-    other = collate([{**clip, "key": (0, 1, i)} for i, clip in enumerate(clips)])
-    assert all(torch.equal(first[name], again[name]) for name in ("input_values", "labels"))
+def test_a_batch_follows_from_the_keys_of_its_clips():
+    collate = Collate(one_of_four, EXTRACTOR, AugmentationSettings(noise=0.1))
+    first, again = (collate(clips((0, 0, 0), (0, 0, 1))) for _ in range(2))
+    other = collate(clips((0, 1, 0), (0, 1, 1)))
+    assert torch.equal(first["input_values"], again["input_values"])
+    np.testing.assert_array_equal(first["labels"], again["labels"])
     assert not torch.equal(first["input_values"], other["input_values"])
 
 
 def test_batches_to_evaluate_are_left_alone():
-    clips = items(None, None)
-    batch = Collator(AugmentationSettings(noise=0.1), label_smoothing=0.1)(clips)
-    assert torch.equal(batch["input_values"], torch.stack([clip["input_values"] for clip in clips]))
-    assert torch.equal(batch["labels"], torch.eye(4)[:2])
-    assert batch.keys() == {"input_values", "labels"}
+    found = clips((0, 0, 0), (0, 0, 1))
+    batch = Collate(one_of_four, EXTRACTOR, label_smoothing=0.1)(found)
+    expected = EXTRACTOR([clip.waveform for clip in found], sampling_rate=16_000, return_tensors="pt").input_values
+    assert torch.equal(batch["input_values"], expected)
+    np.testing.assert_array_equal(batch["labels"], np.eye(4)[:2])
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,7 @@ def test_the_input_path_is_measured():
         *("manifest, after 3 clips", "parquet, after 3 clips"),
     ]
     assert all(row["clips a second by the clock"].median > 0 for row in rows[:4])
+    assert all(0 < row["ms of the main process a batch beside 2 workers"].median < 1000 for row in rows[:4])
 
 
 @pytest.mark.parametrize(
@@ -255,8 +256,8 @@ def test_the_script_prints_a_table_and_writes_json(tmp_path, command, rows):
         (["encode", "--batch-sizes", "0"], "0 is not at least 1"),
         (["features", "--seconds", "0.01"], "0.01 is not at least 0.025"),
         (["data", "--resume-after", "-5"], "-5"),
-        (["data", "--source", "{path: /data}"], "is no source"),
-        (["data", "--source", "foo"], "is no source"),
+        (["data", "--source", "{path: /data}"], "is not a source"),
+        (["data", "--source", "foo"], "is not a source"),
         (["step", "--size", "tiny", "--frames", "100"], "input_values has 100 frames, but a positive multiple of 16"),
     ],
 )

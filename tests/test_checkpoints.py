@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there; schedules are functions of the update."""
 
+import json
 import math
 import os
 import re
@@ -9,16 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from transformers_sslam.training import checkpoints
+from transformers_sslam import files
+from transformers_sslam.files import verify
 from transformers_sslam.training.checkpoints import (
     MANIFEST,
     begin_checkpoint,
     checkpoint_folder,
-    damage,
     finish_checkpoint,
     latest_whole_checkpoint,
     sweep,
     sweep_leftovers,
+    sweep_unsealed,
 )
 from transformers_sslam.training.schedules import adam_epsilon, learning_rate
 
@@ -36,7 +38,7 @@ def names(output_dir):
 
 def test_a_finished_checkpoint_is_whole_and_the_newest_is_found(tmp_path):
     for update in (9, 10, 2):
-        assert damage(write(tmp_path, update)) is None
+        assert verify(write(tmp_path, update)) is None
     assert latest_whole_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 10)
     assert latest_whole_checkpoint(tmp_path / "absent") is None
 
@@ -59,6 +61,21 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, sp
     assert re.search(message, caplog.text)
 
 
+def test_an_older_checkpoint_is_taken_whatever_happens_to_the_manifest_of_the_last(tmp_path):
+    good, folder = write(tmp_path, 1), write(tmp_path, 2)
+    whole = (folder / MANIFEST).read_bytes()
+    values = json.loads(whole)
+    contents = [whole[:length] for length in range(len(whole) - 2)] + [b"[]", b"{}", b"null", b"7", b'"a"', b"\xff", b"[" * 100_000]
+    contents += [json.dumps({**values, "model.bin": wrong}).encode() for wrong in (None, [], {}, 7, {"bytes": "7", "sha256": 1})]
+    contents += [json.dumps({name: values["model.bin"]}).encode() for name in ("", "..", "/etc/passwd", "a\0b", "x" * 5000, "../model.bin")]
+    contents += [whole.replace(b"sha256", b"sha257"), whole.replace(b"bytes", b"bytez"), whole.replace(b"model.bin", b"model.bio")]
+    for content in contents:
+        (folder / MANIFEST).write_bytes(content)
+        assert latest_whole_checkpoint(tmp_path) == good
+    (folder / MANIFEST).write_bytes(whole)
+    assert latest_whole_checkpoint(tmp_path) == folder
+
+
 def test_nothing_is_begun_anew_over_damaged_checkpoints(tmp_path):
     assert latest_whole_checkpoint(tmp_path) is None
     for update in (1, 2):
@@ -75,7 +92,7 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", fail)
     with pytest.raises(OSError, match="Input/output error"):
-        damage(folder)
+        verify(folder)
 
 
 def test_a_run_killed_while_writing_or_deleting_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
@@ -84,7 +101,7 @@ def test_a_run_killed_while_writing_or_deleting_leaves_nothing_that_looks_whole(
     assert latest_whole_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 1)
     write(tmp_path, 3)
     removed = []
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda path, **_: removed.append(path.name))  # as if killed before it does anything
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path, **_: removed.append(path.name))  # as if killed before it does anything
     sweep(tmp_path, 3, keep_last=1, keep_every=None)
     monkeypatch.undo()
     assert names(tmp_path) == ["checkpoint-00000001.discarded", "checkpoint-00000002.unfinished", "checkpoint-00000003"]
@@ -93,14 +110,26 @@ def test_a_run_killed_while_writing_or_deleting_leaves_nothing_that_looks_whole(
     assert names(tmp_path) == ["checkpoint-00000003"]
 
 
+def test_checkpoints_of_a_trainer_that_were_not_finished_are_deleted(tmp_path):
+    write(tmp_path, 1)
+    (write(tmp_path, 2) / MANIFEST).unlink()
+    (write(tmp_path, 3) / MANIFEST).write_text("{")  # damaged, which is another thing: it is passed over, not deleted
+    sweep_unsealed(tmp_path)
+    assert names(tmp_path) == ["checkpoint-00000001", "checkpoint-00000003"]
+    sweep_unsealed(tmp_path / "absent")
+
+
 def test_the_manifest_is_on_disk_before_the_name(tmp_path, monkeypatch):
     """Every file is flushed before the rename, and the parent folder after it."""
     flushed, renamed = [], []
-    real_flush, real_rename = checkpoints._flush, os.rename
-    monkeypatch.setattr(checkpoints, "_flush", lambda path: (flushed.append((path.name, bool(renamed))), real_flush(path)))
-    monkeypatch.setattr(checkpoints.os, "rename", lambda a, b: (renamed.append(b), real_rename(a, b)))
+    real_flush, real_rename = files.flush, os.rename
+    monkeypatch.setattr(files, "flush", lambda path: (flushed.append((path.name, bool(renamed))), real_flush(path)))
+    monkeypatch.setattr(files.os, "rename", lambda a, b: (renamed.append(b), real_rename(a, b)))
     write(tmp_path, 1)
-    assert [name for name, after in flushed if not after] == ["model.bin", "run.json", "manifest.json", "checkpoint-00000001.unfinished"]
+    before = [name for name, after in flushed if not after]
+    assert before[:2] == ["model.bin", "run.json"]  # the manifest is written after them, and flushed by `write_atomically`
+    assert set(before) == {"model.bin", "run.json", "manifest.json", "checkpoint-00000001.unfinished"}
+    assert before[-1] == "checkpoint-00000001.unfinished"
     assert [name for name, after in flushed if after] == [tmp_path.name]
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import tiny_config
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
 
-from transformers_sslam import SSLAMConfig, SSLAMModel
+from transformers_sslam import SSLAMConfig, SSLAMForAudioClassification, SSLAMModel
+from transformers_sslam.configuration_sslam import LARGEST_SIZES
 
 
 @pytest.mark.parametrize(("preset", "layers", "width", "heads", "millions"), [("base", 12, 768, 12, 85.2), ("large", 24, 1024, 16, 302.6)])
@@ -63,3 +65,49 @@ def test_whole_numbers_are_numbers():
 def test_wrong_types_are_refused(kwargs):
     with pytest.raises(StrictDataclassError, match=next(iter(kwargs))):
         SSLAMConfig(**kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        *({name: size} for name in LARGEST_SIZES for size in (10**7 + 48, -16, 0, 1e6, math.nan, True, "16", None)),
+        *(
+            {name: math.nan}
+            for name in ("mask_ratio", "ema_decay", "layer_norm_eps", "drop_path_rate", "padding_value", "mask_ratio_adjust")
+        ),
+        *({name: True} for name in ("initializer_range", "mask_ratio", "global_loss_weight")),
+    ],
+    ids=str,
+)
+def test_sizes_that_no_model_has_are_refused_at_once(tmp_path, kwargs):
+    """Before a table of that size is made."""
+    with pytest.raises((ValueError, StrictDataclassError), match=next(iter(kwargs))):
+        SSLAMConfig(**kwargs)
+    SSLAMConfig().save_pretrained(tmp_path)
+    with pytest.raises((ValueError, StrictDataclassError), match=next(iter(kwargs))):
+        SSLAMConfig.from_pretrained(tmp_path, **kwargs)
+
+
+@pytest.mark.parametrize("names", [{"a": 0, "b": 1}, {"b": 1, "a": 0}, {"x": 2, "a": 0, "b": 1}], ids=str)
+@pytest.mark.parametrize("counted", [True, False])
+def test_names_of_classes_may_be_given_as_label2id_alone(tmp_path, names, counted):
+    given = {"label2id": names} | ({"num_labels": len(names)} if counted else {})
+    SSLAMConfig(id2label={0: "old", 1: "older"}, label2id={"old": 0, "older": 1}).save_pretrained(tmp_path / "two")
+    SSLAMConfig().save_pretrained(tmp_path / "none")
+    configs = [SSLAMConfig(**given), AutoConfig.for_model("sslam", **given)]
+    configs += [kind.from_pretrained(tmp_path / folder, **given) for kind in (SSLAMConfig, AutoConfig) for folder in ("two", "none")]
+    configs[0].save_pretrained(tmp_path / "again")
+    for config in (*configs, SSLAMConfig.from_pretrained(tmp_path / "again")):
+        assert config.label2id == names
+        assert config.id2label == {i: name for name, i in names.items()}
+        assert config.num_labels == len(names)
+    SSLAMModel(tiny_config()).save_pretrained(tmp_path / "encoder")
+    model = SSLAMForAudioClassification.from_pretrained(tmp_path / "encoder", **given)
+    assert model.config.id2label == {i: name for name, i in names.items()}
+    assert model.classifier.out_features == len(names)
+
+
+@pytest.mark.parametrize("given", [{"num_labels": 3, "label2id": {"a": 0, "b": 1}}, {"label2id": {"a": 0, "b": 0}}, {"label2id": {"a": 1}}])
+def test_names_that_do_not_fit_the_classes_are_refused(given):
+    with pytest.raises(ValueError, match="each class from 0 on needs one name"):
+        SSLAMConfig(**given)

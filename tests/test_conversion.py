@@ -1,12 +1,16 @@
 """Official checkpoints: every layout, tensor by tensor; nothing in a file is ever run; what cannot be converted leaves nothing behind."""
 
+import copy
 import csv
 import json
 import os
 import pickle
+import random
 import shutil
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,8 +19,9 @@ from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, AutoModelForPreTraining
 
-from transformers_sslam import PRETRAINING_STAGES, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel
+from transformers_sslam import PRETRAINING_STAGES, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel, conversion
 from transformers_sslam.conversion import ConversionError, convert_checkpoint
+from transformers_sslam.official import read_official_checkpoint
 
 
 WIDTH, DEPTH, HEADS, GROUPS, CLASSES = 32, 2, 4, 8, 5
@@ -439,6 +444,103 @@ def test_what_cannot_be_converted_is_named_and_leaves_nothing(tmp_path, case):
     with pytest.raises(ConversionError, match=message):
         convert_checkpoint(source, target / "out")
     assert list(target.iterdir()) == []
+
+
+WRONG = [None, "text", [1], {1: 2}, torch.zeros(2), float("nan"), -1, 10**30, FairseqLeftover()]
+PLACES = [
+    *[("cfg",), ("cfg", "model"), ("cfg", "model", "modalities"), ("cfg", "model", "modalities", "image")],
+    *[("cfg", "model", "modalities", "image", "decoder"), ("cfg", "model", "modalities", "image", "max_length"), ("model",)],
+    *[("cfg", "model", name) for name in ("num_heads", "embed_dim", "depth", "mlp_ratio", "norm_eps", "layer_norm_first", "clone_batch")],
+    *[("cfg", "model", "pretrained_model_args"), ("cfg", "model", "pretrained_model_args", "model")],
+    *[("cfg", "model", name) for name in ("target_length", "num_classes", "prediction_mode", "esc50_eval", "mask_prob", "ema_decay")],
+    *[("model", "_ema"), ("model", "head.weight"), ("model", "model.extra_tokens"), ("model", 7)],
+]
+
+
+@pytest.mark.parametrize("save", [save_pretrained_fairseq, save_fine_tuned_fairseq])
+def test_a_wrong_type_anywhere_in_a_file_is_one_clear_error_or_ignored(tmp_path, monkeypatch, save):
+    monkeypatch.setattr(conversion, "_write", lambda *_: None)  # what is read is checked before
+    monkeypatch.setattr(SSLAMForPreTraining, "from_pretrained", lambda *_: None)
+    monkeypatch.setattr(SSLAMForAudioClassification, "from_pretrained", lambda *_: None)
+    content, rejected = torch.load(save(tmp_path / "m.pt"), weights_only=True), 0
+    for place in PLACES:
+        for value in WRONG:
+            changed = copy.deepcopy(content)
+            group = changed
+            for name in place[:-1]:
+                group = group.setdefault(name, {})
+            group[place[-1]] = value
+            torch.save(changed, tmp_path / "m.pt")
+            try:
+                convert_checkpoint(tmp_path / "m.pt", tmp_path / "out")
+            except ConversionError:
+                rejected += 1
+    assert 0.4 * len(PLACES) * len(WRONG) < rejected < len(PLACES) * len(WRONG)
+    for whole in WRONG:
+        torch.save(whole, tmp_path / "m.pt")
+        with pytest.raises(ConversionError):
+            convert_checkpoint(tmp_path / "m.pt", tmp_path / "out")
+
+
+def test_whatever_bytes_are_changed_nothing_but_a_clear_error_comes(tmp_path):
+    """Half of the changes are made to the pickle within a whole archive, where no checksum catches them."""
+    source = save_pretrained_fairseq(tmp_path / "m.pt")
+    whole = source.read_bytes()
+    with zipfile.ZipFile(source) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in parts if name.endswith("data.pkl"))
+    generator, rejected = random.Random(0), 0
+    for number in range(400):
+        content = bytearray(whole if number % 2 else parts[pickled])
+        for _ in range(generator.choice((1, 1, 2, 8))):
+            place = generator.randrange(len(content))
+            match generator.randrange(4):
+                case 0:
+                    content[place] ^= 1 << generator.randrange(8)
+                case 1:
+                    content[place] = generator.randrange(256)
+                case 2:
+                    del content[place : place + generator.choice((1, 7, 100))]
+                case 3:
+                    content[place:place] = content[place // 2 : place // 2 + generator.choice((1, 9))]
+        if number % 2:
+            source.write_bytes(content)
+        else:
+            with zipfile.ZipFile(source, "w") as archive:
+                for name, data in parts.items():
+                    archive.writestr(name, bytes(content) if name == pickled else data)
+        try:
+            read_official_checkpoint(source)
+        except ConversionError:
+            rejected += 1
+    assert rejected > 200
+
+
+def zip_bomb(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
+        archive.writestr("archive/data/0", bytes(300_000_000))
+
+
+def repeated_bytes(path: Path) -> None:
+    content = torch.load(save_pretrained_fairseq(path), weights_only=True)
+    content["model"]["modality_encoders.IMAGE.fixed_positional_encoder.positions"] = torch.zeros(1, 1, 1).expand(1, 10**9, 10**3)
+    torch.save(content, path)
+
+
+def deep_pickle(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
+        archive.writestr("archive/version", b"3")
+
+
+@pytest.mark.parametrize("make", [zip_bomb, repeated_bytes, deep_pickle])
+def test_a_small_file_that_would_fill_the_memory_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "bomb.pt")
+    start = time.process_time()
+    with pytest.raises(ConversionError, match=r"bomb\.pt"):
+        convert_checkpoint(tmp_path / "bomb.pt", tmp_path / "out")
+    assert time.process_time() - start < 5
 
 
 def test_a_full_output_folder_is_not_touched(tmp_path):

@@ -1,5 +1,9 @@
 """Frozen features: what they are, that they are computed once, and that a cache is never half of one, nor another's."""
 
+import os
+import socket
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -192,35 +196,54 @@ def test_what_a_killed_run_left_is_not_read(model, extractor, tmp_path, calls):
     expected = np.array(encode_clips(model, extractor, CLIPS, tmp_path).mean)
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     (folder / "mean.npy").write_bytes(b"half")
-    folder.rename(folder.with_suffix(".partial"))  # what stands there before the last step
+    killed = subprocess.Popen([sys.executable, "-c", "pass"])  # a process that is no more
+    killed.wait()
+    left = tmp_path / f".{folder.name}.{socket.gethostname()}.{killed.pid}.unfinished"
+    folder.rename(left)  # what stands there before the last step
     again = encode_clips(model, extractor, CLIPS, tmp_path)
     assert calls == [3, 3]
     np.testing.assert_array_equal(again.mean, expected)
-    assert not folder.with_suffix(".partial").exists()
+    assert not left.exists()
 
 
-@pytest.mark.parametrize("damage", ["shortened", "overwritten", "missing", "another shape", "empty"])
-def test_damaged_features_are_computed_again_with_a_warning(damage, model, extractor, tmp_path, calls, monkeypatch):
-    warnings = []
-    monkeypatch.setattr(module.logger, "warning", warnings.append)
+def flip(content: bytes, bit: int) -> bytes:
+    return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
+
+
+DAMAGE = {
+    "shortened": lambda content: content[:-100],
+    "longer": lambda content: content + bytes(100),
+    "overwritten": lambda content: b"no array at all",
+    "empty": lambda content: b"",
+    "missing": None,
+    "a bit of the values": lambda content: flip(content, 8 * len(content) - 1003),
+    "a bit of the header": lambda content: flip(content, 300),
+    "NaN": lambda content: content[:-8] + np.array([np.nan, np.nan], np.float32).tobytes(),
+    "zeros": lambda content: content[:-400] + bytes(400),
+}
+
+
+@pytest.mark.parametrize("array", ["patches", "mean", "heard", "manifest"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_features_are_computed_again_with_a_warning(damage, array, model, extractor, tmp_path, calls, caplog):
+    if array == "manifest" and damage in ("zeros", "NaN", "longer"):
+        pytest.skip("of arrays")
     whole = encode_clips(model, extractor, CLIPS, tmp_path)
-    expected = np.array(whole.patches)
-    (file,) = tmp_path.glob("*/patches.npy")
-    if damage == "shortened":
-        file.write_bytes(file.read_bytes()[:-100])
-    elif damage == "overwritten":
-        file.write_bytes(b"no array at all")
-    elif damage == "missing":
-        file.unlink()
-    elif damage == "another shape":
-        np.save(file, np.zeros((2, 128, 32), np.float16))
-    else:
-        file.write_bytes(b"")
+    expected = {name: np.array(getattr(whole, name)) for name in ("patches", "mean", "heard")}
+    (file,) = tmp_path.glob(f"*/{array}.*")
+    times = file.stat().st_mtime_ns
+    content = file.read_bytes()
+    del whole
+    file.unlink()
+    if DAMAGE[damage]:
+        file.write_bytes(DAMAGE[damage](content))
+        os.utime(file, ns=(times, times))  # a disk that loses a bit leaves the time as it was
+    module._verified.clear()  # as in another process
     again = encode_clips(model, extractor, CLIPS, tmp_path)
-    np.testing.assert_array_equal(again.patches, expected)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(getattr(again, name), values)
     assert calls == [3, 3]
-    assert len(warnings) == 1
-    assert "damaged" in warnings[0]
+    assert [record.getMessage().endswith("the clips are encoded again.") for record in caplog.records] == [True]
 
 
 def test_features_that_are_not_finite_are_refused_and_not_kept(model, extractor, tmp_path):

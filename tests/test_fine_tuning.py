@@ -122,7 +122,8 @@ def test_an_unreadable_file_is_left_out_by_name(finished):
     unreadable = json.loads((output / "results.json").read_text())["unreadable"]
     assert [Path(name).name for name in unreadable["training"].pop("unreadable")] == ["broken.wav"]
     assert unreadable == {"training": {}, "evaluation": {}}
-    assert "1 of 33 training clips are left out (unreadable)" in process.stderr
+    assert process.stderr.count("left out: 1 unreadable. The first 1 that cannot be used:") == 1  # not again in each epoch
+    assert "1 files could not be read and were left out" in (output / "README.md").read_text()
 
 
 def test_the_saved_folder_classifies_through_a_pipeline(finished):
@@ -255,7 +256,7 @@ def shards(folder, tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_parquet_files_can_be_streamed(settings, shards, workers):
-    changes = {"data_dir": str(shards), "layout": "parquet", "streaming": True, "max_unreadable": 0.2, "shuffle_buffer": 3}
+    changes = {"data_dir": str(shards), "layout": "parquet", "streaming": True, "max_unreadable": 0.2}
     splits = {"fold_column": None, "train_folds": [], "eval_folds": []}
     trainer = {"disable_tqdm": True, "dataloader_num_workers": workers}
     results = fine_tune(replace(settings, **changes, **splits, trainer=trainer, total_updates=5))
@@ -268,18 +269,24 @@ def test_parquet_files_can_be_streamed(settings, shards, workers):
     assert "on streamed clips of `shards`" in (Path(settings.output_dir) / "README.md").read_text()
 
 
-def test_a_stream_hears_every_epoch_in_another_way(settings, shards, monkeypatch):
-    seeds = []
+def augmentation_seeds(monkeypatch) -> list[tuple[int, ...]]:
+    """What the augmentation of each clip draws from: seed of the run, epoch, place in its order and the like."""
+    seeds: list[tuple[int, ...]] = []
 
     def record(waveform, settings, generator):
-        seeds.append(tuple(generator.bit_generator.seed_seq.entropy))
+        seeds.append(tuple(generator.bit_generator.seed_seq.entropy)[2:])  # behind what tells this use from others
         return waveform
 
-    monkeypatch.setattr("transformers_sslam.training.labelled_clips.augment_waveform", record)
+    monkeypatch.setattr("transformers_sslam.training.labelled_stream.augment_waveform", record)
+    return seeds
+
+
+def test_a_stream_is_augmented_anew_in_every_epoch(settings, shards, monkeypatch):
+    seeds = augmentation_seeds(monkeypatch)
     changes = {"data_dir": str(shards), "layout": "parquet", "streaming": True, "max_unreadable": 0.2, "evaluate": False}
     fine_tune(replace(settings, **changes, fold_column=None, train_folds=[], eval_folds=[], total_updates=4, seed=5))
-    assert len(set(seeds)) == len(seeds) == 10
-    assert {seed[:2] for seed in seeds} == {(5, 0), (5, 1)}
+    assert len(set(seeds)) == len(seeds) == 16  # four updates of four clips
+    assert {seed[:2] for seed in seeds} == {(5, epoch) for epoch in range(4)}  # of five clips that can be read
 
 
 @pytest.fixture
@@ -406,15 +413,10 @@ def test_statistics_can_be_preset_or_given(settings, normalization, expected):
 
 
 def test_each_clip_is_augmented_once_an_epoch_with_a_seed_of_its_own(settings, monkeypatch):
-    seeds = []
-
-    def record(waveform, settings, generator):
-        seeds.append(tuple(generator.bit_generator.seed_seq.entropy))
-        return waveform
-
-    monkeypatch.setattr("transformers_sslam.training.labelled_clips.augment_waveform", record)
-    fine_tune(replace(settings, epochs=3.0, total_updates=None, seed=5))
-    assert sorted(seeds) == [(5, epoch, row) for epoch in range(3) for row in range(6)]
+    seeds = augmentation_seeds(monkeypatch)
+    fine_tune(replace(settings, batch_size=3, epochs=3.0, total_updates=None, seed=5))
+    # Each of the six places in the order of an epoch once; a table has one recording a place, and it is one clip.
+    assert sorted(seeds) == [(5, epoch, place, 0, 0) for epoch in range(3) for place in range(6)]
 
 
 @pytest.mark.parametrize(
@@ -447,10 +449,11 @@ def test_labels_that_cannot_be_learnt_are_an_error(settings, tmp_path, rows, mes
         fine_tune(replace(settings, data_dir=str(folder)))
 
 
-def test_a_clip_of_both_parts_is_an_error(settings, folder):
+def test_a_clip_listed_under_two_names_is_an_error(settings, folder):
+    (folder / "again.wav").hardlink_to(folder / "000.wav")
     with (folder / "metadata.csv").open("a") as table:
-        table.write("\n000.wav,hum,2")
-    with pytest.raises(UserError, match="000.wav is both in the training clips and in the evaluation"):
+        table.write("\nagain.wav,hum,2")
+    with pytest.raises(UserError, match="again.wav, which is .*000.wav, is both in the training clips and in the evaluation"):
         fine_tune(settings)
 
 
@@ -498,9 +501,40 @@ def test_too_many_unusable_files_stop_the_run_and_are_counted_by_cause(settings,
     (folder / "001.wav").write_bytes(b"no audio")
     soundfile.write(folder / "002.wav", noise(0.02), RATE)
     soundfile.write(folder / "003.wav", 1000 * noise(0.6), RATE, subtype="FLOAT")
-    counts = r"4 of 6 training clips cannot be used \(1 missing, 1 unreadable, 1 too short, 1 out of scale\), .* allowed: .*000.wav"
+    causes = "left out: 1 missing, 1 out of scale, 1 too short, 1 unreadable"
+    counts = rf"(?s)3 of 6 recordings are unreadable, more than max_unreadable = 0.4: .*{causes}.*000.wav is not there"
     with pytest.raises(UserError, match=counts):
-        fine_tune(replace(settings, max_unreadable=0.5))
+        fine_tune(replace(settings, max_unreadable=0.4))
+
+
+def test_a_class_none_of_whose_clips_can_be_read_ends_the_run_after_an_epoch(settings, folder):
+    for i in (0, 2, 4):  # every hum of the first fold
+        (folder / f"{i:03}.wav").write_bytes(b"no audio")
+    with pytest.raises(UserError, match=r"(?s)no training clip of the class hum can be read: repair one.*000.wav cannot be read"):
+        fine_tune(replace(settings, max_unreadable=0.9, total_updates=100))
+    assert not (Path(settings.output_dir) / "model.safetensors").exists()
+    soundfile.write(folder / "002.wav", sound("hum", 0), RATE)
+    results = fine_tune(replace(settings, max_unreadable=0.9, total_updates=4, overwrite=True))
+    assert {cause: [Path(name).name for name in names] for cause, names in results["unreadable"]["training"].items()} == {
+        "unreadable": ["000.wav", "004.wav"]
+    }
+    assert results["clips"] == {"training": 4, "evaluation": 6}
+
+
+def test_half_precision_of_either_kind_can_be_asked_for(settings, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    asked: list[dict] = []
+    monkeypatch.setattr("transformers_sslam.training.fine_tuning_settings.TrainingArguments", lambda **values: asked.append(values))
+    for trainer in ({}, {"fp16": True}, {"bf16": False}, {"use_cpu": True}):
+        object.__setattr__(settings, "trainer", trainer)
+        settings.training_arguments()
+    assert [(values["bf16"], values.get("fp16", False)) for values in asked] == [
+        (True, False),
+        (False, True),
+        (False, False),
+        (False, False),
+    ]
 
 
 @pytest.mark.parametrize(

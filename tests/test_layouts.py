@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from transformers_sslam.audio import layouts
-from transformers_sslam.audio.labels import read_rows
-from transformers_sslam.audio.layouts import KEYWORDS, LAYOUTS, WORDS_V1, WORDS_V2, open_data_set
+from transformers_sslam.audio import published
+from transformers_sslam.audio.layouts import LAYOUTS, open_splits
+from transformers_sslam.audio.published import KEYWORDS, WORDS_V1, WORDS_V2
+from transformers_sslam.audio.rows import read_rows
 from transformers_sslam.errors import UserError
 
 
@@ -32,12 +33,13 @@ def write_text(path: Path, *lines: str) -> None:
 def table(rows, column: str = "label") -> dict[str, object]:
     """Labels by name of the clip, through the same reader as the programs use."""
     read = read_rows(rows, column)
-    return {Path(source["path"]).name: labels if read.multi_label else labels[0] for source, labels in zip(read.sources, read.labels)}
+    names = [Path(source["path"]).name for source in read.sources]
+    return {name: labels if read.labels.multi_label else labels[0] for name, labels in zip(names, read.labels)}
 
 
 def test_every_layout_says_what_it_expects_in_one_line():
-    names = {"audiofolder", "parquet", "hub", "esc50", "speech_commands", "audioset", "spass", "urban_sed", "idmt_desed"}
-    assert set(LAYOUTS) == names
+    stored = {"folder", "audiofolder", "manifest", "parquet", "webdataset", "hub"}
+    assert set(LAYOUTS) == stored | {"esc50", "speech_commands", "audioset", "spass", "urban_sed", "idmt_desed"}
     assert all(expects and "\n" not in expects for expects in LAYOUTS.values())
 
 
@@ -53,13 +55,13 @@ def test_every_layout_says_what_it_expects_in_one_line():
 )
 def test_what_does_not_exist_is_refused(tmp_path, layout, subset, message):
     with pytest.raises(UserError, match=message):
-        open_data_set(str(tmp_path / "nowhere"), layout, subset=subset)
+        open_splits(str(tmp_path / "nowhere"), layout, subset=subset)
 
 
 def test_audio_folder(tmp_path):
     for name in ("train/hum/1.wav", "train/hiss/2.wav", "test/hum/3.wav"):
         write_clip(tmp_path / name)
-    splits = open_data_set(str(tmp_path), "audiofolder")
+    splits = open_splits(str(tmp_path), "audiofolder")
     assert {name: table(rows) for name, rows in splits.items()} == {"train": {"1.wav": "hum", "2.wav": "hiss"}, "test": {"3.wav": "hum"}}
 
 
@@ -67,7 +69,7 @@ def test_names_that_look_like_splits_are_classes_and_clips(tmp_path):
     names = ("train/0.wav", "dog/train.wav", "dog/a test.wav", "dog/dev-1.wav", "dog/0.wav")
     for name in names:
         write_clip(tmp_path / name)
-    (rows,) = open_data_set(str(tmp_path), "audiofolder").values()
+    (rows,) = open_splits(str(tmp_path), "audiofolder").values()
     assert sorted(zip((Path(audio["path"]).name for audio in rows["audio"]), rows["label"])) == [
         ("0.wav", 0),
         ("0.wav", 1),
@@ -81,7 +83,7 @@ def test_names_that_look_like_splits_are_classes_and_clips(tmp_path):
 def test_a_class_of_the_name_of_a_split_is_in_one_split(tmp_path):
     for name in ("train/dog/0.wav", "train/train/1.wav", "test/dog/2.wav", "test/train/3.wav"):
         write_clip(tmp_path / name)
-    splits = open_data_set(str(tmp_path), "audiofolder")
+    splits = open_splits(str(tmp_path), "audiofolder")
     assert {name: table(rows) for name, rows in splits.items()} == {
         "train": {"0.wav": "dog", "1.wav": "train"},
         "test": {"2.wav": "dog", "3.wav": "train"},
@@ -93,14 +95,14 @@ def test_what_lies_beside_splits_is_not_left_out_silently(beside, tmp_path):
     for name in ("train/dog/0.wav", "train/cat/1.wav", "Test/dog/2.wav", beside):
         write_clip(tmp_path / name) if name.endswith("wav") else write_text(tmp_path / name, "file_name,label")
     with pytest.raises(UserError, match=f"Test, train, which are splits, and beside them {beside.split('/')[0]}: move"):
-        open_data_set(str(tmp_path), "audiofolder")
+        open_splits(str(tmp_path), "audiofolder")
 
 
 def test_clips_that_the_metadata_do_not_list_are_counted(tmp_path, caplog):
     for name in ("0.wav", "1.wav", "2.wav"):
         write_clip(tmp_path / name)
     write_text(tmp_path / "metadata.csv", "file_name,label", "0.wav,dog")
-    (rows,) = open_data_set(str(tmp_path), "audiofolder").values()
+    (rows,) = open_splits(str(tmp_path), "audiofolder").values()
     assert len(rows) == 1
     assert "2 of 3 audio files" in caplog.text
 
@@ -127,7 +129,7 @@ def test_parquet_files_are_sorted_into_splits_by_their_names(tmp_path, streaming
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", "c")
     write_parquet(tmp_path / "validate" / "shard-00000.parquet", "d")  # a folder that `datasets` alone would pass over
     write_text(tmp_path / "README.md", "not a table")
-    splits = open_data_set(str(tmp_path), "parquet", streaming=streaming)
+    splits = open_splits(str(tmp_path), "parquet", streaming=streaming)
     found = {name: [row["audio"]["path"] for row in rows] for name, rows in splits.items()}
     assert found == {"train": ["a", "b"], "test": ["c"], "validate": ["d"]}
     first = next(iter(splits["test"]))
@@ -140,35 +142,35 @@ def test_shards_beside_their_index_are_a_training_split(tmp_path):
     write_parquet(tmp_path / "shard-00000.parquet", "a")
     write_parquet(tmp_path / "shard-00001.parquet", "b")
     write_text(tmp_path / "index.json", "{}")
-    splits = open_data_set(str(tmp_path), "parquet")
+    splits = open_splits(str(tmp_path), "parquet")
     assert {name: [audio["path"] for audio in rows["audio"]] for name, rows in splits.items()} == {"train": ["a", "b"]}
 
 
 def test_another_name_of_the_audio_column_is_found(tmp_path):
     write_parquet(tmp_path / "train.parquet", "a", column="recording")
-    assert open_data_set(str(tmp_path), "parquet")["train"][0]["audio"]["path"] == "a"
+    assert open_splits(str(tmp_path), "parquet")["train"][0]["audio"]["path"] == "a"
 
 
 def test_audio_of_another_writer_is_found(tmp_path):
     columns = {"sound": [{"bytes": b"RIFF", "path": "a"}], "label": ["dog"]}
     datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
-    (rows,) = open_data_set(str(tmp_path), "parquet").values()
+    (rows,) = open_splits(str(tmp_path), "parquet").values()
     assert rows[0] == {"audio": {"bytes": b"RIFF", "path": "a"}, "label": "dog"}
 
 
 def test_parquet_without_audio_without_a_split_or_without_files_is_refused(tmp_path):
     write_text(tmp_path / "empty" / "notes.txt", "")
     with pytest.raises(UserError, match="holds notes.txt, but the layout parquet expects"):
-        open_data_set(str(tmp_path / "empty"), "parquet")
+        open_splits(str(tmp_path / "empty"), "parquet")
     write_parquet(tmp_path / "silent" / "train.parquet", "a", audio=False)
     with pytest.raises(UserError, match=r"has 0 columns of type Audio \(columns labels\), but must have one"):
-        open_data_set(str(tmp_path / "silent"), "parquet")
+        open_splits(str(tmp_path / "silent"), "parquet")
     write_parquet(tmp_path / "nameless" / "-0.parquet", "a")
     with pytest.raises(UserError, match="does not tell its split: name it train-00000.parquet"):
-        open_data_set(str(tmp_path / "nameless"), "parquet")
+        open_splits(str(tmp_path / "nameless"), "parquet")
     write_text(tmp_path / "broken" / "train.parquet", "no table")
     with pytest.raises(UserError, match="broken cannot be opened"):
-        open_data_set(str(tmp_path / "broken"), "parquet")
+        open_splits(str(tmp_path / "broken"), "parquet")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -179,10 +181,10 @@ def test_a_hub_data_set_as_a_local_folder_with_configurations(tmp_path, streamin
     for name in ("balanced", "full"):
         card += [f"- config_name: {name}", "  data_files:", "  - split: train", f"    path: {name}/*.parquet"]
     write_text(tmp_path / "README.md", *card, "---")
-    splits = open_data_set(str(tmp_path), "hub", subset="full", streaming=streaming)
+    splits = open_splits(str(tmp_path), "hub", subset="full", streaming=streaming)
     assert [row["audio"]["path"] for row in splits["train"]] == ["b", "c"]
     with pytest.raises(UserError, match="cannot be opened: .*half"):
-        open_data_set(str(tmp_path), "hub", subset="half")
+        open_splits(str(tmp_path), "hub", subset="half")
 
 
 def test_local_folders_of_one_name_and_one_that_changed_are_told_apart(tmp_path):
@@ -190,14 +192,14 @@ def test_local_folders_of_one_name_and_one_that_changed_are_told_apart(tmp_path)
     for place, names in (("first", ["a"]), ("second", ["b", "c"]), ("first", ["d", "e", "f"])):
         write_parquet(tmp_path / place / "set" / "data" / "train.parquet", *names)
         write_text(tmp_path / place / "set" / "README.md", *card)
-        rows = open_data_set(str(tmp_path / place / "set"), "hub")["train"]
+        rows = open_splits(str(tmp_path / place / "set"), "hub")["train"]
         assert [audio["path"] for audio in rows["audio"]] == names
 
 
 def test_what_is_not_on_the_hub_is_refused(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("no such host")))
     with pytest.raises(UserError, match="the data set someone/sounds cannot be opened: ConnectionError: no such host"):
-        open_data_set("someone/sounds", "hub")
+        open_splits("someone/sounds", "hub")
 
 
 # ESC-50
@@ -224,7 +226,7 @@ def esc50(tmp_path) -> Path:
 
 
 def test_esc50_has_labels_and_folds(esc50):
-    (rows,) = open_data_set(str(esc50), "esc50").values()
+    (rows,) = open_splits(str(esc50), "esc50").values()
     assert rows.features["label"].names == ["dog", "rooster", "chirping_birds", "thunderstorm", "vacuum_cleaner"]
     assert table(rows) == {name: category for name, _, _, category, _ in ESC50}
     assert rows["fold"][:] == [1, 1, 2, 2, 5, 5]
@@ -232,16 +234,15 @@ def test_esc50_has_labels_and_folds(esc50):
 
 
 def test_esc10_is_what_the_table_marks(esc50):
-    (rows,) = open_data_set(str(esc50), "esc50", subset="esc10").values()
+    (rows,) = open_splits(str(esc50), "esc50", subset="esc10").values()
     assert rows.features["label"].names == ["dog", "rooster"]
     assert rows["fold"][:] == [1, 5, 5]
 
 
-def test_a_table_of_files_is_streamed_in_shards(esc50):
-    splits = open_data_set(str(esc50), "esc50", streaming=True)
-    assert isinstance(splits, datasets.IterableDatasetDict)
-    assert splits["train"].num_shards == len(ESC50)
-    assert [Path(row["audio"]["path"]).name for row in splits["train"]] == [name for name, *_ in ESC50]
+def test_a_table_of_files_is_in_memory_whether_streamed_or_not(esc50):
+    splits = open_splits(str(esc50), "esc50", streaming=True)
+    assert isinstance(splits["train"], datasets.Dataset)
+    assert [Path(audio["path"]).name for audio in splits["train"]["audio"]] == [name for name, *_ in ESC50]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,10 @@ def test_a_table_of_files_is_streamed_in_shards(esc50):
         (lambda root: (root / "meta" / "esc50.csv").unlink(), "there is no .*esc50.csv"),
         (lambda root: write_text(root / "meta" / "esc50.csv", "filename,fold,target"), "has no column category, esc10, only filename"),
         (lambda root: write_text(root / "meta" / "esc50.csv", "filename,fold,target,category,esc10"), "has no rows"),
-        (lambda root: edit(root / "meta" / "esc50.csv", "B-36.wav,2,36", "B-36.wav,two,36"), "a fold or a target that is no whole number"),
+        (
+            lambda root: edit(root / "meta" / "esc50.csv", "B-36.wav,2,36", "B-36.wav,two,36"),
+            "a target that is not a whole number",
+        ),
         (
             lambda root: edit(root / "meta" / "esc50.csv", "5-9032-A-0.wav,5,0,dog", "5-9032-A-0.wav,5,0,cat"),
             "calls target 0 both dog and cat",
@@ -263,7 +267,7 @@ def test_a_table_of_files_is_streamed_in_shards(esc50):
 def test_damage_to_esc50_is_named(esc50, damage, message):
     damage(esc50)
     with pytest.raises(UserError, match=message):
-        open_data_set(str(esc50), "esc50")
+        open_splits(str(esc50), "esc50")
 
 
 def edit(path: Path, before: str, after: str) -> None:
@@ -290,7 +294,7 @@ def write_speech_commands(root: Path, words: tuple[str, ...]) -> Path:
 
 @pytest.mark.parametrize(("subset", "words", "number"), [("v1", WORDS_V1, 30), ("v2", WORDS_V2, 35)])
 def test_speech_commands_is_split_by_its_lists(tmp_path, subset, words, number):
-    splits = open_data_set(str(write_speech_commands(tmp_path, words)), "speech_commands", subset=subset)
+    splits = open_splits(str(write_speech_commands(tmp_path, words)), "speech_commands", subset=subset)
     assert len(words) == len(set(words)) == number
     assert {name: len(rows) for name, rows in splits.items()} == {"train": number, "validation": number, "test": number}
     for name, speaker in (("train", "a"), ("validation", "b"), ("test", "c")):
@@ -305,8 +309,8 @@ def test_twelve_classes_take_unknown_words_and_background_in_and_the_test_archiv
     write_speech_commands(tmp_path / "speech_commands_v0.01", WORDS_V1)
     for name in (*KEYWORDS, "_unknown_", "_silence_"):
         write_clip(tmp_path / "speech_commands_test_set_v0.01" / name / "t.wav")
-    splits = open_data_set(str(tmp_path), "speech_commands", subset="v1_12")
-    labels = {name: read_rows(rows, "label").labels for name, rows in splits.items()}
+    splits = open_splits(str(tmp_path), "speech_commands", subset="v1_12")
+    labels = {name: list(read_rows(rows, "label").labels) for name, rows in splits.items()}
     count = {name: {word: found.count([word]) for word in ("yes", "_unknown_", "_silence_")} for name, found in labels.items()}
     assert count == {
         "train": {"yes": 1, "_unknown_": 20, "_silence_": 2},
@@ -330,13 +334,13 @@ def test_twelve_classes_take_unknown_words_and_background_in_and_the_test_archiv
 def test_damage_to_speech_commands_is_named(tmp_path, damage, message):
     damage(write_speech_commands(tmp_path, WORDS_V1))
     with pytest.raises(UserError, match=message):
-        open_data_set(str(tmp_path), "speech_commands", subset="v1")
+        open_splits(str(tmp_path), "speech_commands", subset="v1")
 
 
 def test_twelve_classes_need_both_archives(tmp_path):
     write_speech_commands(tmp_path / "speech_commands_v0.01", WORDS_V1)
     with pytest.raises(UserError, match="there is no folder .*speech_commands_test_set_v0.01"):
-        open_data_set(str(tmp_path), "speech_commands", subset="v1_12")
+        open_splits(str(tmp_path), "speech_commands", subset="v1_12")
 
 
 # AudioSet
@@ -375,7 +379,7 @@ def audioset(tmp_path) -> Path:
 
 
 def test_audioset_20k_is_balanced_and_evaluation_segments(audioset):
-    splits = open_data_set(str(audioset), "audioset", subset="20k")
+    splits = open_splits(str(audioset), "audioset", subset="20k")
     assert splits["train"].features["labels"].feature.names == ["Speech", "Male speech, man speaking", "Gush"]
     assert {name: table(rows, "labels") for name, rows in splits.items()} == {
         "train": {"Y--PJHxphWEs.wav": ["Male speech, man speaking", "Gush"], "--ZhevVpy1s_50.000.wav": ["Speech"]},
@@ -384,7 +388,7 @@ def test_audioset_20k_is_balanced_and_evaluation_segments(audioset):
 
 
 def test_audioset_2m_trains_on_both_tables(audioset):
-    splits = open_data_set(str(audioset), "audioset", subset="2m")
+    splits = open_splits(str(audioset), "audioset", subset="2m")
     assert [len(splits["train"]), len(splits["test"])] == [3, 2]
     assert "---1_cCGK4M_0_10000.wav" in table(splits["train"], "labels")
 
@@ -392,7 +396,7 @@ def test_audioset_2m_trains_on_both_tables(audioset):
 def test_audioset_is_evaluated_on_without_its_training_part(audioset):
     for file in [*audioset.glob("*train_segments.csv"), *(audioset / "train").rglob("*.wav")]:
         file.unlink()
-    splits = open_data_set(str(audioset), "audioset", subset="eval")
+    splits = open_splits(str(audioset), "audioset", subset="eval")
     assert {name: table(rows, "labels") for name, rows in splits.items()} == {
         "test": {"--4gqARaEJE.wav": ["Speech"], "YY_abcdefghi.flac": ["Gush"]}
     }
@@ -400,9 +404,9 @@ def test_audioset_is_evaluated_on_without_its_training_part(audioset):
 
 def test_missing_clips_of_audioset_are_counted(audioset, monkeypatch):
     warnings: list[str] = []
-    monkeypatch.setattr(layouts.logger, "warning", warnings.append)
+    monkeypatch.setattr(published.logger, "warning", warnings.append)
     (audioset / "train" / "Y--PJHxphWEs.wav").unlink()
-    splits = open_data_set(str(audioset), "audioset", subset="20k")
+    splits = open_splits(str(audioset), "audioset", subset="20k")
     assert len(splits["train"]) == 1
     (warning,) = warnings
     assert "split train: 1 of 2 clips (50.0%) are not below" in warning
@@ -427,7 +431,7 @@ def test_missing_clips_of_audioset_are_counted(audioset, monkeypatch):
 def test_damage_to_audioset_is_named(audioset, damage, message):
     damage(audioset)
     with pytest.raises(UserError, match=message):
-        open_data_set(str(audioset), "audioset", subset="20k")
+        open_splits(str(audioset), "audioset", subset="20k")
 
 
 # Strong labels
@@ -448,7 +452,7 @@ def urban_sed(tmp_path) -> Path:
 
 
 def test_urban_sed_has_events_and_their_labels_once_each(urban_sed):
-    splits = open_data_set(str(urban_sed), "urban_sed")
+    splits = open_splits(str(urban_sed), "urban_sed")
     assert set(splits) == {"train", "validation", "test"}
     assert table(splits["train"], "labels") == {"soundscape_train_0.wav": ["air_conditioner", "siren"]}
     assert splits["train"][0]["events"] == [
@@ -468,7 +472,7 @@ def test_a_table_of_all_events_of_a_split_is_read_too(tmp_path):
         *("filename\tonset\toffset\tevent_label", "2.wav\t1.5\t2\tDog", "1.wav\t0\t10\tVacuum_cleaner"),
         *("2.wav\t0\t0.5\tCat", "3.wav\t\t\t"),
     )
-    (rows,) = open_data_set(str(tmp_path), "idmt_desed").values()
+    (rows,) = open_splits(str(tmp_path), "idmt_desed").values()
     assert table(rows, "labels") == {"1.wav": ["Vacuum_cleaner"], "2.wav": ["Cat", "Dog"], "3.wav": []}
     assert rows[1]["events"][0] == {"label": "Dog", "onset": 1.5, "offset": 2.0}
 
@@ -476,11 +480,11 @@ def test_a_table_of_all_events_of_a_split_is_read_too(tmp_path):
 def test_a_scene_of_spass_has_the_classes_that_occur_in_it(urban_sed, tmp_path_factory):
     root = tmp_path_factory.mktemp("spass")
     urban_sed.rename(root / "Park")
-    splits = open_data_set(str(root), "spass", subset="Park")
+    splits = open_splits(str(root), "spass", subset="Park")
     assert splits["train"].features["labels"].feature.names == ["air_conditioner", "drilling", "siren"]
     assert table(splits["train"], "labels") == {"soundscape_train_0.wav": ["air_conditioner", "siren"]}
     with pytest.raises(UserError, match="holds Park/, but a folder Street was expected"):
-        open_data_set(str(root), "spass", subset="Street")
+        open_splits(str(root), "spass", subset="Street")
 
 
 @pytest.mark.parametrize(
@@ -499,7 +503,7 @@ def test_an_impossible_event_is_named_by_its_line(urban_sed, line, message):
     path = urban_sed / "annotations" / "validate" / "soundscape_validate_0.txt"
     write_text(path, "0.0\t1.0\tdrilling", line)
     with pytest.raises(UserError, match=f"line 2 of {path} {message}"):
-        open_data_set(str(urban_sed), "urban_sed")
+        open_splits(str(urban_sed), "urban_sed")
 
 
 @pytest.mark.parametrize(
@@ -518,17 +522,17 @@ def test_an_impossible_event_is_named_by_its_line(urban_sed, line, message):
 def test_damage_to_a_set_of_strong_labels_is_named(urban_sed, damage, message):
     damage(urban_sed)
     with pytest.raises(UserError, match=message):
-        open_data_set(str(urban_sed), "urban_sed")
+        open_splits(str(urban_sed), "urban_sed")
 
 
 def test_a_table_without_its_columns_or_with_half_an_event_is_refused(tmp_path):
     write_clip(tmp_path / "audio" / "train" / "1.wav")
     write_text(tmp_path / "metadata" / "train.tsv", "filename\tlabel", "1.wav\tDog")
     with pytest.raises(UserError, match="train.tsv has the columns filename, label, but needs filename, onset, offset, event_label"):
-        open_data_set(str(tmp_path), "idmt_desed")
+        open_splits(str(tmp_path), "idmt_desed")
     write_text(tmp_path / "metadata" / "train.tsv", "filename\tonset\toffset\tevent_label", "1.wav\t\t\tDog")
     with pytest.raises(UserError, match="line 2 of .*train.tsv goes from '' to ''"):
-        open_data_set(str(tmp_path), "idmt_desed")
+        open_splits(str(tmp_path), "idmt_desed")
     (tmp_path / "metadata" / "train.tsv").unlink()
     with pytest.raises(UserError, match="train.tsv is missing, though there is audio/train"):
-        open_data_set(str(tmp_path), "idmt_desed")
+        open_splits(str(tmp_path), "idmt_desed")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from conftest import tiny_config
 from transformers import TrainerCallback
 
 from transformers_sslam import SSLAMForAudioClassification
-from transformers_sslam.training.fine_tuning import SoftTargetTrainer
+from transformers_sslam.audio.clips import ReadStatistics
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
+from transformers_sslam.training.labelled_stream import LabelledPart
 from transformers_sslam.training.optimization import classification_loss, layer_decay_groups
+from transformers_sslam.training.stream_trainer import EpochBatches, StreamTrainer
 
 
 def classifier(**changes) -> SSLAMForAudioClassification:
@@ -81,8 +84,21 @@ def settings(tmp_path) -> FineTuningSettings:
         batch_size=4,
         learning_rate=1e-3,
         min_learning_rate=1e-5,
-        trainer={"disable_tqdm": True, "max_grad_norm": 0.0, "use_cpu": True},
+        trainer={"disable_tqdm": True, "max_grad_norm": 0.0, "use_cpu": True, "save_strategy": "no"},
     )
+
+
+class Items:
+    """Items in their order, over and over, in place of a stream of clips."""
+
+    def __init__(self, items: list[dict], batch_size: int):
+        self.items, self.batch_size, self.statistics, self.part = items, batch_size, ReadStatistics(), LabelledPart(None, None)
+
+    def __iter__(self):
+        items = cycle(self.items)
+        while True:
+            batch = [next(items) for _ in range(self.batch_size)]
+            yield {name: torch.stack([item[name] for item in batch]) for name in batch[0]}
 
 
 def train(settings: FineTuningSettings, items: list[dict], loss: str = "cross_entropy") -> tuple[list[dict], Recorder]:
@@ -90,11 +106,11 @@ def train(settings: FineTuningSettings, items: list[dict], loss: str = "cross_en
     model, recorder = classifier(), Recorder()
     groups = layer_decay_groups(model, settings.learning_rate, settings.weight_decay, 0.5)
     rates = [group["lr"] for group in groups]
-    trainer = SoftTargetTrainer(
+    trainer = StreamTrainer(
         model=model,
         args=settings.training_arguments(),
         loss=loss,
-        train_dataset=items,
+        train_batches=EpochBatches(Items(items, settings.batch_size), len(items) // settings.batch_size),
         callbacks=[recorder],
         optimizers=(torch.optim.AdamW(groups, lr=settings.learning_rate), None),
     )

@@ -20,7 +20,7 @@ import yaml
 from conftest import noise
 
 from transformers_sslam.audio.decode import load_waveform
-from transformers_sslam.audio.labels import choose_classes, encode_labels, read_rows
+from transformers_sslam.audio.rows import choose_classes, read_rows
 from transformers_sslam.errors import UserError
 from transformers_sslam.polyphony import benchmark as polyphonic_benchmark
 from transformers_sslam.polyphony.benchmark import BenchmarkSettings, make_benchmark
@@ -354,9 +354,9 @@ def test_the_card_and_the_table_of_sources_say_what_was_made_of_what(benchmark):
 def test_it_is_training_data_with_several_labels(benchmark):
     rows = datasets.load_dataset(str(benchmark[0]), split="train").cast_column("audio", datasets.Audio(decode=False))
     labelled = read_rows(rows, "labels")
-    assert labelled.multi_label
-    assert choose_classes(labelled) == list(CLASSES)
-    assert encode_labels(labelled, CLASSES).sum(dim=1).tolist() == [len(labels) for labels in rows["labels"]]
+    assert labelled.labels.multi_label
+    assert choose_classes(labelled.labels) == list(CLASSES)
+    assert labelled.encode(CLASSES).one_hot(range(len(labelled))).sum(axis=1).tolist() == [len(labels) for labels in rows["labels"]]
 
 
 def test_a_recording_or_a_copied_file_in_both_splits_is_refused(folder: Path, tmp_path: Path):
@@ -383,6 +383,16 @@ def test_a_share_of_the_recordings_can_be_held_out(folder: Path, tmp_path: Path)
     with (tmp_path / "out" / "sources.csv").open() as stream:
         split = {(row["split"], row["recording"]) for row in csv.DictReader(stream)}
     assert len(split) == 24
+
+
+def test_a_label_of_two_lines_is_rejected_before_anything_is_decoded(folder: Path, tmp_path: Path, monkeypatch):
+    for path in folder.glob("*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    table = (folder / "metadata.csv").read_text()
+    (tmp_path / "metadata.csv").write_text(table.replace("24.wav,beep,1", '24.wav,"be\nep",1'))
+    monkeypatch.setattr("transformers_sslam.polyphony.benchmark.Waveforms", None)
+    with pytest.raises(UserError, match=r"has the label 'be\\nep', but a label is one line"):
+        make_benchmark(benchmark_settings(tmp_path, tmp_path / "out"))
 
 
 def test_sources_that_cannot_be_used_are_named_or_stop_the_program(folder: Path, tmp_path: Path):

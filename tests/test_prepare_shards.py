@@ -18,9 +18,13 @@ from datasets import Audio, load_dataset
 
 from transformers_sslam import SSLAMFeatureExtractor
 from transformers_sslam.audio import shards
+from transformers_sslam.audio.batches import ClipStream, DataSettings
 from transformers_sslam.audio.decode import load_waveform
+from transformers_sslam.audio.layouts import open_splits
 from transformers_sslam.audio.shards import ShardSettings, prepare
-from transformers_sslam.audio.stream import ClipStream, DataSettings
+from transformers_sslam.audio.sources import Source, SourceSettings
+from transformers_sslam.errors import UserError
+from transformers_sslam.files import SEAL, read_json, write_json
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "prepare_shards.py"
@@ -62,9 +66,9 @@ def test_shards_hold_every_recording_once_with_its_columns_as_16_khz_mono_flac(r
     assert [shard["clips"] for shard in index["shards"]] == [6, 6, 6, 2]
     assert index["clips"] == RECORDINGS - 3
     assert index["report"]["too_short"] == 1
-    assert index["report"]["broken"] == {"unreadable": 2}
+    assert index["report"]["unreadable"] == {"unreadable": 2}
     assert len(index["report"]["examples"]) == 2
-    assert index == json.loads((tmp_path / "shards" / "index.json").read_text())
+    assert index == read_json(tmp_path / "shards" / "index.json")
 
     rows = load_dataset("parquet", data_files=str(tmp_path / "shards" / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows.features["audio"] == Audio(sampling_rate=16_000)
@@ -78,7 +82,7 @@ def test_shards_hold_every_recording_once_with_its_columns_as_16_khz_mono_flac(r
         assert (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", 16_000, 1)
         expected = load_waveform(recordings / f"{number:02d}.wav")
         np.testing.assert_allclose(load_waveform(row["audio"]["bytes"]), expected, rtol=0, atol=1.01 / 32768)
-        assert (row["label"], row["fold"]) == (f"kind{number % 3}", number % 5)
+        assert (row["label"], row["fold"]) == (f"kind{number % 3}", str(number % 5))
         total += len(expected)
     assert index["hours"] == pytest.approx(total / 16_000 / 3600)
     assert pq.ParquetFile(tmp_path / "shards" / "shard-00000.parquet").num_row_groups == 2
@@ -89,7 +93,7 @@ def test_shards_are_a_source_like_any_other(recordings: Path, tmp_path: Path):
     source = {"kind": "parquet", "path": str(tmp_path / "shards")}
     extractor = SSLAMFeatureExtractor(max_length=288)
     ranks = [
-        ClipStream(DataSettings([source], columns=["label"]), extractor, batch_size=4, rank=rank, world_size=2, num_workers=2)
+        ClipStream(DataSettings([source], columns=["label"]), extractor, batch_size=4, rank=rank, world_size=2, num_workers=2, epochs=1)
         for rank in range(2)
     ]
     labels = {name: label for rank in ranks for batch in rank for name, label in zip(batch["names"], batch["label"])}
@@ -130,7 +134,7 @@ def test_interrupted_and_run_again_it_writes_the_same_files(
     monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(_Interrupted):
         prepare(tmp_path / "twice", settings(recordings, num_workers=num_workers))
-    assert (tmp_path / "twice" / f"shard-{whole_shards:05d}.unfinished").exists()
+    assert not list((tmp_path / "twice").glob("*.unfinished"))
     assert len(list((tmp_path / "twice").glob("*.parquet"))) == whole_shards
     monkeypatch.undo()
 
@@ -140,6 +144,105 @@ def test_interrupted_and_run_again_it_writes_the_same_files(
     assert written == [f"shard-{number:05d}.parquet" for number in range(whole_shards, 4)]
     assert index == wanted
     assert files(tmp_path / "twice") == files(tmp_path / "at once")
+
+
+def test_a_folder_begun_by_an_older_version_is_rejected_until_it_is_complete(recordings: Path, tmp_path: Path):
+    index = prepare(tmp_path / "shards", settings(recordings))
+    del index["position"]  # and what was read has no hash of itself, which is left out
+    index["settings"]["max_broken_share"] = index["settings"].pop("max_unreadable")
+    (tmp_path / "shards" / "index.json").write_text(json.dumps({**index, "place": None}))
+    assert prepare(tmp_path / "shards", settings(recordings))["clips"] == RECORDINGS - 3
+    (tmp_path / "shards" / "index.json").write_text(json.dumps({**index, "complete": False, "place": {"epoch": 0}}))
+    with pytest.raises(UserError, match="begun by an older version, which writes rows in another order: finish it with that version, or"):
+        prepare(tmp_path / "shards", settings(recordings))
+
+
+def reads(folder: Path) -> list:
+    """What a run and an evaluation read of the shards."""
+    source = Source.open(SourceSettings("parquet", str(folder)))
+    return [source.num_shards, len(open_splits(folder, "parquet")["train"])]
+
+
+SPOILED = {
+    "truncated": (lambda shard, other: shard.write_bytes(shard.read_bytes()[:-7]), r"shard-00001.parquet with \d+ bytes instead of \d+"),
+    "longer": (lambda shard, other: shard.write_bytes(shard.read_bytes() + b"x"), r"shard-00001.parquet with \d+ bytes instead of \d+"),
+    "empty": (lambda shard, other: shard.write_bytes(b""), "shard-00001.parquet with 0 bytes instead of"),
+    "missing": (lambda shard, other: shard.unlink(), "lacks shard-00001.parquet"),
+    "zeros": (lambda shard, other: shard.write_bytes(bytes(shard.stat().st_size)), "shard-00001.parquet, not a whole parquet file"),
+    "another's": (lambda shard, other: shard.write_bytes(other.read_bytes()), r"shard-00001.parquet with (\d+ bytes|2 rows) instead of"),
+    "a folder": (lambda shard, other: (shard.unlink(), shard.mkdir()), "lacks shard-00001.parquet"),
+}
+
+
+@pytest.mark.parametrize("spoiled", SPOILED)
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_shard_that_is_not_what_was_written_is_noticed_by_runs_and_when_it_is_resumed(
+    recordings: Path, tmp_path: Path, spoiled: str, complete: bool, monkeypatch
+):
+    folder = tmp_path / "shards"
+    prepare(folder, settings(recordings))
+    if not complete:
+        index = read_json(folder / "index.json")
+        write_json(folder / "index.json", index | {"complete": False}, sealed=True)
+    assert reads(folder) == [7, RECORDINGS - 3]
+    spoil, message = SPOILED[spoiled]
+    spoil(folder / "shard-00001.parquet", folder / "shard-00003.parquet")
+    for read in (reads, lambda folder: prepare(folder, settings(recordings))):
+        with pytest.raises(UserError, match=message):
+            read(folder)
+
+
+def test_a_bit_of_a_shard_is_noticed_when_it_is_resumed(recordings: Path, tmp_path: Path):
+    prepare(tmp_path / "shards", settings(recordings))
+    shard = tmp_path / "shards" / "shard-00002.parquet"
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 4
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="has shard-00002.parquet, changed since it was written"):
+        prepare(tmp_path / "shards", settings(recordings))
+
+
+def test_a_damaged_index_is_one_clear_error(recordings: Path, tmp_path: Path, monkeypatch):
+    path = tmp_path / "shards" / "index.json"
+    path.parent.mkdir()
+    states = []
+    write = shards.write_json
+    monkeypatch.setattr(shards, "write_json", lambda *args, **options: (write(*args, **options), states.append(path.read_bytes())))
+    prepare(path.parent, settings(recordings))
+    for shard in ("shard-00002.parquet", "shard-00003.parquet"):
+        (path.parent / shard).rename(tmp_path / shard)
+    whole = states[2]  # behind two shards of four
+    monkeypatch.setattr(shards, "BatchStream", lambda *args, **options: pytest.fail("a damaged index was believed"))
+    damaged = [whole[:length] for length in range(0, len(whole) - 1, 5)] + [b"[]", b"null", b"7", b"\xff\xfe", b"[" * 100_000]
+    damaged += [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(0, len(whole), 3)]
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            unchanged = json.loads(content) == json.loads(whole)
+        except (ValueError, RecursionError):
+            unchanged = False
+        if not unchanged:
+            with pytest.raises(UserError, match="index.json is damaged"):
+                prepare(path.parent, settings(recordings))
+            with pytest.raises(UserError, match="index.json is damaged"):
+                reads(path.parent)
+    monkeypatch.undo()
+    index = json.loads(whole)
+    del index[SEAL]  # of an earlier version, where each field must be looked at
+    for name in ("settings", "shards", "complete", "position"):
+        for value in (1, "x", None, [], {}, [1], [{}], [{"file": 1, "clips": 1}], [{"file": "../x", "clips": 1}], {"positions": {"a": 1}}):
+            if value != index[name] and (name, value) not in (("shards", []), ("position", None)):
+                path.write_text(json.dumps(index | {name: value}))
+                with pytest.raises(UserError, match="index.json is damaged|begun with other settings"):
+                    prepare(path.parent, settings(recordings))
+    path.write_bytes(whole)
+    assert prepare(path.parent, settings(recordings))["clips"] == RECORDINGS - 3
+
+
+def test_an_index_of_another_origin_is_ignored(recordings: Path, tmp_path: Path):
+    prepare(tmp_path / "shards", settings(recordings))
+    (tmp_path / "shards" / "index.json").write_text('{"version": 2}')
+    assert reads(tmp_path / "shards") == [7, RECORDINGS - 3]
 
 
 def test_what_is_complete_is_left_alone(recordings: Path, tmp_path: Path):
@@ -183,7 +286,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_decoded(
     with pytest.raises(OSError, match="file"):
         prepare(tmp_path / "file" / "shards", settings(recordings))
     monkeypatch.setattr(shards, "BatchStream", lambda *args, **kwargs: pytest.fail("began to decode"))
-    monkeypatch.setattr(shards, "write_index", lambda *args: (_ for _ in ()).throw(PermissionError("read-only")))
+    monkeypatch.setattr(shards, "write_json", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError("read-only")))
     with pytest.raises(PermissionError):
         prepare(tmp_path / "shards", settings(recordings))
 
@@ -193,20 +296,20 @@ def test_samples_beyond_full_scale_are_clipped_and_counted(tmp_path: Path, caplo
     for number, peak in enumerate((0.5, 1.5, 0.9)):
         soundfile.write(tmp_path / "in" / f"{number}.wav", np.full(8000, peak), 16_000, subtype="FLOAT")
     with caplog.at_level(logging.WARNING):
-        index = prepare(tmp_path / "shards", ShardSettings([{"kind": "folder", "path": str(tmp_path / "in")}], max_broken_share=0))
-    assert index["shards"] == [{"file": "shard-00000.parquet", "clips": 3, "clipped": 1}]
+        index = prepare(tmp_path / "shards", ShardSettings([{"kind": "folder", "path": str(tmp_path / "in")}], max_unreadable=0))
+    assert [(shard["file"], shard["clips"], shard["clipped"]) for shard in index["shards"]] == [("shard-00000.parquet", 3, 1)]
 
 
 def test_sources_of_one_shape_are_written_together_and_others_refused(recordings: Path, tmp_path: Path):
-    for name, value in (("same", "1"), ("other", "one")):
+    for name, table, text in (("same", "csv", "file_name,fold\na.wav,1\n"), ("other", "jsonl", '{"file_name": "a.wav", "fold": 1}')):
         (tmp_path / name).mkdir()
         soundfile.write(tmp_path / name / "a.wav", noise(0.5), 16_000)
-        (tmp_path / name / "metadata.csv").write_text(f"file_name,fold\na.wav,{value}\n")
+        (tmp_path / name / f"metadata.{table}").write_text(text)
     first, same, other = ({"kind": "audiofolder", "path": str(path)} for path in (recordings, tmp_path / "same", tmp_path / "other"))
     index = prepare(tmp_path / "both", ShardSettings([first, same]))
     assert index["clips"] == RECORDINGS - 3 + 1
     rows = pq.read_table(tmp_path / "both" / "shard-00000.parquet").to_pylist()
-    assert [(row["label"], row["fold"]) for row in rows if row["audio"]["path"] == "a.flac"] == [(None, 1)]
+    assert [(row["label"], row["fold"]) for row in rows if row["audio"]["path"] == "a.flac"] == [(None, "1")]
     with pytest.raises(ValueError, match="'fold' of other is another source's too, of another type"):
         prepare(tmp_path / "neither", ShardSettings([first, other]))
 
@@ -243,4 +346,4 @@ def test_the_script_runs_from_the_command_line(recordings: Path, tmp_path: Path)
     command[4] = "{kind: folders, path: x}"
     refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert refused.returncode == 2
-    assert "kind is 'folders', but a source is one of folder, " in refused.stderr
+    assert "kind is 'folders', but a source is one of " in refused.stderr

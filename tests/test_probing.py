@@ -372,7 +372,7 @@ def test_mistakes_end_the_program_with_one_sentence(arguments, message, run, cap
     assert re.search(message, said), said
 
 
-def test_a_clip_of_two_folds_is_refused(run, tmp_path):
+def test_a_clip_listed_in_two_folds_is_an_error(run, tmp_path):
     with (tmp_path / "clips" / "train" / "metadata.csv").open("a") as table:
         table.write("\n00.wav,hiss,x,1")
     with pytest.raises(SystemExit, match="00.wav is both in 0 and in 1"):

@@ -1,6 +1,9 @@
 """Settings: typed values from YAML and the command line, and errors that help."""
 
+import contextlib
+import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +83,7 @@ def test_an_override_takes_the_type_of_its_setting(override, expected):
         ("folds=3", "folds is 3, but a list .each item a whole number or text. is expected"),
         ("group=3", "group is 3, but a group of settings is expected"),
         ("steps.a=3", "steps is {'a': '3'}, but a whole number is expected"),
-        ("steps", "'steps' is no setting: write key=value"),
+        ("steps", "'steps' is not a setting: write key=value"),
     ],
 )
 def test_a_wrong_override_is_named_with_what_was_expected(override, message):
@@ -101,7 +104,7 @@ def test_a_file_is_read_and_overrides_win(tmp_path):
     [
         ("steps: 5\nsteps: 6", "steps stands twice"),
         ("- 1", "holds a list, but lines of the form"),
-        ("steps: [", "is no YAML"),
+        ("steps: [", "recipe.yaml cannot be read: not YAML: "),
         ("steps: 5\nlearning_rate: fast", "learning_rate is 'fast', but a number is expected"),
     ],
 )
@@ -110,6 +113,50 @@ def test_a_wrong_file_is_refused(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(UserError, match=message):
         read(file=file)
+
+
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopqrstuvwxyz"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: &m\n  itself: *m\n", "it has the alias .m: write the value out"),
+        ("model: &m [*m]", "it has the alias"),
+        (BOMB, "it has the alias"),
+        ("model: " + "[" * 10_000 + "]" * 10_000, "nested more than 32 deep"),
+        ("model: " + "[" * 10_000, "nested more than 32 deep"),
+        ("model: " + "{a: " * 10_000, "nested more than 32 deep"),
+        ("\n".join("  " * depth + "a:" for depth in range(100)), "nested more than 32 deep"),
+        ("steps: " + "9" * 10_000, "recipe.yaml"),
+        ("model: {? [1, 2] : 3}", "recipe.yaml"),
+        ("model: {? {a: 1} : 3}", "recipe.yaml"),
+        ("model: {" + "".join(f"k{i}: 1, " for i in range(5_000)) + "k7: 1}", "k7 stands twice"),
+        ("model: !!python/object/apply:os.getcwd []", "recipe.yaml cannot be read: not YAML"),
+        ("steps: \0", "recipe.yaml cannot be read: not YAML"),
+        ("\x85\udcff", "recipe.yaml cannot be read"),
+    ],
+    ids=range(14),
+)
+def test_a_hostile_file_is_one_clear_error_at_once(tmp_path, text, message):
+    file, start = tmp_path / "recipe.yaml", time.process_time()
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=message):
+        read(file=file)
+    with pytest.raises(UserError):
+        read(f"group={text}")
+    assert time.process_time() - start < 5
+
+
+def test_a_settings_file_cut_at_any_length_or_of_another_kind_ends_in_a_clear_error_or_settings(tmp_path):
+    write_settings(read("model.depth=2", "folds=[1, '2']"), tmp_path / "settings.yaml")
+    whole = (tmp_path / "settings.yaml").read_bytes()
+    contents = [whole[:length] for length in range(len(whole))] + [b"", b"7", b"- 1", b"a", b"\xff", b"\0", b"[[[["]
+    contents += [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(len(whole))]
+    for content in contents:
+        (tmp_path / "settings.yaml").write_bytes(content)
+        with contextlib.suppress(UserError):
+            assert isinstance(read(file=tmp_path / "settings.yaml"), Example)
 
 
 def test_a_date_is_text(tmp_path):

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +17,9 @@ import soundfile
 from conftest import noise, tiny_config
 from sklearn.metrics import average_precision_score
 
-from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
+from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining, files
 from transformers_sslam.audio.decode import load_waveform
-from transformers_sslam.audio.labels import load_audio_folder
+from transformers_sslam.audio.layouts import open_splits
 from transformers_sslam.errors import UserError
 from transformers_sslam.training import steps
 from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
@@ -83,7 +85,7 @@ def test_a_copy_of_clips_is_what_a_model_would_decode_and_is_made_once(clips, tm
     assert len(rows) == 12
     assert rows["00005-2-1.wav"] == {"file_name": "00005-2-1.wav", "label": "hiss", "fold": 2, "source": "2-1"}
     np.testing.assert_array_equal(soundfile.read(copy / "00005-2-1.wav", dtype="float32")[0], load_waveform(clips / "2-1.wav"))
-    assert {len(split) for split in load_audio_folder(copy).values()} == {12}  # what else lies there is no clip
+    assert {len(split) for split in open_splits(copy).values()} == {12}  # what else lies there is no clip
     (copy / "00005-2-1.wav").unlink()
     assert copy_clips(clips, tmp_path / "copy") == copy
     assert not (copy / "00005-2-1.wav").exists()
@@ -94,7 +96,7 @@ def test_clips_of_one_name_in_two_folders_are_two(tmp_path):
         (tmp_path / "clips" / label).mkdir(parents=True)
         soundfile.write(tmp_path / "clips" / label / "1.wav", np.full(16_000, level), 16_000, subtype="FLOAT")
     copy = copy_clips(tmp_path / "clips", tmp_path / "copy")
-    (rows,) = load_audio_folder(copy).values()
+    (rows,) = open_splits(copy).values()
     labels = (tmp_path / "copy" / "metadata.csv").read_text()
     assert sorted(round(float(load_waveform(row["audio"])[0]), 3) for row in rows) == [0.1, 0.2]
     assert labels.count("-1.wav") == 2
@@ -125,19 +127,16 @@ def test_splits_become_one_copy(tmp_path):
     assert (copy / "metadata.csv").read_text().count(".wav") == 3
 
 
-def test_a_copy_that_another_process_finished_first_is_taken(clips, tmp_path, monkeypatch):
-    """Two processes of one study start at the same time."""
-    rename = Path.rename
-
-    def after_the_other(unfinished: Path, output: Path):
-        monkeypatch.setattr(Path, "rename", rename)
-        copy_clips(clips, output)
-        return rename(unfinished, output)
-
-    monkeypatch.setattr(Path, "rename", after_the_other)
-    copy = copy_clips(clips, tmp_path / "copy")
-    assert len(list(copy.glob("*.wav"))) == 12
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "copy"]  # nothing unfinished is left
+def test_of_two_processes_that_want_a_copy_one_makes_it(clips, tmp_path, monkeypatch):
+    """Two processes of one study start at the same time; locks of two threads are as those of two processes."""
+    write, written, both = soundfile.write, [], threading.Barrier(2)
+    monkeypatch.setattr(soundfile, "write", lambda path, *args, **options: [written.append(path), write(path, *args, **options)])
+    monkeypatch.setattr(steps, "lock", lambda *args, **options: [both.wait(60), files.lock(*args, **options)][1])
+    with ThreadPoolExecutor(2) as pool:
+        copies = [pool.submit(copy_clips, clips, tmp_path / "copy") for _ in range(2)]
+    assert [copy.result() for copy in copies] == [tmp_path / "copy"] * 2
+    assert len(written) == len(list((tmp_path / "copy").glob("*.wav"))) == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".copy.lock", "clips", "copy"]  # nothing unfinished is left
 
 
 def test_records_of_other_settings_are_left_out(tmp_path):
@@ -191,6 +190,22 @@ def test_a_finished_pre_training_is_found_again_and_its_cost_with_it(clips, reci
     assert pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", ["seed=4"]) == (model, cost)
     with pytest.raises(pytest.fail.Exception):
         pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", ["seed=5"])
+
+
+def test_a_damaged_step_or_record_counts_as_not_done(tmp_path, caplog):
+    settings = FineTuningSettings(data_dir="clips", model="m", output_dir="out")
+    steps._write_step(tmp_path / "step.json", settings, {"cpu_seconds": 12.5})
+    assert steps._read_step(tmp_path / "step.json", settings) == {"cpu_seconds": 12.5}
+    whole = (tmp_path / "step.json").read_bytes()
+    values = json.loads(whole)
+    contents = [whole[:length] for length in range(len(whole) - 2)] + [b"[]", b"null", b"7", b"\xff", b"[" * 100_000]
+    contents += [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(len(whole)) if whole[i : i + 1].isalnum()]
+    contents += [json.dumps({**values, name: wrong}).encode() for name in ("settings", "results") for wrong in (None, 1, [], "x", {})]
+    for content in contents:
+        (tmp_path / "step.json").write_bytes(content)
+        assert steps._read_step(tmp_path / "step.json", settings) is None
+        assert read_records([tmp_path / "step.json"], {"a": 1}) == ({}, [tmp_path.name])
+    assert "is damaged" in caplog.text
 
 
 def test_of_a_pre_training_that_was_interrupted_the_cost_is_not_known(clips, recipe, tmp_path):

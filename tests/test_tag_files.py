@@ -1,4 +1,4 @@
-"""Recordings decoded in blocks, and a folder of them tagged: resumed where it was stopped, refused where it would not be the same."""
+"""A folder of recordings tagged: resumed where it was stopped, refused where it would not be the same."""
 
 import csv
 import io
@@ -20,8 +20,8 @@ from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassificatio
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("torchaudio")
-from transformers_sslam.audio.decode import load_waveform, read_blocks  # noqa: E402
-from transformers_sslam.errors import AudioDecodingError, UserError  # noqa: E402
+from transformers_sslam.audio.decode import load_waveform  # noqa: E402
+from transformers_sslam.errors import UserError  # noqa: E402
 from transformers_sslam.evaluation import tag_files as module  # noqa: E402
 from transformers_sslam.evaluation.tag_files import TagSettings, find_recordings, tag_files  # noqa: E402
 
@@ -36,106 +36,6 @@ def encoded(samples: np.ndarray, rate: int = RATE, kind: str = "WAV", subtype: s
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format=kind, subtype=subtype)
     return file.getvalue()
-
-
-# --- blocks of a file
-
-
-@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000])
-@pytest.mark.parametrize("seconds", [0.0001, 0.013, 0.5, 100.0])
-def test_blocks_together_are_the_whole_waveform(tmp_path, rate, seconds):
-    samples = noise(0.1 if seconds < 0.01 else 1.7, sampling_rate=rate)
-    soundfile.write(tmp_path / "a.wav", np.stack((samples, samples[::-1]), axis=1), rate, subtype="FLOAT")
-    blocks = list(read_blocks(tmp_path / "a.wav", RATE, seconds))
-    whole = load_waveform(tmp_path / "a.wav", RATE)
-    assert {(block.dtype, block.ndim) for block in blocks} == {(np.dtype("float32"), 1)}
-    assert min(map(len, blocks)) > 0
-    np.testing.assert_allclose(np.concatenate(blocks), whole, rtol=0, atol=0 if rate == RATE else 1e-6)
-    assert len(whole) == -(-len(samples) * RATE // rate)
-
-
-@pytest.mark.parametrize("samples", [1, 2, 3, 440, 441, 442, 883])
-def test_recordings_of_a_few_samples_are_whole_too(samples):
-    data = encoded(noise(1.0)[:samples], 44_100, subtype="FLOAT")
-    np.testing.assert_allclose(np.concatenate(list(read_blocks(data, RATE, 0.001))), load_waveform(data), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("rate", [44_099, 22_254, 999])
-def test_rates_from_which_nothing_can_be_resampled_are_told_like_other_broken_files(tmp_path, rate):
-    (tmp_path / "odd.wav").write_bytes(encoded(noise(0.1), rate))
-    for read in (load_waveform, lambda path: list(read_blocks(path))):
-        with pytest.raises(AudioDecodingError, match=f"odd.wav has {rate} Hz") as error:
-            read(tmp_path / "odd.wav")
-        assert error.value.cause == "unreadable"
-
-
-@pytest.mark.parametrize(("kind", "subtype"), [("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")])
-def test_compressed_files_are_decoded_in_blocks_as_whole(tmp_path, kind, subtype):
-    (tmp_path / "audio").write_bytes(encoded(noise(2.0), RATE, kind, subtype))
-    blocks = list(read_blocks(tmp_path / "audio", RATE, 0.3))
-    assert {len(block) for block in blocks[:-1]} == {4800}
-    rounding = 1e-6 if kind == "MP3" else 0  # its decoder begins anew with each block, a few frames earlier
-    np.testing.assert_allclose(np.concatenate(blocks), load_waveform(tmp_path / "audio"), rtol=0, atol=rounding)
-
-
-def test_no_more_than_a_block_is_decoded_before_it_is_asked_for(tmp_path, monkeypatch):
-    (tmp_path / "a.wav").write_bytes(encoded(noise(10.0)))
-    read, decode = [], soundfile.SoundFile.read
-
-    def counted(self, frames, **options):
-        read.append(frames)
-        return decode(self, frames, **options)
-
-    monkeypatch.setattr(soundfile.SoundFile, "read", counted)
-    blocks = read_blocks(tmp_path / "a.wav", RATE, 0.5)
-    next(blocks)
-    assert read == [8000]
-    next(blocks)
-    assert read == [8000, 8000]
-
-
-@pytest.mark.parametrize("kind", [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")])
-@pytest.mark.parametrize("share", [0.999, 0.5, 0.05])
-def test_files_cut_off_are_refused_as_they_are_whole(tmp_path, kind, share):
-    data = encoded(noise(2.0), RATE, *kind)
-    (tmp_path / "cut").write_bytes(data[: int(len(data) * share)])
-    refusals = []
-    for read in (load_waveform, lambda path: list(read_blocks(path, RATE, 0.3))):
-        with pytest.raises(AudioDecodingError) as error:
-            read(tmp_path / "cut")
-        refusals.append(error.value.cause)
-    assert refusals[0] == refusals[1]
-
-
-@pytest.mark.parametrize(
-    ("content", "cause"),
-    [
-        (b"", "empty"),
-        (encoded(np.zeros(0, dtype=np.float32)), "empty"),
-        (b"this is no audio\n" * 99, "unreadable"),
-        (encoded(np.append(noise(1.0), np.float32("nan")), subtype="FLOAT"), "not finite"),
-        (None, "missing"),
-    ],
-    ids=["zero bytes", "zero samples", "text", "NaN at the end", "no file"],
-)
-@pytest.mark.parametrize("as_bytes", [False, True])
-def test_what_cannot_be_read_has_the_same_cause_in_blocks(tmp_path, content, cause, as_bytes):
-    path = tmp_path / "a.raw"
-    if content is not None:
-        path.write_bytes(content)
-    for read in (load_waveform, lambda source: list(read_blocks(source, RATE, 0.3))):
-        with pytest.raises(AudioDecodingError) as error:
-            read({"bytes": content, "path": None} if as_bytes else path)
-        assert error.value.cause == cause
-
-
-@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
-def test_a_block_has_some_length(seconds):
-    with pytest.raises(ValueError, match="give a positive number"):
-        next(read_blocks(encoded(noise(1.0)), RATE, seconds))
-
-
-# --- many files
 
 
 @pytest.fixture
@@ -234,14 +134,132 @@ def test_a_run_that_is_stopped_goes_on_and_writes_what_one_run_writes(model, rec
         patch.setattr(SSLAMForAudioClassification, "score_over_time", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tag_files(settings(model, recordings, stopped))
-    with stopped.open("a") as file:
-        file.write("half of a rec")  # as of a process that was killed while it wrote
     with Path(f"{stopped}.journal").open("a") as file:
-        file.write('{"path": "')
+        file.write('{"at": "')  # as of a process that was killed while it wrote
     summary = tag_files(settings(model, recordings, stopped, batch_size=1))
     assert stopped.read_bytes() == whole.read_bytes()
     assert Path(f"{stopped}.journal").read_bytes() == Path(f"{whole}.journal").read_bytes()
     assert (summary.skipped, summary.tagged) == (2, 1)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_killed_behind_any_byte_a_run_is_completed(model, recordings, tmp_path, monkeypatch, suffix):
+    """All writes are recorded, in their order, and repeated up to each byte: what kill -9 leaves."""
+    output, operations = tmp_path / f"tags{suffix}", []
+    append, truncate = module.JournaledOutput._append, io.BufferedWriter.truncate
+
+    class Recorded(io.BufferedWriter):
+        def truncate(self, size=None):
+            operations.append((self.raw.name, size))
+            return truncate(self, size)
+
+    def recorded(file, content):
+        operations.extend((file.raw.name, bytes([byte])) for byte in content)
+        append(file, content)
+
+    monkeypatch.setattr(Path, "open", lambda self, mode: Recorded(io.FileIO(str(self), mode)))
+    monkeypatch.setattr(module.JournaledOutput, "_append", staticmethod(recorded))
+    tag_files(settings(model, recordings, output))
+    monkeypatch.undo()
+    journal = Path(f"{output}.journal")
+    whole, whole_journal = output.read_bytes(), journal.read_bytes()
+    identity = json.loads(whole_journal.splitlines()[0])
+
+    state, counts = {str(output): b"", str(journal): b""}, set()
+    for number, (name, operation) in enumerate(operations):
+        state[name] = state[name][:operation] if isinstance(operation, int) else state[name] + operation
+        for path, content in state.items():
+            Path(path).write_bytes(content)
+        with module.JournaledOutput(output, identity) as reopened:
+            counts.add(len(reopened._finished))
+        assert whole.startswith(output.read_bytes())
+        assert len(output.read_bytes()) >= len(state[str(output)])
+        if number % (len(operations) // 12) == 0:
+            tag_files(settings(model, recordings, output))
+            assert (output.read_bytes(), journal.read_bytes()) == (whole, whole_journal)
+    assert counts == {0, 1, 2, 3}
+    assert state == {str(output): whole, str(journal): whole_journal}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_an_output_that_was_changed_by_hand_is_rejected_and_left_as_it_is(model, recordings, tmp_path, suffix):
+    output = tmp_path / f"tags{suffix}"
+    tag_files(settings(model, recordings, output))
+    whole = output.read_bytes()
+    parts = whole.splitlines(keepends=True)
+    changed = [whole.replace(b"\n", b"\r\n"), whole.replace(b"\n", b"\r"), b"\xef\xbb\xbf" + whole, whole + b"a comment", whole + b"\n"]
+    for place in range(len(parts) + 1):
+        changed.append(b"".join([*parts[:place], b"a line\n", *parts[place:]]))
+        if place < len(parts) - 1:
+            changed.append(b"".join(parts[:place] + parts[place + 1 :]))
+    changed.append(b"".join(parts[:-1]) + b"mine\n")  # shorter than what stood there
+    changed.append(whole[:-10] + b"mine\n")
+    for content in changed:
+        output.write_bytes(content)
+        with pytest.raises(UserError, match=r"was changed since it was written .* behind byte \d+ .* Restore it, or give another output"):
+            tag_files(settings(model, recordings, output))
+        assert output.read_bytes() == content
+    output.write_bytes(whole[: -len(parts[-1])])  # the last line alone is missing: its text is in the journal
+    assert tag_files(settings(model, recordings, output)).skipped == 3
+    assert output.read_bytes() == whole
+
+
+def test_a_damaged_journal_is_one_clear_error_or_changes_nothing(model, recordings, tmp_path):
+    output, journal = tmp_path / "tags.jsonl", tmp_path / "tags.jsonl.journal"
+    tag_files(settings(model, recordings, output))
+    content, whole = output.read_bytes(), journal.read_bytes()
+    identity = json.loads(whole.splitlines()[0])
+    entry = json.loads(whole.splitlines()[1])
+    with module.JournaledOutput(output, identity) as reopened:
+        finished = reopened._finished
+    wrong = [[], None, 1, {}, *({**entry, name: value} for name in entry for value in (None, [], {}, True, "x", 1.5, -1, 10**30))]
+    damaged = [whole[:length] for length in range(0, len(whole), 3)]
+    damaged += [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(0, len(whole), 2)]
+    damaged += [whole.replace(whole.splitlines()[1], json.dumps(other).encode()) for other in wrong] + [b"[" * 100_000 + b"\n"]
+    rejected = 0
+    for journaled in damaged:
+        journal.write_bytes(journaled)
+        output.write_bytes(content)
+        try:
+            with module.JournaledOutput(output, identity) as reopened:
+                assert reopened._finished == finished  # it was the text that is needed no more
+        except UserError:
+            rejected += 1
+        assert output.read_bytes() == content
+    assert rejected > 0.8 * len(damaged)
+
+
+@pytest.mark.parametrize("how", ["replaced", "replaced by one of its size and time", "written to", "deleted"])
+def test_a_recording_that_changes_while_it_is_tagged_is_tagged_again(model, recordings, tmp_path, monkeypatch, how):
+    output, path, score = tmp_path / "tags.jsonl", recordings / "a.wav", SSLAMForAudioClassification.score_over_time
+    final = encoded(noise(2.0 if "size" in how else 3.0, seed=1))
+
+    def meanwhile(self, blocks, *args, **options):
+        scores = score(self, blocks, *args, **options)
+        time = os.stat(path).st_mtime_ns
+        if how == "deleted":
+            path.unlink()
+        elif how == "written to":
+            path.write_bytes(path.read_bytes() + b"more")
+        else:
+            (tmp_path / "new.wav").write_bytes(final)
+            os.utime(tmp_path / "new.wav", ns=(time, time))
+            (tmp_path / "new.wav").replace(path)
+        return scores
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SSLAMForAudioClassification, "score_over_time", meanwhile)
+        tag_files(settings(model, path, output))
+    path.write_bytes(final)
+    if "size" in how:
+        os.utime(path, ns=(1, 1))
+        os.utime(path, ns=(json.loads(Path(f"{output}.journal").read_text().splitlines()[1])["modified"],) * 2)
+    summary = tag_files(settings(model, path, output))
+    assert (summary.tagged, summary.skipped) == (1, 0)
+    assert lines(output)[-1]["duration"] == len(soundfile.read(path)[0]) / RATE
+    best = expected(model, path).scores.max()
+    assert lines(output)[-1]["tags"][0]["score"] == pytest.approx(best, abs=5e-5)
+    assert tag_files(settings(model, path, output)).skipped == 1
 
 
 def test_a_finished_run_does_nothing_more_and_new_recordings_are_added(model, recordings, tmp_path, monkeypatch):
@@ -321,14 +339,14 @@ def test_a_list_may_come_from_windows_and_names_a_file_once(recordings):
     ]
 
 
-def test_audio_of_kinds_that_nothing_here_decodes_is_named(model, recordings, tmp_path):
+def test_a_phone_recording_that_is_cut_off_is_named(model, recordings, tmp_path):
     folder = tmp_path / "phone"
     folder.mkdir()
     for name in ("call.m4a", "._a.wav", "notes.txt"):
         (folder / name).write_bytes(b"\0\0\0\x1cftypM4A ")
     summary = tag_files(settings(model, folder, tmp_path / "tags.jsonl"))
-    assert summary.unusable == {"unreadable": 1}
-    assert [(Path(line["path"]).name, line["cause"]) for line in lines(tmp_path / "tags.jsonl")] == [("call.m4a", "unreadable")]
+    assert summary.unusable == {"truncated": 1}
+    assert [(Path(line["path"]).name, line["cause"]) for line in lines(tmp_path / "tags.jsonl")] == [("call.m4a", "truncated")]
 
 
 def test_a_csv_says_of_a_recording_without_labels_that_it_was_heard(model, recordings, tmp_path):
@@ -394,7 +412,11 @@ def test_an_output_that_cannot_be_written_is_refused(model, recordings, tmp_path
 def test_inputs_that_hold_nothing_are_refused(recordings, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00")
-    for name, message in [("empty", "holds no recording"), ("nowhere", "is no folder, audio file or list"), ("binary.bin", "is no folder")]:
+    for name, message in [
+        ("empty", "holds no recording"),
+        ("nowhere", "not a folder, audio file or list"),
+        ("binary.bin", "not a folder"),
+    ]:
         with pytest.raises(UserError, match=message):
             find_recordings(str(tmp_path / name))
 
@@ -437,13 +459,13 @@ def test_the_program_tags_a_folder_and_survives_a_kill(recordings, tmp_path, mon
     dies_at_the_second_recording = f"""
 import os, runpy, sys
 from transformers_sslam.evaluation import tag_files
-append = tag_files._Output._append
-def dying(file, text):
-    if "b.flac" in text:
-        append(file, text[:20])
+append = tag_files.JournaledOutput._append
+def dying(file, content):
+    if b"b.flac" in content and file.name.endswith(".jsonl"):
+        append(file, content[:20])
         os._exit(9)
-    append(file, text)
-tag_files._Output._append = staticmethod(dying)
+    append(file, content)
+tag_files.JournaledOutput._append = staticmethod(dying)
 sys.argv = {arguments}
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
@@ -455,8 +477,8 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     monkeypatch.setattr("sys.argv", arguments)
     runpy.run_path(str(SCRIPT), run_name="__main__")
     printed = capsys.readouterr().out
-    assert printed.startswith("2 recordings tagged (0.00 h, ")
-    assert printed.endswith(" x real time), 1 finished before, 2 not usable (1 refused, 1 unreadable)\n")
+    assert printed.startswith("1 recordings tagged (0.00 h, ")  # what was half written is completed from the journal
+    assert printed.endswith(" x real time), 2 finished before, 2 not usable (1 refused, 1 unreadable)\n")
     assert len(lines(tmp_path / "tags.jsonl")) == 5
 
     monkeypatch.setattr("sys.argv", [*arguments, "hop=2"])

@@ -16,6 +16,13 @@ PRETRAINING_STAGES: dict[int, dict[str, Any]] = {
     2: {"use_mixtures": True, "num_views": 8, "global_target_layers": 1},
 }
 
+# Far above every model of this kind. A table or filter bank of a mistaken size would fill the memory before anything else failed.
+LARGEST_SIZES = {
+    **{"hidden_size": 65_536, "intermediate_size": 262_144, "decoder_hidden_size": 65_536},
+    **{"num_hidden_layers": 1024, "decoder_num_hidden_layers": 1024, "decoder_kernel_size": 1023},
+    **{"patch_size": 1024, "num_mel_bins": 1024, "max_length": 1_048_576, "num_views": 1024},
+}
+
 # Without these an encoder's weights mean nothing, or something else. (Positions are among them, hence `max_length`.)
 ENCODER_FIELDS = {
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps", "qkv_bias"),
@@ -157,6 +164,13 @@ class SSLAMConfig(PreTrainedConfig):
     ema_anneal_end_step: int = 100_000
 
     def __post_init__(self, **kwargs):
+        if self.label2id and not self.id2label:  # Transformers would name the classes LABEL_0, LABEL_1, ...
+            self.id2label = dict(sorted((int(i), name) for name, i in self.label2id.items()))
+            if list(self.id2label) != list(range(kwargs.get("num_labels") or len(self.label2id))):
+                raise ValueError(
+                    f"label2id is {self.label2id} and num_labels {kwargs.get('num_labels')}, but each class from 0 on needs one name: "
+                    "leave num_labels out, or mend label2id"
+                )
         super().__post_init__(**kwargs)
         # `@strict` checks again whenever it validates (on saving, for one), but wraps what it finds in an error that is no
         # ValueError; here, at construction, a wrong value is the plain ValueError that it should be.
@@ -194,6 +208,16 @@ class SSLAMConfig(PreTrainedConfig):
             values.pop("auto_map", None)
         return values
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "SSLAMConfig":
+        """As in Transformers; but a `label2id` that is given replaces `id2label` too, and sizes that are given are checked."""
+        if kwargs.get("label2id") and not kwargs.get("id2label"):
+            saved = {name: value for name, value in config_dict.items() if name not in ("id2label", "num_labels")}
+            config_dict = {**saved, "label2id": kwargs.pop("label2id")}
+        loaded = super().from_dict(config_dict, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).validate_architecture()
+        return loaded
+
     def validate_architecture(self):
         super().validate_architecture()
         for name in (
@@ -202,6 +226,9 @@ class SSLAMConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        for name, largest in LARGEST_SIZES.items():
+            if getattr(self, name) > largest:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at most {largest}")
         for name, divisor in (
             ("hidden_size", "num_attention_heads"),
             ("num_mel_bins", "patch_size"),

@@ -1,17 +1,15 @@
 """Official SSLAM and EAT checkpoints to this package's models, exactly."""
 
 import csv
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoFeatureExtractor, PreTrainedModel
 
 from .configuration_sslam import PRETRAINING_STAGES, SSLAMConfig
 from .feature_extraction_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtractor
+from .files import write_folder_atomically
 from .hub import add_remote_code
 from .model_cards import write_model_card
 from .modeling_sslam import SSLAMForAudioClassification, SSLAMModel
@@ -94,7 +92,7 @@ def convert_checkpoint(
         _check_tensors(official.source, model_class, config, tensors)
     except ConversionError:
         raise
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, StrictDataclassError) as error:
+    except Exception as error:  # what a damaged file says may lead to an error of any class
         raise ConversionError(f"{official.source}: what it says does not make a model ({error})") from error
     config.padding_value = extractor.scaled_padding_value
     try:
@@ -113,17 +111,12 @@ def _write(
 ) -> None:
     """Write all files to a folder beside `output_dir`, verify them, and only then give them their place."""
     model.load_state_dict(tensors)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as temporary:
-        folder = Path(temporary) / "model"
+    with write_folder_atomically(output_dir) as folder:
         model.save_pretrained(folder)
         extractor.save_pretrained(folder)
         write_model_card(folder, _card_text(official, model))
         add_remote_code(folder)
         _verify(folder, type(model), tensors)
-        if output_dir.exists():
-            output_dir.rmdir()
-        shutil.move(folder, output_dir)
 
 
 # --- renaming

@@ -33,5 +33,5 @@ def as_user_error(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, TypeError, OSError, SafetensorError, StrictDataclassError) as error:
+    except (ValueError, TypeError, OSError, RecursionError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"{what}: {error}") from error

@@ -22,6 +22,9 @@ NORMALIZATION_PRESETS = {
 }
 # Resampling overshoots full scale a little; nothing that is scaled to [-1, 1] reaches this. Unscaled 8- or 16-bit audio does.
 LARGEST_PLAUSIBLE_AMPLITUDE = 32.0
+LARGEST_NUM_MEL_BINS = 1024  # a spectrum of 25 ms has fewer frequencies to tell apart at any usual rate
+LARGEST_MAX_LENGTH = 1_048_576  # frames, nearly three hours; a clip is padded to it
+HIGHEST_SAMPLING_RATE = 768_000  # Hz; the window of the spectrum has a fortieth as many samples
 LOWEST_SAMPLING_RATE = 1000  # Hz; of less, half of which is the highest frequency, no mel scale can be made
 
 
@@ -70,9 +73,9 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             return_attention_mask=return_attention_mask,
             **kwargs,
         )
-        self.sampling_rate = _whole_number("sampling_rate", sampling_rate, LOWEST_SAMPLING_RATE)
-        self.num_mel_bins = _whole_number("num_mel_bins", num_mel_bins)
-        self.max_length = _whole_number("max_length", max_length)
+        self.sampling_rate = _whole_number("sampling_rate", sampling_rate, LOWEST_SAMPLING_RATE, HIGHEST_SAMPLING_RATE)
+        self.num_mel_bins = _whole_number("num_mel_bins", num_mel_bins, most=LARGEST_NUM_MEL_BINS)
+        self.max_length = _whole_number("max_length", max_length, most=LARGEST_MAX_LENGTH)
         self.pad_to_multiple_of = _whole_number("pad_to_multiple_of", pad_to_multiple_of)
         for name, value in (("mean", mean), ("std", std), ("padding_value", padding_value)):
             if not isinstance(value, Real) or isinstance(value, bool):
@@ -320,10 +323,12 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         return BatchFeature({name: [row.cpu().numpy() for row in rows] for name, rows in features.items()}, tensor_type=kind)
 
 
-def _whole_number(name: str, value: int, least: int = 1) -> int:
+def _whole_number(name: str, value: int, least: int = 1, most: float = math.inf) -> int:
     """Python's own, for NumPy's cannot be saved."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} is {value!r}, but a whole number of at least {least} is expected")
+    if value > most:
+        raise ValueError(f"{name} is {value!r}, but must be at most {most}")
     return int(value)
 
 

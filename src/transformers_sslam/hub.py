@@ -23,9 +23,11 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration_sslam import SSLAMConfig
 from .feature_extraction_sslam import SSLAMFeatureExtractor
+from .files import read_json, write_json
 from .model_cards import PLACEHOLDER, CardError, generate_model_card, is_description
 from .modeling_sslam import SSLAMForAudioClassification, SSLAMModel
 from .modeling_sslam_pretraining import SSLAMForPreTraining
+from .settings import load_yaml
 
 
 # `AutoClass: module.Class` for each file that a saved folder may hold. `auto_map` must name every class, not only the one that was saved:
@@ -53,13 +55,13 @@ def add_remote_code(folder: str | Path) -> None:
     """
     folder = Path(folder)
     config_file, extractor_file = folder / "config.json", folder / "preprocessor_config.json"
-    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    config = read_json(config_file) if config_file.is_file() else {}
+    kind = config.get("model_type")
     if kind != "sslam":
         raise ValueError(f"{folder} holds no config.json of a SSLAM model (model_type is {kind!r}): save a model there first")
-    _write_json(config_file, {**config, "auto_map": MODEL_AUTO_MAP})
+    write_json(config_file, {**config, "auto_map": MODEL_AUTO_MAP}, sort_keys=True)
     if extractor_file.is_file():
-        _write_json(extractor_file, {**json.loads(extractor_file.read_text()), "auto_map": FEATURE_EXTRACTOR_AUTO_MAP})
+        write_json(extractor_file, {**read_json(extractor_file), "auto_map": FEATURE_EXTRACTOR_AUTO_MAP}, sort_keys=True)
     for source in _remote_code():
         shutil.copyfile(source, folder / source.name)
 
@@ -69,10 +71,6 @@ def _remote_code() -> list[Path]:
     modules = {value.split(".")[0] for value in (MODEL_AUTO_MAP | FEATURE_EXTRACTOR_AUTO_MAP).values()}
     named = {Path(__file__).with_name(f"{module}.py") for module in modules}
     return sorted(named | {Path(file) for source in named for file in get_relative_import_files(source)})
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 # --- publishing
@@ -229,8 +227,8 @@ def _without_folders(path: Path) -> str:
     """What a run wrote about itself, with the names of its folders and files, but not where on this machine they lie."""
     text = path.read_text()
     try:
-        values = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (ValueError, yaml.YAMLError) as error:
+        values = load_yaml(text) if path.suffix == ".yaml" else read_json(path, object)
+    except ValueError as error:
         raise PublishError(f"{path} cannot be read ({' '.join(str(error).split())}): repair it or take it away") from error
     if path.suffix == ".yaml":
         named = _names_of_paths(values)

@@ -4,7 +4,6 @@
 of [`ReportedResult`]. `model_cards/` in this package's repository has examples.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -16,6 +15,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.repocard_data import CardData, eval_results_to_model_index
 
+from .files import DamagedFileError, read_json, write_text
 from .reports import markdown_table
 
 
@@ -117,7 +117,7 @@ def read_description(path: str | Path) -> ModelDescription:
         CardError: if the file cannot be read, or a field is unknown, missing or of the wrong kind.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_json(path)
         _check_fields(ModelDescription, values, "the file")
         results = values.get("results", [])
         for i, result in enumerate(results):
@@ -130,10 +130,9 @@ def read_description(path: str | Path) -> ModelDescription:
 def is_description(path: str | Path) -> bool:
     """Whether a `results.json` is meant to describe a model, or is one of those that training writes, which hold the numbers of a run."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return {"name", "title", "summary"} <= read_json(path).keys()
+    except (OSError, DamagedFileError):
         return False
-    return isinstance(values, dict) and {"name", "title", "summary"} <= values.keys()
 
 
 def _check_fields(cls: type, values: Any, what: str) -> None:
@@ -150,7 +149,7 @@ TASKS = {"SSLAMForAudioClassification": "audio-classification"}
 USAGE = {
     "audio-classification": """import transformers_sslam
 from transformers import pipeline
-from transformers_sslam.audio.decode import load_waveform
+from transformers_sslam.audio import load_waveform
 
 classify = pipeline("audio-classification", model="{model_id}")
 waveform = load_waveform("clip.wav", {sampling_rate})  # any format, rate and number of channels
@@ -158,7 +157,7 @@ print(classify({{"array": waveform, "sampling_rate": {sampling_rate}}}))""",
     "feature-extraction": """import torch
 import transformers_sslam
 from transformers import AutoFeatureExtractor, AutoModel
-from transformers_sslam.audio.decode import load_waveform
+from transformers_sslam.audio import load_waveform
 
 extractor = AutoFeatureExtractor.from_pretrained("{model_id}")
 model = AutoModel.from_pretrained("{model_id}").eval()
@@ -306,7 +305,7 @@ def _write(folder: Path, description: ModelDescription, model_id: str | None) ->
             f"{folder}: config.json or preprocessor_config.json lacks {error}: save model and feature extractor there"
         ) from error
     path = folder / "README.md"
-    path.write_text(card, encoding="utf-8")
+    write_text(path, card)
     return path
 
 
@@ -325,11 +324,8 @@ def _class_name(config: dict[str, Any]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, but should hold names with values")
-        return content
-    except (OSError, ValueError) as error:
+        return read_json(path)
+    except (OSError, DamagedFileError) as error:
         raise CardError(f"{path} cannot be read ({error}): save model and feature extractor there first") from error
 
 

@@ -3,7 +3,6 @@
 Layouts: fairseq pre-training and fine-tuned `.pt` files, and folders or repositories of the authors' Hub models (`model_type` "eat").
 """
 
-import json
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from .files import read_json
 
 
 # What the authors' code can be set to, and this package cannot: settings that a file may have, with the values that were published.
@@ -87,7 +88,7 @@ def _read_hub_folder(folder: Path, source: str) -> OfficialCheckpoint:
         if not (folder / name).is_file():
             raise ConversionError(f"{source} has no {name}: expected the files of an official Hub model, config.json and model.safetensors")
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+        settings = read_json(folder / "config.json", object)
         tensors = load_file(folder / "model.safetensors")
     except (ValueError, OSError, SafetensorError) as error:
         raise ConversionError(f"{source} cannot be read ({error}): is the download complete?") from error
@@ -121,20 +122,25 @@ def _read_fairseq(path: Path) -> OfficialCheckpoint:
     teacher = {} if teacher is None else teacher
     if not isinstance(teacher, Mapping):
         raise ConversionError(f'{path}: "_ema" in "model" is a {type(teacher).__name__}, but the teacher is a dict of tensors')
-    if strange := [name for name, value in (*tensors.items(), *teacher.items()) if not isinstance(value, torch.Tensor)]:
+    every = [*tensors.items(), *teacher.items()]
+    if strange := [name for name, value in every if not isinstance(name, str) or not isinstance(value, torch.Tensor)]:
         raise ConversionError(f'{path} has entries in "model" that are no tensors: {listed(strange)}')
-    outer = _get(cfg, "model") or {}
+    if sum(tensor.numel() * tensor.itemsize for _, tensor in every) > path.stat().st_size:
+        raise ConversionError(f"{path} holds tensors that are larger than the file: so it is not a published checkpoint")
     fine_tuned = "head.weight" in tensors
-    where = "cfg.model.pretrained_model_args.model" if fine_tuned else "cfg.model"
-    settings = _get(cfg, "model", "pretrained_model_args", "model") if fine_tuned else outer
-    if not isinstance(settings, Mapping):
-        raise ConversionError(f"{path} has no {where}, the settings of the encoder: the number of heads cannot be told from the weights")
+    outer = _settings(path, cfg, "model")
+    inner = ("model", "pretrained_model_args", "model") if fine_tuned else ("model",)
+    settings = _settings(path, cfg, *inner)
+    if not settings:
+        raise ConversionError(
+            f"{path} has no cfg.{'.'.join(inner)}, the settings of the encoder: the number of heads cannot be told from the weights"
+        )
     if fine_tuned and outer.get("prediction_mode", "CLS_TOKEN") != "CLS_TOKEN":
         raise ConversionError(
             f"{path} predicts from {outer['prediction_mode']}, but only classifiers on CLS_TOKEN were published and are read"
         )
-    image = _get(settings, "modalities", "image") or {}
-    flat = {name: value for part in (settings, image, _get(image, "decoder") or {}) for name, value in part.items()}
+    image = _settings(path, cfg, *inner, "modalities", "image")
+    decoder_settings = _settings(path, cfg, *inner, "modalities", "image", "decoder")
     head = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("fc_norm.", "head."))}
     tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     prefix = "modality_encoders.IMAGE.decoder."
@@ -145,19 +151,36 @@ def _read_fairseq(path: Path) -> OfficialCheckpoint:
         decoder=decoder,
         teacher=dict(teacher),
         head=head,
-        settings={**flat, "num_classes": outer.get("num_classes")},
+        settings={**settings, **image, **decoder_settings, "num_classes": outer.get("num_classes")},
         time_patches=image.get("max_length"),
         target_length=outer.get("target_length") or image.get("target_length") or 1024,
         preset="speech_commands" if outer.get("spcv2_eval") else "esc50" if outer.get("esc50_eval") else "audioset",
     )
 
 
+def _settings(path: Path, cfg: Mapping, *keys: str) -> dict[str, Any]:
+    """A group of the settings; what is neither plain nor a group (a tensor, a class of fairseq) as text. A group may be missing."""
+    group = _get(cfg, *keys)
+    if not isinstance(group, Mapping | None):
+        raise ConversionError(f"{path}: cfg.{'.'.join(keys)} is a {type(group).__name__}, but a group of settings is expected")
+    return {
+        str(name): value if isinstance(value, str | int | float | list | Mapping | None) else f"a {type(value).__name__}"
+        for name, value in (group or {}).items()
+    }
+
+
 def _load_inert(path: Path) -> Any:
     """`torch.load` with `weights_only=True`; classes that it does not know become empty stubs, so that nothing in the file ever runs."""
     try:
         with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            # torch.save compresses nothing, so a file that unpacks to more than itself was not written by it, and may be a zip bomb.
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > path.stat().st_size:
+                raise ConversionError(f"{path} cannot be read: it is compressed, but torch.save compresses nothing")
             damaged = archive.testzip()  # torch does not look at the checksums
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except ConversionError:
+        raise
+    except Exception as error:  # of a damaged directory zipfile raises whatever its bytes lead to
         raise ConversionError(
             f"{path} cannot be read: it is no whole file of torch.save in the format of torch 1.6 and newer ({error}). Is the download "
             "complete?"
@@ -174,8 +197,8 @@ def _load_inert(path: Path) -> Any:
             f"{path} cannot be read without running code that it holds, which is never done: it is no checkpoint of fairseq, or a hostile "
             "one"
         ) from error
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, OSError) as error:
-        raise ConversionError(f"{path} cannot be read as a checkpoint of torch.save ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # what a damaged pickle leads to has no common class
+        raise ConversionError(f"{path} cannot be read as a checkpoint of torch.save ({repr(error)[:200]})") from error
 
 
 class _Inert:
@@ -210,7 +233,7 @@ def _check_settings(checkpoint: OfficialCheckpoint) -> None:
         not tensor.dtype.is_floating_point or tensor.dtype.itemsize > 4 or tensor.layout != torch.strided for tensor in _tensors(checkpoint)
     ):
         raise ConversionError(
-            f"{source} holds tensors that are sparse, wider than float32 or not floating-point: it is no published checkpoint"
+            f"{source} holds tensors that are sparse, wider than float32 or not floating-point: so it is not a published checkpoint"
         )
 
 

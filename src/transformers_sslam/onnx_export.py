@@ -11,8 +11,6 @@ inputs = AutoFeatureExtractor.from_pretrained("sslam-base-as2m-onnx")(waveform, 
 
 import json
 import logging
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ from transformers import PreTrainedConfig
 
 from .configuration_sslam import SSLAMConfig
 from .feature_extraction_sslam import SSLAMFeatureExtractor
+from .files import write_folder_atomically
 from .modeling_sslam import SSLAMForAudioClassification, SSLAMModel, SSLAMPreTrainedModel
 
 
@@ -97,16 +96,11 @@ def export_onnx(
         raise ExportError(f"opset is {opset}, but {OPSETS[0]} to {OPSETS[-1]} can be written: leave it out for 20")
     loaded, extractor = _load(str(model), encoder_only)
     try:
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as temporary:
-            folder = Path(temporary) / "model"
+        with write_folder_atomically(output_dir) as folder:
             loaded.config.save_pretrained(folder)
             extractor.save_pretrained(folder)
             _write_graph(folder / "model.onnx", loaded, extractor, with_mask, opset)
             differences = _compare(folder / "model.onnx", loaded, with_mask, extractor.max_length)
-            if output_dir.exists():
-                output_dir.rmdir()
-            shutil.move(folder, output_dir)
     except OSError as error:
         raise ExportError(f"{output_dir} cannot be written ({error}): choose another place") from error
     return differences

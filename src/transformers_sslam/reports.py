@@ -1,10 +1,9 @@
 """Results as people read them: Markdown tables, and numbers with their spread."""
 
-import json
-import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .files import write_json
 
 
 if TYPE_CHECKING:  # it needs scipy, and a table does not
@@ -43,19 +42,6 @@ def format_summary(summary: "Summary", scale: float = 100, decimals: int = 1) ->
     """
     mean, std, low, high = (f"{scale * value:.{decimals}f}" for value in (summary.mean, summary.std, summary.low, summary.high))
     return mean if summary.count == 1 else f"{mean} ± {std} [{low}, {high}]"
-
-
-def write_json(path: str | Path, values: Any) -> None:
-    """Write results as JSON, with null for NaN and infinity, which JSON does not have."""
-    Path(path).write_text(json.dumps(_with_null(values), indent=2, allow_nan=False) + "\n")
-
-
-def _with_null(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {name: _with_null(value) for name, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [_with_null(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 __all__ = ["format_summary", "markdown_table", "write_json"]

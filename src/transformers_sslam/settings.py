@@ -17,6 +17,7 @@ import copy
 import difflib
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, asdict, field, fields, is_dataclass
 from pathlib import Path
@@ -26,10 +27,12 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from .errors import UserError, as_user_error
+from .files import write_text
 
 
 Settings = TypeVar("Settings")
 OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
+LARGEST_DEPTH = 32  # of lists and groups within each other; recipes have three or four
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 
 
@@ -82,14 +85,19 @@ def read_settings(cls: type[Settings], file: str | Path | None = None, overrides
     for override in overrides:
         match = OVERRIDE.fullmatch(override)
         if match is None:
-            raise UserError(f"{override!r} is no setting: write key=value")
+            raise UserError(f"{override!r} is not a setting: write key=value")
         _assign(values, match[1].split("."), _Text(match[2]), match[1])
     return _build(cls, values, prefix="")
 
 
 def write_settings(settings: Any, file: str | Path) -> None:
     """All settings, defaults included, as YAML that `read_settings` reads back."""
-    Path(file).write_text(yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True))
+
+    class Plain(yaml.SafeDumper):  # the same list twice would become an alias, which the reader rejects
+        def ignore_aliases(self, data):
+            return True
+
+    write_text(file, yaml.dump(asdict(settings), Dumper=Plain, sort_keys=False, allow_unicode=True))
 
 
 def list_settings(cls: type, prefix: str = "") -> str:
@@ -109,8 +117,10 @@ def list_settings(cls: type, prefix: str = "") -> str:
 
 
 def _documented(cls: type, name: str) -> str:
-    """What the class's docstring says of an argument, on one line: for settings that a part of the library declares by itself."""
-    found = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", inspect.cleandoc(cls.__doc__ or ""), re.MULTILINE)
+    """What the docstring of a class, or of one that it extends, says of an argument, on one line: for settings that a part of the library
+    declares by itself."""
+    documented = "\n\n".join(inspect.cleandoc(ancestor.__doc__ or "") for ancestor in cls.__mro__)
+    found = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", documented, re.MULTILINE)
     return " ".join(found[1].split()) if found else ""
 
 
@@ -133,13 +143,27 @@ class _Text(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats (`5e-5`, which YAML 1.1 takes for text), and no key twice."""
+    """YAML 1.2's floats (`5e-5`, which YAML 1.1 takes for text), no key twice, and nothing that grows when it is read: no alias, which can
+    refer to its own parent or double in size with each line, and no deep nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, f"it has the alias *{event.anchor}: write the value out", event.start_mark)
+        if self.depth >= LARGEST_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"it is nested more than {LARGEST_DEPTH} deep", event.start_mark)
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
     def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} stands twice", node.start_mark)
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -151,13 +175,25 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), first=list("-+.0123456789"))
 
 
+def load_yaml(text: str) -> Any:
+    """What a text in YAML holds.
+
+    Raises:
+        UserError: if it is not YAML, or holds an alias, a key twice, or more than 32 levels.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"not YAML: {' '.join(str(error).split())}") from error
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{file} is not there: give the path of a YAML file, or settings as key=value")
     try:
-        values = yaml.load(file.read_text(), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is no YAML: {error}") from error
+        values = load_yaml(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
     if not isinstance(values or {}, dict):
         raise UserError(f"{file} holds {TYPE_NAMES.get(type(values), 'a list')}, but lines of the form `key: value` are expected")
     return values or {}
@@ -224,8 +260,8 @@ def _convert_text(text: _Text, kind: Any, key: str) -> Any:
     """As YAML where the setting takes what YAML finds; literally where that is text, or where only text fits."""
     literal = str(text)
     try:
-        value = yaml.load(literal, Loader=_Loader)
-    except yaml.YAMLError:
+        value = load_yaml(literal)
+    except UserError:
         value = literal
     if value is None and literal.strip().lower() not in ("", "~", "null"):  # a comment, for YAML
         value = literal

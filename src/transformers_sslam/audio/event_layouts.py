@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
-from .sources import AUDIO_SUFFIXES
+from .folders import AUDIO_SUFFIXES
+from .labels import Event
 
 
 URBAN_SED_CLASSES = (
@@ -37,14 +38,6 @@ FORMATS = {
 TABLE_COLUMNS = ("filename", "onset", "offset", "event_label")
 # URBAN-SED says "validate" where the rest of the world, and the Hub, says "validation".
 SPLIT_NAMES = {"validate": "validation"}
-
-
-class Event(NamedTuple):
-    """One sound. `onset` and `offset` in seconds from the start of the clip."""
-
-    label: str
-    onset: float
-    offset: float
 
 
 class AnnotatedClip(NamedTuple):

@@ -1,404 +1,334 @@
-"""Labelled clips: an "audiofolder" read through `datasets`, its classes, and its waveforms, decoded once."""
+"""Labels of clips: a class each, several tags, or events in time, read from a column of a data set into one table."""
 
 import difflib
 import hashlib
 import json
 import logging
-import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from tqdm.auto import tqdm
 
-from ..errors import AudioDecodingError, UserError
-from ..fbank import num_frames
-from .decode import check_scale, load_waveform
-from .sources import AUDIO_SUFFIXES, audio_folder_splits, files_below, fold_names
+from ..errors import UserError
+from .paths import source_name
 
 
-try:
-    import datasets
-except ImportError as error:
-    raise ImportError('reading a labelled data set needs datasets: pip install "transformers-sslam[train]"') from error
-
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
+ClipName = Callable[[int], str]
+
+
+class Event(NamedTuple):
+    """One sound. `onset` and `offset` in seconds from the start of the clip."""
+
+    label: str
+    onset: float
+    offset: float
+
 
 @dataclass(frozen=True)
-class LabelledRows:
-    """Clips that are still files, with the names of their labels.
+class _Events:
+    """All events of a table, in its order: `codes`, `onsets`, `offsets`, each `(events,)`; those of row `i` are from `starts[i]` on."""
+
+    codes: np.ndarray
+    onsets: np.ndarray
+    offsets: np.ndarray
+    starts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Labels(Sequence[list[str]]):
+    """The labels of a table of clips. `len(labels)` is their number; `labels[i]` the names of the classes of clip `i`, a list.
 
     Attributes:
-        sources: what `load_waveform` takes, one a clip.
-        labels: names of each clip's classes; exactly one each, unless `multi_label`.
-        multi_label: whether a clip may have several classes, or none.
-        declared_classes: all class names in their order where the data set declares them (a `ClassLabel` column), else `None`.
+        codes: `(labels of all clips,)`, int32, indices of `names`; each class at most once a clip.
+        offsets: `(clips + 1,)`, int64: clip `i` has `codes[offsets[i] : offsets[i + 1]]`.
+        names: of the classes.
+        multi_label: whether a clip may have several classes, or none; else it has exactly one.
+        declared: whether the data set says which classes there are (a `ClassLabel`), which then are `names`, in their order.
     """
 
-    sources: Sequence[dict]
-    labels: list[list[str]]
+    codes: np.ndarray
+    offsets: np.ndarray
+    names: list[str]
     multi_label: bool
-    declared_classes: list[str] | None
+    declared: bool = False
+    _events: _Events | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_names(cls, rows: Iterable[Sequence[str]], multi_label: bool, classes: Sequence[str] | None = None) -> "Labels":
+        """From the names of each clip's classes; `classes` if they are declared."""
+        rows = [list(dict.fromkeys(row)) for row in rows]
+        index = {name: i for i, name in enumerate(classes or dict.fromkeys(name for row in rows for name in row))}
+        codes = np.array([index[name] for row in rows for name in row], dtype=np.int32)
+        return cls(codes, _starts([len(row) for row in rows]), list(index), multi_label, classes is not None)
 
     def __len__(self) -> int:
-        return len(self.sources)
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(f"clip {i} of {len(self)}")
+        return [self.names[code] for code in self.codes[self.offsets[i] : self.offsets[i + 1]]]
+
+    def events(self, i: int) -> list[Event]:
+        """The events of clip `i`, in the order of the annotation. `ValueError` if the labels were not read from a column of events."""
+        if self._events is None:
+            raise ValueError("these labels have no times: read a column of events, each with label, onset and offset")
+        codes, onsets, offsets, starts = (getattr(self._events, name) for name in ("codes", "onsets", "offsets", "starts"))
+        return [Event(self.names[codes[k]], float(onsets[k]), float(offsets[k])) for k in range(starts[i], starts[i + 1])]
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "Labels":
+        """The labels of these clips."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        places, offsets = _gather(self.offsets, chosen)
+        events = self._events
+        if events is not None:
+            within, starts = _gather(events.starts, chosen)
+            events = _Events(events.codes[within], events.onsets[within], events.offsets[within], starts)
+        return Labels(self.codes[places], offsets, self.names, self.multi_label, self.declared, events)
+
+    def counts(self) -> np.ndarray:
+        """Clips of each class, `(classes,)`, int64, in the order of `names`."""
+        return np.bincount(self.codes, minlength=len(self.names))
+
+    def occurring(self) -> list[str]:
+        """The classes that have a clip, sorted."""
+        return sorted(self.names[code] for code in np.flatnonzero(self.counts()))
+
+    def encode(self, classes: Sequence[str], clip_name: ClipName = "clip {}".format) -> "Labels":
+        """The same labels with `classes` as their `names`.
+
+        Raises:
+            UserError: if a clip has a label that is none of them; `clip_name` tells what it is called.
+        """
+        index = {name: i for i, name in enumerate(classes)}
+        new = np.array([index.get(name, -1) for name in self.names], dtype=np.int32)
+        codes = new[self.codes] if len(self.names) else self.codes
+        if len(unknown := np.flatnonzero(codes < 0)):
+            label, clip = self.names[self.codes[unknown[0]]], int(np.searchsorted(self.offsets, unknown[0], side="right")) - 1
+            shown = classes if len(classes) <= 20 else [*difflib.get_close_matches(label, classes, n=5), *classes[:5], "..."]
+            raise UserError(f"{clip_name(clip)} is labelled {label!r}, which is none of the {len(classes)} classes: {', '.join(shown)}")
+        events = self._events and _Events(new[self._events.codes], self._events.onsets, self._events.offsets, self._events.starts)
+        return Labels(codes, self.offsets, list(classes), self.multi_label, self.declared, events)
+
+    def indices(self) -> np.ndarray:
+        """The class of each clip, `(clips,)`, int64. `ValueError` if clips may have several."""
+        if self.multi_label:
+            raise ValueError("these clips may have several classes or none: take one_hot")
+        return self.codes.astype(np.int64)
+
+    def one_hot(self, clips: int | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Of one clip `(classes,)`, or of some `(clips, classes)`: float32, 1 for each class that it has and 0 for the others."""
+        chosen = np.atleast_1d(np.asarray(clips, dtype=np.int64))
+        places, offsets = _gather(self.offsets, chosen)
+        targets = np.zeros((len(chosen), len(self.names)), dtype=np.float32)
+        targets[np.repeat(np.arange(len(chosen)), np.diff(offsets)), self.codes[places]] = 1
+        return targets[0] if np.ndim(clips) == 0 else targets
+
+    def balanced_weights(self) -> np.ndarray:
+        """Probability of each clip in class-balanced sampling, `(clips,)`, float64: in proportion to the sum over its classes of one over
+        the clips of the class (as in AST, Gong et al., Interspeech 2021, arXiv 2104.01778). A clip without any class is never drawn."""
+        rows = np.repeat(np.arange(len(self)), np.diff(self.offsets))
+        weights = np.bincount(rows, weights=1 / np.maximum(self.counts(), 1)[self.codes], minlength=len(self))
+        return weights / weights.sum()
+
+    def digest(self) -> str:
+        """A hash of everything that the labels say, events included."""
+        digest = hashlib.sha256(json.dumps([self.names, self.multi_label, self.declared]).encode())
+        for values in (self.codes, self.offsets, *(vars(self._events).values() if self._events else ())):
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()[:16]
 
 
-def load_audio_folder(data_dir: str | Path) -> datasets.DatasetDict:
-    """The splits of a folder in the layout of `datasets`' "audiofolder": `train/`, `validation/` and `test/` at its top or none, and labels
-    as the names of class folders or as columns of `metadata.csv`, `.jsonl` or `.parquet` beside a column `file_name`. Nothing is decoded.
-
-    Raises:
-        UserError: (a `ValueError`) if there is no such folder, or no audio in it.
-        ImportError: if torchcodec is missing, without which `datasets` reads no audio folder.
-    """
-    if not Path(data_dir).is_dir():
-        raise UserError(f"data_dir is {data_dir}, but there is no such folder")
-    try:
-        splits = datasets.load_dataset("audiofolder", data_files=audio_folder_splits(Path(data_dir)))
-    except ImportError as error:
-        raise ImportError(f'reading an audio folder failed ({error}): pip install "transformers-sslam[train]"') from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"{data_dir} cannot be read as an audio folder ({error}): it must hold audio files, in folders named after their classes or "
-            "with a metadata.csv"
-        ) from error
-    for name, rows in splits.items():
-        if "audio" not in rows.column_names:
-            raise UserError(
-                f"{data_dir} has no audio column in its split {name}, only {', '.join(rows.column_names)}: put audio files there"
-            )
-    read, found = sum(map(len, splits.values())), sum(1 for _ in files_below(Path(data_dir), AUDIO_SUFFIXES))
-    if read < found:
-        logger.warning(f"{found - read} of {found} audio files below {data_dir} are not listed in its metadata, and are left out")
-    return splits.cast_column("audio", datasets.Audio(decode=False))
+def _starts(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
-def select_split(splits: datasets.DatasetDict | datasets.IterableDatasetDict, name: str) -> datasets.Dataset | datasets.IterableDataset:
-    """One split, by name. `UserError` if there is none or, unless it is a stream, whose length is not known, it is empty."""
-    if name not in splits:
-        raise UserError(
-            f"there is no split {name!r}, only {', '.join(splits)}: make folders train/ and test/, name others (train_split, eval_split), "
-            "or choose rows by a column of folds (fold_column); to fine-tune on all clips, without an evaluation, set evaluate=false"
-        )
-    if isinstance(splits[name], datasets.Dataset) and len(splits[name]) == 0:
-        raise UserError(f"the split {name!r} has no clip")
-    return splits[name]
-
-
-def select_folds(splits: datasets.DatasetDict, column: str, values: Sequence[int | str]) -> datasets.Dataset:
-    """The rows of all splits whose `column` is one of `values`; 1 and "1" count as equal, for a file of text cannot tell them apart.
-
-    Raises:
-        UserError: if the column is missing, or a value selects no row.
-    """
-    rows = datasets.concatenate_datasets(list(splits.values()))
-    _check_column(rows, column)
-    folds = fold_names(rows[column])
-    known = sorted({fold for fold in folds if fold is not None})
-    if not values:
-        raise UserError(
-            f"no fold of the column {column!r} was chosen, so there is no clip: give some of {', '.join(known)} as eval_folds='[...]' "
-            "and, to train, train_folds='[...]', or leave fold_column out (fold_column=null)"
-        )
-    wanted = set(fold_names(values))
-    if absent := [fold for fold in fold_names(values) if fold not in known]:
-        raise UserError(f"the column {column!r} has no fold {absent[0]}, only {', '.join(known)}")
-    return rows.select([i for i, fold in enumerate(folds) if fold in wanted])
+def _gather(offsets: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the values of the chosen rows lie, and their new offsets."""
+    lengths = offsets[chosen + 1] - offsets[chosen]
+    new = _starts(lengths)
+    return np.repeat(offsets[chosen] - new[:-1], lengths) + np.arange(new[-1]), new
 
 
 @dataclass(frozen=True)
 class LabelReader:
-    """Reads the names of a row's classes out of its label column.
+    """Reads the classes of rows out of their label column, of a table or of a stream.
 
     Args:
-        column: of `ClassLabel`s, text or integers: one class a clip; of lists of these, or of names joined by `separator`: several.
+        column: of `ClassLabel`s, text or numbers: one class a clip; of lists of these, of names joined by `separator`, or of events
+            (lists of `{label, onset, offset}`, in seconds): several.
         separator: between the names in a column of text. Space around a name is dropped; an empty cell means no class.
-        is_list: whether the column holds lists.
-        declared_classes: all class names in their order where the data set declares them, else `None`.
+        classes: all class names in their order where the data set declares them, else `None`.
+        kind: of the column, in Arrow.
     """
 
     column: str
     separator: str | None
-    is_list: bool
-    declared_classes: list[str] | None
+    classes: list[str] | None
+    kind: "pa.DataType"
 
     @classmethod
-    def of(cls, rows: datasets.Dataset | datasets.IterableDataset, column: str, separator: str | None = None) -> "LabelReader":
+    def of(cls, rows: Any, column: str, separator: str | None = None) -> "LabelReader":
         """For the column of a data set. `UserError` if there is none of this name."""
-        _check_column(rows, column)
+        import datasets
+        import pyarrow as pa
+
+        if column not in rows.column_names:
+            raise missing_column(rows, column)
         feature = rows.features[column]
-        is_list = isinstance(feature, (datasets.List, datasets.LargeList))
-        item = feature.feature if is_list else feature
+        kind = datasets.Features({column: feature}).arrow_schema.field(column).type
+        item = feature
+        while isinstance(item, (datasets.List, datasets.LargeList)):
+            item = item.feature
+        if isinstance(item, dict) and "label" in item:
+            item = item["label"]
+        classes = item.names if isinstance(item, datasets.ClassLabel) else None
         if separator == "":
             raise UserError("label_separator is empty: give what stands between two labels, or leave it out")
-        if separator is not None and (is_list or isinstance(item, datasets.ClassLabel)):
-            kind = "lists" if is_list else "classes"
-            raise UserError(f"label_separator is {separator!r}, but the column {column!r} holds {kind}, no text to divide: leave it out")
-        return cls(column, separator, is_list, item.names if isinstance(item, datasets.ClassLabel) else None)
+        if separator is not None and (classes is not None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind))):
+            what = "lists" if _is_list(kind) else "classes" if classes is not None else str(kind)
+            raise UserError(f"label_separator is {separator!r}, but the column {column!r} holds {what}, no text to divide: leave it out")
+        if _is_list(kind) and pa.types.is_struct(kind.value_type) and not {"label", "onset", "offset"} <= {f.name for f in kind.value_type}:
+            raise UserError(f"the column {column!r} holds {kind.value_type}, but an event needs label, onset and offset")
+        if classes is not None:
+            _check_names(classes, column)
+        return cls(column, separator, classes, kind)
 
     @property
     def multi_label(self) -> bool:
         """Whether a clip may have several classes, or none."""
-        return self.is_list or self.separator is not None
+        return _is_list(self.kind) or self.separator is not None
 
     def __call__(self, row: dict) -> list[str]:
-        """Names of the classes of a row with an `audio` column. `UserError` if it lacks one that it needs, or has one not declared."""
-        cell: Any = row[self.column]
-        parts: Sequence[Any]
-        if cell is None or cell == "":
-            parts = []
-        elif self.separator is not None and isinstance(cell, str):
-            parts = [part for part in cell.split(self.separator) if part.strip()]
+        """The names of the classes of one row with an `audio` column. `UserError` as [`read`] raises it."""
+        import pyarrow as pa
+
+        return self.read(pa.array([row[self.column]], self.kind), lambda _: source_name(row["audio"]))[0]
+
+    def read(self, cells: "pa.Array", clip_name: ClipName) -> Labels:
+        """The labels of all rows.
+
+        Args:
+            cells: of the column, `(clips,)`.
+            clip_name: what a row's clip is called in messages.
+
+        Raises:
+            UserError: if a clip has no label where it needs one, or one that is not declared; a name is empty or holds control characters;
+                or an event has no times.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if self.separator is not None:
+            cells = pc.split_pattern(cells, self.separator)
+            lists, values = cells, pc.utf8_trim_whitespace(cells.flatten())
+        elif _is_list(self.kind):
+            lists, values = cells, cells.flatten()
         else:
-            parts = cell if self.is_list else [cell]
-        parts = [part.strip() if isinstance(part, str) else part for part in parts]
-        if any(part is None for part in parts):
-            raise UserError(f"{source_name(row['audio'])} has an empty label in the column {self.column!r}: take it out of its list")
-        if not parts and not self.multi_label:
+            lists, values = None, cells
+        lengths = np.ones(len(cells), dtype=np.int64) if lists is None else pc.fill_null(pc.list_value_length(lists), 0).to_numpy(False)
+        starts = _starts(lengths)
+
+        def named(place: int) -> str:
+            return clip_name(int(np.searchsorted(starts, place, side="right")) - 1)
+
+        times = None
+        if pa.types.is_struct(values.type):
+            times = self._times(values, named)
+            values = pc.struct_field(values, "label")
+        codes, names = self._codes(values)
+        if self.separator is not None:  # what is nothing between two separators, or in an empty cell, names nothing
+            nothing = codes < 0
+            rows = np.repeat(np.arange(len(cells)), lengths)[~nothing]
+            codes, starts = codes[~nothing], _starts(np.bincount(rows, minlength=len(cells)))
+        elif (codes < 0).any():
+            clip = named(int(np.flatnonzero(codes < 0)[0]))
+            if self.multi_label:
+                raise UserError(f"{clip} has an empty label in the column {self.column!r}: take it out of its list")
+            raise UserError(f"{clip} has no label in the column {self.column!r}: give it one or leave it out")
+        if self.classes is not None and len(wrong := np.flatnonzero(codes >= len(names))):
+            number = values[int(wrong[0])].as_py()  # `datasets` marks clips without a label by -1
             raise UserError(
-                f"{source_name(row['audio'])} has no label in the column {self.column!r} (of a CSV file, NA, None and the like are read as "
-                "nothing): give it one or leave it out"
+                f"{named(int(wrong[0]))} has {number} in the column {self.column!r}, but the numbers of its classes are 0 to "
+                f"{len(names) - 1}: leave it out"
             )
-        if self.declared_classes is None:  # beside an empty cell, a CSV file's whole numbers come as floats
-            return [str(int(part) if isinstance(part, float) and part.is_integer() else part) for part in parts]
-        for part in parts:
-            if not 0 <= part < len(self.declared_classes):  # `datasets` marks clips without a label by -1
-                raise UserError(
-                    f"{source_name(row['audio'])} has {part} in the column {self.column!r}, but the numbers of its classes are 0 to "
-                    f"{len(self.declared_classes) - 1}: leave it out"
-                )
-        return [self.declared_classes[part] for part in parts]
+        events = None if times is None else _Events(codes, *times, starts)
+        codes, starts = _without_repeats(codes, starts, len(names))
+        return Labels(codes, starts, names, self.multi_label, self.classes is not None, events)
 
+    def _codes(self, values: "pa.Array") -> tuple[np.ndarray, list[str]]:
+        """A code for each value, -1 where there is nothing, and the names by code; numbers that are not declared get the next code."""
+        import pyarrow as pa
 
-def fold_values(splits: datasets.DatasetDict, column: str) -> list[int | str]:
-    """The values of a column of folds, over all splits, sorted. `UserError` if there is no such column, a clip has no fold, or there are
-    fewer than two."""
-    rows = datasets.concatenate_datasets(list(splits.values()))
-    _check_column(rows, column)
-    found: set[Any] = set(rows[column])
-    if None in found or any(value != value for value in found):
-        raise UserError(f"the column {column!r} has rows without a value: give each clip its fold, or leave the clip out")
-    values: list[int | str] = sorted({int(fold) if isinstance(fold, float) and fold.is_integer() else fold for fold in found})
-    if len(values) < 2:
-        raise UserError(f"the column {column!r} holds {values}, but to hold out each fold in turn takes at least two")
-    return values
+        encoded = values.dictionary_encode()
+        if isinstance(encoded, pa.ChunkedArray):
+            encoded = encoded.combine_chunks()
+        found = encoded.dictionary.to_pylist()
+        if self.classes is not None:
+            names = list(self.classes)
+            new = [code if code is not None and 0 <= code < len(names) else len(names) for code in found]
+        else:
+            texts = ["" if value is None else _text(value) for value in found]
+            names = list(dict.fromkeys(text for text in texts if text))
+            _check_names(names, self.column)
+            index = {name: code for code, name in enumerate(names)}
+            new = [index.get(text, -1) for text in texts]
+        places = encoded.indices.fill_null(len(new)).to_numpy(zero_copy_only=False)
+        return np.array([*new, -1], dtype=np.int32)[places], names
 
+    def _times(self, values: "pa.Array", named: ClipName) -> tuple[np.ndarray, np.ndarray]:
+        import pyarrow.compute as pc
 
-def read_rows(rows: datasets.Dataset, label_column: str, separator: str | None = None) -> LabelledRows:
-    """Sources, which stay in their files, and label names, see [`LabelReader`].
-
-    Args:
-        rows: with an undecoded audio column.
-
-    Raises:
-        UserError: if the column is missing, or a clip has no label where it needs one.
-    """
-    reader, sources = LabelReader.of(rows, label_column, separator), rows["audio"]
-    labels = [reader({"audio": source, label_column: cell}) for source, cell in zip(sources, rows[label_column])]
-    if separator is not None and not any(isinstance(cell, str) and separator in cell for cell in rows[label_column]):
-        logger.warning(f"the separator {separator!r} is in none of the {len(labels)} labels of the column {label_column!r}")
-    return LabelledRows(sources, labels, reader.multi_label, reader.declared_classes)
-
-
-def choose_classes(rows: LabelledRows) -> list[str]:
-    """The classes that training rows define: those they declare, or else every label that occurs, sorted.
-
-    Raises:
-        UserError: if a declared class has no clip, or there are not two classes to tell apart.
-    """
-    occurring = {label for labels in rows.labels for label in labels}
-    classes = rows.declared_classes or sorted(occurring)
-    without = [name for name in classes if name not in occurring]
-    if without:
-        raise UserError(
-            f"no training clip has the class {', '.join(without)}: add some, choose other rows, or take it off the list of classes"
+        onsets, offsets = (
+            pc.struct_field(values, name).cast("float64").fill_null(float("nan")).to_numpy(zero_copy_only=False)
+            for name in ("onset", "offset")
         )
-    if len(classes) < (1 if rows.multi_label else 2):
-        raise UserError(
-            f"the training clips have {len(classes)} class ({', '.join(classes) or 'none'}), but there must be two to tell apart"
-        )
-    return classes
-
-
-def check_has_labels(rows: LabelledRows) -> None:
-    """That a clip of the evaluation has a label at all: of several classes each may be missing. `UserError` if not."""
-    if not any(rows.labels):
-        raise UserError("no clip of the evaluation has a label, so nothing can be measured on them: choose others")
-
-
-def check_apart(sources: Sequence[dict], parts: Sequence[str]) -> None:
-    """That no file is in two parts of the data. Where entries hold their audio themselves, they are not compared.
-
-    Args:
-        sources: what `load_waveform` takes.
-        parts: the name of each one's part.
-
-    Raises:
-        UserError: if a file is in two.
-    """
-    if not are_files(sources):
-        return
-    part_of: dict[str, str] = {}
-    for path, part in zip((source["path"] for source in sources), parts, strict=True):
-        if part_of.setdefault(path, part) != part:
-            raise UserError(f"{path} is both in {part_of[path]} and in {part}: what is evaluated on must not be trained on")
-
-
-def are_files(sources: Sequence[dict]) -> bool:
-    """Whether sources are files on their own, not held in those of the data set, where looking at them all would read all of it."""
-    return len(sources) > 0 and sources[0]["bytes"] is None
-
-
-def hash_sources(sources: Sequence[dict]) -> str:
-    """Of the names and sizes of files; of nothing where the data set holds the audio itself."""
-    paths = [source["path"] for source in sources] if are_files(sources) else []
-    sizes = [os.path.getsize(path) if os.path.isfile(path) else None for path in paths]
-    return hashlib.sha256(json.dumps([paths, sizes]).encode()).hexdigest()[:16]
-
-
-def encode_labels(rows: LabelledRows, classes: Sequence[str]) -> torch.Tensor:
-    """Class indices `(clips,)`, int64; or, where a clip may have several classes, `(clips, classes)`, float32, 0 or 1.
-
-    Raises:
-        UserError: if a clip's label is none of `classes`.
-    """
-    index = {name: i for i, name in enumerate(classes)}
-    for number, labels in enumerate(rows.labels):
-        for label in labels:
-            if label not in index:
-                name = source_name(rows.sources[number])
-                shown = classes if len(classes) <= 20 else [*difflib.get_close_matches(label, classes, n=5), *classes[:5], "..."]
-                raise UserError(f"{name} is labelled {label!r}, which is none of the {len(classes)} classes: {', '.join(shown)}")
-    if not rows.multi_label:
-        return torch.tensor([index[label] for (label,) in rows.labels])
-    targets = torch.zeros(len(rows), len(classes))
-    for target, labels in zip(targets, rows.labels):
-        target[[index[label] for label in labels]] = 1
-    return targets
-
-
-class Waveforms:
-    """The waveforms of a list of sources that can be read, each decoded once and kept as far as `memory_gb` reaches; the others are
-    decoded again whenever they are asked for. `waveforms[i]` is `(samples,)`, float32.
-
-    Args:
-        sources: what `load_waveform` takes.
-        sampling_rate: in Hz.
-        memory_gb: memory for decoded clips, in 10^9 bytes. A minute of mono at 16 kHz takes 0.004.
-        description: of the progress bar.
-        check: decode every clip now. Without, all count as kept, and one that cannot be read raises where it is asked for.
-
-    Attributes:
-        kept: `waveforms[i]` comes from `sources[kept[i]]`.
-        unreadable: names of the other files, by cause.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[dict],
-        sampling_rate: int,
-        memory_gb: float = 4.0,
-        description: str = "decoding",
-        check: bool = True,
-    ):
-        self.sources, self.sampling_rate = sources, sampling_rate
-        self.kept = [] if check else list(range(len(sources)))
-        self.unreadable: dict[str, list[str]] = defaultdict(list)
-        self._decoded: list[np.ndarray | None] = [] if check else [None] * len(sources)
-        if check:
-            self._decode_all(memory_gb * 1e9, description)
-
-    def _decode_all(self, free: float, description: str) -> None:
-        numbers = range(len(self.sources))  # not the sources themselves: a pool would fetch them all at once
-        with ThreadPoolExecutor() as pool:  # decoders and resampler run outside Python's lock
-            for i, outcome in enumerate(tqdm(pool.map(self._try, numbers), total=len(numbers), desc=description, unit="clip")):
-                if isinstance(outcome, AudioDecodingError):
-                    self.unreadable[outcome.cause].append(source_name(self.sources[i]))
-                    continue
-                self.kept.append(i)
-                fits = outcome.nbytes <= free
-                self._decoded.append(outcome if fits else None)
-                free -= outcome.nbytes if fits else 0
-
-    def __len__(self) -> int:
-        return len(self.kept)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        decoded = self._decoded[i]
-        return decode_clip(self.sources[self.kept[i]], self.sampling_rate) if decoded is None else decoded
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[i] for i in range(len(self)))
-
-    def check_unreadable(self, largest_share: float, what: str) -> None:
-        """Raise `UserError` if more than this share of the files, or all, cannot be read, warn of fewer, and count and name them."""
-        names = [name for names in self.unreadable.values() for name in names]
-        if len(names) > largest_share * len(self.sources) or not self.kept:
-            counts = ", ".join(f"{len(names)} {cause}" for cause, names in self.unreadable.items())
+        if len(wrong := np.flatnonzero(~((onsets >= 0) & (onsets < offsets) & np.isfinite(offsets)))):
+            place = int(wrong[0])
             raise UserError(
-                f"{len(names)} of {len(self.sources)} {what} clips cannot be used ({counts}), more than the share of {largest_share:g} "
-                f"that is allowed: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}: repair or remove them, or allow more "
-                "(max_unreadable)"
+                f"{named(place)} has an event from {onsets[place]:g} to {offsets[place]:g} s in the column {self.column!r}, but an event "
+                "has an onset, in seconds, and an offset behind it"
             )
-        for cause, names in self.unreadable.items():
-            logger.warning(f"{len(names)} of {len(self.sources)} {what} clips are left out ({cause}): {', '.join(names)}")
-
-    def _try(self, i: int) -> np.ndarray | AudioDecodingError:
-        try:
-            return decode_clip(self.sources[i], self.sampling_rate)
-        except AudioDecodingError as error:
-            return error
+        return onsets, offsets
 
 
-def decode_clip(source: dict, sampling_rate: int) -> np.ndarray:
-    """`load_waveform`, and beyond it refuse what the feature extractor would refuse, while the file's name is known: `(samples,)`, float32.
-
-    Raises:
-        AudioDecodingError: as `load_waveform`, and with the cause "too short" (no frame of 25 ms) or "out of scale".
-    """
-    waveform = load_waveform(source, sampling_rate)
-    if num_frames(len(waveform), sampling_rate) == 0:
-        raise AudioDecodingError("too short", f"{source_name(source)} has {len(waveform)} samples, less than one frame of 25 ms")
-    check_scale(waveform, source_name(source))
-    return waveform
+def missing_column(rows: Any, column: str) -> UserError:
+    """The error that a table without this column calls for."""
+    return UserError(
+        f"there is no column {column!r}, only {', '.join(rows.column_names)}: name another, or add it to metadata.csv; labels come from "
+        "folders named after classes too, and splits take the place of folds with fold_column=null, train_folds=[] and eval_folds=[]"
+    )
 
 
-def keep_rows(rows: LabelledRows, kept: Iterable[int]) -> LabelledRows:
-    """The rows of these indices."""
-    kept = list(kept)
-    return LabelledRows(_Chosen(rows.sources, kept), [rows.labels[i] for i in kept], rows.multi_label, rows.declared_classes)
+def _is_list(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
-class _Chosen(Sequence[dict]):
-    """Some of the sources, read from where they are when they are asked for: those of a parquet hold whole files."""
-
-    def __init__(self, sources: Sequence[dict], chosen: list[int]):
-        self.sources, self.chosen = sources, chosen
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, i):
-        return self.sources[self.chosen[i]]
+def _text(value: Any) -> str:
+    """A label as text. Beside missing ones, a table's whole numbers may have become floats."""
+    return value.strip() if isinstance(value, str) else str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
-def source_name(source: dict) -> str:
-    """How an undecoded entry of an audio column is called in messages: its path, where it has one."""
-    return str(source.get("path") or "an audio entry without a path")
+def _check_names(names: Iterable[str], column: str) -> None:
+    for name in names:
+        if any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in name):
+            raise UserError(f"the column {column!r} has the label {name!r}, but a label is one line without control characters: rename it")
 
 
-def _check_column(rows: datasets.Dataset, column: str) -> None:
-    if column not in rows.column_names:
-        raise UserError(
-            f"there is no column {column!r}, only {', '.join(rows.column_names)}: name another, or add it to metadata.csv; labels "
-            "come from folders named after classes too, and splits take the place of folds with fold_column=null, train_folds=[] "
-            "and eval_folds=[]"
-        )
+def _without_repeats(codes: np.ndarray, starts: np.ndarray, num_names: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each class once a row, in the order of its first place."""
+    rows = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    _, first = np.unique(rows * max(num_names, 1) + codes, return_index=True)
+    if len(first) == len(codes):
+        return codes, starts
+    first.sort()
+    return codes[first], _starts(np.bincount(rows[first], minlength=len(starts) - 1))

@@ -6,8 +6,6 @@ call goes on after the last shard that is whole, and ends with the same files; a
 """
 
 import io
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -21,9 +19,13 @@ import soundfile
 from datasets import Audio, Features
 from tqdm import tqdm
 
+from ..errors import UserError
+from ..files import DamagedFileError, hash_file, lock, write_atomically, write_json
 from .clips import Clip, Windows
-from .sources import SHARD_INDEX, Source, SourceSettings
-from .stream import BatchStream, DataSettings
+from .readers import StreamSettings
+from .shard_index import SHARD_INDEX, check_shards, read_index
+from .sources import Source, SourceSettings
+from .stream import BatchStream
 
 
 @dataclass
@@ -39,7 +41,7 @@ class ShardSettings:
         clips_per_shard: rows of a file; a multiple of `clips_per_group`.
         clips_per_group: rows of a row group, the smallest piece that is read at once and that ranks and workers share out.
         shuffle_rows: recordings that a worker shuffles together, besides the order of the sources' own shards.
-        max_broken_share: more than this share of recordings that cannot be decoded stops the writing.
+        max_unreadable: a larger fraction of recordings that cannot be decoded stops the writing.
         num_workers: processes that decode. Part of the settings, because the order of the rows depends on it.
     """
 
@@ -51,20 +53,20 @@ class ShardSettings:
     clips_per_shard: int = 2048
     clips_per_group: int = 64
     shuffle_rows: int = 1024
-    max_broken_share: float = 0.2
+    max_unreadable: float = 0.2
     num_workers: int = 0
 
     def __post_init__(self):
         self.sources = [asdict(SourceSettings.from_dict(source)) for source in self.sources]
         weighted = [source["path"] for source in self.sources if source["weight"] != 1]
         if weighted:
-            raise ValueError(f"{', '.join(weighted)} has a weight, but shards hold each recording once: weigh them when you train")
+            raise UserError(f"{', '.join(weighted)} has a weight, but shards hold each recording once: weigh them when you train")
         if self.clips_per_group < 1 or self.clips_per_shard < 1 or self.clips_per_shard % self.clips_per_group:
-            raise ValueError(
+            raise UserError(
                 f"clips_per_shard is {self.clips_per_shard}, but must be a positive multiple of clips_per_group, {self.clips_per_group}"
             )
         if self.window_seconds is not None and self.window_seconds < self.min_seconds:
-            raise ValueError(f"window_seconds is {self.window_seconds}, but must be at least min_seconds, {self.min_seconds}")
+            raise UserError(f"window_seconds is {self.window_seconds}, but must be at least min_seconds, {self.min_seconds}")
 
 
 def encode_flac(clip: Clip, sampling_rate: int) -> tuple[dict[str, Any], bool]:
@@ -79,8 +81,8 @@ def encode_flac(clip: Clip, sampling_rate: int) -> tuple[dict[str, Any], bool]:
 class _Encode:  # a function that worker processes can be sent
     sampling_rate: int
 
-    def __call__(self, clip: Clip) -> tuple[dict[str, Any], bool]:
-        return encode_flac(clip, self.sampling_rate)
+    def __call__(self, clips: list[Clip]) -> list[tuple[dict[str, Any], bool]]:
+        return [encode_flac(clip, self.sampling_rate) for clip in clips]
 
 
 def shared_features(sources: list[Source], sampling_rate: int) -> Features:
@@ -98,105 +100,104 @@ def shared_features(sources: list[Source], sampling_rate: int) -> Features:
 
 
 def prepare(folder: Path, settings: ShardSettings) -> dict[str, Any]:
-    """Write all shards that are missing. Returns the index."""
+    """Write all shards that are missing, after verifying those that are there. Returns the index.
+
+    Raises:
+        UserError: if the folder was begun with other settings or by an older version, another process writes to it, a shard or the index is
+            damaged, a source cannot be opened, or too many recordings are unreadable.
+    """
+    with lock(folder):
+        return _prepare(folder, settings)
+
+
+def _prepare(folder: Path, settings: ShardSettings) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
-    index = read_index(folder, settings)
+    index = _begun_index(folder, settings)
     if index["complete"]:
         return index
-    write_index(folder, index)  # now, so that a folder that cannot be written is noticed before hours of decoding
+    if "position" not in index:
+        raise UserError(
+            f"{folder} was begun by an older version, which writes rows in another order: finish it with that version, or begin again in "
+            "an empty folder"
+        )
+    # Now, so that a folder that cannot be written is noticed before hours of decoding.
+    write_json(folder / SHARD_INDEX, index, indent=1, sealed=True)
     rate, window = settings.sampling_rate, settings.window_seconds
     length = None if window is None else round(window * rate)
     stream = BatchStream(
-        DataSettings(
-            [SourceSettings(**source) for source in settings.sources],
-            shuffle_rows=settings.shuffle_rows,
-            max_broken_share=settings.max_broken_share,
-        ),
+        [Source.open(SourceSettings(**source)) for source in settings.sources],
         Windows(rate, length, length or 0, "every", round(settings.min_seconds * rate)),
         _Encode(rate),
-        list,
         batch_size=settings.clips_per_group,
+        settings=StreamSettings(shuffle_rows=settings.shuffle_rows, last_batch="keep", max_unreadable=settings.max_unreadable),
+        epochs=1,
         seed=settings.seed,
         num_workers=settings.num_workers,
     )
-    if index["place"] is not None:
-        stream.load_state_dict(index["place"])
+    if index["position"] is not None:
+        try:
+            stream.load_state_dict([index["position"]])
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise DamagedFileError(f"{folder / SHARD_INDEX} is damaged: its position is not one of this program ({error!r})") from error
     schema = shared_features(stream.sources, rate).arrow_schema
     total = sum(source.num_rows or 0 for source in stream.sources) if all(source.num_rows for source in stream.sources) else None
-    with tqdm(total=total, initial=stream.report().recordings, unit=" recordings", desc=str(folder)) as progress:
+    with tqdm(total=total, initial=stream.statistics.recordings, unit=" recordings", desc=str(folder)) as progress:
         groups = _watched(stream, progress)
         while group := next(groups, None):
             shard = write_shard(folder / f"shard-{len(index['shards']):05d}.parquet", group, groups, settings, schema)
             index["shards"].append(shard)
-            # The place is the one behind the last row written: should the next shard not be finished, it is written again from here.
-            index["place"] = stream.state_dict()
-            write_index(folder, index)
+            # The position is the one behind the last row written: should the next shard not be finished, it is written again from here.
+            index["position"] = stream.state_dict()
+            write_json(folder / SHARD_INDEX, index, indent=1, sealed=True)
     # The last recordings may all have been left out, after the last row: only at the end of the epoch everything is counted.
-    report = stream.report()
+    report = stream.statistics
     hours = report.samples / rate / 3600
-    index |= {"complete": True, "place": None, "clips": report.num_clips, "hours": hours, "report": report.as_dict()}
-    write_index(folder, index)
+    index |= {"complete": True, "position": None, "clips": report.num_clips, "hours": hours, "report": report.as_dict()}
+    write_json(folder / SHARD_INDEX, index, indent=1, sealed=True)
     return index
 
 
 def _watched(stream: BatchStream, progress: tqdm) -> Iterator[list]:
     for group in stream:
-        progress.update(stream.report().recordings - progress.n)
+        progress.update(stream.statistics.recordings - progress.n)
         yield group
 
 
 def write_shard(path: Path, first: list, groups: Iterator[list], settings: ShardSettings, schema: pa.Schema) -> dict[str, Any]:
     """Write one shard under another name, see it safely on the disk, and only then call it by its own."""
-    unfinished = path.with_suffix(".unfinished")
     rows, clipped = 0, 0
     try:
-        with unfinished.open("wb") as file:
-            with pq.ParquetWriter(file, schema) as writer:
-                for group in chain([first], islice(groups, settings.clips_per_shard // settings.clips_per_group - 1)):
-                    values = [{**dict.fromkeys(schema.names), **row} for row, _ in group]
-                    writer.write_table(pa.Table.from_pylist(values, schema=schema))
-                    rows, clipped = rows + len(group), clipped + sum(loud for _, loud in group)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with write_atomically(path, "wb") as file, pq.ParquetWriter(file, schema) as writer:
+            for group in chain([first], islice(groups, settings.clips_per_shard // settings.clips_per_group - 1)):
+                values = [{**dict.fromkeys(schema.names), **row} for row, _ in group]
+                writer.write_table(pa.Table.from_pylist(values, schema=schema))
+                rows, clipped = rows + len(group), clipped + sum(loud for _, loud in group)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise OSError(f"{path} could not be finished ({error}); the same command goes on after the shards that are whole") from error
-    return {"file": path.name, "clips": rows, "clipped": clipped}
+    return {"file": path.name, "clips": rows, "clipped": clipped, "bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
-def read_index(folder: Path, settings: ShardSettings) -> dict[str, Any]:
+def _begun_index(folder: Path, settings: ShardSettings) -> dict[str, Any]:
     """The index of a folder that was begun, or a new one.
 
     Raises:
-        ValueError: if the folder was begun with other settings, naming them, or holds shards that no index knows.
+        UserError: if the index is damaged, the folder was begun with other settings, naming them, or holds shards that no index knows.
     """
     path = folder / SHARD_INDEX
     wanted = asdict(settings)
     if not path.exists():
         if any(folder.glob("*.parquet")):
-            raise ValueError(f"{folder} holds parquet files of another origin (it has no {SHARD_INDEX}): choose an empty folder")
-        return {"settings": wanted, "complete": False, "shards": [], "place": None}
-    index = json.loads(path.read_text())
+            raise UserError(f"{folder} holds parquet files of another origin (it has no {SHARD_INDEX}): choose an empty folder")
+        return {"settings": wanted, "complete": False, "shards": [], "position": None}
+    index = read_index(path)
     then = index["settings"]
+    if "max_broken_share" in then:  # its name in older versions
+        then["max_unreadable"] = then.pop("max_broken_share")
     different = [f"{name} ({then.get(name)} then, {wanted[name]} now)" for name in wanted if then.get(name) != wanted[name]]
     if different:
-        raise ValueError(f"{folder} was begun with other settings: {'; '.join(different)}. Choose another folder, or the same settings")
-    missing = [shard["file"] for shard in index["shards"] if not (folder / shard["file"]).is_file()]
-    if missing:
-        raise ValueError(
-            f"{folder} lacks {', '.join(missing)}, which its {SHARD_INDEX} names: put them back, or begin anew in an empty folder"
-        )
+        raise UserError(f"{folder} was begun with other settings: {'; '.join(different)}. Choose another folder, or the same settings")
+    check_shards(folder, index, hashes=True)
     return index
-
-
-def write_index(folder: Path, index: dict[str, Any]) -> None:
-    unfinished = folder / f"{SHARD_INDEX}.unfinished"
-    with unfinished.open("w") as file:
-        json.dump(index, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(folder / SHARD_INDEX)
 
 
 __all__ = ["ShardSettings", "prepare"]

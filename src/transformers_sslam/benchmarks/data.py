@@ -1,12 +1,11 @@
 """What the input path costs: clips a second of one core, from the source to the log-mel batch (read, decode, mix down, resample, cut,
-filter bank, scale, stack), and the seconds from nothing to the first batch of a stream that resumes far into its data, which must not
-grow."""
+filter bank, scale, stack), the time that the main process itself spends on a batch made by workers, and the seconds from nothing to the
+first batch of a stream that resumes far into its data, which must not grow."""
 
 import io
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,17 +17,18 @@ import pyarrow.parquet as pq
 import soundfile
 from datasets import Audio, Features
 
-from ..audio.clips import Tally
+from ..audio.batches import ClipStream, DataSettings
+from ..audio.readers import Position
 from ..audio.shards import ShardSettings, prepare
 from ..audio.sources import SourceSettings
-from ..audio.stream import ClipStream, DataSettings, Place
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from .timing import spread
 
 
 ROWS_PER_GROUP = 64
 RECORDING_SECONDS = 10.0
-CHECKED_UP_TO = 100  # clips that are really read to check a computed place
+CHECKED_UP_TO = 100  # clips that are really read to check a computed position
+WORKERS = 2
 
 
 def synthetic_sources(folder: Path, recordings: int) -> list[dict]:
@@ -45,17 +45,25 @@ def synthetic_sources(folder: Path, recordings: int) -> list[dict]:
     return [*sources, {"kind": "parquet", "path": str(folder / "shards")}]
 
 
-def clips_per_second(source: dict, extractor: SSLAMFeatureExtractor, batch_size: int, batches: int) -> dict[str, float]:
-    """Of this process, reading alone."""
-    stream = ClipStream(DataSettings([SourceSettings.from_dict(source)]), extractor, batch_size=batch_size)
-    next(iter(stream))  # whatever is set up once
-    clock, processor, clips = time.perf_counter(), time.process_time(), 0
-    while clips < batches * batch_size:
-        for batch in islice(stream, batches - clips // batch_size):
-            clips += len(batch["input_values"])
+def cost(source: dict, extractor: SSLAMFeatureExtractor, batch_size: int, batches: int) -> dict[str, float]:
+    """Of this process, reading alone and taking what workers read."""
+
+    def timed(num_workers: int) -> tuple[float, float]:
+        stream = ClipStream(DataSettings([SourceSettings.from_dict(source)]), extractor, batch_size=batch_size, num_workers=num_workers)
+        ready = iter(stream)
+        for _ in range(max(1, 2 * num_workers)):
+            next(ready)  # whatever is set up once
+        clock, processor = time.perf_counter(), time.process_time()
+        for _ in islice(ready, batches):
+            pass
+        return time.perf_counter() - clock, time.process_time() - processor
+
+    clock, processor = timed(0)
+    _, beside_workers = timed(WORKERS)
     return {
-        "clips a second by the clock": clips / (time.perf_counter() - clock),
-        "clips a second by processor time": clips / (time.process_time() - processor),
+        "clips a second by the clock": batches * batch_size / clock,
+        "clips a second by processor time": batches * batch_size / processor,
+        f"ms of the main process a batch beside {WORKERS} workers": 1000 * beside_workers / batches,
     }
 
 
@@ -75,14 +83,20 @@ def many_rows(folder: Path, rows: int) -> list[dict]:
     return [{"kind": "manifest", "path": str(folder / "many.tsv")}, {"kind": "parquet", "path": str(folder / "many")}]
 
 
-def place_after(stream: ClipStream, clips: int, rows_per_shard: int) -> dict:
+def state_after(stream: ClipStream, clips: int, rows_per_shard: int) -> dict:
     """The state of a stream that has given so many clips, where each row is one clip and every shard has as many rows."""
-    state, block = stream.state_dict(), stream.settings.shuffle_rows
-    start = clips - clips % block
-    place = Place(
-        start // rows_per_shard, start % rows_per_shard, clips % block, tally=Tally(clips, {stream.sources[0].name: clips}, clips * 16_000)
-    )
-    return {**state, "places": [asdict(place)]}
+    state, block, left = stream.state_dict(), stream.readers.shuffle_rows, clips
+    for reader, visits in stream.readers.visits(0, range(stream.readers.count)).items():
+        if left == 0:
+            break
+        rows = rows_per_shard * len(visits)
+        start, taken = divmod(left - 1, block)
+        last = start * block - 1  # row of the reader; a block begins behind the last row of the one before
+        position = Position(0, last // rows_per_shard, last % rows_per_shard + 1) if start else Position()
+        # The last clip's recording counts as finished when the next one is begun.
+        state["positions"][str(reader)] = list(Position(1) if left > rows else position._replace(taken=taken, window=1))
+        left -= min(left, rows)
+    return state
 
 
 def seconds_to_resume(source: dict, extractor: SSLAMFeatureExtractor, batch_size: int, clips: int) -> dict[str, float]:
@@ -91,27 +105,25 @@ def seconds_to_resume(source: dict, extractor: SSLAMFeatureExtractor, batch_size
     def fresh() -> ClipStream:
         return ClipStream(DataSettings([SourceSettings.from_dict(source)]), extractor, batch_size=batch_size)
 
-    state = place_after(fresh(), clips, ROWS_PER_GROUP if source["kind"] == "parquet" else 1)
+    state = state_after(fresh(), clips, ROWS_PER_GROUP if source["kind"] == "parquet" else 1)
     if clips <= CHECKED_UP_TO:
-        check_place(fresh, state, clips)
+        check_state(fresh, state, clips)
     begin = time.perf_counter()
     stream = fresh()
     opened = time.perf_counter()
-    stream.load_state_dict(state)
+    stream.load_state_dict([state])
     next(iter(stream))
     return {"seconds to open": opened - begin, "seconds to resume": time.perf_counter() - opened}
 
 
-def check_place(fresh: Callable[[], ClipStream], state: dict, clips: int) -> None:
-    """A stream that really went there goes on with the same clips."""
-    walked, jumped = fresh(), fresh()
-    walked.batch_size = 1
-    for _ in islice(walked, clips):
+def check_state(fresh: Callable[[], ClipStream], state: dict, clips: int) -> None:
+    """A stream that really read so many clips stands there."""
+    stream = fresh()
+    stream.batch_size = 1
+    for _ in islice(stream, clips):
         pass
-    jumped.load_state_dict(state)
-    walked.batch_size = jumped.batch_size
-    if next(iter(walked))["names"] != next(iter(jumped))["names"]:
-        raise RuntimeError(f"the place computed for {clips} clips is not where reading {clips} clips leads")
+    if stream.state_dict()["positions"] != state["positions"]:
+        raise RuntimeError(f"the position computed for {clips} clips is not where reading {clips} clips leads")
 
 
 def measure_data(
@@ -124,7 +136,7 @@ def measure_data(
     resume_after: Sequence[int] = (10, 10_000, 1_000_000),
     repeats: int = 5,
 ) -> list[dict[str, Any]]:
-    """Each source read, once by the clock and once by the processor's own time, which other programs do not disturb; then streams resumed.
+    """Each source read, by the clock and by the processor's own time, which other programs do not disturb; then streams resumed.
 
     Args:
         sources: as under `data.sources` of a recipe; by default stereo at 44.1 kHz, made up, in three formats and as prepared shards.
@@ -143,7 +155,7 @@ def measure_data(
 
     with tempfile.TemporaryDirectory() as folder:
         for source in sources or synthetic_sources(Path(folder), recordings):
-            measure(f"{source['kind']} {Path(source['path']).name}", partial(clips_per_second, source, extractor, batch_size, batches))
+            measure(f"{source['kind']} {Path(source['path']).name}", partial(cost, source, extractor, batch_size, batches))
         for source in many_rows(Path(folder), max(resume_after, default=0) + 1024 * ROWS_PER_GROUP) if resume_after else []:
             for clips in resume_after:
                 measure(f"{source['kind']}, after {clips:,} clips", partial(seconds_to_resume, source, extractor, batch_size, clips))

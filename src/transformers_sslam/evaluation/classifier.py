@@ -11,18 +11,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..audio.labels import (
-    LabelledRows,
-    Waveforms,
-    check_has_labels,
-    encode_labels,
-    keep_rows,
-    read_rows,
-    select_folds,
-    select_split,
-    source_name,
-)
-from ..audio.layouts import open_data_set
+from ..audio.cache import Waveforms
+from ..audio.layouts import open_splits
+from ..audio.rows import LabelledRows, check_has_labels, read_rows, select_folds, select_split
 from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..inference import class_names
@@ -30,7 +21,6 @@ from ..modeling_sslam import SSLAMForAudioClassification
 from ..reports import markdown_table, write_json
 from ..settings import setting
 from .loading import load_classifier
-from .probing import as_one_hot
 from .scores import evaluate_predictions, evaluate_tags, save_scores
 
 
@@ -81,17 +71,17 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
     output = _make_folder(settings)
     model, extractor, classes = _load(settings)
     rows = _select(settings)
-    encode_labels(rows, classes)  # refuses before hours of decoding
+    rows.encode(classes)  # tells what does not fit before hours of decoding
     waveforms = Waveforms(rows.sources, extractor.sampling_rate, settings.memory_gb)
     waveforms.check_unreadable(settings.max_unreadable, "evaluated")
-    rows = keep_rows(rows, waveforms.kept)
-    targets = as_one_hot(encode_labels(rows, classes).numpy(), len(classes))
+    rows = rows.select(waveforms.kept)
+    targets = rows.encode(classes).one_hot(range(len(rows)))
     with torch.autocast(model.device.type, dtype=getattr(torch, settings.dtype), enabled=settings.dtype != "float32"):
         logits = _logits(model, extractor, waveforms, settings.batch_size)
-    save_scores(output, logits, targets, classes, [source_name(source) for source in rows.sources])
+    save_scores(output, logits, targets, classes, [rows.name(i) for i in range(len(rows))])
     results = {
         "settings": asdict(settings),
-        "metrics": _metrics(model, logits, targets, classes, rows.multi_label),
+        "metrics": _metrics(model, logits, targets, classes, rows.labels.multi_label),
         "classes": classes,
         "clips": len(rows),
         "unreadable": dict(waveforms.unreadable),
@@ -144,13 +134,13 @@ def _load(settings: EvaluationSettings) -> tuple[SSLAMForAudioClassification, SS
 
 
 def _select(settings: EvaluationSettings) -> LabelledRows:
-    splits = open_data_set(settings.data_dir, settings.layout, subset=settings.subset)
+    splits = open_splits(settings.data_dir, settings.layout, subset=settings.subset)
     if settings.fold_column is None:
         chosen = select_split(splits, settings.eval_split)
     else:
         chosen = select_folds(splits, settings.fold_column, settings.eval_folds)
     rows = read_rows(chosen, settings.label_column, settings.label_separator)
-    check_has_labels(rows)
+    check_has_labels(rows.labels)
     return rows
 
 

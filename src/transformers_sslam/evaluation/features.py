@@ -11,13 +11,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .. import __version__
 from ..allocator import keep_freed_memory
 from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
+from ..files import lock, verify, write_folder_atomically
 from ..modeling_sslam import SSLAMModel, SSLAMPreTrainedModel
 
 
@@ -29,7 +29,7 @@ Shapes = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
 class Clips(Protocol):
-    """Waveforms `(samples,)` by their number: a list, or an object that decodes them when asked, such as `audio.labels.Waveforms`."""
+    """Waveforms `(samples,)` by their number: a list, or an object that decodes them when asked, such as `audio.cache.Waveforms`."""
 
     def __len__(self) -> int: ...
 
@@ -134,8 +134,7 @@ def encode_clips(
     data = data_key or hash_waveforms(waveforms)
     key = hash_model(model, extractor, data=data, shapes=shapes, version=[__version__, LAYOUT])
     folder = Path(cache) / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with lock(folder, wait=True):
         if (stored := _read(folder, shapes)) is None:
             _write(folder, shapes, model, extractor, waveforms, batch_size)
             stored = _read(folder, shapes)
@@ -234,15 +233,12 @@ def hash_model(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, **
 
 def _write(folder: Path, shapes: Shapes, model: SSLAMModel, extractor: SSLAMFeatureExtractor, waveforms: Clips, batch_size: int) -> None:
     size = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shapes.values())
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed: whoever holds the lock is alone here
     if size > (free := shutil.disk_usage(folder.parent).free):  # a memory map would find out with a crash
         raise ProbeError(
             f"the features take {size / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB free: choose another folder for the "
             "cache, a lower precision, or probes that need no patch tokens"
         )
-    partial.mkdir()
-    try:
+    with write_folder_atomically(folder, manifest=True) as partial:
         arrays: dict[str, np.ndarray] = {
             name: np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
             for name, (shape, dtype) in shapes.items()
@@ -250,10 +246,7 @@ def _write(folder: Path, shapes: Shapes, model: SSLAMModel, extractor: SSLAMFeat
         _fill(arrays, model, extractor, waveforms, batch_size)
         for array in arrays.values():
             array.flush()  # type: ignore[attr-defined]  # memory maps have it
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    partial.rename(folder)
+    _verified[folder.resolve()] = _states(folder)
 
 
 def _read(folder: Path, shapes: Shapes) -> dict[str, np.ndarray] | None:
@@ -261,6 +254,10 @@ def _read(folder: Path, shapes: Shapes) -> dict[str, np.ndarray] | None:
     if not folder.exists():
         return None
     try:
+        if _verified.get(folder.resolve()) != (states := _states(folder)):
+            if problem := verify(folder):
+                raise ValueError(problem)
+            _verified[folder.resolve()] = states
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes}
         for name, (shape, dtype) in shapes.items():
             if (arrays[name].shape, arrays[name].dtype) != (shape, dtype):
@@ -270,6 +267,16 @@ def _read(folder: Path, shapes: Shapes) -> dict[str, np.ndarray] | None:
         shutil.rmtree(folder)
         return None
     return arrays
+
+
+# Folders whose hashes this process has compared, with the states of their files then: hashing large ones takes minutes.
+_verified: dict[Path, dict[str, tuple[int, int, int]]] = {}
+
+
+def _states(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Inode, size and time of change of each file of a folder."""
+    found = ((path.name, path.stat()) for path in folder.iterdir())
+    return {name: (state.st_ino, state.st_size, state.st_mtime_ns) for name, state in found}
 
 
 def _features(arrays: dict[str, np.ndarray]) -> Features:

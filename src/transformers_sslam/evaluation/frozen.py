@@ -8,8 +8,9 @@ import datasets
 import numpy as np
 import torch
 
-from ..audio.labels import Waveforms, check_apart, choose_classes, encode_labels, fold_names, fold_values, read_rows, select_split
-from ..audio.layouts import open_data_set
+from ..audio.cache import Waveforms
+from ..audio.layouts import open_splits
+from ..audio.rows import all_rows, check_apart, choose_classes, fold_values, read_rows, row_folds, select_split
 from ..errors import UserError
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
@@ -93,10 +94,14 @@ def read_task(settings: FrozenSettings, sampling_rate: int) -> Task:
         UserError, ProbeError: (both are `ValueError`s) if the data do not hold what the settings ask for, or a class cannot be learnt.
     """
     rows, training_rows, groups = _choose_rows(settings)
-    classes = choose_classes(read_rows(training_rows, settings.label_column, settings.label_separator))
+    classes = choose_classes(read_rows(training_rows, settings.label_column, settings.label_separator).labels)
     labelled = read_rows(rows, settings.label_column, settings.label_separator)
-    check_apart(labelled.sources, groups)
-    targets = encode_labels(labelled, classes).numpy()
+    members: dict[str, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    check_apart({group: labelled.sources.select(chosen) for group, chosen in members.items()})
+    labels = labelled.encode(classes)
+    targets = labels.one_hot(range(len(labels))) if labels.multi_label else labels.indices()
     waveforms = Waveforms(labelled.sources, sampling_rate, settings.memory_gb)
     waveforms.check_unreadable(settings.max_unreadable, "probed")
     partitions = hold_out_each([groups[i] for i in waveforms.kept])
@@ -109,21 +114,21 @@ def read_task(settings: FrozenSettings, sampling_rate: int) -> Task:
 
 def _choose_rows(settings: FrozenSettings) -> tuple[datasets.Dataset, datasets.Dataset, list[str]]:
     """All rows, those that define the classes, and the fold or split of each row."""
-    splits = open_data_set(settings.data_dir, settings.layout, subset=settings.subset)
+    splits = open_splits(settings.data_dir, settings.layout, subset=settings.subset)
     if settings.fold_column is None:
         if settings.train_split == settings.eval_split:
             raise ProbeError(f"train_split and eval_split are both {settings.eval_split!r}: evaluate on clips that were not trained on")
         chosen = {name: select_split(splits, name) for name in (settings.train_split, settings.eval_split)}
-        rows = datasets.concatenate_datasets(list(chosen.values()))
+        rows = all_rows(chosen)
         return rows, chosen[settings.train_split], [name for name, part in chosen.items() for _ in range(len(part))]
-    rows = datasets.concatenate_datasets(list(splits.values()))
+    rows = all_rows(splits)
     if settings.fold_column not in rows.column_names:
         raise UserError(
             f"there is no column {settings.fold_column!r}, only {', '.join(rows.column_names)}: name another as fold_column, or set it to "
             "null to use splits"
         )
     fold_values(splits, settings.fold_column)  # refuses clips without a fold
-    return rows, rows, [str(fold) for fold in fold_names(rows[settings.fold_column])]
+    return rows, rows, [str(fold) for fold in row_folds(rows, settings.fold_column)]
 
 
 def evaluate_frozen(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..files import write_atomically
 from .metrics import Accuracy, MeanAveragePrecision, MeanRocAuc, d_prime
 
 
@@ -53,7 +54,8 @@ def evaluate_tags(scores: np.ndarray, targets: np.ndarray, classes: list[str]) -
 
 def save_scores(folder: Path, logits: np.ndarray, targets: np.ndarray, classes: list[str], names: list[str]) -> None:
     """Write `scores.npz`: `logits` and `targets`, `(clips, classes)`, the `classes`, and the clips' `names`, where they are known."""
-    np.savez(folder / "scores.npz", logits=logits, targets=targets, classes=classes, names=names)
+    with write_atomically(folder / "scores.npz", "wb") as file:
+        np.savez(file, logits=logits, targets=targets, classes=classes, names=names)
 
 
 __all__ = ["evaluate_predictions", "evaluate_tags", "save_scores"]

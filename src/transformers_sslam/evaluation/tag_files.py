@@ -1,14 +1,10 @@
-"""Tags of every recording of a folder or a list, written as they are found, so that a run that is stopped goes on where it was.
-
-Beside the output stands its journal: which model and settings it is from, and after each recording how long the output then was. What
-stands after the last length is of a recording that was not finished; it is cut off and the recording done again. Recordings are known by
-where they lie, their size and their time, for a name alone may be another file's tomorrow, or in another folder.
+"""Tags of every recording of a folder or a list, written as they are found, so that a run that is stopped can be resumed (see
+`evaluation.journal`).
 """
 
 import csv
 import io
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,29 +12,27 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from ..audio.decode import read_blocks
-from ..audio.sources import AUDIO_SUFFIXES, files_below
+from ..audio.decode import AUDIO_SUFFIXES, read_blocks
+from ..audio.paths import files_below
 from ..errors import AudioDecodingError, UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..inference import ScoresOverTime
 from ..modeling_sslam import SSLAMForAudioClassification
 from ..settings import setting
 from .features import hash_model
+from .journal import JournaledOutput, place_of, state_of, version_of
 from .loading import load_classifier
 
 
-CSV_HEADER = ("path", "start", "end", "label", "score", "error")
-NO_MATTER = ("inputs", "output", "batch_size", "device")  # to what is written of a recording: these may change when a run goes on
+SETTINGS_WITHOUT_EFFECT = ("inputs", "output", "batch_size", "device")  # on what is written of a recording
 DIGITS = 4  # of scores
-# Of audio that nothing here decodes, but that somebody who tags a folder will look for in the output.
-UNDECODED_SUFFIXES = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".amr", ".3gp", ".ape", ".wv", ".ac3", ".dts")
 Item = TypeVar("Item")
+State = tuple[dict[str, Any], tuple[int, ...] | None]  # of a recording: what the journal tells of it, and its `version_of` it
 
 
 @dataclass
@@ -120,17 +114,21 @@ def tag_files(settings: TagSettings) -> TagSummary:
         next(model.score_windows(np.zeros(extractor.sampling_rate, dtype=np.float32), extractor, **options))
     as_text = _csv_rows if settings.output.endswith(".csv") else _json_line
     summary, started = TagSummary(), time.monotonic()
-    with _Output(Path(settings.output), _identity(settings, model, extractor)) as output:
+    with JournaledOutput(Path(settings.output), _identity(settings, model, extractor)) as output:
         left = [path for path in paths if not output.holds(path)]
         summary.skipped = len(paths) - len(left)
         with tqdm(total=len(left), desc="tagging", unit="file") as progress:
-            for path, items in groupby(_ahead(_decoded(left, extractor.sampling_rate)), key=itemgetter(0)):
+            states: dict[str, State] = {}
+            for path, items in groupby(_ahead(_decoded(left, extractor.sampling_rate, states)), key=itemgetter(0)):
                 heard: ScoresOverTime | ValueError
                 try:
                     heard = model.score_over_time(_blocks(items), extractor, **options)
                 except ValueError as error:  # the settings fit, so it is the audio
                     heard = error
-                output.write(path, as_text(path, heard, settings), final=isinstance(heard, ScoresOverTime))
+                # One that was replaced, deleted or still written to while it was read is tried again by the next run.
+                state, version = states.pop(path)
+                final = isinstance(heard, ScoresOverTime) and version == version_of(path)
+                output.write(path, state, as_text(path, heard, settings), final)
                 summary.count(heard, time.monotonic() - started)
                 progress.update()
                 progress.set_postfix_str(f"{summary.speed:.0f} x real time")
@@ -141,15 +139,15 @@ def find_recordings(inputs: str | Sequence[str]) -> list[str]:
     """Paths of all recordings, each once, by whatever way it is named: those below folders sorted, those of lists in their order.
 
     Raises:
-        UserError: if an input is not there, is no text, or holds no recording.
+        UserError: if an input is not there, is not text, or holds no recording.
     """
     found: dict[str, str] = {}  # by where they lie
     for name in [inputs] if isinstance(inputs, str) else inputs:
         path = Path(name)
-        with as_user_error(f"{name} is no folder, audio file or list of paths"):
+        with as_user_error(f"{name} is not a folder, audio file or list of paths"):
             if path.is_dir():
-                here = sorted(str(path / below) for below in files_below(path, AUDIO_SUFFIXES + UNDECODED_SUFFIXES))
-            elif path.suffix.lower() in AUDIO_SUFFIXES + UNDECODED_SUFFIXES:
+                here = sorted(str(path / below) for below in files_below(path, AUDIO_SUFFIXES))
+            elif path.suffix.lower() in AUDIO_SUFFIXES:
                 if "://" not in name and not path.is_file():
                     raise FileNotFoundError("there is no such file")
                 here = [name]
@@ -159,7 +157,7 @@ def find_recordings(inputs: str | Sequence[str]) -> list[str]:
         if not here:
             raise UserError(f"{name} holds no recording: a folder's are known by {', '.join(AUDIO_SUFFIXES)}, a list has one path a line")
         for recording in here:
-            found.setdefault(_place(recording), recording)
+            found.setdefault(place_of(recording), recording)
     return list(found.values())
 
 
@@ -170,113 +168,17 @@ def _listed(line: str, folder: Path) -> str:
     return str(folder / (line if (folder / line).exists() else line.strip()))
 
 
-def _place(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)
-
-
-def _state(path: str) -> dict[str, Any]:
-    """What tells a recording from another one of its name."""
-    try:
-        file = os.stat(path)
-    except OSError:  # not there, or an address
-        return {"at": _place(path), "size": None, "modified": None}
-    return {"at": _place(path), "size": file.st_size, "modified": file.st_mtime_ns}
-
-
-class _Output:
-    """The file that is written and its journal. What both say of a recording counts only once its line of the journal is whole."""
-
-    def __init__(self, path: Path, identity: dict[str, Any]):
-        self.path, self.identity = path, identity
-        self.journal = path.with_name(path.name + ".journal")
-        self._finished: dict[str, dict[str, Any]] = {}  # states of the recordings that are, by where they lie
-        self._failures: dict[str, str] = {}  # what was written of the others
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
-
-    def __enter__(self) -> Self:
-        with as_user_error(f"{self.path} cannot be written, or its journal {self.journal.name} be read"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                raise UserError(f"another process writes to {self.path}: wait for it, or give another output") from None
-            try:
-                self._open()
-            except BaseException:
-                self._lock.release()
-                raise
-        return self
-
-    def _open(self) -> None:
-        lines = self.journal.read_bytes().splitlines(keepends=True) if self.journal.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n")]
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if not whole and size:
-            raise UserError(f"{self.path} is there, but not its journal {self.journal.name}, so nothing can be added: give another output")
-        identity, *entries = map(json.loads, whole) if whole else [self.identity]
-        if not all(isinstance(line, dict) for line in (identity, *entries)) or not all(
-            {"at", "length"} <= entry.keys() for entry in entries
-        ):
-            raise ValueError("it is no journal of this program")
-        self._check_identity(identity)
-        entries = [entry for entry in entries if entry["length"] <= size]
-        for entry in entries:
-            if "failure" in entry:
-                self._failures[entry["at"]] = entry["failure"]
-            else:
-                self._finished[entry["at"]] = {name: entry.get(name) for name in ("at", "size", "modified")}
-        self._output, self._journal = self.path.open("ab"), self.journal.open("ab")
-        self._output.truncate(entries[-1]["length"] if entries else 0)
-        self._journal.truncate(sum(map(len, whole[: 1 + len(entries)])))
-        if not whole:
-            self._append(self._journal, json.dumps(self.identity) + "\n")
-        if not entries and self.path.suffix == ".csv":
-            self._append(self._output, ",".join(CSV_HEADER) + "\n")
-
-    def __exit__(self, *exception) -> None:
-        self._output.close()
-        self._journal.close()
-        self._lock.release()
-
-    def holds(self, path: str) -> bool:
-        """Whether the recording is finished, and still the one that it was."""
-        return self._finished.get(_place(path)) == _state(path)
-
-    def write(self, path: str, text: str, final: bool) -> None:
-        """All of a recording, and then that it is all. What is not final is tried again by the next run, and written again only if that
-        says something else: of several lines of a path the last counts, and of a .csv's rows an error only if no others of its path
-        follow."""
-        state = _state(path)
-        if not final and self._failures.get(state["at"]) == text:
-            return
-        self._append(self._output, text)
-        entry = {**state, "length": self._output.tell()} | ({} if final else {"failure": text})
-        self._append(self._journal, json.dumps(entry) + "\n")
-
-    def _check_identity(self, before: dict[str, Any]) -> None:
-        for name, value in self.identity.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"{self.path} was written with {name}={before.get(name)!r}, but {name} is {value!r} now: give the same model and "
-                    "settings, or another output"
-                )
-
-    @staticmethod
-    def _append(file: BinaryIO, text: str) -> None:
-        file.write(text.encode(errors="backslashreplace"))  # names of files need not be UTF-8
-        file.flush()
-
-
 def _identity(settings: TagSettings, model: SSLAMForAudioClassification, extractor: SSLAMFeatureExtractor) -> dict[str, Any]:
     """All that decides what is written of a recording; the model by its contents, wherever it lies."""
-    kept = {name: value for name, value in asdict(settings).items() if name not in NO_MATTER}
+    kept = {name: value for name, value in asdict(settings).items() if name not in SETTINGS_WITHOUT_EFFECT}
     digest = hash_model(model, extractor, id2label=model.config.id2label, problem_type=model.config.problem_type)
     return kept | {"model": f"sha256:{digest}"}
 
 
-def _decoded(paths: Iterable[str], sampling_rate: int) -> Iterator[tuple[str, np.ndarray | AudioDecodingError]]:
-    """All blocks of all recordings; where one cannot be read, the error in their place."""
+def _decoded(paths: Iterable[str], sampling_rate: int, states: dict[str, State]) -> Iterator[tuple[str, np.ndarray | AudioDecodingError]]:
+    """All blocks of all recordings; where one cannot be read, the error in their place. `states` gets each one's before it is opened."""
     for path in paths:
+        states[path] = state_of(path), version_of(path)
         try:
             for block in read_blocks(path, sampling_rate):
                 yield path, block

@@ -9,7 +9,6 @@ import hashlib
 import io
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,9 +25,12 @@ import yaml
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..audio.labels import Waveforms, read_rows, select_folds, select_split, source_name
-from ..audio.layouts import open_data_set
+from ..audio.cache import Waveforms
+from ..audio.layouts import open_splits
+from ..audio.paths import decode_path, source_name
+from ..audio.rows import AudioColumn, LabelledRows, all_rows, read_rows, select_folds, select_split
 from ..errors import UserError
+from ..files import write_folder_atomically
 from ..reports import markdown_table
 from ..settings import setting
 from .render import Mixture, MixtureSettings, Sound, find_sound, plan_mixtures, render
@@ -113,27 +115,22 @@ def make_benchmark(settings: BenchmarkSettings) -> dict[str, Any]:
     target = Path(settings.output_dir)
     if target.exists():
         raise UserError(f"output_dir is {target}, which is there already: choose another, or remove it")
-    rows = select_sources(open_data_set(settings.data_dir, settings.layout, subset=settings.subset), settings)
+    rows = select_sources(open_splits(settings.data_dir, settings.layout, subset=settings.subset), settings)
     recordings = {split: _recordings(rows[split], settings) for split in SPLITS}
     _check_apart(recordings, "recording")
-    sources = {split: read_sources(rows[split], recordings[split], split, settings) for split in SPLITS}
+    labelled = {split: read_rows(rows[split], settings.label_column) for split in SPLITS}  # of both, before anything is decoded
+    sources = {split: read_sources(rows[split], labelled[split], recordings[split], split, settings) for split in SPLITS}
     _check_apart({split: [row["sha256"] for row in sources[split].table] for split in SPLITS}, "file (by its SHA-256)")
     classes = _common_classes(sources)
     plans = {split: _plan(sources[split].sounds, split, settings) for split in SPLITS}
 
-    unfinished = target.with_name(f"{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    (unfinished / "data").mkdir(parents=True)
-    try:
+    with write_folder_atomically(target) as unfinished:
+        (unfinished / "data").mkdir()
         features = benchmark_features(classes, settings.mixing.sampling_rate)
         mixtures = {split: _write_split(unfinished / "data", split, sources[split], plans[split], features, settings) for split in SPLITS}
         _write_sources(unfinished / "sources.csv", sources, mixtures)
         report = _report(unfinished, classes, sources, plans, mixtures)
         (unfinished / "README.md").write_text(data_card(settings, report))
-        unfinished.rename(target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return report
 
 
@@ -148,7 +145,7 @@ def select_sources(splits: datasets.DatasetDict, settings: BenchmarkSettings) ->
         return {split: select_folds(splits, settings.fold_column, values) for split, values in folds}
     if settings.test_share is None:
         return {split: select_split(splits, name) for split, name in zip(SPLITS, (settings.train_split, settings.test_split))}
-    rows = datasets.concatenate_datasets(list(splits.values()))
+    rows = all_rows(splits)
     recordings = _recordings(rows, settings)
     shuffled = sorted(set(recordings), key=lambda name: hashlib.sha256(f"{settings.seed}/{name}".encode()).digest())
     test = set(shuffled[: round(settings.test_share * len(shuffled))])
@@ -160,13 +157,14 @@ def select_sources(splits: datasets.DatasetDict, settings: BenchmarkSettings) ->
     return {split: rows.select(np.flatnonzero(chosen[split])) for split in SPLITS}
 
 
-def read_sources(rows: datasets.Dataset, recordings: Sequence[str], split: str, settings: BenchmarkSettings) -> Sources:
+def read_sources(
+    rows: datasets.Dataset, labelled: LabelledRows, recordings: Sequence[str], split: str, settings: BenchmarkSettings
+) -> Sources:
     """Decode a split's sources and find where they sound.
 
     Raises:
         UserError: if a source has not exactly one label, or too many are silent or cannot be read.
     """
-    labelled = read_rows(rows, settings.label_column)
     names = _file_names(rows, settings)
     for name, labels in zip(names, labelled.labels):
         if len(labels) != 1:
@@ -463,12 +461,13 @@ def _file_names(rows: datasets.Dataset, settings: BenchmarkSettings) -> list[str
     """The sources' paths, seen from `data_dir`; of sources that lie in larger files, their names there, or else what they hold."""
     return [
         os.path.relpath(source["path"], settings.data_dir) if source.get("bytes") is None else source["path"] or _digest(source)
-        for source in rows["audio"]
+        for source in AudioColumn(rows)
     ]
 
 
 def _digest(source: dict) -> str:
-    return hashlib.sha256(source["bytes"] if source.get("bytes") is not None else Path(source["path"]).read_bytes()).hexdigest()
+    held = source.get("bytes")
+    return hashlib.sha256(Path(decode_path(source["path"])).read_bytes() if held is None else held).hexdigest()
 
 
 def _check_apart(values: dict[str, list[str]], what: str) -> None:

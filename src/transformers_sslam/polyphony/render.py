@@ -31,7 +31,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ..audio.labels import Waveforms
+from ..audio.cache import Waveforms
 from ..errors import UserError
 from ..settings import setting
 

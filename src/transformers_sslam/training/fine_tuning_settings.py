@@ -12,6 +12,7 @@ from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS
 from ..settings import check_names, setting
 from .augmentation import AugmentationSettings
+from .normalization import check_normalization
 
 
 @dataclass
@@ -22,7 +23,6 @@ class FineTuningSettings:
     layout: str = setting("how the clips are laid out, see transformers_sslam.audio.layouts", "audiofolder")
     subset: str | None = setting("part of a data set that has several: configuration on the Hub, scene of SPASS", None)
     streaming: bool = setting("read clips as they are asked for, without holding them; needs total_updates and classes declared", False)
-    shuffle_buffer: int = setting("clips that a stream draws from at random", 1000)
     output_dir: str = setting("folder for the model, its settings and its results", "runs/finetune")
     overwrite: bool = setting("whether to replace a model that output_dir holds already", False)
 
@@ -40,10 +40,10 @@ class FineTuningSettings:
     seeds: list[int] = setting("one run for each of these; empty: one run with `seed`", [])
     clips_per_class: int | None = setting("train on so many clips of each class, drawn by the seed; null: on all", None)
     max_unreadable: float = setting(
-        "share of unreadable files, of either part, above which the run stops; fewer are left out and reported", 0.01
+        "fraction of unreadable files, of either part, above which the run stops; fewer are left out and reported", 0.01
     )
-    check_clips: bool = setting("decode every clip once before training; without, an unreadable one stops the run where it is met", True)
-    memory_gb: float = setting("memory for decoded clips; what does not fit is decoded each time", 4.0)
+    features: Literal["worker", "device"] = setting("where log-mels are computed, a batch at a time", "worker")
+    memory_gb: float = setting("memory for decoded clips; what does not fit is decoded each time, 0 for none", 4.0)
 
     model: str | None = setting(
         "checkpoint to start from, a folder or Hub id, or an official SSLAM or EAT checkpoint, which is converted; null: from scratch", None
@@ -88,12 +88,8 @@ class FineTuningSettings:
 
     def __post_init__(self):
         self._check_data()
-        presets = ("model", "computed", *NORMALIZATION_PRESETS)
-        if isinstance(self.normalization, str) and self.normalization not in presets:
-            raise UserError(f"normalization is {self.normalization!r}, but one of {', '.join(presets)} or [mean, std] is expected")
-        if isinstance(self.normalization, list) and len(self.normalization) != 2:
-            raise UserError(f"normalization is {self.normalization}, but a list must be [mean, std]")
-        for name in ("epochs", "total_updates", "batch_size", "clips_per_epoch", "clips_per_class", "shuffle_buffer"):
+        check_normalization(self.normalization)
+        for name in ("epochs", "total_updates", "batch_size", "clips_per_epoch", "clips_per_class"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name} is {value:g}, but must be positive")
         if not self.learning_rate >= self.min_learning_rate >= 0 or not self.learning_rate:
@@ -157,6 +153,7 @@ class FineTuningSettings:
             "output_dir": self.output_dir,
             "num_train_epochs": self.epochs,
             "max_steps": -1 if self.total_updates is None else self.total_updates,
+            "ignore_data_skip": True,  # the stream resumes where it was by itself
             "per_device_train_batch_size": self.batch_size,
             "per_device_eval_batch_size": self.batch_size,
             "learning_rate": self.learning_rate,
@@ -176,7 +173,12 @@ class FineTuningSettings:
         """What `Trainer` takes; `trainer` may override the defaults here."""
         defaults = {
             "adam_beta2": 0.95,
-            "save_strategy": "no",
+            "save_strategy": "steps",
+            "save_steps": 0.05,  # of the run
+            "save_total_limit": 2,
+            "bf16": not {"fp16", "use_cpu"} & {name for name, value in self.trainer.items() if value}
+            and torch.cuda.is_available()
+            and torch.cuda.is_bf16_supported(),
             "logging_strategy": "epoch",
             "logging_nan_inf_filter": False,  # which would report a loss of NaN as 0
             "report_to": "none",

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from ..configuration_sslam import SSLAMConfig
+from ..files import write_text
 from ..masking import num_visible_patches
 
 
@@ -163,13 +164,11 @@ class TrainingLog:
             yield
             return
         kept = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be torn
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []:
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # the last line of a killed run may be torn
                 if json.loads(line)["update"] <= update:
                     kept.append(line + "\n")
-        replacement = self.path.with_suffix(".new")
-        replacement.write_text("".join(kept))
-        replacement.replace(self.path)
+        write_text(self.path, "".join(kept))
         with open(self.path, "a") as self.file:
             yield
 

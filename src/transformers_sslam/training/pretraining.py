@@ -1,7 +1,7 @@
 """The pre-training loop: streamed clips in, checkpoints that can be trusted out.
 
 Nothing random is carried from update to update: masks, mixtures and noise follow from (seed, update, rank), the order of clips from the
-stream's place, rates and decays from the update. So a resumed run is the same run, bit for bit on a CPU.
+stream's position, rates and decays from the update. So a resumed run is the same run, bit for bit on a CPU.
 
 No update waits for the device. Where gradients are not finite, the step and the teacher's average are skipped there: such an update counts,
 and changes nothing. Statistics are read when a line is logged.
@@ -28,8 +28,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..allocator import keep_freed_memory
-from ..audio.stream import ClipStream, DataSettings
+from ..audio.batches import ClipStream, DataSettings, compute_normalization
 from ..errors import UserError, as_user_error
+from ..feature_extraction_sslam import SSLAMFeatureExtractor
+from ..files import lock, read_json
 from ..hub import add_remote_code
 from ..model_cards import public_name, write_model_card
 from ..modeling_sslam_pretraining import SSLAMForPreTraining
@@ -56,6 +58,10 @@ logger = logging.getLogger(__name__)
 COUNTERS = ("update", "skipped", "skipped_in_a_row", "clips_seen")
 STAGE_NAMES = {1: "stage 1 (EAT)", 2: "stage 2 (SSLAM)"}
 Batch = dict[str, torch.Tensor]
+
+
+class _AskedToStop(BaseException):
+    """A signal came while the run waited for data. No `Exception`: nothing on the way to the loop may take it for a broken file."""
 
 
 class PreTrainer:
@@ -87,9 +93,11 @@ class PreTrainer:
             keep_freed_memory()
         set_seed(settings.seed)
         self.extractor = build_extractor(settings)
+        self.clips = self._stream(settings.data, settings.num_workers)
+        if settings.normalization == "computed":
+            self._compute_normalization()
         self.model = build_model(settings, self.extractor)
         self.inputs = ["input_values", "attention_mask"] if settings.mask_padding else ["input_values"]  # of all that the stream says
-        self.clips = self._stream(settings.data, settings.num_workers)
         self.validation_set = self._validation_set()
         if settings.batch_size == 1 and self.accelerator.is_main_process:
             logger.warning(
@@ -104,7 +112,7 @@ class PreTrainer:
             fused=True,
         )
         if settings.compile:
-            compile_model(self.model)  # an epoch's last batch is compiled for itself, and makes no other one slower
+            compile_model(self.model)
         # The model alone: Accelerate's wrapper of an optimiser would wait for the device, to know whether a step was skipped.
         self.wrapped = self.accelerator.prepare(self.model)
         self.guard = CollapseGuard(
@@ -115,6 +123,7 @@ class PreTrainer:
         # Where the run stands; what was skipped is known up to the last line of the log.
         self.update = self.skipped = self.skipped_in_a_row = self.clips_seen = 0
         self.stop_signal: int | None = None
+        self.waits_for_data = False
         # Whether to stop is agreed upon over CPU tensors: the answer of NCCL would have to be read from the device.
         self.cpu_group: Any = torch.distributed.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
 
@@ -128,6 +137,24 @@ class PreTrainer:
             raise UserError(
                 f"resume is false, but output_dir {self.output_dir} holds checkpoints of another run ({found[-1].name}): choose another "
                 "folder"
+            )
+
+    def _compute_normalization(self) -> None:
+        """Mean and standard deviation of the run's own recordings: those that its checkpoint has, or else computed."""
+        if (found := self._latest_checkpoint()) is not None:
+            self.extractor.mean, self.extractor.std = (
+                getattr(SSLAMFeatureExtractor.from_pretrained(found), name) for name in ("mean", "std")
+            )
+            return
+        clips, settings = self.clips, self.settings
+        with as_user_error("data"):
+            self.extractor.mean, self.extractor.std = compute_normalization(
+                clips.sources,
+                clips.readers.windows,
+                self.extractor,
+                settings=settings.data,
+                seed=settings.seed,
+                num_workers=settings.num_workers,
             )
 
     def _check_launch(self) -> None:
@@ -158,6 +185,10 @@ class PreTrainer:
             NonFiniteError: if a line is logged after too many updates in a row with gradients that are not finite.
             OSError: if a checkpoint cannot be written. Former ones stay as they are.
         """
+        with lock(self.output_dir) if self.accelerator.is_main_process else contextlib.nullcontext():
+            return self._run()
+
+    def _run(self) -> Path:
         settings = self.settings
         if self.accelerator.is_main_process:
             sweep_leftovers(self.output_dir)
@@ -167,25 +198,26 @@ class PreTrainer:
         bar = tqdm(total=settings.total_updates, initial=self.update, unit="update", disable=not self._shows_bar(), dynamic_ncols=True)
         with _signals_to(self._ask_to_stop), bar, logging_redirect_tqdm(), self.log.open(self.update, self.clips_seen):
             while self.update < settings.total_updates:
-                micro_batches = [watch.wait_for(lambda: next(batches)) for _ in range(settings.gradient_accumulation_steps)]
-                stop = self._is_asked_to_stop()
+                position = self.clips.state_dict()
+                micro_batches = watch.wait_for(lambda: self._next(batches))
+                if self._is_asked_to_stop():
+                    if self.log.pending:
+                        self._log()
+                    self._save(position)  # that of before: some rank may have no batch to train on
+                    logger.warning("Stopped by a signal at update %d of %d; to resume, start again", self.update, settings.total_updates)
+                    break
                 self._train(micro_batches)
                 bar.update()
                 ends = self.update == settings.total_updates
-                stop = stop and not ends  # there is nothing left to stop
                 validates, saves = (ends or self.update % every == 0 for every in (settings.validate_every, settings.save_every))
-                saves, validates = saves or stop, validates and not stop  # whoever stops a run may soon kill it
                 if validates or saves or self.update % settings.log_every == 0:
                     self._log()
                 if validates and self.validation_set:
                     self._log_validation()
                 if saves:
-                    self._save()
+                    self._save(self.clips.state_dict())
                 if validates or saves:
                     watch.lap()  # neither belongs to the speed of training
-                if stop:
-                    logger.warning("Stopped by a signal at update %d of %d; to go on, start again", self.update, settings.total_updates)
-                    break
         if self.update == settings.total_updates and self.accelerator.is_main_process:
             self._save_model()
             logger.info("Finished: the model lies in %s", self.output_dir / "model")
@@ -234,13 +266,20 @@ class PreTrainer:
     def _batches(self) -> Iterator[Batch]:
         """What the model takes of this rank's clips, epoch after epoch."""
         with as_user_error("data"):
-            while True:
-                for batch in self.clips:
-                    yield {name: self._pinned(batch[name]) for name in self.inputs}
+            for batch in self.clips:
+                yield {name: batch[name] for name in self.inputs}
 
-    def _pinned(self, values: torch.Tensor) -> torch.Tensor:
-        """From pinned memory the copy to the GPU does not wait for what the GPU is doing."""
-        return values.pin_memory() if self.accelerator.device.type == "cuda" and values.device.type == "cpu" else values
+    def _next(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The batches of an update; none if the run was asked to stop, which ends the wait for data that may never come."""
+        self.waits_for_data = True
+        try:
+            if self.stop_signal is not None:
+                return []
+            return [next(batches) for _ in range(self.settings.gradient_accumulation_steps)]
+        except _AskedToStop:
+            return []
+        finally:
+            self.waits_for_data = False
 
     def _on_device(self, batch: Batch) -> Batch:
         return {name: values.to(self.accelerator.device, non_blocking=True) for name, values in batch.items()}
@@ -261,6 +300,8 @@ class PreTrainer:
 
     def _ask_to_stop(self, number: int) -> None:
         self.stop_signal = number
+        if self.waits_for_data:
+            raise _AskedToStop
 
     # --- logs
 
@@ -307,7 +348,7 @@ class PreTrainer:
         if self.settings.validation is None:
             return []
         share = -(-self.settings.validation_clips // self.accelerator.num_processes)
-        stream = self._stream(self.settings.validation, num_workers=0, name="validation")
+        stream = self._stream(self.settings.validation, num_workers=0, name="validation", epochs=1)
         batches, found = [], 0
         with as_user_error("validation"):
             for batch in stream:
@@ -336,7 +377,7 @@ class PreTrainer:
 
     # --- checkpoints
 
-    def _save(self) -> None:
+    def _save(self, position: dict[str, Any]) -> None:
         """Write a checkpoint, all ranks together; if any of them cannot, none is left, and all raise the same error."""
         accelerator, main = self.accelerator, self.accelerator.is_main_process
         problem = None
@@ -355,7 +396,7 @@ class PreTrainer:
                 torch.save({"optimizer": self.optimizer.state_dict(), "scaler": scaler}, folder / "optimizer.pt")
                 (folder / "run.json").write_text(json.dumps({**self._place(), "settings": asdict(self.settings)}, indent=1))
             if problem is None:
-                (folder / f"rank-{accelerator.process_index:05d}.json").write_text(json.dumps({"clips": self.clips.state_dict()}))
+                (folder / f"rank-{accelerator.process_index:05d}.json").write_text(json.dumps({"clips": position}))
         except (OSError, RuntimeError, SafetensorError) as error:  # as which torch.save and safetensors tell of a full disk
             problem = str(error)
         problems = [text for text in gather_object([problem]) if text is not None]
@@ -393,13 +434,10 @@ class PreTrainer:
 
     def _resume(self) -> None:
         """Go to where the latest whole checkpoint stands, if there is one."""
-        accelerator = self.accelerator
-        with as_user_error("the run cannot go on"):
-            found = latest_whole_checkpoint(self.output_dir) if self.settings.resume and accelerator.is_main_process else None
-        folder = broadcast_object_list([found])[0]
+        accelerator, folder = self.accelerator, self._latest_checkpoint()
         if folder is None:
             return
-        run = json.loads((folder / "run.json").read_text())
+        run = read_json(folder / "run.json")
         if run["settings"]["stage"] != self.settings.stage or run["update"] > self.settings.total_updates:
             raise UserError(
                 f"{folder} is of stage {run['settings']['stage']} and update {run['update']}, but stage {self.settings.stage} and "
@@ -418,12 +456,16 @@ class PreTrainer:
         self._load_optimizer(state["optimizer"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        same_world = run["world_size"] == accelerator.num_processes
-        rank = accelerator.process_index if same_world else 0
-        with as_user_error(f"the run in {self.output_dir} cannot go on"):
-            self.clips.load_state_dict(json.loads((folder / f"rank-{rank:05d}.json").read_text())["clips"])
+        with as_user_error(f"the run in {self.output_dir} cannot be resumed"):
+            self.clips.load_state_dict([read_json(folder / f"rank-{rank:05d}.json")["clips"] for rank in range(run["world_size"])])
         if accelerator.is_main_process:
             self._report_resuming(folder, run)
+
+    def _latest_checkpoint(self) -> Path | None:
+        """The latest whole checkpoint, if there is one: what the main process finds, told to all."""
+        with as_user_error("the run cannot be resumed"):
+            found = latest_whole_checkpoint(self.output_dir) if self.settings.resume and self.accelerator.is_main_process else None
+        return broadcast_object_list([found])[0]
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """The moments are the checkpoint's, the settings this run's."""
@@ -434,11 +476,11 @@ class PreTrainer:
             group.update(values)
 
     def _report_resuming(self, folder: Path, run: dict) -> None:
-        logger.info("Going on from %s: update %d of %d", folder, self.update, self.settings.total_updates)
+        logger.info("Resuming from %s: update %d of %d", folder, self.update, self.settings.total_updates)
         if run["world_size"] != self.accelerator.num_processes:
             logger.warning(
-                "The run had %d processes and now has %d: weights, optimiser and teacher go on as they were, but the size of an update's "
-                "batch, the masks and the order of clips are others, so it is no longer the same run",
+                "The run had %d processes and now has %d: weights, optimiser and teacher are as they were, and each clip of the epoch "
+                "still comes once, but the size of an update's batch, its clips and the masks are others, so the run is another one",
                 *(run["world_size"], self.accelerator.num_processes),
             )
         now = json.loads(json.dumps(asdict(self.settings)))
@@ -447,7 +489,7 @@ class PreTrainer:
         if changed:
             logger.warning("Settings have changed since that checkpoint: %s", "; ".join(changed))
 
-    def _stream(self, data: DataSettings, num_workers: int, name: str = "data") -> ClipStream:
+    def _stream(self, data: DataSettings, num_workers: int, name: str = "data", epochs: int | None = None) -> ClipStream:
         with as_user_error(name):
             return ClipStream(
                 data,
@@ -458,6 +500,8 @@ class PreTrainer:
                 rank=self.accelerator.process_index,
                 world_size=self.accelerator.num_processes,
                 num_workers=num_workers,
+                pin_memory=self.accelerator.device.type == "cuda" and num_workers > 0,
+                epochs=epochs,
             )
 
 

@@ -10,10 +10,11 @@ from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam_pretraining import SSLAMForPreTraining
 from ..settings import check_names
+from .normalization import normalization_fields
 from .pretraining_settings import PreTrainingSettings
 
 
-# What belongs to the number of clips on a device, and not to a model that goes on on others.
+# What belongs to the number of clips on a device, and not to a model that is trained further on others.
 NOT_TAKEN_OVER = {name: getattr(SSLAMConfig(), name) for name in ("global_loss_weight", "global_loss_reduction")}
 
 
@@ -26,7 +27,8 @@ def build_extractor(settings: PreTrainingSettings) -> SSLAMFeatureExtractor:
             brought = {} if settings.init_from is None else SSLAMFeatureExtractor.from_pretrained(settings.init_from).to_dict()
         except OSError:  # there is none beside the model
             brought = {}
-        return SSLAMFeatureExtractor(**{**{name: brought[name] for name in names & brought.keys()}, **settings.features})
+        brought = {name: brought[name] for name in names & brought.keys()}
+        return SSLAMFeatureExtractor(**{**brought, **normalization_fields(settings.normalization), **settings.features})
 
 
 def build_model(settings: PreTrainingSettings, extractor: SSLAMFeatureExtractor) -> SSLAMForPreTraining:

@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..audio.stream import DataSettings
+from ..audio.batches import DataSettings
 from ..errors import UserError
+from ..feature_extraction_sslam import NORMALIZATION_PRESETS
 from ..settings import setting
+from .normalization import check_normalization
 
 
 @dataclass
@@ -30,6 +32,11 @@ class PreTrainingSettings:
     )
     features: dict[str, Any] = setting(
         "fields of SSLAMFeatureExtractor: mean, std, max_length (frames of a clip); over those of init_from's extractor, if it has one", {}
+    )
+    normalization: str | list[float] = setting(
+        "mean and standard deviation of log-mels: 'model' (init_from's, or those of features, or AudioSet's), 'computed' (from the run's "
+        f"own recordings), a preset ({', '.join(NORMALIZATION_PRESETS)}) with its length, or [mean, std]",
+        "model",
     )
     mask_padding: bool = setting("never mix in the padding of short clips, which in the published runs is louder than quiet sound", False)
 
@@ -61,12 +68,17 @@ class PreTrainingSettings:
     trackers: list[str] = setting("of Accelerate: tensorboard, wandb, trackio ...", ["tensorboard"])
 
     guard_after_updates: int = setting("the collapse guard watches from this update on", 5_000)
-    min_target_std: float = setting("floor of the targets' deviation", 0.1)
-    min_prediction_std: float = setting("floor of the predictions' deviation", 0.01)
+    min_target_std: float = setting("floor of the targets' standard deviation", 0.1)
+    min_prediction_std: float = setting("floor of the predictions' standard deviation", 0.01)
     min_content_share: float = setting("floor of the targets' content share, which shows collapse to codes of positions", 0.1)
     max_skipped_in_a_row: int = setting("updates in a row with gradients that are not finite before the run stops", 10)
 
     def __post_init__(self):
+        check_normalization(self.normalization)
+        if self.normalization != "model" and (given := sorted({"mean", "std"} & self.features.keys())):
+            raise UserError(f"normalization is {self.normalization!r}, but features has {', '.join(given)} too: leave one of them out")
+        if self.data.last_batch == "keep":
+            raise UserError("data.last_batch is 'keep', but updates need full batches: fill them from the next epoch, or drop them")
         for name, least in (
             *(("total_updates", 1), ("warmup_updates", 0), ("batch_size", 1), ("gradient_accumulation_steps", 1), ("num_workers", 0)),
             *(("save_every", 1), ("keep_last", 1), ("log_every", 1), ("validate_every", 1), ("validation_clips", 1)),

@@ -8,13 +8,13 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..audio.labels import fold_values
-from ..audio.layouts import open_data_set
+from ..audio.layouts import open_splits
+from ..audio.rows import fold_values
 from ..errors import UserError
 from ..evaluation.intervals import Summary, independent_values, summarize
 from ..reports import format_summary, markdown_table, write_json
 from ..settings import write_settings
-from .fine_tuning import check_rows
+from .fine_tuning_data import check_rows
 from .fine_tuning_settings import FineTuningSettings
 from .steps import fine_tune_once
 
@@ -27,7 +27,7 @@ def expand(settings: FineTuningSettings) -> dict[str, FineTuningSettings]:
     folds: Sequence[Any] = [None]
     if settings.cross_validate:
         assert settings.fold_column is not None  # the settings see to it
-        splits = open_data_set(settings.data_dir, settings.layout, subset=settings.subset)
+        splits = open_splits(settings.data_dir, settings.layout, subset=settings.subset)
         every = fold_values(splits, settings.fold_column)
         folds = settings.eval_folds or every
         if absent := [fold for fold in folds if str(fold) not in map(str, every)]:  # said now, not after hours of other folds

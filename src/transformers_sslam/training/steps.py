@@ -4,8 +4,6 @@ import hashlib
 import json
 import logging
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -16,8 +14,11 @@ import datasets
 import soundfile
 from accelerate.state import AcceleratorState
 
-from ..audio.labels import Waveforms, hash_sources, load_audio_folder
+from ..audio.cache import Waveforms
+from ..audio.layouts import open_splits
+from ..audio.rows import AudioColumn, all_rows, hash_audio
 from ..errors import UserError
+from ..files import DamagedFileError, lock, read_json, write_folder_atomically, write_json
 from ..settings import read_settings
 from .checkpoints import checkpoints
 from .fine_tuning import differences, fine_tune
@@ -33,7 +34,7 @@ def copy_clips(data_dir: str | Path, output_dir: str | Path, sampling_rate: int 
     """An audio folder decoded once: mono WAV of floats at the model's rate, with its metadata, so that no run resamples it again. Its
     splits become one.
 
-    Several processes may ask for the same copy at once: each makes its own, and the first to finish gives it its name.
+    Several processes may ask for the same copy at once: the first makes it, and the others wait for it.
 
     Args:
         data_dir: an audio folder of a single split, with a `metadata.csv`.
@@ -43,29 +44,28 @@ def copy_clips(data_dir: str | Path, output_dir: str | Path, sampling_rate: int 
         UserError: if a clip cannot be read, or what lies there is the copy of another folder, or of this one before it changed.
     """
     output = Path(output_dir)
-    rows = datasets.concatenate_datasets(list(load_audio_folder(data_dir).values()))
+    rows = all_rows(open_splits(data_dir))
+    sources = AudioColumn(rows)
+    for column, feature in rows.features.items():
+        if isinstance(feature, datasets.ClassLabel):  # of class folders, whose names the copy keeps as text
+            names = datasets.Features({**rows.features, column: datasets.Value("string")})
+            rows = rows.map(lambda row, column=column, feature=feature: {column: feature.int2str(row[column])}, features=names)
     said = json.dumps(rows.remove_columns("audio").to_list(), default=str)
-    origin = f"{Path(data_dir).resolve()} {hash_sources(rows['audio'])}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+    origin = f"{Path(data_dir).resolve()} {hash_audio(sources)}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
     if _is_copy(output, origin):
         return output
-    waveforms = Waveforms(rows["audio"], sampling_rate)
+    waveforms = Waveforms(sources, sampling_rate)
     waveforms.check_unreadable(0.0, "study")
     # Numbered, for files of several folders or formats may share a name.
-    names = [f"{number:05d}-{Path(audio['path']).stem}.wav" for number, audio in enumerate(rows["audio"])]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        for name, waveform in zip(names, waveforms):
-            soundfile.write(unfinished / name, waveform, sampling_rate, subtype="FLOAT")
-        rows.remove_columns("audio").add_column("file_name", names).to_csv(unfinished / "metadata.csv", index=False)
-        (unfinished / _ORIGIN).write_text(origin)
-        try:
-            unfinished.rename(output)
-        except OSError:  # another process was faster
-            if not _is_copy(output, origin):
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    names = [f"{number:05d}-{Path(audio['path']).stem}.wav" for number, audio in enumerate(sources)]
+    with lock(output, wait=True):
+        if _is_copy(output, origin):  # another process was faster
+            return output
+        with write_folder_atomically(output) as unfinished:
+            for name, waveform in zip(names, waveforms):
+                soundfile.write(unfinished / name, waveform, sampling_rate, subtype="FLOAT")
+            rows.remove_columns("audio").add_column("file_name", names).to_csv(unfinished / "metadata.csv", index=False)
+            (unfinished / _ORIGIN).write_text(origin)
     return output
 
 
@@ -126,24 +126,32 @@ def pretrain_on_folds(
 def fine_tune_once(settings: FineTuningSettings) -> dict[str, Any]:
     """The results of [`fine_tune`], unless this very run is finished: then those that it left."""
     folder = Path(settings.output_dir)
-    if settings.overwrite or not (folder / "results.json").is_file() or differences(settings):
+    if settings.overwrite or _read_or_none(folder / "results.json") is None or differences(settings):
         return fine_tune(settings)
     logger.warning(f"{folder} holds this very run, finished: it is not repeated (overwrite=true does)")
-    return json.loads((folder / "results.json").read_text())
+    return read_json(folder / "results.json")
 
 
 def _read_step(file: Path, settings: Any) -> dict[str, Any] | None:
     """What a step left, if it was done with the very same settings."""
-    if not file.is_file():
+    step = _read_or_none(file)
+    same = step is not None and step.keys() == {"settings", "results"} and step["settings"] == json.loads(json.dumps(asdict(settings)))
+    return step["results"] if step and same and isinstance(step["results"], dict) else None
+
+
+def _read_or_none(file: Path) -> dict[str, Any] | None:
+    """The content of a JSON file; `None`, with a warning, of a damaged one, so that what wrote it is done again."""
+    try:
+        return read_json(file) if file.is_file() else None
+    except DamagedFileError as error:
+        logger.warning("%s; it is written anew", error)
         return None
-    step = json.loads(file.read_text())
-    return step["results"] if step["settings"] == json.loads(json.dumps(asdict(settings))) else None
 
 
 def _write_step(file: Path, settings: Any, results: dict[str, Any]) -> None:
     """Leave a step's results with its settings, for `_read_step`."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"settings": asdict(settings), "results": results}, indent=2) + "\n")
+    write_json(file, {"settings": asdict(settings), "results": results}, sealed=True)
 
 
 def read_records(files: Iterable[Path], settings: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -152,7 +160,7 @@ def read_records(files: Iterable[Path], settings: dict[str, Any]) -> tuple[dict[
     A run that is asked for again finds its finished steps, and writes its record anew.
     """
     wanted = json.loads(json.dumps(settings))
-    found = {file.parent.name: json.loads(file.read_text()) for file in sorted(files)}
+    found = {file.parent.name: _read_or_none(file) or {} for file in sorted(files)}
     records = {name: record for name, record in found.items() if record.get("settings") == wanted}
     return records, sorted(found.keys() - records.keys())
 

@@ -1,0 +1,413 @@
+"""Fine-tuning that is interrupted resumes as the same run, bit for bit; what is not the same run is never taken for it."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import psutil
+import pytest
+import soundfile
+import torch
+import yaml
+from conftest import noise
+from safetensors.torch import load_file
+
+from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
+from transformers_sslam.errors import UserError
+from transformers_sslam.files import lock, verify
+from transformers_sslam.training import fine_tuning, stream_trainer
+from transformers_sslam.training.checkpoints import checkpoints
+from transformers_sslam.training.fine_tuning import fine_tune
+from transformers_sslam.training.fine_tuning_data import open_training_data
+from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
+from transformers_sslam.training.labelled_stream import LabelledStream
+from transformers_sslam.training.steps import fine_tune_once
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"
+TINY = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_length": 32},
+    **{"drop_path_rate": 0.2, "hidden_dropout_prob": 0.1},  # so that torch's own random state counts too
+}
+ON_CPU = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+@pytest.fixture
+def clips(tmp_path) -> Path:
+    """33 clips to train on and 7 to evaluate on, of two classes of unequal size."""
+    for split, count in (("train", 33), ("test", 7)):
+        for i in range(count):
+            path = tmp_path / "clips" / split / ("rare" if i % 4 == 0 else "common") / f"{i:02}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, noise(0.3, seed=1000 * count + i), 16_000)
+    return tmp_path / "clips"
+
+
+@pytest.fixture
+def settings(clips, tmp_path) -> FineTuningSettings:
+    return FineTuningSettings(
+        data_dir=str(clips),
+        output_dir=str(tmp_path / "run"),
+        max_length=32,
+        model_config=TINY,
+        batch_size=8,
+        learning_rate=1e-3,
+        total_updates=12,
+        trainer={"disable_tqdm": True, "use_cpu": True, "logging_strategy": "steps", "logging_steps": 1, "save_steps": 3},
+    )
+
+
+def changed(settings: FineTuningSettings, folder: Path, trainer: dict | None = None, **changes) -> FineTuningSettings:
+    return replace(settings, output_dir=str(folder), trainer={**settings.trainer, **(trainer or {})}, **changes)
+
+
+def outcome(folder: str | Path) -> tuple[list[float], dict, dict[str, bytes]]:
+    """Training losses, metrics, and the bytes of the weights."""
+    results = json.loads((Path(folder) / "results.json").read_text())
+    return results["training_loss"], results["metrics"], {name: w.numpy().tobytes() for name, w in weights_of(folder).items()}
+
+
+def weights_of(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+class Killed(BaseException):
+    """Stands for the end of a process: nothing in the program handles it."""
+
+
+def interrupt(settings: FineTuningSettings, monkeypatch, update: int, while_saving: str | None = None) -> None:
+    """Run, and end behind an update or, of its checkpoint, before a function of the trainer's module writes."""
+    with monkeypatch.context() as patch:
+        if while_saving is None:
+            original = stream_trainer._Resumable.on_step_end
+
+            def on_step_end(self, args, state, control, **kwargs):
+                original(self, args, state, control, **kwargs)
+                if state.global_step == update:
+                    raise Killed
+
+            patch.setattr(stream_trainer._Resumable, "on_step_end", on_step_end)
+        else:
+            write = getattr(stream_trainer, while_saving)
+
+            def write_or_end(path, *args, **kwargs):
+                if f"checkpoint-{update}" in str(path):
+                    raise Killed
+                write(path, *args, **kwargs)
+
+            patch.setattr(stream_trainer, while_saving, write_or_end)
+        with pytest.raises(Killed):
+            fine_tune(settings)
+
+
+# --- kill -9
+
+
+def launch(folder: Path, settings: FineTuningSettings) -> subprocess.Popen:
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = folder.parent / f"{folder.name}.yaml"
+    recipe.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(settings)))))
+    log = open(folder.parent / f"{folder.name}.log", "a")  # noqa: SIM115  # the process keeps it
+    environment = {**ON_CPU, "HF_DATASETS_CACHE": str(folder.parent / "cache")}
+    return subprocess.Popen([sys.executable, str(SCRIPT), str(recipe)], stdout=log, stderr=log, env=environment)
+
+
+def finish(folder: Path, settings: FineTuningSettings) -> None:
+    code = launch(folder, settings).wait(timeout=500)
+    assert code == 0, (folder.parent / f"{folder.name}.log").read_text()[-3000:]
+
+
+def kill_at_random_moments(settings: FineTuningSettings, tmp_path: Path, workers: int, kills: int, updates: int) -> None:
+    trainer = {"save_steps": 2, "dataloader_num_workers": workers, "eval_strategy": "steps", "eval_steps": 7}
+    whole, killed = (changed(settings, tmp_path / name, trainer, total_updates=updates) for name in ("whole", "killed"))
+    finish(tmp_path / "whole", whole)
+    chance, deaths, folder = random.Random(workers), 0, tmp_path / "killed"
+    while deaths < kills:
+        process = launch(folder, killed)
+        before = [path.name for path in checkpoints(folder)]
+        while process.poll() is None and [path.name for path in checkpoints(folder)][-1:] in ([], before[-1:]):
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.4))  # somewhere in the updates, evaluations and checkpoints that follow
+        if process.poll() is not None:
+            break
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            member.kill()
+        psutil.wait_procs(family)
+        process.wait()
+        deaths += 1
+        assert not (folder / "results.json").exists()
+    assert deaths == kills, (tmp_path / "killed.log").read_text()[-3000:]
+    finish(folder, killed)
+    assert len(outcome(folder)[0]) == updates
+    assert outcome(folder) == outcome(tmp_path / "whole")
+    assert json.loads((folder / "results.json").read_text())["resumed"]
+    assert not checkpoints(folder)  # those of a finished run are of no more use
+
+
+def test_a_run_that_is_killed_ends_as_one_that_is_not(settings, tmp_path):
+    kill_at_random_moments(settings, tmp_path, workers=2, kills=2, updates=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_is_killed_ten_times_ends_as_one_that_is_not(settings, tmp_path, workers):
+    kill_at_random_moments(settings, tmp_path, workers, kills=10, updates=300)
+
+
+@pytest.mark.parametrize(("accumulation", "workers", "features"), [(1, 0, "worker"), (2, 0, "device"), (1, 2, "worker")])
+def test_a_run_resumes_bit_for_bit_wherever_it_stopped(settings, tmp_path, monkeypatch, accumulation, workers, features):
+    """In the midst of an epoch of four batches, a checkpoint behind it, and the log lines of three updates each."""
+    trainer = {"gradient_accumulation_steps": accumulation, "dataloader_num_workers": workers, "logging_steps": 3, "save_steps": 2}
+    whole, stopped = (changed(settings, tmp_path / name, trainer, features=features) for name in ("whole", "stopped"))
+    fine_tune(whole)
+    for update in (3, 8, 11):
+        interrupt(stopped, monkeypatch, update)
+    results = fine_tune(stopped)
+    assert results["resumed"]
+    assert results["steps"] == 12
+    assert len(results["training_loss"]) == 4
+    assert outcome(stopped.output_dir) == outcome(whole.output_dir)
+
+
+@pytest.mark.parametrize("while_saving", ["write_json", "write_manifest"])
+def test_a_checkpoint_that_was_not_finished_is_passed_over(settings, tmp_path, monkeypatch, while_saving):
+    fine_tune(changed(settings, tmp_path / "whole"))
+    interrupt(settings, monkeypatch, 6, while_saving)
+    assert (tmp_path / "run" / "checkpoint-6" / "model.safetensors").is_file()
+    fine_tune(settings)
+    assert outcome(settings.output_dir) == outcome(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_passed_over(settings, tmp_path, monkeypatch, caplog):
+    fine_tune(changed(settings, tmp_path / "whole"))
+    interrupt(settings, monkeypatch, 7)
+    damaged = tmp_path / "run" / "checkpoint-6" / "optimizer.pt"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    fine_tune(settings)
+    assert "checkpoint-6 is damaged and is passed over: optimizer.pt has changed" in caplog.text
+    assert "resuming from" not in caplog.text or "checkpoint-3" in caplog.text
+    assert outcome(settings.output_dir) == outcome(tmp_path / "whole")
+
+
+def test_without_a_whole_checkpoint_nothing_is_trained(settings, tmp_path, monkeypatch):
+    interrupt(settings, monkeypatch, 4)
+    (tmp_path / "run" / "checkpoint-3" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="all 1 checkpoints in .* are damaged"):
+        fine_tune(settings)
+
+
+def test_checkpoints_of_other_settings_or_data_are_named(settings, clips, monkeypatch):
+    interrupt(settings, monkeypatch, 4)
+    with pytest.raises(UserError, match="holds checkpoints of a run with other batch_size, learning_rate: choose another folder"):
+        fine_tune(replace(settings, learning_rate=2e-3, batch_size=4))
+    path = clips / "train" / "rare" / "04.wav"
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    with pytest.raises(UserError, match="holds checkpoints of a run with other data: choose another folder"):
+        fine_tune(settings)
+
+
+def test_one_checkpoint_is_kept_only_behind_a_whole_one(settings, tmp_path, monkeypatch):
+    """The Trainer itself would delete the last one before the next is known to be whole."""
+    one = changed(settings, tmp_path / "run", {"save_total_limit": 1})
+    interrupt(one, monkeypatch, 7)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-6"]
+    interrupt(one, monkeypatch, 9, while_saving="write_manifest")
+    assert [path.name for path in checkpoints(tmp_path / "run") if verify(path) is None] == ["checkpoint-6"]
+    assert fine_tune(one)["resumed"]
+
+
+# --- finished runs
+
+
+def test_an_overwriting_run_that_is_killed_leaves_no_old_results_beside_new_weights(settings, monkeypatch):
+    old = fine_tune(settings)
+    again = replace(settings, seed=1, overwrite=True)
+
+    def end(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fine_tuning, "_evaluate", end)
+        with pytest.raises(Killed):
+            fine_tune(again)
+    output = Path(settings.output_dir)
+    assert (output / "model.safetensors").is_file()
+    assert not (output / "results.json").exists()
+    new = fine_tune_once(replace(again, overwrite=False))
+    assert new["training_loss"] != old["training_loss"]
+    assert new["resumed"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed", "results"])
+def test_a_finished_run_that_is_damaged_is_not_taken_for_finished(settings, damage):
+    first = fine_tune(settings)
+    assert fine_tune_once(settings) == first
+    whole = outcome(settings.output_dir)
+    file = Path(settings.output_dir) / ("results.json" if damage == "results" else "model.safetensors")
+    if damage == "missing":
+        file.unlink()
+    else:
+        content = bytearray(file.read_bytes())
+        file.write_bytes(content[: len(content) // 2] if damage == "results" else content[:-1] + bytes([content[-1] ^ 1]))
+    again = fine_tune_once(replace(settings, overwrite=damage != "results"))
+    assert again["training_loss"] == first["training_loss"]
+    assert outcome(settings.output_dir) == whole
+
+
+def test_a_second_run_in_the_same_folder_is_rejected(settings):
+    with lock(settings.output_dir), pytest.raises(UserError, match="another process writes to"):
+        subprocess_error(settings)
+
+
+def subprocess_error(settings: FineTuningSettings) -> None:
+    """Raise what another process says of these settings."""
+    folder = Path(settings.output_dir)
+    assert launch(folder, settings).wait(timeout=200) == 1
+    raise UserError((folder.parent / f"{folder.name}.log").read_text())
+
+
+# --- what is trained and evaluated on
+
+
+def test_evaluating_each_epoch_changes_no_training_loss(settings, tmp_path):
+    once = fine_tune(changed(settings, tmp_path / "once"))
+    each = changed(settings, tmp_path / "each", {"eval_strategy": "epoch"})
+    assert fine_tune(each)["training_loss"] == once["training_loss"]
+    assert outcome(each.output_dir) == outcome(tmp_path / "once")
+
+
+def batches(settings: FineTuningSettings, count: int, **kwargs) -> list[dict]:
+    stream = LabelledStream(open_training_data(settings).train, SSLAMFeatureExtractor(max_length=32), batch_size=8, **kwargs)
+    iterator = iter(stream)
+    return [next(iterator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_batch_is_smaller_than_was_asked_for(settings, workers):
+    """33 clips by 8: the last clip of an epoch begins the next batch, and none is lost."""
+    found = batches(settings, 33, num_workers=workers)
+    assert {len(batch["labels"]) for batch in found} == {8}
+    counts = Counter(row for batch in found for row in batch["rows"])
+    assert len(counts) == 33
+    assert max(counts.values()) - min(counts.values()) <= (0 if workers == 0 else 2)  # either worker may be in the midst of an epoch
+
+
+def test_balanced_draws_follow_from_the_seed(settings):
+    def rows(seed: int) -> list[int]:
+        return [row for batch in batches(settings, 100, balanced=True, clips_per_epoch=50, seed=seed) for row in batch["rows"]]
+
+    labels = open_training_data(settings).train.labels
+    drawn = rows(3)
+    assert drawn == rows(3)
+    assert drawn != rows(4)
+    assert drawn[:50] != drawn[50:100]
+    rare = labels.names.index("rare")
+    assert np.mean(labels.indices()[drawn] == rare) == pytest.approx(0.5, abs=0.06)  # of 800 draws; 9 of 33 clips are
+    assert len(set(rows(3)[:400])) > 25
+
+
+def test_an_epoch_of_so_many_clips_takes_others_each_time_until_all_had_their_turn(settings):
+    rows = [row for batch in batches(settings, 33, clips_per_epoch=8, seed=1) for row in batch["rows"]]
+    assert len(set(rows[:32])) == 32  # four epochs; the fifth ends the first pass and begins the second
+    assert set(Counter(rows).values()) == {8}
+
+
+def test_resuming_with_other_workers_keeps_each_clip_once(settings):
+    part, extractor = open_training_data(settings).train, SSLAMFeatureExtractor(max_length=32)
+    first = LabelledStream(part, extractor, batch_size=8, num_workers=0)
+    iterator = iter(first)
+    rows = [row for _ in range(2) for row in next(iterator)["rows"]]
+    second = LabelledStream(part, extractor, batch_size=8, num_workers=2, last_batch="keep", epochs=1)
+    second.load_state_dict([json.loads(json.dumps(first.state_dict()))])
+    rows += [row for batch in second for row in batch["rows"]]
+    assert sorted(rows) == list(range(33))
+
+
+def test_decoded_clips_are_kept_within_the_limit(settings):
+    """Of 33 clips of 4,800 samples, ten fit."""
+    part = open_training_data(settings).train
+    for memory, kept in ((10 * 4800 * 4 / 1e9, 10), (1.0, 33)):
+        cache = fine_tuning.WaveformCache(33, memory)
+        list(LabelledStream(part, SSLAMFeatureExtractor(max_length=32), batch_size=8, epochs=1, last_batch="keep", cache=cache))
+        assert sum(cache.get(row) is not None for row in range(33)) == kept
+
+
+def test_log_mels_of_the_device_are_those_of_the_workers(settings):
+    augmentation = settings.augmentation
+    worker, device = (
+        batches(settings, 9, augmentation=augmentation, features=features, device=torch.device("cpu"), num_workers=workers)
+        for features, workers in (("worker", 1), ("device", 1))
+    )
+    for one, other in zip(worker, device):
+        assert one["rows"] == other["rows"]
+        torch.testing.assert_close(one["input_values"], other["input_values"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(one["labels"], other["labels"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_readable_clip_is_evaluated_once_in_the_order_of_rows(settings, clips, workers, monkeypatch):
+    (clips / "test" / "common" / "05.wav").write_bytes(b"no audio")
+    fine_tune(
+        changed(settings, settings.output_dir, {"dataloader_num_workers": workers}, total_updates=1, max_unreadable=0.3, batch_size=4)
+    )
+    scores = np.load(Path(settings.output_dir) / "scores.npz")
+    names = [f"common/{i:02}" for i in (1, 2, 3, 6)] + [f"rare/{i:02}" for i in (0, 4)]
+    assert ["/".join(Path(name).with_suffix("").parts[-2:]) for name in scores["names"]] == names
+    assert scores["targets"].tolist() == [[1, 0]] * 4 + [[0, 1]] * 2
+    assert len(scores["logits"]) == 6
+
+
+def test_two_processes_have_the_metrics_of_one_over_the_same_clips(settings, tmp_path):
+    """Each of two processes trains with half of the batch, and evaluates half of the clips; both keep the same model."""
+    program = tmp_path / "two.py"
+    program.write_text(
+        "import hashlib, json, sys\n"
+        "import yaml\n"
+        "from accelerate import PartialState\n"
+        "from transformers_sslam.training.fine_tuning import fine_tune\n"
+        "from transformers_sslam.training.fine_tuning_settings import FineTuningSettings\n"
+        "from transformers_sslam.settings import read_settings\n"
+        "results = fine_tune(read_settings(FineTuningSettings, sys.argv[1]))\n"
+        "open(f'{sys.argv[2]}/{PartialState().process_index}.json', 'w').write(json.dumps(results['metrics']))\n"
+        "PartialState().destroy_process_group()\n"  # as the program does: its threads may abort a process that just ends
+    )
+    two = changed(settings, tmp_path / "two", {"ddp_backend": "gloo"}, batch_size=4, total_updates=4)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(two)))))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**ON_CPU, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, *torchrun, str(program), str(tmp_path / "two.yaml"), str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    scores = np.load(tmp_path / "two" / "scores.npz")
+    assert len(set(scores["names"])) == len(scores["names"]) == 7
+    assert first["accuracy"] == np.mean(scores["logits"].argmax(1) == scores["targets"].argmax(1))
+    # Evaluated once more, by one process, the model has the same scores.
+    part, extractor = open_training_data(settings).evaluation, SSLAMFeatureExtractor.from_pretrained(tmp_path / "two")
+    model = SSLAMForAudioClassification.from_pretrained(tmp_path / "two").eval()
+    (batch,) = LabelledStream(part, extractor, batch_size=8, epochs=1, last_batch="keep")
+    order = np.argsort(batch["rows"])
+    with torch.no_grad():
+        expected = model(input_values=batch["input_values"]).logits.numpy()[order]
+    np.testing.assert_allclose(scores["logits"], expected, atol=1e-5)

@@ -1,0 +1,202 @@
+"""Labels as a table: what columns of every kind give, what is wrong with a label, and that a table and a stream say the same."""
+
+import time
+import tracemalloc
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
+
+from transformers_sslam.audio.labels import Event, LabelReader, Labels
+from transformers_sslam.audio.rows import check_has_labels, choose_classes, fold_names, read_rows
+from transformers_sslam.errors import UserError
+
+
+def table(cells: list, feature=None, column: str = "label") -> Dataset:
+    """Clips `0.wav`, `1.wav` and so on, whose column holds these cells."""
+    columns = {"audio": [{"path": f"{i}.wav", "bytes": None} for i in range(len(cells))], column: cells}
+    if feature is None:
+        return Dataset.from_dict(columns)
+    audio = {"path": Value("string"), "bytes": Value("binary")}
+    return Dataset.from_dict(columns, features=Features({"audio": audio, column: feature}))
+
+
+NAMES = ClassLabel(names=["hum", "hiss", "click"])
+KINDS = {
+    "classes": (table([2, 0, 2], NAMES), None, [["click"], ["hum"], ["click"]], False),
+    "text": (table(["b", " a", "b "]), None, [["b"], ["a"], ["b"]], False),
+    "integers": (table([7, 10, 7]), None, [["7"], ["10"], ["7"]], False),
+    "floats": (table([1.0, 2.5, 1.0]), None, [["1"], ["2.5"], ["1"]], False),
+    "booleans": (table([True, False]), None, [["True"], ["False"]], False),
+    "lists of classes": (table([[2, 0], [], [1]], List(NAMES)), None, [["click", "hum"], [], ["hiss"]], True),
+    "lists of text": (table([["b", "a"], None, ["c", "b", "c"]], List(Value("string"))), None, [["b", "a"], [], ["c", "b"]], True),
+    "joined text": (table(["b; a", "", None, ";c ;", "b"]), ";", [["b", "a"], [], [], ["c"], ["b"]], True),
+    "two joined": (table(["b::a", "c"]), "::", [["b", "a"], ["c"]], True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_column_of_any_kind_gives_labels(kind):
+    rows, separator, expected, multi_label = KINDS[kind]
+    labels = read_rows(rows, "label", separator).labels
+    assert (list(labels), labels.multi_label, labels.declared) == (expected, multi_label, "classes" in kind)
+    assert (labels.codes.dtype, labels.offsets.dtype) == (np.int32, np.int64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_reads_the_same(kind):
+    rows, separator, expected, _ = KINDS[kind]
+    stream = rows.to_iterable_dataset()
+    reader = LabelReader.of(stream, "label", separator)
+    assert [reader(row) for row in stream] == expected
+
+
+def test_chosen_rows_of_a_table_give_their_own_labels():
+    rows, _, expected, _ = KINDS["lists of classes"]
+    assert list(read_rows(rows.select([2, 0]), "label").labels) == [expected[2], expected[0]]
+
+
+@pytest.mark.parametrize(
+    ("cells", "feature", "message"),
+    [
+        (["a", None], None, r"1.wav has no label in the column 'label'"),
+        (["a", "  "], None, r"1.wav has no label in the column 'label'"),
+        ([0, -1], NAMES, r"1.wav has -1 in the column 'label', but the numbers of its classes are 0 to 2"),
+        ([[0], [1, -1]], List(NAMES), r"1.wav has -1 in the column 'label'"),
+        ([["a"], ["b", ""]], None, r"1.wav has an empty label in the column 'label'"),
+        (["a", "b\nc"], None, r"has the label 'b\\nc', but a label is one line without control characters"),
+        (["a", "b\x00c"], None, r"has the label 'b\\x00c'"),
+        (["a", "b\u2028c"], None, r"has the label 'b\\u2028c'"),
+        ([0, 1], ClassLabel(names=["a", "b\nc"]), r"has the label 'b\\nc'"),
+    ],
+)
+def test_a_label_that_cannot_be_is_named_in_a_table_and_in_a_stream(cells, feature, message):
+    rows = table(cells, feature)
+    with pytest.raises(UserError, match=message):
+        read_rows(rows, "label")
+    stream = rows.to_iterable_dataset()
+    with pytest.raises(UserError, match=message):
+        [LabelReader.of(rows, "label")(row) for row in stream]
+
+
+# --- events
+
+EVENTS = List({"label": Value("string"), "onset": Value("float64"), "offset": Value("float64")})
+
+
+def event(label: str, onset: float | None, offset: float | None) -> dict:
+    return {"label": label, "onset": onset, "offset": offset}
+
+
+def test_events_give_tags_and_times():
+    cells = [[event("dog", 0.5, 2.0), event("cat", 1.0, 1.5), event("dog", 3.0, 4.0)], [], [event("cat", 0.0, 10.0)]]
+    labels = read_rows(table(cells, EVENTS), "label").labels
+    assert list(labels) == [["dog", "cat"], [], ["cat"]]
+    assert labels.events(0) == [Event("dog", 0.5, 2.0), Event("cat", 1.0, 1.5), Event("dog", 3.0, 4.0)]
+    chosen = labels.select([2, 1, 0]).encode(["cat", "dog"])
+    assert (chosen.events(0), chosen.events(1)) == ([Event("cat", 0.0, 10.0)], [])
+    assert chosen.events(2) == labels.events(0)
+    np.testing.assert_array_equal(chosen.one_hot(range(3)), [[1, 0], [0, 0], [1, 1]])
+    with pytest.raises(ValueError, match="have no times"):
+        read_rows(table(["a"]), "label").labels.events(0)
+
+
+@pytest.mark.parametrize(("onset", "offset"), [(-1.0, 2.0), (2.0, 2.0), (3.0, 2.0), (None, 2.0), (0.0, float("inf")), (float("nan"), 1.0)])
+def test_events_with_impossible_times_are_named(onset, offset):
+    rows = table([[event("dog", 0.0, 1.0)], [event("dog", onset, offset)]], EVENTS)
+    with pytest.raises(UserError, match=r"1.wav has an event from .* s in the column 'label', but an event has an onset"):
+        read_rows(rows, "label")
+
+
+def test_lists_of_something_else_are_no_events():
+    with pytest.raises(UserError, match="but an event needs label, onset and offset"):
+        read_rows(table([[{"label": "a", "start": 1.0}]]), "label")
+
+
+# --- what a table tells
+
+
+MANY = Labels.from_names([["b"], ["a", "b"], [], ["b", "c"], ["c"]], multi_label=True)
+
+
+def test_counts_classes_and_targets():
+    assert (MANY.names, MANY.counts().tolist(), MANY.occurring()) == (["b", "a", "c"], [3, 1, 2], ["a", "b", "c"])
+    encoded = MANY.encode(["a", "b", "c", "d"])
+    np.testing.assert_array_equal(encoded.one_hot([1, 2, 4]), [[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]])
+    np.testing.assert_array_equal(encoded.one_hot(3), [0, 1, 1, 0])
+    assert encoded.one_hot(3).dtype == np.float32
+    assert encoded.counts().tolist() == [1, 3, 2, 0]
+    with pytest.raises(ValueError, match="take one_hot"):
+        encoded.indices()
+    single = Labels.from_names([["b"], ["a"]], multi_label=False).encode(["a", "b"])
+    assert (single.indices().tolist(), single.indices().dtype) == ([1, 0], np.int64)
+
+
+def test_a_label_that_is_none_of_the_classes_is_named_with_its_clip():
+    with pytest.raises(UserError, match="3.wav is labelled 'c', which is none of the 2 classes: a, b"):
+        read_rows(table([["b"], ["a", "b"], [], ["b", "c"]]), "label").encode(["a", "b"])
+
+
+def test_weights_are_those_of_the_targets():
+    targets = MANY.one_hot(range(5)).astype(np.float64)
+    weights = targets @ (1 / targets.sum(0))
+    np.testing.assert_allclose(MANY.balanced_weights(), weights / weights.sum(), rtol=1e-12)
+    np.testing.assert_allclose(MANY.balanced_weights(), np.array([2, 8, 0, 5, 3]) / 18, rtol=1e-12)
+
+
+def test_the_hash_is_of_everything_that_labels_say():
+    others = [
+        MANY.select([0, 1, 2, 4, 3]),
+        MANY.select([0, 1, 2, 3]),
+        Labels.from_names([["b"], ["a", "b"], [], ["b", "c"], ["d"]], multi_label=True),
+        Labels.from_names([["b"], ["a", "b"], [], ["b", "c"], ["c"]], multi_label=False),
+    ]
+    assert MANY.digest() == MANY.select(range(5)).digest()
+    assert len({labels.digest() for labels in (MANY, *others)}) == 5
+    times = [read_rows(table([[event("a", 0, end)]], EVENTS), "label").labels.digest() for end in (1.0, 2.0)]
+    assert times[0] != times[1]
+
+
+def test_classes_that_training_clips_define():
+    assert choose_classes(MANY) == ["a", "b", "c"]
+    assert choose_classes(read_rows(table([2, 0, 1], NAMES), "label").labels) == ["hum", "hiss", "click"]
+    with pytest.raises(UserError, match="no training clip has the class hiss"):
+        choose_classes(read_rows(table([2, 0], NAMES), "label").labels)
+    with pytest.raises(UserError, match=r"the training clips have 1 class \(a\)"):
+        choose_classes(read_rows(table(["a", "a"]), "label").labels)
+    with pytest.raises(UserError, match="no clip of the evaluation has a label"):
+        check_has_labels(MANY.select([2]))
+
+
+def test_names_of_folds():
+    assert fold_names([1, 1.0, "1", "01", "1.0", 2.5, "a", " b ", "", None, float("nan"), "1e3"]) == [
+        *("1", "1", "1", "1", "1", "2.5", "a", "b", None, None, None, "1e3"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["joined", "lists"])
+def test_200_000_rows_are_read_at_once(kind):
+    """Labels as AudioSet's, 527 classes and about two a clip; two million take ten times as long."""
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, 4, 200_000)
+    codes = generator.integers(0, 527, lengths.sum())
+    lists = pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]), pa.array(codes))
+    if kind == "joined":
+        words = pa.array([f"class {i}" for i in range(527)]).take(pa.array(codes))
+        texts = [",".join(words) for words in pa.ListArray.from_arrays(lists.offsets, words).to_pylist()]
+        reader = LabelReader("label", ",", None, pa.string())
+        cells = pa.array(texts)
+    else:
+        reader = LabelReader("label", None, [f"class {i}" for i in range(527)], lists.type)
+        cells = lists
+    tracemalloc.start()
+    start = time.perf_counter()
+    labels = reader.read(cells, str)
+    assert time.perf_counter() - start < 5
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    assert len(labels) == 200_000
+    for i in (0, 77_777, 199_999):
+        assert labels[i] == list(dict.fromkeys(f"class {code}" for code in codes[lists.offsets[i].as_py() : lists.offsets[i + 1].as_py()]))
+    assert labels.encode([f"class {i}" for i in range(527)]).counts().sum() == len(labels.codes)
