@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install demo test lint slow clean
+.PHONY: install demo test lint slow conformance clean
 
 install: $(STAMP)
 
@@ -32,6 +32,10 @@ test: lint
 
 slow: install
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# Transformers' own tests of models, on our classes.
+conformance: install
+	$(BIN)/python -m pytest -q --disable-warnings --override-ini addopts= tests/conformance/mixins.py
 
 clean:
 	rm -rf .venv* build dist runs/demo .pytest_cache .ruff_cache .mypy_cache

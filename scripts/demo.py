@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,13 +24,13 @@ import transformers
 from transformers import AudioClassificationPipeline, pipeline
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
-from transformers_sslam.audio.decode import load_waveform
+from transformers_sslam.audio import load_waveform
+from transformers_sslam.audio.labels import Event
 from transformers_sslam.errors import AudioDecodingError
-from transformers_sslam.evaluation.tagging import Event, plot_scores
+from transformers_sslam.recordings.plot import plot_scores
 
 
-SCRIPTS = Path(__file__).resolve().parent
-MODEL = SCRIPTS.parent / "model_cards" / "sslam-tiny-esc10"
+MODEL = Path(__file__).resolve().parents[1] / "model_cards" / "sslam-tiny-esc10"
 SAMPLING_RATE = 16_000
 SECONDS = 5.0
 SAMPLES = round(SECONDS * SAMPLING_RATE)
@@ -162,10 +163,10 @@ def make_sound(name: str, *seed: int) -> np.ndarray:
 def make_scene() -> tuple[np.ndarray, list[Event]]:
     """The recording of SCENE, `(samples,)`, in [-1, 1], and what is when in it."""
     events = [Event(name, start, start + SECONDS) for name, start in SCENE]
-    scene = np.zeros(round(max(event.end for event in events) * SAMPLING_RATE))
+    scene = np.zeros(round(max(event.offset for event in events) * SAMPLING_RATE))
     for i, event in enumerate(events):
-        first = round(event.start * SAMPLING_RATE)
-        scene[first : first + SAMPLES] += make_sound(event.name, 1, i)
+        first = round(event.onset * SAMPLING_RATE)
+        scene[first : first + SAMPLES] += make_sound(event.label, 1, i)
     return scene / max(1, np.abs(scene).max()), events
 
 
@@ -197,25 +198,26 @@ def score_recording(
     truth: Sequence[Event] = (),
 ) -> None:
     """Score windows over a recording, print where each of the likeliest classes is likeliest, and write the picture."""
-    heard = model.score_over_time(waveform, extractor, hop=1.0)
-    best = heard.scores.argmax(0)
-    for i in heard.scores.max(0).argsort()[::-1][: max(5, len({event.name for event in truth}))]:
-        start = heard.starts[best[i]]
-        end = min(start + heard.window, heard.duration)
-        print(f"   {heard.classes[i]:<15} at most {heard.scores[best[i], i]:.2f}, from {start:.1f} to {end:.1f} s")
+    result = model.score_over_time(waveform, extractor, hop=1.0)
+    best = result.scores.argmax(0)
+    for i in result.scores.max(0).argsort()[::-1][: max(5, len({event.label for event in truth}))]:
+        start = result.starts[best[i]]
+        end = min(start + result.window, result.duration)
+        print(f"   {result.classes[i]:<15} at most {result.scores[best[i], i]:.2f}, from {start:.1f} to {end:.1f} s")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    plot_scores(heard, waveform, picture, title, truth)
+    plot_scores(result, waveform, picture, title, truth)
     print(f"   log-mel and scores over time: {picture}")
 
 
 def pre_train(checkpoint: Path, sounds: Path, output: Path) -> None:
-    """Make sounds, stream them through `scripts/pretrain.py`, and print how the losses fell."""
+    """Make sounds, stream them through `sslam pretrain`, and print how the losses fell."""
     for name in SOUNDS:
         (sounds / name).mkdir(parents=True, exist_ok=True)
         for clip in range(TRAINING_CLIPS):
             soundfile.write(sounds / name / f"{clip}.wav", make_sound(name, 2, clip), SAMPLING_RATE)
-    settings = [f"data.sources=[{{kind: folder, path: {json.dumps(str(sounds))}}}]", f"init_from={checkpoint}", f"output_dir={output}"]
-    command = [sys.executable, str(SCRIPTS / "pretrain.py"), str(SCRIPTS / "recipes" / "demo_pretrain.yaml"), *settings]
+    shutil.rmtree(output, ignore_errors=True)  # of a demonstration before
+    settings = [f"--data_dir={sounds}", f"--model={checkpoint}", f"--output_dir={output}"]
+    command = [sys.executable, "-m", "transformers_sslam", "pretrain", "--config", "demo_pretrain", *settings]
     print(f"   {shlex.join(command)}", flush=True)
     # Transformers would list every tensor of the decoder and the teacher, which are not in the model and begin anew.
     subprocess.run(command, check=True, env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"})
@@ -232,7 +234,7 @@ What to try next. The model lies in {checkpoint}; any mono waveform at 16 kHz wi
 
 import transformers_sslam
 from transformers import pipeline
-from transformers_sslam.audio.decode import load_waveform
+from transformers_sslam.audio import load_waveform
 print(pipeline("audio-classification", model="{checkpoint}")(load_waveform("{sounds / "rain.wav"}")))
 
 Your own recording: make demo FILE=recording.wav. Training on your own sounds: README.md.""")

@@ -85,20 +85,23 @@ def mutated(data: bytes, generator: np.random.Generator) -> tuple[str, bytes]:
     return action, bytes(result)
 
 
-def undetectable(kind: str, original: bytes, damaged: bytes, length: float) -> bool:
-    """Whether the result, of which `length` seconds were decoded, is a valid file of that duration by the definition of the format.
+def undetectable(kind: str, original: bytes, damaged: bytes, length: float, duration: float, rate: int) -> bool:
+    """Whether the result, of which `length` seconds were decoded instead of `duration`, is a valid file of that length by the definition of
+    the format.
 
-    AIFF: the sampling rate is ten bytes of the COMM chunk that nothing else in the file repeats. MP3: nothing but the Xing header tells
-    how many frames there are; a file without it may begin and end with any frame. But all the frames that are still whole must come
-    out, and no others than these, those that were damaged, and that of the header.
+    AIFF: nothing in the file repeats the ten bytes of the sampling rate. AAC in fragments of MP4: nothing but the edit list tells that the
+    encoder added 1,024 samples at the start, and nothing how many at the end. MP3: nothing but the Xing header tells how many frames there
+    are; a file without it may begin and end with any frame. But all the frames that are still whole must come out, and no others than
+    these, those that were damaged, and that of the header.
     """
     if kind == "AIFF":
         at = original.index(b"COMM") + 16
         return original[at : at + 10] != damaged[at : at + 10]
+    if kind == "AAC" and b"moof" in original:
+        return 0 < length - duration <= 2048 / rate
     if kind != "MP3" or b"Xing" in damaged or b"Info" in damaged:
         return False
     with av.open(io.BytesIO(original), "r") as container:
-        rate = container.streams.audio[0].rate
         copies = [damaged.count(bytes(packet)) for packet in container.demux(audio=0) if packet.size]
     seconds = (1152 if rate >= 32_000 else 576) / rate  # of a frame of MPEG-1, or of MPEG-2 and 2.5
     return sum(copies) * seconds - TOLERANCE <= length <= (sum(max(1, count) for count in copies) + 1) * seconds + TOLERANCE
@@ -181,7 +184,7 @@ def main() -> int:
         if outcome == "length":
             difference = detail - seconds
             outcome = "right" if abs(difference) <= TOLERANCE else "longer" if difference > 0 else "shorter"
-        if outcome in ("longer", "shorter") and undetectable(kind, original, damaged, detail):
+        if outcome in ("longer", "shorter") and undetectable(kind, original, damaged, detail, seconds, rate):
             outcome = "undetectable"
         if outcome in FAULTS:
             print(f"{number}: {kind}, {seconds:.2f} s, {rate} Hz, {channels} channels, {action}: {outcome} ({detail})", file=sys.stderr)

@@ -102,7 +102,7 @@ def test_rows_that_name_no_file_are_left_out_and_counted(tmp_path, caplog):
     write(tmp_path, "a.wav", "b.wav")
     write_metadata(tmp_path, "file_name,label", "a.wav,dog", ",", ",cat", "b.wav,cat")
     assert labels(tmp_path) == {"a.wav": ["dog"], "b.wav": ["cat"]}
-    assert f"2 rows that name no file are left out, such as line 3 of {tmp_path / 'metadata.csv'}" in caplog.text
+    assert f"2 rows without a file name are left out, such as line 3 of {tmp_path / 'metadata.csv'}" in caplog.text
 
 
 def test_a_clip_comes_as_often_as_it_is_listed(tmp_path, caplog):
@@ -135,7 +135,7 @@ def test_rows_that_cannot_be_right_are_named(tmp_path, rows: list[str], message:
     [
         (b"name,label\na.wav,x\n", "has the columns name, label, but must have one called file_name"),
         (b"file_name;label\na.wav;x\n", "has the columns file_name;label, but must"),
-        (b"file_name,label,label\na.wav,x,y\n", "two are called alike"),
+        (b"file_name,label,label\na.wav,x,y\n", "two of which have the same name"),
         ("file_name,label\na.wav,Ärger\n".encode("latin-1"), "cannot be read .* it must be text in UTF-8"),
         (b"", "has the columns , but must have one called file_name"),
     ],
@@ -198,7 +198,7 @@ def test_a_class_folder_without_audio_is_named(tmp_path, caplog):
     (tmp_path / "owl").mkdir()
     (tmp_path / "owl" / "c.txt").write_text("no sound")
     assert labels(tmp_path) == {"a.wav": ["dog"], "b.wav": ["cat"]}
-    assert "without any audio file, which are no classes: owl (1 .txt)" in caplog.text
+    assert "without any audio file, which are not classes: owl (1 .txt)" in caplog.text
 
 
 def test_folders_of_different_depth_are_no_classes_and_that_is_said(tmp_path, caplog):

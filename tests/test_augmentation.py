@@ -8,7 +8,7 @@ from conftest import noise
 from transformers_sslam import SSLAMFeatureExtractor
 from transformers_sslam.audio.clips import Clip
 from transformers_sslam.errors import UserError
-from transformers_sslam.training.augmentation import (
+from transformers_sslam.finetuning.augmentation import (
     NO_AUGMENTATION,
     AugmentationSettings,
     augment_batch,
@@ -17,7 +17,7 @@ from transformers_sslam.training.augmentation import (
     smooth_targets,
     spec_augment,
 )
-from transformers_sslam.training.labelled_stream import Collate
+from transformers_sslam.finetuning.stream import Collate
 
 
 def settings(**changes) -> AugmentationSettings:
@@ -203,7 +203,7 @@ def test_batches_to_evaluate_are_left_alone():
         ({"gain": -1.0}, "augmentation.gain is -1, but must be positive, or 0 for none"),
         ({"noise": -0.1}, "augmentation.noise is -0.1"),
         ({"mixup_alpha": -0.8}, "augmentation.mixup_alpha is -0.8"),
-        ({"mixup_probability": 1.1}, r"augmentation.mixup_probability is 1.1, but a share lies in \[0, 1\]"),
+        ({"mixup_probability": 1.1}, r"augmentation.mixup_probability is 1.1, but a fraction in \[0, 1\] is expected"),
         ({"time_mask": -0.1}, "augmentation.time_mask is -0.1"),
         ({"frequency_mask": 2}, "augmentation.frequency_mask is 2"),
     ],

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import noise, tiny_config
+from test_loading import make_former
 from transformers import (
     AudioClassificationPipeline,
     AutoConfig,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
-from transformers_sslam.hub import add_remote_code
+from transformers_sslam.publishing.hub import add_remote_code
 
 
 NAMES = ["dog", "rain", "siren"]
@@ -126,7 +127,10 @@ def run_without_package(folder, tmp_path, kind: str) -> dict:
     return json.loads(run.stdout.partition("RESULT")[2])
 
 
-def test_a_classifier_loads_where_the_package_is_not_installed(folder, classifier, tmp_path):
+@pytest.mark.parametrize("former", [False, True])
+def test_a_classifier_loads_where_the_package_is_not_installed(folder, classifier, tmp_path, former):
+    if former:  # a patch projection saved as a convolution
+        make_former(folder)
     add_remote_code(folder)
     result = run_without_package(folder, tmp_path, "classifier")
     assert [result[name] for name in ("config", "extractor", "encoder", "model")] == [

@@ -4,7 +4,6 @@ import json
 import runpy
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,23 +12,21 @@ import torch._dynamo
 import torch._inductor.config
 from torch import nn
 
-from transformers_sslam import SSLAMModel, allocator
-from transformers_sslam.modeling_sslam import MAX_TOKENS_WRITTEN_OUT, SSLAMAttention
+from transformers_sslam import allocator
 
 
 pytest.importorskip("accelerate")
 pytest.importorskip("soundfile")
-from conftest import relative_error, tiny_config
-
-from transformers_sslam.benchmarks.data import measure_data
-from transformers_sslam.benchmarks.encode import measure_encoder
-from transformers_sslam.benchmarks.recording import blocks, measure_recording
-from transformers_sslam.benchmarks.step import LOSSES, StepSettings, Update, measure_step, summary
-from transformers_sslam.benchmarks.timing import MatrixProducts, interleave, ratio, spread
+from conftest import relative_error
+from data import measure_data
+from encode import measure_encoder
+from recording import blocks, measure_recording
+from step import LOSSES, StepSettings, Update, measure_step, summary
+from timing import MatrixProducts, interleave, ratio, spread
 
 
 CPU = torch.device("cpu")
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmarks" / "__main__.py"
 ALLOCATOR = Path(allocator.__file__)
 SMALL = {"size": "tiny", "batch_size": 2, "frames": 512, "views": 2}
 
@@ -57,25 +54,6 @@ def test_fast_and_plain_updates_agree(stage):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_activations_that_are_computed_again_change_nothing(precision):
-    """They are, and the linear layer behind them is not. Gradients are the same, bit for bit."""
-    again, kept = (Update(StepSettings(**SMALL, precision=precision)) for _ in range(2))
-    kept.model.recompute_activations = False
-    calls: Counter[str] = Counter()
-    mlp, decoder = again.model.sslam.layers[0].mlp, again.model.decoder
-    mlp.activation_fn.register_forward_hook(lambda *_: calls.update(["activation"]))
-    mlp.fc2.register_forward_hook(lambda *_: calls.update(["linear layer"]))
-    activate = decoder._activate
-    decoder._activate = lambda features: calls.update(["decoder"]) or activate(features)
-    for update in (again, kept):
-        update.forward()
-        update.backward()
-    assert calls == {"activation": 2, "linear layer": 1, "decoder": 2 * len(decoder.layers)}
-    for (name, a), b in zip(again.model.named_parameters(), kept.model.parameters()):
-        assert a.grad is None or torch.equal(a.grad, b.grad), name
-
-
 def test_an_update_in_bfloat16_has_the_losses_of_a_plain_one_in_float32():
     settings = StepSettings(**SMALL, precision="bfloat16")
     fast, plain = Update(settings), Update(settings, plain=True)
@@ -88,7 +66,8 @@ def test_an_update_in_bfloat16_has_the_losses_of_a_plain_one_in_float32():
             assert fast.losses()[name] == pytest.approx(expected, rel=1e-3), name
 
 
-@pytest.mark.parametrize("generates_code", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("generates_code", [False, True])
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_a_compiled_update_agrees_and_is_compiled_once(generates_code, request):
     if not generates_code:
@@ -100,50 +79,6 @@ def test_a_compiled_update_agrees_and_is_compiled_once(generates_code, request):
         plain()
         for name, expected in plain.losses().items():
             assert compiled.losses()[name] == pytest.approx(expected, rel=1e-4), name
-
-
-def test_patches_are_projected_as_the_convolution_would():
-    embeddings = SSLAMModel(tiny_config()).embeddings.patch_embeddings
-    nn.init.normal_(embeddings.projection.bias)
-    values = torch.randn(3, 64, 128)
-    projection = embeddings.projection
-    expected = nn.functional.conv2d(values.unsqueeze(1), projection.weight, projection.bias, stride=16).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(embeddings(values), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "dtype", "trains", "faster"),
-    [
-        (103, torch.bfloat16, True, True),
-        (MAX_TOKENS_WRITTEN_OUT + 1, torch.bfloat16, True, False),
-        (103, torch.bfloat16, False, False),
-        (103, torch.float32, True, False),
-    ],
-)
-def test_attention_is_written_out_where_the_fused_one_is_slow_and_only_there(tokens, dtype, trains, faster):
-    config = tiny_config()
-    config._attn_implementation = "sdpa"
-    attention = SSLAMAttention(config)
-    assert attention._is_faster_written_out(torch.zeros(1, 4, tokens, 8, dtype=dtype, requires_grad=trains)) == faster
-    config._attn_implementation = "eager"
-    assert not attention._is_faster_written_out(torch.zeros(1, 4, tokens, 8, dtype=dtype, requires_grad=trains))
-
-
-def test_attention_written_out_has_the_gradients_of_the_fused_one(monkeypatch):
-    config = tiny_config()
-    config._attn_implementation = "sdpa"
-    attention = SSLAMAttention(config).to(torch.bfloat16)
-    values = torch.randn(2, 20, 32, dtype=torch.bfloat16)
-    gradients = []
-    for faster in (True, False):
-        monkeypatch.setattr(SSLAMAttention, "_is_faster_written_out", lambda self, query, faster=faster: faster)
-        inputs = values.clone().requires_grad_()
-        outputs, weights = attention(inputs)
-        assert weights is None
-        outputs.square().sum().backward()
-        gradients.append((outputs.detach(), inputs.grad))
-    for written_out, fused in zip(*gradients):
-        torch.testing.assert_close(written_out, fused, rtol=0.02, atol=0.02 * fused.abs().max().item())
 
 
 # --- fair measures
@@ -169,7 +104,7 @@ def test_a_spread_of_times_becomes_one_of_rates():
 
 def test_the_floor_is_made_of_matrix_products_alone(monkeypatch):
     timed = []
-    monkeypatch.setattr("transformers_sslam.benchmarks.timing.timed", lambda run, device: (timed.append(run()), 2.0 + len(timed))[1])
+    monkeypatch.setattr("timing.timed", lambda run, device: (timed.append(run()), 2.0 + len(timed))[1])
     a = torch.randn(1, 2, 8, 4, requires_grad=True)
     with MatrixProducts(CPU) as products:
         b = nn.functional.gelu(a) + 1
@@ -181,6 +116,7 @@ def test_the_floor_is_made_of_matrix_products_alone(monkeypatch):
     assert products.seconds == 3 + 4 + 5 + 6 + 7
 
 
+@pytest.mark.slow
 def test_an_update_is_measured_whole_and_in_parts():
     results = measure_step(StepSettings(**SMALL, repeats=3), baseline=True, memory=False)
     seconds = results["seconds"]
@@ -256,8 +192,8 @@ def test_the_script_prints_a_table_and_writes_json(tmp_path, command, rows):
         (["encode", "--batch-sizes", "0"], "0 is not at least 1"),
         (["features", "--seconds", "0.01"], "0.01 is not at least 0.025"),
         (["data", "--resume-after", "-5"], "-5"),
-        (["data", "--source", "{path: /data}"], "is not a source"),
-        (["data", "--source", "foo"], "is not a source"),
+        (["data", "--source", "{path: /data}"], "a source is {'path': '/data'}, but must be a mapping with kind and path"),
+        (["data", "--source", "foo"], "a source is 'foo', but must be a mapping with kind and path"),
         (["step", "--size", "tiny", "--frames", "100"], "input_values has 100 frames, but a positive multiple of 16"),
     ],
 )

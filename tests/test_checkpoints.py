@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from transformers_sslam import files
-from transformers_sslam.files import verify
-from transformers_sslam.training.checkpoints import (
+from transformers_sslam.checkpoints import (
     MANIFEST,
     begin_checkpoint,
     checkpoint_folder,
@@ -22,7 +21,8 @@ from transformers_sslam.training.checkpoints import (
     sweep_leftovers,
     sweep_unsealed,
 )
-from transformers_sslam.training.schedules import adam_epsilon, learning_rate
+from transformers_sslam.files import verify
+from transformers_sslam.pretraining.schedules import adam_epsilon, learning_rate
 
 
 def write(output_dir, update, content=b"weights"):
@@ -102,7 +102,7 @@ def test_a_run_killed_while_writing_or_deleting_leaves_nothing_that_looks_whole(
     write(tmp_path, 3)
     removed = []
     monkeypatch.setattr(files.shutil, "rmtree", lambda path, **_: removed.append(path.name))  # as if killed before it does anything
-    sweep(tmp_path, 3, keep_last=1, keep_every=None)
+    sweep(tmp_path, 3, save_total_limit=1, keep_steps=None)
     monkeypatch.undo()
     assert names(tmp_path) == ["checkpoint-00000001.discarded", "checkpoint-00000002.unfinished", "checkpoint-00000003"]
     assert set(removed) == {"checkpoint-00000001.discarded"}
@@ -136,14 +136,14 @@ def test_the_manifest_is_on_disk_before_the_name(tmp_path, monkeypatch):
 def test_the_last_and_every_so_many_are_kept(tmp_path):
     for update in range(10, 80, 10):
         write(tmp_path, update)
-    sweep(tmp_path, 70, keep_last=2, keep_every=30)
+    sweep(tmp_path, 70, save_total_limit=2, keep_steps=30)
     assert names(tmp_path) == [f"checkpoint-{update:08d}" for update in (30, 60, 70)]
 
 
 def test_later_checkpoints_that_were_passed_over_do_not_cost_the_new_ones(tmp_path):
     for update in (1, 2, 3, 8, 9):
         write(tmp_path, update)
-    sweep(tmp_path, 3, keep_last=2, keep_every=None)
+    sweep(tmp_path, 3, save_total_limit=2, keep_steps=None)
     assert names(tmp_path) == [f"checkpoint-{update:08d}" for update in (2, 3, 8, 9)]
 
 

@@ -1,13 +1,11 @@
-"""Evaluating a classifier that is there: the numbers of fine-tuning's own evaluation, and of tags against scikit-learn's."""
+"""Evaluation of an existing classifier: equal to fine-tuning's own, and for tags to scikit-learn's."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import soundfile
@@ -17,13 +15,14 @@ from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from transformers_sslam.cli import main
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.classifier import EvaluationSettings, evaluate_classifier, results_table
-from transformers_sslam.training.fine_tuning import fine_tune
-from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
+from transformers_sslam.finetuning.settings import FineTuningSettings
+from transformers_sslam.finetuning.training import fine_tune
+from transformers_sslam.publishing.conversion import convert_checkpoint
 
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate_classifier.py"
 CLASSES = ["cat", "dog", "owl"]
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_length": 64}
 
@@ -56,7 +55,14 @@ def write_model(folder: Path, problem_type: str | None, id2label: dict[int, str]
 
 def evaluation(model: Path, clips: Path, output: Path, /, **changes) -> EvaluationSettings:
     return EvaluationSettings(
-        **{"model": str(model), "data_dir": str(clips), "output_dir": str(output), "eval_split": "train", "batch_size": 4, **changes}
+        **{
+            "model": str(model),
+            "data_dir": str(clips),
+            "output_dir": str(output),
+            "test_split": "train",
+            "per_device_eval_batch_size": 4,
+            **changes,
+        }
     )
 
 
@@ -68,22 +74,22 @@ def expected_logits(model: Path, clips: Path) -> np.ndarray:
         return np.concatenate([network(**extractor(w, sampling_rate=16_000, return_tensors="pt")).logits.numpy() for w in waveforms])
 
 
-def test_a_fine_tuned_model_is_worth_what_its_own_run_said(tmp_path):
+def test_a_fine_tuned_model_has_the_metrics_of_its_own_run(tmp_path):
     clips = write_clips(tmp_path / "clips", ["cat", "cat", "dog", "dog"] * 3)
     settings = FineTuningSettings(
         data_dir=str(clips),
         output_dir=str(tmp_path / "model"),
         fold_column="fold",
         train_folds=[0],
-        eval_folds=[1],
+        test_folds=[1],
         max_length=64,
         model_config=TINY,
-        total_updates=2,
-        trainer={"disable_tqdm": True},
+        max_steps=2,
+        disable_tqdm=True,
     )
     tuned = fine_tune(settings)
     results = evaluate_classifier(
-        evaluation(tmp_path / "model", clips, tmp_path / "evaluation", fold_column="fold", eval_folds=[1], batch_size=5)
+        evaluation(tmp_path / "model", clips, tmp_path / "evaluation", fold_column="fold", test_folds=[1], per_device_eval_batch_size=5)
     )
     assert results["metrics"] == {name: value for name, value in tuned["metrics"].items() if name != "loss"}
     assert (results["classes"], results["clips"]) == (["cat", "dog"], 6)
@@ -135,7 +141,7 @@ def test_classes_that_are_everywhere_have_no_roc_auc(tmp_path, caplog):
     assert metrics["mean_average_precision"] == 1.0
     assert metrics["classes_without_positives"] == ["owl"]
     assert "mean_roc_auc" not in metrics
-    assert "there is no ROC AUC" in caplog.text
+    assert "ROC AUC and d-prime are undefined" in caplog.text
 
 
 def test_half_precision_does_not_round_logits(tmp_path):
@@ -160,29 +166,29 @@ def test_unreadable_clips_are_left_out_and_named(tmp_path, caplog):
         evaluate_classifier(evaluation(model, clips, tmp_path / "out"))
 
 
-def test_what_cannot_be_evaluated_is_refused_before_anything_is_decoded(tmp_path, monkeypatch):
+def test_what_cannot_be_evaluated_is_rejected_before_anything_is_decoded(tmp_path, monkeypatch):
     clips, model = write_clips(tmp_path / "clips", ["cat", "wolf"]), write_model(tmp_path / "model", "single_label_classification")
     SSLAMModel(SSLAMConfig(**TINY)).save_pretrained(tmp_path / "encoder")
     SSLAMFeatureExtractor().save_pretrained(tmp_path / "encoder")
     for name, changes in (("long", {"max_length": 1024}), ("narrow", {"max_length": 64, "num_mel_bins": 64})):
         shutil.copytree(model, tmp_path / name)
         SSLAMFeatureExtractor(**changes).save_pretrained(tmp_path / name)
-    for name, changes in (("regression", {"problem_type": "regression"}), ("twins", {"id2label": {0: "cat", 1: "cat", 2: "owl"}})):
+    for name, changes in (("regression", {"problem_type": "regression"}), ("namesakes", {"id2label": {0: "cat", 1: "cat", 2: "owl"}})):
         write_model(tmp_path / name, **{"problem_type": "single_label_classification", **changes})
     shutil.copytree(model, tmp_path / "wide")
     SSLAMConfig(**TINY | {"hidden_size": 64}, id2label={0: "cat", 1: "dog", 2: "owl"}).save_pretrained(tmp_path / "wide")
     monkeypatch.setattr("transformers_sslam.evaluation.classifier.Waveforms", None)
     for changes, error, message in (
         ({}, UserError, "01.wav is labelled 'wolf', which is none of the 3 classes: cat, dog, owl"),
-        ({"eval_split": "test"}, UserError, "there is no split 'test'"),
+        ({"test_split": "test"}, UserError, "there is no split 'test'"),
         ({"fold_column": "fold"}, UserError, "no fold of the column 'fold' was chosen"),
-        ({"model": str(tmp_path / "encoder")}, UserError, "holds no classifier"),
-        ({"model": str(tmp_path)}, UserError, "cannot be loaded as a SSLAM classifier"),
-        ({"model": str(tmp_path / "wide")}, UserError, "cannot be loaded as a SSLAM classifier"),
+        ({"model": str(tmp_path / "encoder")}, UserError, "has no trained classifier"),
+        ({"model": str(tmp_path)}, UserError, "cannot be loaded as a SSLAMForAudioClassification"),
+        ({"model": str(tmp_path / "wide")}, UserError, "cannot be loaded as a SSLAMForAudioClassification"),
         ({"model": str(tmp_path / "long")}, UserError, "the model cannot be evaluated: the feature extractor's max_length"),
         ({"model": str(tmp_path / "narrow")}, UserError, "the model cannot be evaluated: .*128 mel bins"),
-        ({"model": str(tmp_path / "regression")}, UserError, "'regression' with 3 labels, which is no choice between classes"),
-        ({"model": str(tmp_path / "twins")}, UserError, "has two classes called 'cat'"),
+        ({"model": str(tmp_path / "regression")}, UserError, "'regression' with 3 labels, which is not a choice between classes"),
+        ({"model": str(tmp_path / "namesakes")}, UserError, "has two classes called 'cat'"),
         ({"device": "abacus"}, UserError, "device is 'abacus', which cannot be used"),
         ({"output_dir": str(clips / "00.wav")}, UserError, "00.wav cannot be written to"),
         ({"output_dir": str(model)}, UserError, "holds a model or its run"),
@@ -191,9 +197,9 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_decoded(tmp_path
             evaluate_classifier(evaluation(model, clips, tmp_path / "out", **changes))
     assert not any((tmp_path / "out").iterdir())
     for changes, message in (
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size is 0"),
         ({"max_unreadable": 1.0}, "max_unreadable is 1"),
-        ({"eval_folds": [1]}, "eval_folds are set, but fold_column"),
+        ({"test_folds": [1]}, "test_folds are set, but fold_column"),
     ):
         with pytest.raises(UserError, match=message):
             evaluation(model, clips, tmp_path / "out", **changes)
@@ -204,19 +210,27 @@ def test_a_damaged_model_has_no_result(tmp_path):
     damaged = SSLAMForAudioClassification.from_pretrained(model)
     torch.nn.init.constant_(damaged.classifier.bias, float("nan"))
     damaged.save_pretrained(model)
-    with pytest.raises(FloatingPointError, match="are NaN: the model is damaged"):
+    with pytest.raises(FloatingPointError, match="not finite: the model is damaged"):
         evaluate_classifier(evaluation(model, clips, tmp_path / "out"))
     assert not any((tmp_path / "out").iterdir())
 
 
-def test_the_program(tmp_path):
+def test_an_official_checkpoint_is_converted_and_evaluated(reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
+    official, clips = reference / "finetuned_fairseq.pt", write_clips(tmp_path / "clips", ["LABEL_3", "LABEL_9"])
+    convert_checkpoint(official, tmp_path / "converted")
+    results = [evaluate_classifier(evaluation(model, clips, tmp_path / "out" / model.stem)) for model in (official, tmp_path / "converted")]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    own, converted = (np.load(tmp_path / "out" / name / "scores.npz")["logits"] for name in ("finetuned_fairseq", "converted"))
+    np.testing.assert_array_equal(own, converted)
+    assert own.shape == (2, 10)
+
+
+def test_the_command(tmp_path, capsys):
     clips, model = write_clips(tmp_path / "clips", ["cat", "dog", "owl"]), write_model(tmp_path / "model", "single_label_classification")
-    command = [sys.executable, SCRIPT, f"model={model}", f"data_dir={clips}", f"output_dir={tmp_path / 'out'}"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert refused.returncode == 1
-    assert refused.stderr.splitlines()[-1].startswith("error: there is no split 'test', only train")
-    done = subprocess.run([*command, "eval_split=train"], env=environment, capture_output=True, text=True)
+    arguments = ["evaluate", "--model", str(model), "--data_dir", str(clips), "--output_dir", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("sslam evaluate: error: there is no split 'test', only train")
+    assert main([*arguments, "--test-split", "train"]) == 0
     accuracy = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["accuracy"]
-    assert done.returncode == 0
-    assert f"| accuracy | {accuracy:.4f} [" in done.stdout
+    assert f"| accuracy | {accuracy:.4f} [" in capsys.readouterr().out

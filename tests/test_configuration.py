@@ -111,3 +111,13 @@ def test_names_of_classes_may_be_given_as_label2id_alone(tmp_path, names, counte
 def test_names_that_do_not_fit_the_classes_are_refused(given):
     with pytest.raises(ValueError, match="each class from 0 on needs one name"):
         SSLAMConfig(**given)
+
+
+def test_names_of_classes_are_in_the_order_of_their_numbers():
+    config = SSLAMConfig(id2label={1: "rain", 0: "dog"})
+    assert config.class_names == ["dog", "rain"]
+    config.id2label = {str(i): f"class {i}" for i in range(12)}  # as JSON has them: sorted as text, "10" would stand before "2"
+    assert config.class_names == [f"class {i}" for i in range(12)]
+    config.id2label = {0: "dog", 2: "rain"}
+    with pytest.raises(ValueError, match="id2label has the keys 0, 2"):
+        config.class_names  # noqa: B018

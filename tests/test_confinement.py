@@ -63,7 +63,7 @@ def test_a_stream_opens_nothing_outside_of_its_data_set(folder):
 
 
 def test_shards_hold_nothing_from_outside(folder, tmp_path):
-    index = prepare(tmp_path / "shards", ShardSettings(sources(folder), max_unreadable=1.0))
+    index = prepare(ShardSettings(str(tmp_path / "shards"), sources=sources(folder), max_unreadable=1.0))
     assert index["clips"] == 3
     assert index["report"]["unreadable"] == {"unreadable": len(ELSEWHERE), "missing": 1}
 

@@ -2,10 +2,12 @@
 
 import copy
 import csv
+import hashlib
 import json
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -13,19 +15,23 @@ import time
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import FIXTURES
+from hub_server import HubServer, Repository
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, AutoModelForPreTraining
 
-from transformers_sslam import PRETRAINING_STAGES, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel, conversion
-from transformers_sslam.conversion import ConversionError, convert_checkpoint
-from transformers_sslam.official import read_official_checkpoint
+from transformers_sslam import PRETRAINING_STAGES, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel
+from transformers_sslam.cli import main
+from transformers_sslam.errors import UserError
+from transformers_sslam.publishing import conversion
+from transformers_sslam.publishing.conversion import ConversionError, convert_checkpoint, convert_to_cache, resolve_model
+from transformers_sslam.publishing.official import read_official_checkpoint
 
 
 WIDTH, DEPTH, HEADS, GROUPS, CLASSES = 32, 2, 4, 8, 5
-SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_checkpoint.py"
 
 
 # --- checkpoints as the authors' code writes them
@@ -213,19 +219,6 @@ def test_hub_folders(tmp_path, classes, kind):
     assert encoder.config.layer_norm_eps == 1e-6
 
 
-def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
-    folder = save_hub_folder(tmp_path / "hub")
-    asked = []
-
-    def download(name, allow_patterns):
-        asked.append((name, allow_patterns))
-        return str(folder)
-
-    monkeypatch.setattr("transformers_sslam.official.snapshot_download", download)
-    convert_checkpoint("ta012/SSLAM_pretrain", tmp_path / "out")
-    assert asked == [("ta012/SSLAM_pretrain", ["config.json", "model.safetensors"])]
-
-
 def test_every_reference_checkpoint_converts(reference, tmp_path):
     kinds = {
         "pretrained_fairseq.pt": SSLAMForPreTraining,
@@ -238,6 +231,143 @@ def test_every_reference_checkpoint_converts(reference, tmp_path):
         assert type(convert_checkpoint(reference / name, tmp_path / name)) is kind
 
 
+# --- converted once, into the cache
+
+HUB_ID = "ta012/SSLAM_pretrain"
+IN_A_PROCESS = """
+import os, sys, time
+from transformers_sslam.publishing import conversion
+write = conversion._write
+def counted(*arguments):
+    print("converting", flush=True)
+    time.sleep(float(sys.argv[2]))
+    write(*arguments)
+conversion._write = counted
+if sys.argv[3:]:
+    conversion._verify = lambda *_: os.kill(os.getpid(), 9)
+print(conversion.convert_to_cache(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The folder that converted checkpoints go to."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "transformers_sslam"
+
+
+@pytest.fixture
+def conversions(monkeypatch) -> list[Path]:
+    """The folders that were converted to."""
+    write, folders = conversion._write, []
+    monkeypatch.setattr(conversion, "_write", lambda folder, *rest: folders.append(folder) or write(folder, *rest))
+    return folders
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on this machine, with an official model and one of this package."""
+    folders = {HUB_ID: save_hub_folder(tmp_path / "official"), "me/mine": tmp_path / "mine"}
+    convert_checkpoint(folders[HUB_ID], folders["me/mine"])
+    with HubServer() as server:
+        for name, folder in folders.items():
+            server.repositories[name] = Repository(False, {"main": {path.name: path.read_bytes() for path in folder.iterdir()}})
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "downloads"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        yield server
+
+
+def start_conversion(source: Path, home: Path, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", IN_A_PROCESS, str(source), *words]
+    return subprocess.Popen(command, env={**os.environ, "HF_HOME": str(home)}, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_local_checkpoint_is_converted_once_and_again_when_its_content_changes(tmp_path, cache, conversions, kind):
+    save = save_pretrained_fairseq if kind == "file" else save_hub_folder
+    source, copied = save(tmp_path / "model.pt"), tmp_path / "copy" / "model.pt"
+    folder = convert_to_cache(source)
+    assert folder.parent == cache
+    assert len(AutoModel.from_pretrained(folder).layers) == DEPTH
+    copied.parent.mkdir()
+    source.rename(copied)
+    assert convert_to_cache(str(copied)) == folder
+    assert conversions == [folder]
+    if kind == "file":
+        save_pretrained_fairseq(copied, encoder_tensors(seed=5))
+    else:
+        (copied / "config.json").write_text((copied / "config.json").read_text().replace("}", ', "norm_eps": 1e-5}', 1))
+    other = convert_to_cache(copied)
+    assert other != folder
+    assert conversions == [folder, other]
+
+
+def test_a_hub_id_is_downloaded_and_converted_once_a_commit(hub, cache, conversions):
+    folder = convert_to_cache(HUB_ID)
+    assert convert_to_cache(HUB_ID) == folder
+    assert conversions == [folder]
+    assert "Converted from `ta012/SSLAM_pretrain`" in (folder / "README.md").read_text()
+    files = hub.repositories[HUB_ID].branches["main"]
+    files["config.json"] = json.dumps({**json.loads(files["config.json"]), "norm_eps": 1e-5}).encode()
+    other = convert_to_cache(HUB_ID)
+    assert AutoModel.from_pretrained(other).config.layer_norm_eps == 1e-5
+    assert conversions == [folder, other]
+
+
+def test_commands_take_official_names_and_files_and_leave_others_as_they_are(hub, cache, conversions, tmp_path):
+    mine = str(tmp_path / "mine")
+    assert [resolve_model(name) for name in (mine, "me/mine", str(tmp_path))] == [mine, "me/mine", str(tmp_path)]
+    assert conversions == []
+    official = [resolve_model(name) for name in (HUB_ID, str(tmp_path / "official"), str(save_fine_tuned_fairseq(tmp_path / "m.pt")))]
+    assert len(set(official)) == len(conversions) == 3
+    assert all(Path(folder).parent == cache for folder in official)
+    with pytest.raises(UserError, match="model me/nothing cannot be read"):
+        resolve_model("me/nothing")
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="config.json is damaged"):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["bit", "missing", "manifest"])
+def test_a_damaged_copy_in_the_cache_is_converted_again(tmp_path, cache, conversions, damage):
+    source = save_hub_folder(tmp_path / "hub")
+    weights = convert_to_cache(source) / "model.safetensors"
+    whole = weights.read_bytes()
+    if damage == "bit":
+        weights.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (weights.parent / "manifest.json").write_text("{")
+    assert convert_to_cache(source) == weights.parent
+    assert weights.read_bytes() == whole
+    assert len(conversions) == 2
+
+
+def test_a_killed_conversion_leaves_nothing_that_is_believed(tmp_path, cache):
+    source = save_hub_folder(tmp_path / "hub")
+    killed = start_conversion(source, cache.parent, "0", "kill")
+    killed.communicate()
+    assert killed.returncode == -9
+    assert [path for path in cache.iterdir() if not path.name.startswith(".")] == []
+    folder = convert_to_cache(source)
+    assert [path for path in cache.iterdir() if path.suffix != ".lock"] == [folder]
+
+
+def test_of_two_processes_one_converts_and_the_other_waits(tmp_path):
+    source = save_hub_folder(tmp_path / "hub")
+    both = [start_conversion(source, tmp_path / "home", "1") for _ in range(2)]
+    lines = sorted(process.communicate()[0].split() for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    (folder,) = lines[0]
+    assert lines[1] == ["converting", folder]
+
+
 # --- names of classes
 
 
@@ -248,7 +378,24 @@ def write_labels(path: Path, names: list[str], column: str = "display_name") -> 
     return path
 
 
-def test_audioset_classes_are_named_and_overlap(tmp_path):
+def test_audioset_classes_have_their_names_in_the_official_order(tmp_path):
+    """Of class_labels_indices.csv, known by its hash."""
+    config = convert_checkpoint(save_fine_tuned_fairseq(tmp_path / "m.pt", classes=527), tmp_path / "out").config
+    names = [config.id2label[i] for i in range(527)]
+    assert (names[0], names[1], names[137], names[526]) == ("Speech", "Male speech, man speaking", "Music", "Field recording")
+    assert len(config.label2id) == 527
+    assert sum(", " in name for name in names) == 75
+    text = "".join(f"{name}\n" for name in names)
+    assert hashlib.sha256(text.encode()).hexdigest() == "83e2e4fd16cbe86f94f3fe23954a4d302c013e20e7981b5ce7466e50126a1e3d"
+    assert config.problem_type == "multi_label_classification"
+
+
+def test_other_classes_are_numbered(tmp_path):
+    config = convert_checkpoint(save_fine_tuned_fairseq(tmp_path / "m.pt"), tmp_path / "out").config
+    assert config.label2id == {f"LABEL_{i}": i for i in range(5)}
+
+
+def test_labels_of_ones_own_are_taken_and_their_problem_is_audiosets(tmp_path):
     names = [f'Sound {i}, "quoted"' for i in range(527)]
     labels = write_labels(tmp_path / "class_labels_indices.csv", names)
     labels.write_bytes(b"\xef\xbb\xbf" + labels.read_bytes())  # as spreadsheets write it
@@ -266,7 +413,7 @@ def test_audioset_classes_are_named_and_overlap(tmp_path):
         (list("abcde"), "words", "columns"),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(tmp_path, names, column, message):
+def test_labels_that_do_not_fit_are_rejected(tmp_path, names, column, message):
     labels = write_labels(tmp_path / "labels.csv", names, column)
     with pytest.raises(ConversionError, match=message):
         convert_checkpoint(save_fine_tuned_fairseq(tmp_path / "m.pt"), tmp_path / "out", labels=labels)
@@ -369,14 +516,14 @@ def damaged_sources(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "text": (tmp_path / "text.pt", r"text\.pt cannot be read"),
         "another layout": (tmp_path / "other.pt", 'expected a dict with "model" and "cfg"'),
         "no dict": (tmp_path / "list.pt", 'expected a dict with "model" and "cfg"'),
-        "another model": (save_pretrained_fairseq(tmp_path / "bert.pt", bert), "no SSLAM or EAT model.*word_embeddings"),
+        "another model": (save_pretrained_fairseq(tmp_path / "bert.pt", bert), "not a SSLAM or EAT model.*word_embeddings"),
         "no heads": (save_pretrained_fairseq(tmp_path / "heads.pt", num_heads=None), "num_heads"),
         "missing": (save_pretrained_fairseq(tmp_path / "missing.pt", missing), r"lacks .*layers\.0\.layernorm_after_attention\.weight"),
         "surplus": (save_pretrained_fairseq(tmp_path / "surplus.pt", surplus), r"beyond.*layers\.0\.gate\.weight"),
         "reshaped": (save_pretrained_fairseq(tmp_path / "reshaped.pt", reshaped), r"fc1\.weight \(63, 32\) for \(64, 32\)"),
         "infinite": (save_pretrained_fairseq(tmp_path / "infinite.pt", infinite), r"NaN or infinity in sslam\.layers\.1\.mlp\.fc1\.bias"),
         "blocks missing": (save_pretrained_fairseq(tmp_path / "depth.pt", depth=3), "depth 3, but its tensors 2"),
-        "no tensor": (save_pretrained_fairseq(tmp_path / "value.pt", {**tensors, "epoch": 3}), "no tensors: epoch"),
+        "no tensor": (save_pretrained_fairseq(tmp_path / "value.pt", {**tensors, "epoch": 3}), "not tensors: epoch"),
         "pre-norm": (save_pretrained_fairseq(tmp_path / "pre.pt", layer_norm_first=True), "layer_norm_first True.*False were published"),
         "mean pooling": (save_fine_tuned_fairseq(tmp_path / "mean.pt", prediction_mode="MEAN_POOLING"), "MEAN_POOLING"),
         "truncated hub": (hub, "truncated_hub cannot be read"),
@@ -384,7 +531,7 @@ def damaged_sources(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "another hub model": (save_hub_folder(tmp_path / "vit", model_type="vit"), "model_type 'vit'"),
         "table's grid": (save_hub_folder(tmp_path / "grid", max_length=7), "128 rows.*max_length 7"),
         "one bit": (flip_a_bit(save_pretrained_fairseq(tmp_path / "bit.pt")), r"its part .* is damaged"),
-        "old format": (save_old_format(tmp_path / "old.pt"), "no whole file of torch.save in the format of torch 1.6"),
+        "old format": (save_old_format(tmp_path / "old.pt"), "not a whole file of torch.save in the format of torch 1.6"),
         "odd heads": (save_pretrained_fairseq(tmp_path / "five.pt", num_heads=5), "hidden_size is 32 and num_attention_heads is 5"),
         "odd epsilon": (save_pretrained_fairseq(tmp_path / "eps.pt", norm_eps="small"), "what it says does not make a model"),
         "another decoder": (
@@ -393,10 +540,10 @@ def damaged_sources(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         ),
         "teacher is a list": (save_pretrained_fairseq(tmp_path / "ema.pt", {**tensors, "_ema": [1]}), '"_ema" in "model" is a list'),
         "float64": (save_pretrained_fairseq(tmp_path / "double.pt", encoder_tensors(dtype=torch.float64)), "wider than float32"),
-        "classes": (save_fine_tuned_fairseq(tmp_path / "classes.pt", num_classes=9), "num_classes 9, but its head has 5"),
+        "classes": (save_fine_tuned_fairseq(tmp_path / "classes.pt", num_classes=9), "num_classes 9, but its tensors 5"),
         "overlapping patches": (save_hub_folder(tmp_path / "stride", stride=10), "stride 10, but its tensors 16"),
         "variant": (save_hub_folder(tmp_path / "variant", model_variant="finetune"), "model_variant finetune, but lacks a head"),
-        "config is a list": (with_config(save_hub_folder(tmp_path / "list"), "[]"), "model_type None"),
+        "config is a list": (with_config(save_hub_folder(tmp_path / "list"), "[]"), "holds a list, but a dict is expected"),
         "nothing there": (tmp_path / "absent.pt", "neither a file, nor a folder, nor a Hub id"),
     }
 
@@ -535,7 +682,7 @@ def deep_pickle(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [zip_bomb, repeated_bytes, deep_pickle])
-def test_a_small_file_that_would_fill_the_memory_is_refused_at_once(tmp_path, make):
+def test_a_small_file_that_would_fill_the_memory_is_rejected_at_once(tmp_path, make):
     make(tmp_path / "bomb.pt")
     start = time.process_time()
     with pytest.raises(ConversionError, match=r"bomb\.pt"):
@@ -546,7 +693,7 @@ def test_a_small_file_that_would_fill_the_memory_is_refused_at_once(tmp_path, ma
 def test_a_full_output_folder_is_not_touched(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(ConversionError, match="not an empty folder"):
+    with pytest.raises(UserError, match="not an empty folder"):
         convert_checkpoint(FIXTURES / "small_hub_model", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
@@ -572,12 +719,15 @@ def test_a_written_file_that_differs_is_noticed(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_script_says_in_one_line_what_it_did_or_why_not(tmp_path):
-    command = [sys.executable, str(SCRIPT)]
-    good = subprocess.run([*command, str(FIXTURES / "small_hub_model"), str(tmp_path / "out")], capture_output=True, text=True)
-    assert good.returncode == 0, good.stderr
-    assert "SSLAMModel, 0.0 M parameters, every tensor verified" in good.stdout
-    bad = subprocess.run([*command, str(tmp_path / "absent.pt"), str(tmp_path / "out2")], capture_output=True, text=True)
-    assert bad.returncode == 1
-    assert bad.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in bad.stderr
+def test_the_command_says_in_one_line_what_it_did_or_why_not(tmp_path, capsys):
+    words = ["convert", "--model", str(FIXTURES / "small_hub_model"), "--output_dir", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "SSLAMModel, 0.0 M parameters, every tensor verified" in capsys.readouterr().out
+    assert main(words) == 1
+    assert re.match("sslam convert: error: .* is not an empty folder.*\n$", capsys.readouterr().err)
+    labels = save_fine_tuned_fairseq(tmp_path / "m.pt"), write_labels(tmp_path / "labels.csv", list("abcde"))
+    words = ["--model", str(labels[0]), "--labels", str(labels[1]), "--preset", "esc50", "--problem-type", "multi_label_classification"]
+    assert main(["convert", *words, "--output_dir", str(tmp_path / "tagger")]) == 0
+    config = AutoModelForAudioClassification.from_pretrained(tmp_path / "tagger").config
+    assert (config.problem_type, list(config.label2id)) == ("multi_label_classification", list("abcde"))
+    assert AutoFeatureExtractor.from_pretrained(tmp_path / "tagger").mean == -6.627

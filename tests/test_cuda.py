@@ -63,7 +63,7 @@ def state(run) -> list[torch.Tensor]:
 def test_updates_do_not_wait_and_one_that_is_not_finite_changes_nothing(tmp_path, device, stage, precision):
     if precision == "fp16" and device.type == "cpu":
         pytest.skip("float16 is trained on GPUs alone")
-    run = a_trainer(tmp_path, stage=stage, mixed_precision=precision, mask_padding=True, warmup_updates=0)
+    run = a_trainer(tmp_path, stage=stage, bf16=precision == "bf16", fp16=precision == "fp16", mask_padding=True, warmup_steps=0)
     assert run.accelerator.device.type == device.type
     if run.accelerator.scaler is not None:
         run.accelerator.scaler = torch.amp.GradScaler(device.type, init_scale=1.0)  # one at which nothing overflows
@@ -82,7 +82,7 @@ def test_updates_do_not_wait_and_one_that_is_not_finite_changes_nothing(tmp_path
     if run.accelerator.scaler is not None:
         assert run.accelerator.scaler.get_scale() == 0.5
     run._log()
-    assert (run.update, run.skipped, run.skipped_in_a_row) == (4, 1, 0)
+    assert (run.step, run.skipped, run.skipped_in_a_row) == (4, 1, 0)
 
 
 @pytest.mark.timeout(600)  # a GPU's code is generated
@@ -93,7 +93,7 @@ def test_a_compiled_update_is_the_same_and_does_not_wait(tmp_path, device, reque
     losses = []
     for compile in (False, True):
         (tmp_path / str(compile)).mkdir()
-        run = a_trainer(tmp_path / str(compile), compile=compile, warmup_updates=0)
+        run = a_trainer(tmp_path / str(compile), torch_compile=compile, warmup_steps=0)
         torch.manual_seed(0)
         sent = [on_the_way_to(device, run) for _ in range(3)]
         run._train(sent[0])

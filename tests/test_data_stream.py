@@ -24,6 +24,7 @@ from datasets import Audio, Dataset
 from transformers_sslam import SSLAMFeatureExtractor
 from transformers_sslam.audio import clips as clips_module
 from transformers_sslam.audio import readers as readers_module
+from transformers_sslam.audio import shared as shared_module
 from transformers_sslam.audio.batches import ClipStream, DataSettings
 from transformers_sslam.audio.cache import WaveformCache
 from transformers_sslam.audio.clips import ReadStatistics, Windows
@@ -195,7 +196,7 @@ def test_processes_that_cannot_share_the_readers_evenly_are_told(kinds, caplog):
     open_stream(kinds["folder"], world_size=2)
     assert caplog.text == ""
     open_stream(kinds["folder"], world_size=3)
-    assert "shard_readers is 64, which 3 processes cannot share out evenly" in caplog.text
+    assert "shard_readers is 64, which cannot be divided evenly among 3 processes" in caplog.text
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -745,6 +746,25 @@ def test_an_error_in_a_worker_ends_the_run(kinds, raised: type[Exception], text:
     assert stream.statistics == ReadStatistics()
 
 
+def test_batches_that_are_kept_are_never_overwritten_and_the_memory_of_others_is_used_again(kinds):
+    def run(keep: int) -> tuple[int, bool]:
+        """Pieces of memory that were sent, and whether every batch that was kept still holds what it held."""
+        stream, kept = open_stream(kinds["folder"], batch_size=1, num_workers=2, epochs=6), []
+        batches = iter(stream)
+        for batch in batches:
+            assert {type(batch[name]) for name in ("input_values", "attention_mask")} == {torch.Tensor}
+            kept.append((batch["input_values"][0], batch["input_values"].clone()))
+            kept = kept[-keep:]
+            pieces = len(next(iter(shared_module._channels.values())).received)
+        return pieces, all(torch.equal(view[None], copy) for view, copy in kept)
+
+    pieces, unchanged = run(keep=200)  # more than the pieces of both workers: the others come in PyTorch's way
+    assert (pieces, unchanged) == (2 * shared_module.MOST, True)
+    pieces, unchanged = run(keep=1)
+    assert unchanged
+    assert 4 <= pieces <= 20  # two tensors a batch
+
+
 def test_workers_leave_the_random_state_of_the_run_alone(kinds):
     before = torch.get_rng_state()
     next(iter(open_stream(kinds["folder"], num_workers=1)))
@@ -773,7 +793,6 @@ def test_settings_of_a_source_that_cannot_be_are_rejected(settings: dict, messag
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sources": []}, "sources is empty"),
         ({"sources": ["/data"]}, "a source is '/data', but must be a mapping with kind and path"),
         ({"sources": [{"kind": "folder"}]}, "must be a mapping with kind and path"),
         ({"sources": [{"kind": "folder", "path": "x", "wait": 2}]}, "the source x has wait, but a source has only kind, path, weight"),
@@ -791,6 +810,11 @@ def test_settings_of_a_source_that_cannot_be_are_rejected(settings: dict, messag
 def test_settings_of_the_data_that_cannot_be_are_rejected(settings: dict, message: str):
     with pytest.raises(UserError, match=message):
         DataSettings(**{"sources": [{"kind": "folder", "path": "x"}], **settings})
+
+
+def test_a_stream_without_sources_is_rejected():
+    with pytest.raises(UserError, match="sources is empty"):
+        ClipStream(DataSettings(), SSLAMFeatureExtractor(), batch_size=1)
 
 
 @pytest.mark.parametrize(

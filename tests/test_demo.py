@@ -18,7 +18,8 @@ from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassificatio
 
 soundfile = pytest.importorskip("soundfile")
 matplotlib_image = pytest.importorskip("matplotlib.image")
-from transformers_sslam.evaluation.tagging import Event, plot_scores  # noqa: E402
+from transformers_sslam.audio.labels import Event  # noqa: E402
+from transformers_sslam.recordings.plot import plot_scores  # noqa: E402
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "demo.py"
@@ -70,10 +71,10 @@ def test_every_sound_is_whole_in_range_and_the_same_for_the_same_seed(demo):
 def test_the_recording_holds_each_sound_where_it_says(demo):
     scene, events = demo.make_scene()
     assert np.abs(scene).max() <= 1
-    assert len(scene) == RATE * max(event.end for event in events)
-    assert any(a.start < b.start < a.end for a in events for b in events), "nothing overlaps"
-    alone = demo.make_sound(events[0].name, 1, 0)
-    part = scene[: round(RATE * min(event.start for event in events[1:]))]
+    assert len(scene) == RATE * max(event.offset for event in events)
+    assert any(a.onset < b.onset < a.offset for a in events for b in events), "nothing overlaps"
+    alone = demo.make_sound(events[0].label, 1, 0)
+    part = scene[: round(RATE * min(event.onset for event in events[1:]))]
     assert np.corrcoef(part, alone[: len(part)])[0, 1] > 0.999999
 
 
@@ -143,7 +144,7 @@ def test_of_many_classes_the_likeliest_and_the_true_ones_are_drawn(tmp_path, mon
     heard = score(speech_like(2.0), classes=[f"class {i}" for i in range(30)])
     ranked = heard.scores.max(0).argsort()[::-1]
     drawn = []
-    monkeypatch.setattr("transformers_sslam.evaluation.tagging._draw_scores", lambda axes, heard, shown, truth: drawn.extend(shown))
+    monkeypatch.setattr("transformers_sslam.recordings.plot._draw_scores", lambda axes, heard, shown, truth: drawn.extend(shown))
     least = int(ranked[-1])
     plot_scores(heard, speech_like(2.0), tmp_path / "many.png", truth=[Event(f"class {least}", 0, 1)], most_classes=4)
     assert drawn == sorted([least, *ranked[:3].tolist()])

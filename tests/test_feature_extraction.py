@@ -154,6 +154,19 @@ def test_a_data_collator_leaves_what_is_longer_and_pads_to_its_own_multiple(extr
     assert padded["input_values"].shape == (2, 128, 128)
 
 
+def test_a_length_in_frames_may_be_as_large_as_a_length_in_samples():
+    """Where clips are cut to it, where nothing is padded to it, as a number to pad to, and where the extractor was built with it."""
+    long = noise(170.0)
+    cut = SSLAMFeatureExtractor()(long, sampling_rate=16_000, max_length=16_000, return_tensors="np")
+    assert cut["input_values"].shape == (1, 16_000, 128)
+    longest = SSLAMFeatureExtractor()(noise(0.5), sampling_rate=16_000, padding="longest", max_length=16_000, return_tensors="np")
+    assert longest["input_values"].shape == (1, 48, 128)
+    padded = SSLAMFeatureExtractor()(noise(0.5), sampling_rate=16_000, padding=16_000, return_tensors="np")
+    assert padded["input_values"].shape == (1, 16_000, 128)
+    built = SSLAMFeatureExtractor(max_length=16_000)(noise(0.5), sampling_rate=16_000, return_tensors="np")
+    assert built["input_values"].shape == (1, 16_000, 128)
+
+
 def test_presets_hold_the_published_numbers():
     assert set(NORMALIZATION_PRESETS) == {"audioset", "esc50", "speech_commands"}
     esc50 = SSLAMFeatureExtractor.from_preset("esc50")
@@ -215,9 +228,12 @@ def spoilt(value: float) -> np.ndarray:
         (np.array(0.1, np.float32), r"clip 0 has shape \(\)"),
         (np.zeros(16_000, np.complex64), "clip 0 has dtype complex64, but floats in .* are expected$"),
         ("sound.wav", "raw_speech is a str"),
-        (["sound.wav"], "clip 0 is no array of numbers"),
+        (["sound.wav"], "clip 0 is not an array of numbers"),
         ({"array": noise(0.5), "sampling_rate": 16_000}, "raw_speech is a dict"),
-        ([None], "clip 0 is no array of numbers"),
+        ([None], "clip 0 is not an array of numbers"),
+        (np.ma.masked_less(noise(0.5), 0), r"clip 0 is a masked array.*filled"),
+        (np.ma.masked_less(np.stack([noise(0.5)] * 3), 0), "clip 0 is a masked array"),
+        (torch.zeros(16_000, dtype=torch.complex64), "clip 0 has dtype complex64"),
     ],
 )
 def test_what_is_no_clip_is_refused(extractor, raw_speech, message):
@@ -228,7 +244,7 @@ def test_what_is_no_clip_is_refused(extractor, raw_speech, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"sampling_rate": 44_100}, "44100, but the model hears 16000 Hz.*resample"),
+        ({"sampling_rate": 44_100}, "44100, but the model takes 16000 Hz.*resample"),
         ({"padding": 100}, "100 frames.*multiple of 16"),
         ({"max_length": 0}, "0 frames.*multiple of 16"),
         ({"padding": 512, "max_length": 256}, "512 frames and max_length 256"),
@@ -237,6 +253,7 @@ def test_what_is_no_clip_is_refused(extractor, raw_speech, message):
         ({"return_tensors": "jax"}, "jax"),
         ({"return_tensors": "mlx"}, "return_tensors is 'mlx'"),
         ({"sampling_rate": "16000"}, "sampling_rate is '16000', but"),
+        ({"max_length": 16_000, "truncation": True}, r"16000 frames of 10 ms \(160 s\).*were samples meant\? 16000 samples are 98 frames"),
     ],
 )
 def test_unusable_arguments_are_refused(extractor, kwargs, message):
@@ -264,7 +281,7 @@ def test_unusable_arguments_are_refused(extractor, kwargs, message):
         ({"sampling_rate": 30}, "sampling_rate is 30, but a whole number of at least 1000"),
         ({"pad_to_multiple_of": 16.0}, "pad_to_multiple_of is 16.0"),
         ({"pad_to_multiple_of": None}, "pad_to_multiple_of is None"),
-        ({"mean": None}, "mean is None, but a number"),
+        ({"mean": None}, "mean is None, but a finite number"),
         ({"do_normalize": "no"}, "do_normalize is 'no'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Frozen features: what they are, that they are computed once, and that a cache is never half of one, nor another's."""
+"""Frozen features: their definition, and a cache that is computed once, whole, and verified."""
 
 import os
 import socket
@@ -12,8 +12,9 @@ import torch
 from conftest import noise, tiny_config
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMModel
+from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation import features as module
-from transformers_sslam.evaluation.features import ProbeError, encode_clips, hash_waveforms
+from transformers_sslam.evaluation.features import encode_clips, hash_waveforms
 from transformers_sslam.fbank import log_mel
 
 
@@ -45,18 +46,18 @@ def calls(model, monkeypatch) -> list[int]:
 
 def test_tokens_are_those_of_each_clip_alone(model, extractor):
     """Clips of unequal length in one batch, each as if alone and without its padding."""
-    features = encode_clips(model, extractor, CLIPS, precision="float32", batch_size=2)
-    tokens, heard = features.patch_tokens(np.arange(3))
+    features = encode_clips(model, extractor, CLIPS, patch_dtype="float32", batch_size=2)
+    tokens, mask = features.patch_tokens(np.arange(3))
     assert tokens.shape == (3, 16 * 8, 32)
-    assert features.heard.tolist() == [3 * 8, 13 * 8, 8 * 8]  # 48, 198 and 128 frames in steps of 16
+    assert features.lengths.tolist() == [3 * 8, 13 * 8, 8 * 8]  # 48, 198 and 128 frames in steps of 16
     for i, clip in enumerate(CLIPS):
         inputs = extractor(clip, sampling_rate=16_000, padding="longest", return_attention_mask=True, return_tensors="pt")
         with torch.inference_mode():
             alone = model(**inputs).last_hidden_state[0]
         np.testing.assert_allclose(features.cls[i], alone[0], atol=1e-5)
         np.testing.assert_allclose(features.mean[i], alone[1:].mean(0), atol=1e-5)
-        np.testing.assert_allclose(features.mean_and_deviation[i], np.concatenate((alone[1:].mean(0), alone[1:].numpy().std(0))), atol=1e-5)
-        np.testing.assert_allclose(tokens[i][heard[i]], alone[1:], atol=1e-5)
+        np.testing.assert_allclose(features.mean_and_std[i], np.concatenate((alone[1:].mean(0), alone[1:].numpy().std(0))), atol=1e-5)
+        np.testing.assert_allclose(tokens[i][mask[i]], alone[1:], atol=1e-5)
 
 
 def test_statistics_are_those_of_each_mel_bin_without_padding(model, extractor):
@@ -86,7 +87,7 @@ def test_a_cache_is_written_once_and_read_after_that(model, extractor, tmp_path,
     assert isinstance(second.patches, np.memmap)
     assert second.patches.dtype == np.float16
     in_memory = encode_clips(model, extractor, CLIPS, batch_size=2)
-    for name in ("cls", "mean", "deviation", "statistics", "heard", "patches", "rows"):
+    for name in ("cls", "mean", "std", "statistics", "lengths", "patches", "rows"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
         np.testing.assert_array_equal(getattr(first, name), getattr(in_memory, name))
 
@@ -125,8 +126,8 @@ def change_borders(model, extractor, clips, options):
     clips[:2] = [np.concatenate((clips[0], clips[1][:8000])), clips[1][8000:]]
 
 
-def change_precision(model, extractor, clips, options):
-    options["precision"] = "float32"
+def change_patch_dtype(model, extractor, clips, options):
+    options["patch_dtype"] = "float32"
 
 
 def drop_patches(model, extractor, clips, options):
@@ -137,10 +138,10 @@ def drop_patches(model, extractor, clips, options):
     "change",
     [
         *(change_weights, change_config, change_extractor, change_a_sample, change_order, change_borders),
-        *(change_precision, drop_patches),
+        *(change_patch_dtype, drop_patches),
     ],
 )
-def test_whatever_would_change_features_has_a_cache_of_its_own(change, model, extractor, tmp_path, calls):
+def test_each_change_of_features_has_a_cache_of_its_own(change, model, extractor, tmp_path, calls):
     clips, options = list(CLIPS), {}
     before = encode_clips(model, extractor, clips, tmp_path)
     change(model, extractor, clips, options)
@@ -150,10 +151,10 @@ def test_whatever_would_change_features_has_a_cache_of_its_own(change, model, ex
     assert len(before) == len(after) == 3
 
 
-def test_a_key_of_the_data_spares_their_reading(model, extractor, tmp_path):
+def test_a_key_of_the_data_replaces_their_reading(model, extractor, tmp_path):
     class Closed(list):
         def __getitem__(self, i):
-            raise AssertionError("the cache was to be read, not the clips")
+            raise AssertionError("the clips were read, but only the cache should be")
 
     encode_clips(model, extractor, CLIPS, tmp_path, data_key=hash_waveforms(CLIPS))
     encode_clips(model, extractor, Closed(CLIPS), tmp_path, data_key=hash_waveforms(CLIPS))
@@ -178,7 +179,7 @@ def test_memory_holds_one_batch_of_clips(model, extractor, tmp_path):
     assert most <= 3 + 1
 
 
-def test_a_run_that_ends_early_leaves_nothing_that_could_be_taken_for_whole(model, extractor, tmp_path):
+def test_a_run_that_ends_early_leaves_nothing_that_looks_whole(model, extractor, tmp_path):
     class Ending(list):
         def __getitem__(self, i):
             if i == 2:
@@ -223,13 +224,13 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("array", ["patches", "mean", "heard", "manifest"])
+@pytest.mark.parametrize("array", ["patches", "mean", "lengths", "manifest"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_features_are_computed_again_with_a_warning(damage, array, model, extractor, tmp_path, calls, caplog):
     if array == "manifest" and damage in ("zeros", "NaN", "longer"):
         pytest.skip("of arrays")
     whole = encode_clips(model, extractor, CLIPS, tmp_path)
-    expected = {name: np.array(getattr(whole, name)) for name in ("patches", "mean", "heard")}
+    expected = {name: np.array(getattr(whole, name)) for name in ("patches", "mean", "lengths")}
     (file,) = tmp_path.glob(f"*/{array}.*")
     times = file.stat().st_mtime_ns
     content = file.read_bytes()
@@ -238,7 +239,6 @@ def test_damaged_features_are_computed_again_with_a_warning(damage, array, model
     if DAMAGE[damage]:
         file.write_bytes(DAMAGE[damage](content))
         os.utime(file, ns=(times, times))  # a disk that loses a bit leaves the time as it was
-    module._verified.clear()  # as in another process
     again = encode_clips(model, extractor, CLIPS, tmp_path)
     for name, values in expected.items():
         np.testing.assert_array_equal(getattr(again, name), values)
@@ -246,29 +246,29 @@ def test_damaged_features_are_computed_again_with_a_warning(damage, array, model
     assert [record.getMessage().endswith("the clips are encoded again.") for record in caplog.records] == [True]
 
 
-def test_features_that_are_not_finite_are_refused_and_not_kept(model, extractor, tmp_path):
+def test_features_that_are_not_finite_are_rejected_and_not_kept(model, extractor, tmp_path):
     with torch.no_grad():
         model.layers[1].layernorm_after_mlp.bias[0] = torch.nan
-    with pytest.raises(ProbeError, match="NaN"):
+    with pytest.raises(UserError, match="NaN"):
         encode_clips(model, extractor, CLIPS, tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-def test_tokens_beyond_float16_are_refused_and_not_cut(model, extractor):
+def test_tokens_beyond_float16_are_rejected_and_not_clipped(model, extractor):
     with torch.no_grad():
         model.layers[1].layernorm_after_mlp.bias[0] = 1e6
-    with pytest.raises(ProbeError, match="1e\\+06.*float32"):
+    with pytest.raises(UserError, match="1e\\+06.*float32"):
         encode_clips(model, extractor, CLIPS)
-    assert encode_clips(model, extractor, CLIPS, precision="float32").patches[..., 0].min() > 0.9e6
+    assert encode_clips(model, extractor, CLIPS, patch_dtype="float32").patches[..., 0].min() > 0.9e6
 
 
-def test_what_cannot_be_encoded_is_refused(model, extractor, tmp_path, monkeypatch):
-    with pytest.raises(ProbeError, match="no clip"):
+def test_what_cannot_be_encoded_is_rejected(model, extractor, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no clip"):
         encode_clips(model, extractor, [])
-    with pytest.raises(ProbeError, match="1024 frames.*256"):
+    with pytest.raises(UserError, match="1024 frames.*256"):
         encode_clips(model, SSLAMFeatureExtractor(), CLIPS)
-    with pytest.raises(ProbeError, match="keep_patches"):
+    with pytest.raises(UserError, match="keep_patches"):
         encode_clips(model, extractor, CLIPS, keep_patches=False).patch_tokens(np.arange(3))
     monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
-    with pytest.raises(ProbeError, match="free"):
+    with pytest.raises(UserError, match="free"):
         encode_clips(model, extractor, CLIPS, tmp_path)

@@ -3,7 +3,6 @@
 import json
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,11 +19,16 @@ from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from transformers_sslam.attention_sslam import CPU_HALF_PRECISION_ATTENTION
 from transformers_sslam.audio.decode import load_waveform
-from transformers_sslam.conversion import convert_checkpoint
 from transformers_sslam.errors import UserError
-from transformers_sslam.training.fine_tuning import build_extractor, build_model, describe_results, fine_tune, resolve_checkpoint
-from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
+from transformers_sslam.finetuning import training
+from transformers_sslam.finetuning.model import build_extractor, build_model
+from transformers_sslam.finetuning.run import fine_tune, run
+from transformers_sslam.finetuning.settings import FineTuningSettings
+from transformers_sslam.finetuning.training import describe_results
+from transformers_sslam.publishing.conversion import convert_checkpoint
+from transformers_sslam.settings import read_settings
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"
@@ -72,12 +76,12 @@ def settings(folder, tmp_path) -> FineTuningSettings:
         output_dir=str(tmp_path / "model"),
         fold_column="fold",
         train_folds=[1],
-        eval_folds=[2],
+        test_folds=[2],
         max_length=64,
         model_config=TINY,
-        batch_size=4,
-        total_updates=2,
-        trainer={"disable_tqdm": True},
+        per_device_train_batch_size=4,
+        max_steps=2,
+        disable_tqdm=True,
     )
 
 
@@ -93,12 +97,12 @@ def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     (root / "clips" / "train" / "hum" / "broken.wav").write_bytes(b"RIFF and nothing more")
     recipe = {
         **{"model_config": TINY, "max_length": 64, "normalization": "computed"},
-        **{"epochs": 8, "batch_size": 8, "learning_rate": 2e-3, "augmentation": {"mixup_alpha": 0.0}},
+        **{"num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 2e-3, "augmentation": {"mixup_alpha": 0.0}},
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    overrides = [f"data_dir={root / 'clips'}", f"output_dir={root / 'model'}", "max_unreadable=0.1"]
+    flags = ["--data_dir", root / "clips", "--output_dir", root / "model", "--max_unreadable", "0.1"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(root / "cache")}
-    command = [sys.executable, SCRIPT, root / "recipe.yaml", *overrides]
+    command = [sys.executable, SCRIPT, "--config", root / "recipe.yaml", *flags]
     return root / "model", subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
@@ -111,7 +115,7 @@ def test_the_program_learns_and_reports(finished):
     assert results["metrics"]["accuracy"] == 1.0
     assert "| accuracy | loss |" in process.stdout
     assert "| 1.0000 | " in process.stdout
-    assert results["clips"] == {"training": 32, "evaluation": 10}
+    assert results["clips"] == {"training": 32, "test": 10}
     assert results["classes"] == ["hiss", "hum"]
     assert results["steps"] == 32
     assert results["seconds"]["total"] >= results["seconds"]["training"] > 0
@@ -121,7 +125,7 @@ def test_an_unreadable_file_is_left_out_by_name(finished):
     output, process = finished
     unreadable = json.loads((output / "results.json").read_text())["unreadable"]
     assert [Path(name).name for name in unreadable["training"].pop("unreadable")] == ["broken.wav"]
-    assert unreadable == {"training": {}, "evaluation": {}}
+    assert unreadable == {"training": {}, "test": {}}
     assert process.stderr.count("left out: 1 unreadable. The first 1 that cannot be used:") == 1  # not again in each epoch
     assert "1 files could not be read and were left out" in (output / "README.md").read_text()
 
@@ -138,8 +142,10 @@ def test_the_saved_folder_classifies_through_a_pipeline(finished):
 def test_the_saved_folder_holds_settings_card_and_code(finished):
     output, _ = finished
     settings = yaml.safe_load((output / "settings.yaml").read_text())
-    assert set(settings) == set(FineTuningSettings.__dataclass_fields__)
-    assert (settings["learning_rate"], settings["min_learning_rate"]) == (2e-3, 1e-6)
+    assert {"data_dir", "augmentation", "model_config", "seed", "weight_decay", "adam_beta2"} <= settings.keys()
+    assert not settings.keys() & {"hub_token", "use_cpu", "dataloader_pin_memory", "disable_tqdm", "report_to", "local_rank", "adam_beta1"}
+    assert read_settings(FineTuningSettings, output / "settings.yaml").to_save() == settings
+    assert (settings["learning_rate"], settings["lr_scheduler_kwargs"]) == (2e-3, {"min_lr": 1e-6})
     assert "trained from scratch on 32 clips" in (output / "README.md").read_text()
     assert (output / "modeling_sslam.py").is_file()
 
@@ -171,7 +177,7 @@ def test_same_seed_same_weights(settings, tmp_path):
 
 
 def test_folds_choose_rows_whatever_their_type(settings):
-    assert fine_tune(replace(settings, train_folds=["1"]))["clips"] == {"training": 6, "evaluation": 6}
+    assert fine_tune(replace(settings, train_folds=["1"]))["clips"] == {"training": 6, "test": 6}
 
 
 def test_several_labels_a_clip_give_average_precision(settings, tmp_path):
@@ -179,7 +185,7 @@ def test_several_labels_a_clip_give_average_precision(settings, tmp_path):
     folder = write_folder(tmp_path / "tags", [*rows, ("drum", 1)])
     results = fine_tune(replace(settings, data_dir=str(folder), label_separator=";"))
     assert results["classes"] == ["drum", "hiss", "hum"]
-    assert results["clips"] == {"training": 5, "evaluation": 4}
+    assert results["clips"] == {"training": 5, "test": 4}
     assert results["metrics"]["classes_without_positives"] == ["drum"]
     assert set(results["metrics"]["average_precision"]) == {"hiss", "hum"}
     config = SSLAMConfig.from_pretrained(settings.output_dir)
@@ -187,8 +193,8 @@ def test_several_labels_a_clip_give_average_precision(settings, tmp_path):
 
 
 def test_label_smoothing_of_several_labels_is_refused(settings):
-    with pytest.raises(UserError, match="label_smoothing is set, but it spreads a single label"):
-        fine_tune(replace(settings, label_separator=";", label_smoothing=0.1))
+    with pytest.raises(UserError, match="label_smoothing_factor is set, but it spreads one label"):
+        fine_tune(replace(settings, label_separator=";", label_smoothing_factor=0.1))
 
 
 def test_lists_of_labels_are_several_labels_too(settings, tmp_path):
@@ -204,7 +210,7 @@ def test_lists_of_labels_are_several_labels_too(settings, tmp_path):
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy"])
 def test_the_scores_that_are_kept_give_the_results(settings, loss):
-    results = fine_tune(replace(settings, loss=loss, total_updates=3))
+    results = fine_tune(replace(settings, loss=loss, max_steps=3))
     assert results["steps"] == 3
     assert json.loads((Path(settings.output_dir) / "results.json").read_text()) == results
     scores = np.load(Path(settings.output_dir) / "scores.npz")
@@ -217,11 +223,11 @@ def test_the_scores_that_are_kept_give_the_results(settings, loss):
 
 
 def test_without_evaluation_training_clips_are_all_that_is_needed(settings):
-    results = fine_tune(replace(settings, evaluate=False, eval_folds=[]))
+    results = fine_tune(replace(settings, do_eval=False, test_folds=[]))
     assert results["metrics"] == {}
     assert results["clips"] == {"training": 6}
     assert not (Path(settings.output_dir) / "scores.npz").exists()
-    assert "on 6 clips of `clips`, and not evaluated; 0 files" in (Path(settings.output_dir) / "README.md").read_text()
+    assert "on 6 clips of `clips`, and not tested; 0 files" in (Path(settings.output_dir) / "README.md").read_text()
 
 
 def test_results_of_another_run_do_not_stay_beside_a_new_model(settings, monkeypatch):
@@ -230,9 +236,9 @@ def test_results_of_another_run_do_not_stay_beside_a_new_model(settings, monkeyp
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("transformers_sslam.training.fine_tuning._evaluate", stop)
+    monkeypatch.setattr("transformers_sslam.finetuning.training._evaluate", stop)
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(replace(settings, seed=1, overwrite=True))
+        fine_tune(replace(settings, seed=1, overwrite_output_dir=True))
     left = {path.name for path in Path(settings.output_dir).iterdir()}
     assert "model.safetensors" in left
     assert not left & {"results.json", "scores.npz", "README.md"}
@@ -257,14 +263,13 @@ def shards(folder, tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_parquet_files_can_be_streamed(settings, shards, workers):
     changes = {"data_dir": str(shards), "layout": "parquet", "streaming": True, "max_unreadable": 0.2}
-    splits = {"fold_column": None, "train_folds": [], "eval_folds": []}
-    trainer = {"disable_tqdm": True, "dataloader_num_workers": workers}
-    results = fine_tune(replace(settings, **changes, **splits, trainer=trainer, total_updates=5))
+    splits = {"fold_column": None, "train_folds": [], "test_folds": []}
+    results = fine_tune(replace(settings, **changes, **splits, dataloader_num_workers=workers, max_steps=5))
     assert results["steps"] == 5  # of two batches an epoch
     assert results["classes"] == ["hiss", "hum"]
-    assert results["clips"] == {"training": None, "evaluation": None}
+    assert results["clips"] == {"training": None, "test": None}
     assert results["unreadable"]["training"]["unreadable"] >= 2  # counted in every pass
-    assert results["unreadable"]["evaluation"] == {}
+    assert results["unreadable"]["test"] == {}
     assert np.load(Path(settings.output_dir) / "scores.npz")["targets"].tolist() == [[0, 1], [1, 0]] * 3
     assert "on streamed clips of `shards`" in (Path(settings.output_dir) / "README.md").read_text()
 
@@ -277,14 +282,14 @@ def augmentation_seeds(monkeypatch) -> list[tuple[int, ...]]:
         seeds.append(tuple(generator.bit_generator.seed_seq.entropy)[2:])  # behind what tells this use from others
         return waveform
 
-    monkeypatch.setattr("transformers_sslam.training.labelled_stream.augment_waveform", record)
+    monkeypatch.setattr("transformers_sslam.finetuning.stream.augment_waveform", record)
     return seeds
 
 
 def test_a_stream_is_augmented_anew_in_every_epoch(settings, shards, monkeypatch):
     seeds = augmentation_seeds(monkeypatch)
-    changes = {"data_dir": str(shards), "layout": "parquet", "streaming": True, "max_unreadable": 0.2, "evaluate": False}
-    fine_tune(replace(settings, **changes, fold_column=None, train_folds=[], eval_folds=[], total_updates=4, seed=5))
+    changes = {"data_dir": str(shards), "layout": "parquet", "streaming": True, "max_unreadable": 0.2, "do_eval": False}
+    fine_tune(replace(settings, **changes, fold_column=None, train_folds=[], test_folds=[], max_steps=4, seed=5))
     assert len(set(seeds)) == len(seeds) == 16  # four updates of four clips
     assert {seed[:2] for seed in seeds} == {(5, epoch) for epoch in range(4)}  # of five clips that can be read
 
@@ -333,7 +338,7 @@ def test_a_frozen_encoder_keeps_every_bit_and_the_head_learns(settings, checkpoi
     assert (trained["classifier.bias"] != 0).all()
     assert SSLAMConfig.from_pretrained(settings.output_dir).drop_path_rate == 0.5  # as the published protocol asks for
 
-    fine_tune(replace(settings, model=str(checkpoint), model_config={}, learning_rate=1e-2, overwrite=True))
+    fine_tune(replace(settings, model=str(checkpoint), model_config={}, learning_rate=1e-2, overwrite_output_dir=True))
     assert not torch.equal(encoder_of(settings.output_dir)["layers.0.mlp.fc1.weight"], before["layers.0.mlp.fc1.weight"])
 
 
@@ -346,7 +351,20 @@ def test_a_frozen_encoder_drops_nothing_that_the_settings_do_not_name(settings, 
         assert {name: getattr(config, name) for name in drops} == {**dict.fromkeys(drops, 0.0), **expected}
 
 
-def test_an_official_checkpoint_is_converted_once(settings, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, "sdpa"), ({"bf16": True}, CPU_HALF_PRECISION_ATTENTION), ({"bf16": True, "attn_implementation": "eager"}, "eager")],
+    ids=str,
+)
+def test_bfloat16_on_a_cpu_takes_the_attention_that_is_made_for_it(settings, monkeypatch, changes, expected):
+    build, found = training._build_trainer, []
+    monkeypatch.setattr(training, "_build_trainer", lambda *given: found.append(given[4].config._attn_implementation) or build(*given))
+    fine_tune(replace(settings, use_cpu=True, **changes))
+    assert found == [expected]
+
+
+def test_an_official_checkpoint_is_a_model_to_start_from(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
     official = FIXTURES / "small_hub_model"
     settings = replace(settings, model=str(official), model_config={}, freeze_encoder=True)
     fine_tune(settings)
@@ -354,23 +372,14 @@ def test_an_official_checkpoint_is_converted_once(settings, tmp_path):
     after = encoder_of(settings.output_dir)
     assert all(torch.equal(after[name], expected[name]) for name in expected)
     assert f"fine-tuned from `{official.name}`" in (Path(settings.output_dir) / "README.md").read_text()
-    (start,) = Path(settings.output_dir).glob("start-*")
-    written = (start / "model.safetensors").stat().st_mtime_ns
-    assert resolve_checkpoint(settings) == str(start)
-    assert (start / "model.safetensors").stat().st_mtime_ns == written
+    assert yaml.safe_load((Path(settings.output_dir) / "settings.yaml").read_text())["model"] == str(official)
 
 
-def test_another_official_checkpoint_is_not_taken_for_the_first(settings, tmp_path):
-    for name in ("first", "second"):
-        shutil.copytree(FIXTURES / "small_hub_model", tmp_path / name)
-    starts = {resolve_checkpoint(replace(settings, model=str(tmp_path / name))) for name in ("first", "second", "first")}
-    assert len(starts) == 2
-
-
-def test_an_official_checkpoint_that_is_damaged_is_an_error(settings, tmp_path):
+def test_an_official_checkpoint_that_is_damaged_is_an_error(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
     (tmp_path / "broken.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(UserError, match="broken.pt is an official checkpoint that cannot be converted"):
-        resolve_checkpoint(replace(settings, model=str(tmp_path / "broken.pt")))
+    with pytest.raises(UserError, match="broken.pt"):
+        fine_tune(replace(settings, model=str(tmp_path / "broken.pt")))
 
 
 def test_a_head_is_kept_for_the_same_classes_alone(settings, tmp_path):
@@ -414,7 +423,7 @@ def test_statistics_can_be_preset_or_given(settings, normalization, expected):
 
 def test_each_clip_is_augmented_once_an_epoch_with_a_seed_of_its_own(settings, monkeypatch):
     seeds = augmentation_seeds(monkeypatch)
-    fine_tune(replace(settings, batch_size=3, epochs=3.0, total_updates=None, seed=5))
+    fine_tune(replace(settings, per_device_train_batch_size=3, num_train_epochs=3.0, max_steps=-1, seed=5))
     # Each of the six places in the order of an epoch once; a table has one recording a place, and it is one clip.
     assert sorted(seeds) == [(5, epoch, place, 0, 0) for epoch in range(3) for place in range(6)]
 
@@ -425,8 +434,8 @@ def test_each_clip_is_augmented_once_an_epoch_with_a_seed_of_its_own(settings, m
         ({"data_dir": "nowhere"}, "there is no folder nowhere, but the layout audiofolder expects"),
         ({"fold_column": "part"}, "there is no column 'part', only audio, label, fold"),
         ({"train_folds": []}, "no fold of the column 'fold' was chosen, so there is no clip: give some of 1, 2"),
-        ({"eval_folds": [2, 7]}, "the column 'fold' has no fold 7, only 1, 2"),
-        ({"fold_column": None, "train_folds": [], "eval_folds": []}, "there is no split 'test', only train"),
+        ({"test_folds": [2, 7]}, "the column 'fold' has no fold 7, only 1, 2"),
+        ({"fold_column": None, "train_folds": [], "test_folds": []}, "there is no split 'test', only train"),
         ({"label_column": "class"}, "there is no column 'class', only audio, label, fold"),
     ],
 )
@@ -439,7 +448,7 @@ def test_rows_that_cannot_be_chosen_are_an_error(settings, changes, message):
     ("rows", "message"),
     [
         ([("hum", 1), ("hiss", 1), ("drum", 2)], "002.wav is labelled 'drum', which is none of the 2 classes: hiss, hum"),
-        ([("hum", 1), ("hum", 1), ("hum", 2)], r"the training clips have 1 class \(hum\), but there must be two"),
+        ([("hum", 1), ("hum", 1), ("hum", 2)], r"the training clips have 1 class \(hum\), but a classifier needs two"),
         ([("hum", 1), ("", 1), ("hum", 2)], "001.wav has no label in the column 'label'"),
     ],
 )
@@ -453,7 +462,7 @@ def test_a_clip_listed_under_two_names_is_an_error(settings, folder):
     (folder / "again.wav").hardlink_to(folder / "000.wav")
     with (folder / "metadata.csv").open("a") as table:
         table.write("\nagain.wav,hum,2")
-    with pytest.raises(UserError, match="again.wav, which is .*000.wav, is both in the training clips and in the evaluation"):
+    with pytest.raises(UserError, match="again.wav, which is .*000.wav, is both in the training part and in the test part"):
         fine_tune(settings)
 
 
@@ -465,9 +474,9 @@ def test_an_evaluation_without_labels_is_an_error(settings, tmp_path):
 
 @pytest.mark.parametrize("evaluate", [True, False])
 def test_a_run_that_diverged_is_no_success(settings, evaluate):
-    folds = {} if evaluate else {"eval_folds": []}
+    folds = {} if evaluate else {"test_folds": []}
     with pytest.raises(UserError, match="diverged.*lower learning_rate"):
-        fine_tune(replace(settings, evaluate=evaluate, learning_rate=1e30, warmup_share=0.0, total_updates=4, **folds))
+        fine_tune(replace(settings, do_eval=evaluate, learning_rate=1e30, warmup_steps=0.0, max_steps=4, **folds))
     assert not (Path(settings.output_dir) / "model.safetensors").exists()
 
 
@@ -475,14 +484,14 @@ def test_a_class_without_evaluation_clip_is_told(settings, tmp_path, caplog):
     folder = write_folder(tmp_path / "rows", [("hum;hiss", 1), ("hiss", 1), ("hiss", 2)])
     results = fine_tune(replace(settings, data_dir=str(folder), label_separator=";"))
     assert results["metrics"]["classes_without_positives"] == ["hum"]
-    assert "no clip of the evaluation has hum" in caplog.text
+    assert "no test clip has hum" in caplog.text
 
 
 def test_a_declared_class_without_training_clip_is_an_error(settings, tmp_path):
     for path in ("train/hum", "train/hiss", "test/drum"):
         (tmp_path / "splits" / path).mkdir(parents=True)
         soundfile.write(tmp_path / "splits" / path / "0.wav", sound("hum", 0), RATE)
-    splits = {"fold_column": None, "train_folds": [], "eval_folds": []}
+    splits = {"fold_column": None, "train_folds": [], "test_folds": []}
     with pytest.raises(UserError, match="no training clip has the class drum"):
         fine_tune(replace(settings, data_dir=str(tmp_path / "splits"), **splits))
 
@@ -511,30 +520,24 @@ def test_a_class_none_of_whose_clips_can_be_read_ends_the_run_after_an_epoch(set
     for i in (0, 2, 4):  # every hum of the first fold
         (folder / f"{i:03}.wav").write_bytes(b"no audio")
     with pytest.raises(UserError, match=r"(?s)no training clip of the class hum can be read: repair one.*000.wav cannot be read"):
-        fine_tune(replace(settings, max_unreadable=0.9, total_updates=100))
+        fine_tune(replace(settings, max_unreadable=0.9, max_steps=100))
     assert not (Path(settings.output_dir) / "model.safetensors").exists()
     soundfile.write(folder / "002.wav", sound("hum", 0), RATE)
-    results = fine_tune(replace(settings, max_unreadable=0.9, total_updates=4, overwrite=True))
+    results = fine_tune(replace(settings, max_unreadable=0.9, max_steps=4, overwrite_output_dir=True))
     assert {cause: [Path(name).name for name in names] for cause, names in results["unreadable"]["training"].items()} == {
         "unreadable": ["000.wav", "004.wav"]
     }
-    assert results["clips"] == {"training": 4, "evaluation": 6}
+    assert results["clips"] == {"training": 4, "test": 6}
 
 
 def test_half_precision_of_either_kind_can_be_asked_for(settings, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
-    asked: list[dict] = []
-    monkeypatch.setattr("transformers_sslam.training.fine_tuning_settings.TrainingArguments", lambda **values: asked.append(values))
-    for trainer in ({}, {"fp16": True}, {"bf16": False}, {"use_cpu": True}):
-        object.__setattr__(settings, "trainer", trainer)
-        settings.training_arguments()
-    assert [(values["bf16"], values.get("fp16", False)) for values in asked] == [
-        (True, False),
-        (False, True),
-        (False, False),
-        (False, False),
-    ]
+    monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)  # which asks the GPU
+    monkeypatch.setattr("transformers.TrainingArguments.device", torch.device("cuda"))
+    asked = ({}, {"fp16": True}, {"bf16": False}, {"use_cpu": True})
+    found = [replace(settings, **changes).training_arguments() for changes in asked]
+    assert [(arguments.bf16, arguments.fp16) for arguments in found] == [(True, False), (False, True), (False, False), (False, False)]
 
 
 @pytest.mark.parametrize(
@@ -542,36 +545,34 @@ def test_half_precision_of_either_kind_can_be_asked_for(settings, monkeypatch):
     [
         ({"model_config": {"hiden_size": 64}}, "no setting model_config.hiden_size: did you mean model_config.hidden_size"),
         ({"model_config": {"hidden_size": 30}}, "hidden_size is 30"),
-        ({"trainer": {"max_step": 1}}, "no setting trainer.max_step: did you mean trainer.max_steps"),
-        ({"trainer": {"learning_rate": 1.0}}, "trainer.learning_rate cannot be set there"),
-        ({"trainer": {"label_smoothing_factor": 0.1}}, "trainer.label_smoothing_factor cannot be set there"),
-        ({"trainer": {"num_train_epochs": 1.0}}, "trainer.num_train_epochs cannot be set there"),
+        ({"lr_scheduler_type": "kosine"}, "TrainingArguments rejects .*'?kosine'? is not a valid SchedulerType"),
+        ({"early_stopping_patience": 0}, "early_stopping_patience is 0, but must be positive"),
         ({"normalization": "esc5"}, "normalization is 'esc5', but one of model, computed, audioset"),
         ({"normalization": [1.0]}, r"normalization is \[1.0\], but a list must be \[mean, std\]"),
         ({"normalization": [1.0, 0.0]}, "std is 0.0"),
         ({"max_length": 100}, "max_length is 100 frames, but must be a positive multiple of 16"),
-        ({"fold_column": None}, "fold_column, which they choose from, is not"),
-        ({"eval_folds": ["1"]}, "fold 1 is both in train_folds and in eval_folds"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"fold_column": None}, "folds or cross_validate are set, but fold_column"),
+        ({"test_folds": ["1"]}, "'1' is both in the training and in the test part"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size is 0"),
         ({"max_unreadable": 2.0}, "max_unreadable is 2"),
-        ({"warmup_share": 1.0}, "warmup_share is 1"),
+        ({"warmup_steps": -1.0}, "TrainingArguments rejects these settings: .*warmup_steps"),
         ({"model": "nowhere"}, "model nowhere cannot be read"),
-        ({"trainer": {"optim": "adafactor"}}, "trainer.optim cannot be set there"),
-        ({"trainer": {"eval_strategy": "epoch"}, "evaluate": False, "eval_folds": []}, "evaluate is false, but trainer.eval_strategy"),
-        ({"learning_rate": 0.0}, "learning_rate is 0 and min_learning_rate 1e-06, but the cosine falls"),
-        ({"learning_rate": 1e-7}, "learning_rate is 1e-07 and min_learning_rate 1e-06"),
+        ({"optim": "adamw"}, "adamw is not a valid OptimizerNames"),
+        ({"eval_strategy": "epoch", "do_eval": False, "test_folds": []}, "do_eval is false, but eval_strategy is 'epoch'"),
+        ({"learning_rate": 0.0}, "learning_rate is 0 and lr_scheduler_kwargs.min_lr 1e-06, but the schedule falls"),
+        ({"learning_rate": 1e-7}, "learning_rate is 1e-07 and lr_scheduler_kwargs.min_lr 1e-06"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"layer_decay": 0.0}, "layer_decay is 0"),
         ({"seed": -1}, "seed or one of seeds is -1"),
-        ({"total_updates": 0}, "total_updates is 0"),
+        ({"max_steps": 0}, "max_steps is 0"),
         ({"freeze_encoder": True}, "freeze_encoder is true, but model is null"),
         ({"max_length": 128}, "max_length is 128, but the model's positions end at 64"),
-        ({"trainer": {"fp16": True, "use_cpu": True}}, "trainer.fp16 is true, which needs a GPU"),
-        ({"evaluate": False}, "evaluate is false, but eval_folds or cross_validate are set"),
-        ({"cross_validate": True}, "train_folds is set, but with cross_validate"),
-        ({"streaming": True}, "fold_column is 'fold', but of a stream"),
-        ({"streaming": True, "fold_column": None, "train_folds": [], "eval_folds": []}, "'label' .* does not declare its classes"),
-        ({"streaming": True, "total_updates": None}, "total_updates is None, but of a stream, .* it must be set"),
+        ({"fp16": True, "use_cpu": True}, "fp16 is true, which needs a GPU"),
+        ({"do_eval": False}, "do_eval is false, but test_folds or cross_validate are set"),
+        ({"cross_validate": True}, "train_folds and cross_validate are both set"),
+        ({"streaming": True}, "fold_column is 'fold', but the clips of a stream are not known"),
+        ({"streaming": True, "fold_column": None, "train_folds": [], "test_folds": []}, "'label' .* does not declare its classes"),
+        ({"streaming": True, "max_steps": -1}, "max_steps is -1, but a stream, .* needs a positive number"),
     ],
 )
 def test_settings_that_contradict_are_an_error(settings, changes, message):
@@ -579,18 +580,33 @@ def test_settings_that_contradict_are_an_error(settings, changes, message):
         fine_tune(replace(settings, **changes))
 
 
-def test_the_program_prints_an_error_without_traceback(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), f"data_dir={tmp_path / 'nowhere'}"])
-    with pytest.raises(SystemExit) as stopped:  # with a text, which Python prints, and the status 1
+def test_the_program_prints_an_error_without_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--data_dir", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert stopped.value.code.startswith(f"error: there is no folder {tmp_path / 'nowhere'}, but")
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.startswith(f"sslam finetune: error: there is no folder {tmp_path / 'nowhere'}, but")
+
+
+def test_the_program_says_how_to_resume_when_it_is_stopped(settings, monkeypatch, capsys):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers_sslam.finetuning.run.repeat_fine_tuning", stop)
+    with pytest.raises(SystemExit) as stopped:
+        run(settings)
+    assert stopped.value.code == 130
+    assert "the same command resumes this run from its last checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fold_column": None, "train_folds": [], "eval_folds": [], "eval_split": "train"}, "train_split and eval_split are both 'train'"),
-        ({"trainer": {"load_best_model_at_end": True}}, "trainer.load_best_model_at_end cannot be set there"),
+        (
+            {"fold_column": None, "train_folds": [], "test_folds": [], "test_split": "train"},
+            "'train' is both in the training and in the test part",
+        ),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end is True, but there is no validation part"),
     ],
 )
 def test_what_would_flatter_a_result_is_refused(settings, changes, message):
@@ -599,7 +615,7 @@ def test_what_would_flatter_a_result_is_refused(settings, changes, message):
 
 
 def test_scores_of_a_run_in_half_precision_are_not_rounded_to_it(settings):
-    fine_tune(replace(settings, trainer={"disable_tqdm": True, "bf16": True, "use_cpu": True}))
+    fine_tune(replace(settings, bf16=True, use_cpu=True))
     logits = torch.from_numpy(np.load(Path(settings.output_dir) / "scores.npz")["logits"])
     assert (logits.bfloat16().float() != logits).float().mean() > 0.9
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -16,20 +16,21 @@ import psutil
 import pytest
 import soundfile
 import torch
-import yaml
 from conftest import noise
 from safetensors.torch import load_file
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
+from transformers_sslam.checkpoints import checkpoints
 from transformers_sslam.errors import UserError
 from transformers_sslam.files import lock, verify
-from transformers_sslam.training import fine_tuning, stream_trainer
-from transformers_sslam.training.checkpoints import checkpoints
-from transformers_sslam.training.fine_tuning import fine_tune
-from transformers_sslam.training.fine_tuning_data import open_training_data
-from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
-from transformers_sslam.training.labelled_stream import LabelledStream
-from transformers_sslam.training.steps import fine_tune_once
+from transformers_sslam.finetuning import trainer as stream_trainer
+from transformers_sslam.finetuning import training as fine_tuning
+from transformers_sslam.finetuning.data import open_training_data
+from transformers_sslam.finetuning.repeats import fine_tune_once
+from transformers_sslam.finetuning.run import fine_tune
+from transformers_sslam.finetuning.settings import FineTuningSettings
+from transformers_sslam.finetuning.stream import LabelledStream
+from transformers_sslam.settings import write_settings
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"
@@ -63,15 +64,20 @@ def settings(clips, tmp_path) -> FineTuningSettings:
         output_dir=str(tmp_path / "run"),
         max_length=32,
         model_config=TINY,
-        batch_size=8,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
         learning_rate=1e-3,
-        total_updates=12,
-        trainer={"disable_tqdm": True, "use_cpu": True, "logging_strategy": "steps", "logging_steps": 1, "save_steps": 3},
+        max_steps=12,
+        disable_tqdm=True,
+        use_cpu=True,
+        logging_strategy="steps",
+        logging_steps=1,
+        save_steps=3,
     )
 
 
-def changed(settings: FineTuningSettings, folder: Path, trainer: dict | None = None, **changes) -> FineTuningSettings:
-    return replace(settings, output_dir=str(folder), trainer={**settings.trainer, **(trainer or {})}, **changes)
+def changed(settings: FineTuningSettings, folder: Path, **changes) -> FineTuningSettings:
+    return replace(settings, output_dir=str(folder), **changes)
 
 
 def outcome(folder: str | Path) -> tuple[list[float], dict, dict[str, bytes]]:
@@ -92,14 +98,14 @@ def interrupt(settings: FineTuningSettings, monkeypatch, update: int, while_savi
     """Run, and end behind an update or, of its checkpoint, before a function of the trainer's module writes."""
     with monkeypatch.context() as patch:
         if while_saving is None:
-            original = stream_trainer._Resumable.on_step_end
+            original = stream_trainer._RunState.on_step_end
 
             def on_step_end(self, args, state, control, **kwargs):
                 original(self, args, state, control, **kwargs)
                 if state.global_step == update:
                     raise Killed
 
-            patch.setattr(stream_trainer._Resumable, "on_step_end", on_step_end)
+            patch.setattr(stream_trainer._RunState, "on_step_end", on_step_end)
         else:
             write = getattr(stream_trainer, while_saving)
 
@@ -119,10 +125,10 @@ def interrupt(settings: FineTuningSettings, monkeypatch, update: int, while_savi
 def launch(folder: Path, settings: FineTuningSettings) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder.parent / f"{folder.name}.yaml"
-    recipe.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(settings)))))
+    write_settings(settings, recipe)
     log = open(folder.parent / f"{folder.name}.log", "a")  # noqa: SIM115  # the process keeps it
     environment = {**ON_CPU, "HF_DATASETS_CACHE": str(folder.parent / "cache")}
-    return subprocess.Popen([sys.executable, str(SCRIPT), str(recipe)], stdout=log, stderr=log, env=environment)
+    return subprocess.Popen([sys.executable, str(SCRIPT), "--config", str(recipe)], stdout=log, stderr=log, env=environment)
 
 
 def finish(folder: Path, settings: FineTuningSettings) -> None:
@@ -131,8 +137,8 @@ def finish(folder: Path, settings: FineTuningSettings) -> None:
 
 
 def kill_at_random_moments(settings: FineTuningSettings, tmp_path: Path, workers: int, kills: int, updates: int) -> None:
-    trainer = {"save_steps": 2, "dataloader_num_workers": workers, "eval_strategy": "steps", "eval_steps": 7}
-    whole, killed = (changed(settings, tmp_path / name, trainer, total_updates=updates) for name in ("whole", "killed"))
+    changes = {"save_steps": 2, "dataloader_num_workers": workers, "eval_strategy": "steps", "eval_steps": 7, "max_steps": updates}
+    whole, killed = (changed(settings, tmp_path / name, **changes) for name in ("whole", "killed"))
     finish(tmp_path / "whole", whole)
     chance, deaths, folder = random.Random(workers), 0, tmp_path / "killed"
     while deaths < kills:
@@ -171,8 +177,8 @@ def test_a_run_that_is_killed_ten_times_ends_as_one_that_is_not(settings, tmp_pa
 @pytest.mark.parametrize(("accumulation", "workers", "features"), [(1, 0, "worker"), (2, 0, "device"), (1, 2, "worker")])
 def test_a_run_resumes_bit_for_bit_wherever_it_stopped(settings, tmp_path, monkeypatch, accumulation, workers, features):
     """In the midst of an epoch of four batches, a checkpoint behind it, and the log lines of three updates each."""
-    trainer = {"gradient_accumulation_steps": accumulation, "dataloader_num_workers": workers, "logging_steps": 3, "save_steps": 2}
-    whole, stopped = (changed(settings, tmp_path / name, trainer, features=features) for name in ("whole", "stopped"))
+    changes = {"gradient_accumulation_steps": accumulation, "dataloader_num_workers": workers, "logging_steps": 3, "save_steps": 2}
+    whole, stopped = (changed(settings, tmp_path / name, **changes, features=features) for name in ("whole", "stopped"))
     fine_tune(whole)
     for update in (3, 8, 11):
         interrupt(stopped, monkeypatch, update)
@@ -214,21 +220,21 @@ def test_without_a_whole_checkpoint_nothing_is_trained(settings, tmp_path, monke
 
 def test_checkpoints_of_other_settings_or_data_are_named(settings, clips, monkeypatch):
     interrupt(settings, monkeypatch, 4)
-    with pytest.raises(UserError, match="holds checkpoints of a run with other batch_size, learning_rate: choose another folder"):
-        fine_tune(replace(settings, learning_rate=2e-3, batch_size=4))
+    with pytest.raises(UserError, match="of a run with other learning_rate, per_device_train_batch_size: choose another"):
+        fine_tune(replace(settings, learning_rate=2e-3, per_device_train_batch_size=4))
     path = clips / "train" / "rare" / "04.wav"
     before = path.stat()
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
-    with pytest.raises(UserError, match="holds checkpoints of a run with other data: choose another folder"):
+    with pytest.raises(UserError, match="a checkpoint of a run with other data: choose another output_dir"):
         fine_tune(settings)
 
 
 def test_one_checkpoint_is_kept_only_behind_a_whole_one(settings, tmp_path, monkeypatch):
     """The Trainer itself would delete the last one before the next is known to be whole."""
-    one = changed(settings, tmp_path / "run", {"save_total_limit": 1})
+    one = changed(settings, tmp_path / "run", save_total_limit=1)
     interrupt(one, monkeypatch, 7)
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-6"]
     interrupt(one, monkeypatch, 9, while_saving="write_manifest")
@@ -241,7 +247,7 @@ def test_one_checkpoint_is_kept_only_behind_a_whole_one(settings, tmp_path, monk
 
 def test_an_overwriting_run_that_is_killed_leaves_no_old_results_beside_new_weights(settings, monkeypatch):
     old = fine_tune(settings)
-    again = replace(settings, seed=1, overwrite=True)
+    again = replace(settings, seed=1, overwrite_output_dir=True)
 
     def end(*_):
         raise Killed
@@ -253,7 +259,7 @@ def test_an_overwriting_run_that_is_killed_leaves_no_old_results_beside_new_weig
     output = Path(settings.output_dir)
     assert (output / "model.safetensors").is_file()
     assert not (output / "results.json").exists()
-    new = fine_tune_once(replace(again, overwrite=False))
+    new = fine_tune_once(replace(again, overwrite_output_dir=False))
     assert new["training_loss"] != old["training_loss"]
     assert new["resumed"]
 
@@ -269,7 +275,7 @@ def test_a_finished_run_that_is_damaged_is_not_taken_for_finished(settings, dama
     else:
         content = bytearray(file.read_bytes())
         file.write_bytes(content[: len(content) // 2] if damage == "results" else content[:-1] + bytes([content[-1] ^ 1]))
-    again = fine_tune_once(replace(settings, overwrite=damage != "results"))
+    again = fine_tune_once(replace(settings, overwrite_output_dir=damage != "results"))
     assert again["training_loss"] == first["training_loss"]
     assert outcome(settings.output_dir) == whole
 
@@ -291,13 +297,13 @@ def subprocess_error(settings: FineTuningSettings) -> None:
 
 def test_evaluating_each_epoch_changes_no_training_loss(settings, tmp_path):
     once = fine_tune(changed(settings, tmp_path / "once"))
-    each = changed(settings, tmp_path / "each", {"eval_strategy": "epoch"})
+    each = changed(settings, tmp_path / "each", eval_strategy="epoch")
     assert fine_tune(each)["training_loss"] == once["training_loss"]
     assert outcome(each.output_dir) == outcome(tmp_path / "once")
 
 
 def batches(settings: FineTuningSettings, count: int, **kwargs) -> list[dict]:
-    stream = LabelledStream(open_training_data(settings).train, SSLAMFeatureExtractor(max_length=32), batch_size=8, **kwargs)
+    stream = LabelledStream(open_training_data(settings).parts["training"], SSLAMFeatureExtractor(max_length=32), batch_size=8, **kwargs)
     iterator = iter(stream)
     return [next(iterator) for _ in range(count)]
 
@@ -316,7 +322,7 @@ def test_balanced_draws_follow_from_the_seed(settings):
     def rows(seed: int) -> list[int]:
         return [row for batch in batches(settings, 100, balanced=True, clips_per_epoch=50, seed=seed) for row in batch["rows"]]
 
-    labels = open_training_data(settings).train.labels
+    labels = open_training_data(settings).parts["training"].labels
     drawn = rows(3)
     assert drawn == rows(3)
     assert drawn != rows(4)
@@ -333,7 +339,7 @@ def test_an_epoch_of_so_many_clips_takes_others_each_time_until_all_had_their_tu
 
 
 def test_resuming_with_other_workers_keeps_each_clip_once(settings):
-    part, extractor = open_training_data(settings).train, SSLAMFeatureExtractor(max_length=32)
+    part, extractor = open_training_data(settings).parts["training"], SSLAMFeatureExtractor(max_length=32)
     first = LabelledStream(part, extractor, batch_size=8, num_workers=0)
     iterator = iter(first)
     rows = [row for _ in range(2) for row in next(iterator)["rows"]]
@@ -345,7 +351,7 @@ def test_resuming_with_other_workers_keeps_each_clip_once(settings):
 
 def test_decoded_clips_are_kept_within_the_limit(settings):
     """Of 33 clips of 4,800 samples, ten fit."""
-    part = open_training_data(settings).train
+    part = open_training_data(settings).parts["training"]
     for memory, kept in ((10 * 4800 * 4 / 1e9, 10), (1.0, 33)):
         cache = fine_tuning.WaveformCache(33, memory)
         list(LabelledStream(part, SSLAMFeatureExtractor(max_length=32), batch_size=8, epochs=1, last_batch="keep", cache=cache))
@@ -367,9 +373,8 @@ def test_log_mels_of_the_device_are_those_of_the_workers(settings):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_readable_clip_is_evaluated_once_in_the_order_of_rows(settings, clips, workers, monkeypatch):
     (clips / "test" / "common" / "05.wav").write_bytes(b"no audio")
-    fine_tune(
-        changed(settings, settings.output_dir, {"dataloader_num_workers": workers}, total_updates=1, max_unreadable=0.3, batch_size=4)
-    )
+    changes = {"dataloader_num_workers": workers, "max_steps": 1, "max_unreadable": 0.3, "per_device_eval_batch_size": 4}
+    fine_tune(replace(settings, **changes))
     scores = np.load(Path(settings.output_dir) / "scores.npz")
     names = [f"common/{i:02}" for i in (1, 2, 3, 6)] + [f"rare/{i:02}" for i in (0, 4)]
     assert ["/".join(Path(name).with_suffix("").parts[-2:]) for name in scores["names"]] == names
@@ -384,15 +389,15 @@ def test_two_processes_have_the_metrics_of_one_over_the_same_clips(settings, tmp
         "import hashlib, json, sys\n"
         "import yaml\n"
         "from accelerate import PartialState\n"
-        "from transformers_sslam.training.fine_tuning import fine_tune\n"
-        "from transformers_sslam.training.fine_tuning_settings import FineTuningSettings\n"
+        "from transformers_sslam.finetuning.run import fine_tune\n"
+        "from transformers_sslam.finetuning.settings import FineTuningSettings\n"
         "from transformers_sslam.settings import read_settings\n"
         "results = fine_tune(read_settings(FineTuningSettings, sys.argv[1]))\n"
         "open(f'{sys.argv[2]}/{PartialState().process_index}.json', 'w').write(json.dumps(results['metrics']))\n"
         "PartialState().destroy_process_group()\n"  # as the program does: its threads may abort a process that just ends
     )
-    two = changed(settings, tmp_path / "two", {"ddp_backend": "gloo"}, batch_size=4, total_updates=4)
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(two)))))
+    two = changed(settings, tmp_path / "two", ddp_backend="gloo", per_device_train_batch_size=4, max_steps=4)
+    write_settings(two, tmp_path / "two.yaml")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**ON_CPU, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, *torchrun, str(program), str(tmp_path / "two.yaml"), str(tmp_path)]
@@ -404,7 +409,7 @@ def test_two_processes_have_the_metrics_of_one_over_the_same_clips(settings, tmp
     assert len(set(scores["names"])) == len(scores["names"]) == 7
     assert first["accuracy"] == np.mean(scores["logits"].argmax(1) == scores["targets"].argmax(1))
     # Evaluated once more, by one process, the model has the same scores.
-    part, extractor = open_training_data(settings).evaluation, SSLAMFeatureExtractor.from_pretrained(tmp_path / "two")
+    part, extractor = open_training_data(settings).parts["test"], SSLAMFeatureExtractor.from_pretrained(tmp_path / "two")
     model = SSLAMForAudioClassification.from_pretrained(tmp_path / "two").eval()
     (batch,) = LabelledStream(part, extractor, batch_size=8, epochs=1, last_batch="keep")
     order = np.argsort(batch["rows"])

@@ -1,4 +1,4 @@
-"""No update waits for the device: the host reads nothing that an update computes, and copies nothing to the device that blocks."""
+"""No step waits for the device: the host reads nothing that a step computes, and copies nothing to the device that blocks."""
 
 import contextlib
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 soundfile = pytest.importorskip("soundfile")
 from test_pretraining_loop import trainer  # noqa: E402
 
-from transformers_sslam.training.pretraining import PreTrainer  # noqa: E402
+from transformers_sslam.pretraining.loop import PreTrainer  # noqa: E402
 
 
 # Operations whose outcome, or the shape of it, follows from values: `item`, `bool`, `equal`, `nonzero`, `unique`, `masked_select` ...
@@ -55,7 +55,7 @@ def a_trainer(folder: Path, **changes) -> PreTrainer:
 
 
 def batches(run: PreTrainer, value: float = 1.0) -> list[dict[str, torch.Tensor]]:
-    """Those of one update."""
+    """The batches of one step."""
     full = {"input_values": value * torch.randn(4, 64, 128), "attention_mask": (torch.arange(64) < 48).int().expand(4, -1)}
     return [{name: full[name] for name in run.inputs} for _ in range(run.settings.gradient_accumulation_steps)]
 
@@ -95,8 +95,8 @@ def test_the_count_passes_over_what_does_not_wait():
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_an_update_has_no_synchronisation(tmp_path, stage, accumulation, scaled):
-    """Forward, backward, clipping, step and teacher: of the first update, of one that is skipped, of one behind it."""
+def test_a_step_has_no_synchronisation(tmp_path, stage, accumulation, scaled):
+    """Forward, backward, clipping, step and teacher: of the first step, of one that is skipped, of the one after it."""
     run = a_trainer(tmp_path, stage=stage, gradient_accumulation_steps=accumulation, mask_padding=True)
     if scaled:
         run.accelerator.scaler = torch.amp.GradScaler("cpu")
@@ -109,8 +109,8 @@ def test_an_update_has_no_synchronisation(tmp_path, stage, accumulation, scaled)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_an_update_runs_on_tensors_that_have_no_values(tmp_path, monkeypatch, stage):
-    """On the meta device nothing can be read, not by what the count above does not know either."""
+def test_a_step_runs_on_tensors_that_have_no_values(tmp_path, monkeypatch, stage):
+    """On the meta device nothing can be read, also by operations that the count above does not know."""
     run = a_trainer(tmp_path, stage=stage, gradient_accumulation_steps=2, mask_padding=True)
     run.model.to("meta")
     monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
@@ -119,5 +119,5 @@ def test_an_update_runs_on_tensors_that_have_no_values(tmp_path, monkeypatch, st
         for _ in range(2):
             run._train(batches(run))
     assert synchronisations.found == []
-    assert (run.update, run.clips_seen, len(run.log.pending)) == (2, 16, 2)
+    assert (run.step, run.clips_seen, len(run.log.pending)) == (2, 16, 2)
     assert {tensor.device.type for tensor in (*run.model.parameters(), *run.log.pending)} == {"meta"}

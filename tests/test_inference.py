@@ -8,7 +8,7 @@ import torch
 from conftest import noise, speech_like, tiny_config
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
-from transformers_sslam.inference import Windowing
+from transformers_sslam.windows_sslam import Windowing
 
 
 RATE, STEP = 16_000, 2560  # samples in a second, and in a time step of 160 ms
@@ -128,6 +128,11 @@ def test_windows_may_have_another_length():
     np.testing.assert_allclose(heard.scores[1], torch.tensor(expected).softmax(0), atol=1e-6)
 
 
+def test_windows_may_be_longer_in_frames_than_a_second_in_samples():
+    model = classifier(max_length=16_000).eval()
+    assert model.score_over_time(noise(0.5), EXTRACTOR, window=160.0).scores.shape == (1, 3)
+
+
 def test_tags_have_sigmoids():
     waveform, model = recording(1.0), classifier(problem_type="multi_label_classification", num_labels=1)
     heard = model.score_over_time(waveform[:WINDOW], EXTRACTOR)
@@ -237,7 +242,7 @@ def test_memory_is_flat_in_the_length_of_a_recording(monkeypatch):
             held.append(sum(map(len, tensors)))
         return join(tensors, *args, **kwargs)
 
-    monkeypatch.setattr("transformers_sslam.inference.torch.cat", counted)
+    monkeypatch.setattr("transformers_sslam.windows_sslam.torch.cat", counted)
     windows = sum(len(batch.starts) for batch in classifier().score_windows(blocks(), EXTRACTOR, hop=hop, batch_size=batch_size))
     assert windows == 1 + 225  # those that begin each 8 s and end before the end, and the last one
     assert most <= 2
@@ -332,7 +337,11 @@ def test_no_clip_has_no_vector():
         ({"window": 0.0}, "window is 0.0 s"),
         ({"window": 3.2}, "a window of 3.2 s gives 320 frames .* up to 256"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"sampling_rate": 44_100}, "sampling_rate is 44100 Hz, but the model hears 16000 Hz"),
+        ({"batch_size": float("nan")}, "batch_size is nan, but must be a whole number"),
+        ({"batch_size": "8"}, "batch_size is '8'"),
+        ({"hop": "1"}, "hop is '1' s, but must be a number"),
+        ({"window": "1"}, "window is '1' s, but must be a number"),
+        ({"sampling_rate": 44_100}, "sampling_rate is 44100 Hz, but the model takes 16000 Hz"),
     ],
 )
 def test_arguments_out_of_range_are_refused_before_any_audio_is_read(options, message):
@@ -349,8 +358,10 @@ def test_arguments_out_of_range_are_refused_before_any_audio_is_read(options, me
         (np.zeros((2, 16_000), dtype=np.float32), r"shape \(2, 16000\)"),
         ([0.1, 0.2], "is a float"),
         (np.zeros(16_000, dtype=np.int16), "dtype int16"),
+        (np.zeros(16_000, dtype=np.complex64), "dtype complex64"),
+        (np.ma.masked_less(noise(1.0), 0), "is a masked array"),
         (noise(1.0) * 1e4, "has a peak of"),
-        ([noise(1.0), np.full(8000, np.nan, dtype=np.float32)], "NaN or infinite samples between 1.00 and 1.50 s"),
+        ([noise(1.0), np.full(8000, np.nan, dtype=np.float32)], "the audio between 1.00 and 1.50 s holds NaN"),
     ],
 )
 def test_audio_that_cannot_be_scored_is_refused(audio, message):
@@ -360,14 +371,14 @@ def test_audio_that_cannot_be_scored_is_refused(audio, message):
 
 @pytest.mark.parametrize("config", [{"problem_type": "regression"}, {"num_labels": 1}])
 def test_regression_has_no_scores(config):
-    with pytest.raises(ValueError, match="is no choice between classes"):
+    with pytest.raises(ValueError, match="is not a choice between classes"):
         classifier(**config).score_windows(noise(1.0), EXTRACTOR)
 
 
 def test_scores_that_are_not_finite_are_an_error():
     model = classifier()
     model.classifier.weight.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="begin between 0.00 and 0.34 s are NaN"):
+    with pytest.raises(FloatingPointError, match="begin between 0.00 and 0.34 s are not finite"):
         list(model.score_windows(noise(1.0), EXTRACTOR))
 
 
@@ -378,11 +389,18 @@ def test_scores_that_are_not_finite_are_an_error():
         (noise(1.0), "clip 0 is a single number"),
         ([{"array": noise(1.0)}], "clip 0 is a dict: give a list of 1-D arrays"),
         ([noise(1.0), np.full(8000, np.nan, dtype=np.float32)], "clip 1 holds NaN"),
+        ([noise(1.0), np.ma.masked_less(noise(1.0), 0)], "clip 1 is a masked array"),
     ],
 )
 def test_clips_that_cannot_be_encoded_are_named(clips, message):
     with pytest.raises(ValueError, match=message):
         SSLAMModel(tiny_config()).encode(clips, EXTRACTOR, batch_size=1)
+
+
+@pytest.mark.parametrize("batch_size", [0, 1.5, float("nan"), "8", None])
+def test_batches_of_clips_are_whole_numbers(batch_size):
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size!r}, but must be a whole number"):
+        SSLAMModel(tiny_config()).encode([noise(1.0)], EXTRACTOR, batch_size=batch_size)
 
 
 def test_an_extractor_longer_than_the_model_is_refused():

@@ -1,6 +1,5 @@
-"""Intervals: equal to scipy's, and open about what is not defined."""
+"""Intervals: equal to scipy's and to textbooks', with undefined resamples counted."""
 
-import logging
 import math
 
 import numpy as np
@@ -9,9 +8,9 @@ from scipy import stats
 
 from transformers_sslam.evaluation.intervals import (
     Summary,
-    bootstrap_interval,
     logit_interval,
     percentile_interval,
+    proportion_interval,
     resampled_rows,
     summarize,
     summarize_difference,
@@ -45,7 +44,7 @@ def test_difference_is_that_of_a_paired_t_test():
     assert summary.mean == pytest.approx(np.mean(RUNS) - np.mean(OTHER_RUNS), abs=1e-12)
 
 
-def test_one_run_has_no_deviation_and_no_interval():
+def test_one_run_has_no_standard_deviation_and_no_interval():
     summary = summarize([0.5])
     assert (summary.mean, summary.count) == (0.5, 1)
     assert np.isnan([summary.std, summary.low, summary.high]).all()
@@ -59,41 +58,51 @@ def test_summary_as_a_dictionary():
     ("call", "message"),
     [
         (lambda: summarize([]), r"values have shape \(0,\)"),
-        (lambda: summarize([[1.0, 2.0]]), r"values have shape \(1, 2\), but one number a run"),
+        (lambda: summarize([[1.0, 2.0]]), r"values have shape \(1, 2\), but one number for each run"),
         (lambda: summarize([1.0, float("nan")]), "the value of run 1 is nan"),
         (lambda: summarize(RUNS, confidence=95), "confidence is 95, but must lie between 0 and 1"),
         (lambda: summarize_difference(RUNS, OTHER_RUNS[:-1]), "there are 5 values and 4 others"),
-        (lambda: bootstrap_interval(np.mean, 0), "num_samples is 0"),
-        (lambda: bootstrap_interval(np.mean, 3, resamples=0), "resamples 0"),
-        (lambda: bootstrap_interval(np.mean, 3, confidence=1.0), "confidence is 1.0"),
-        (lambda: bootstrap_interval(lambda rows: np.inf, 3), "a resample gives an infinite value"),
+        (lambda: resampled_rows(0, 10, seed=0), "num_samples is 0"),
+        (lambda: resampled_rows(3, 0, seed=0), "resamples 0"),
+        (lambda: percentile_interval(np.zeros(3), 1.0), "confidence is 1.0"),
+        (lambda: percentile_interval(np.array([0.0, np.inf]), 0.9), "a resample has an infinite value"),
+        (lambda: proportion_interval(0, 0), "successes are 0 of 0 trials"),
+        (lambda: proportion_interval(21, 20), "successes are 21 of 20 trials"),
+        (lambda: proportion_interval(1, 2, 95), "confidence is 95"),
     ],
 )
-def test_what_has_no_interval_is_an_error(call, message):
+def test_an_undefined_interval_is_an_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_bootstrap_is_scipys_on_equal_draws():
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [  # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 1 - 0.1611, 1.0),
+    ],
+)
+def test_interval_of_a_proportion_is_the_textbooks(successes, trials, low, high):
+    found = proportion_interval(successes, trials)
+    assert found == pytest.approx((low, high), abs=5e-5)
+    z, p = stats.norm.ppf(0.975), successes / trials
+    center, half = p + z**2 / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z**2 / (4 * trials**2))
+    assert found == pytest.approx(((center - half) / (1 + z**2 / trials), (center + half) / (1 + z**2 / trials)), abs=1e-12)
+
+
+def test_percentile_interval_is_scipys_on_equal_draws():
     values = np.random.default_rng(1).exponential(size=50)
-    low, high = bootstrap_interval(lambda rows: values[rows].std(), 50, confidence=0.9, resamples=400, seed=7)
+    replicates = np.array([values[rows].std() for rows in resampled_rows(50, 400, seed=7)])
     expected = stats.bootstrap(
         (values,), np.std, confidence_level=0.9, n_resamples=400, method="percentile", rng=np.random.default_rng(7)
     ).confidence_interval
+    low, high, undefined = percentile_interval(replicates, 0.9)
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
-    assert isinstance(low, float)
-
-
-def test_bootstrap_of_several_statistics_and_of_every_seed():
-    values = np.random.default_rng(1).exponential(size=50)
-
-    def both(rows):
-        return values[rows].mean(), np.median(values[rows])
-
-    low, high = bootstrap_interval(both, 50, resamples=200, seed=3)
-    for i, statistic in enumerate((np.mean, np.median)):
-        assert (low[i], high[i]) == bootstrap_interval(lambda rows, f=statistic: f(values[rows]), 50, resamples=200, seed=3)
-    assert not np.array_equal(low, bootstrap_interval(both, 50, resamples=200, seed=4)[0])
+    assert undefined == 0
 
 
 def test_resamples_are_drawn_with_replacement_from_all_rows():
@@ -104,39 +113,34 @@ def test_resamples_are_drawn_with_replacement_from_all_rows():
     assert distinct == pytest.approx(6 * (1 - (5 / 6) ** 6), abs=0.05)
 
 
-def test_resamples_without_a_value_are_left_out_and_counted(caplog):
+def test_resamples_without_a_value_are_left_out_and_counted():
     replicates = np.array([[1.0, np.nan], [np.nan, np.nan], [3.0, np.nan], [2.0, np.nan]])
     low, high, undefined = percentile_interval(replicates, 0.5)
     np.testing.assert_allclose(low, [1.5, np.nan])  # the middle half of 1, 2, 3
     np.testing.assert_allclose(high, [2.5, np.nan])
     assert undefined.tolist() == [1, 4]
 
-    expected = sum(0 not in rows for rows in resampled_rows(4, 100, seed=0))
-    with caplog.at_level(logging.WARNING, "transformers_sslam"):
-        assert bootstrap_interval(lambda rows: 1.0 if 0 in rows else np.nan, 4, resamples=100) == (1.0, 1.0)
-    assert f"not defined in up to {expected} of 100 resamples" in caplog.text
 
-
-def resampled_means(shares: np.ndarray, resamples: int) -> np.ndarray:
-    return np.array([shares[rows].mean() for rows in resampled_rows(len(shares), resamples, seed=7)])
+def resampled_means(fractions: np.ndarray, resamples: int) -> np.ndarray:
+    return np.array([fractions[rows].mean() for rows in resampled_rows(len(fractions), resamples, seed=7)])
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_logit_interval_is_that_of_scipys_standard_error_on_equal_draws(confidence):
-    shares = np.random.default_rng(1).beta(2, 1, size=30)
-    low, high, undefined = logit_interval(shares.mean(), resampled_means(shares, 400), confidence)
-    error = stats.bootstrap((shares,), np.mean, n_resamples=400, method="percentile", rng=np.random.default_rng(7)).standard_error
-    value = shares.mean()
+    fractions = np.random.default_rng(1).beta(2, 1, size=30)
+    low, high, undefined = logit_interval(fractions.mean(), resampled_means(fractions, 400), confidence)
+    error = stats.bootstrap((fractions,), np.mean, n_resamples=400, method="percentile", rng=np.random.default_rng(7)).standard_error
+    value = fractions.mean()
     factor = math.exp(stats.norm.ppf((1 + confidence) / 2) * error / (value * (1 - value)))  # of the odds
     odds = value / (1 - value)
     assert (low, high) == pytest.approx((odds / factor / (1 + odds / factor), odds * factor / (1 + odds * factor)), abs=1e-12)
     assert undefined == 0
 
 
-def test_logit_interval_of_a_share_near_one_stays_inside():
-    shares = np.repeat([1.0, 0.7], [29, 1])
-    value, replicates = shares.mean(), resampled_means(shares, 400)
-    assert value + stats.norm.ppf(0.975) * replicates.std() > 1  # on the scale of shares it would not
+def test_logit_interval_of_a_fraction_near_one_stays_inside():
+    fractions = np.repeat([1.0, 0.7], [29, 1])
+    value, replicates = fractions.mean(), resampled_means(fractions, 400)
+    assert value + stats.norm.ppf(0.975) * replicates.std() > 1  # on the scale of fractions it would not
     low, high, _ = logit_interval(value, replicates, 0.95)
     assert 0 < low < value < high < 1
     np.testing.assert_array_equal(logit_interval(np.array([0.0, 1.0]), np.tile([0.0, 1.0], (9, 1)), 0.95)[:2], [[0, 1], [0, 1]])
@@ -152,8 +156,8 @@ def test_logit_interval_leaves_out_and_counts_resamples_without_a_value():
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, 1.0, np.nan])
-def test_logit_interval_of_what_has_no_logit_is_an_error(value):
-    with pytest.raises(ValueError, match=f"the values are {value}, but must be shares"):
+def test_logit_interval_of_a_value_without_logit_is_an_error(value):
+    with pytest.raises(ValueError, match=f"the values are {value}, but must lie in"):
         logit_interval(np.array(value), np.array([0.9, 1.0]), 0.95)
     with pytest.raises(ValueError, match="confidence is 95"):
         logit_interval(np.array(0.5), np.array([0.9, 1.0]), 95)

@@ -18,8 +18,8 @@ from transformers_sslam.audio.labels import LabelReader, Labels
 from transformers_sslam.audio.rows import AudioColumn, LabelledRows, fold_values, read_rows, select_folds
 from transformers_sslam.audio.sources import Source, WeightedOrder
 from transformers_sslam.errors import UserError
-from transformers_sslam.training.augmentation import AugmentationSettings
-from transformers_sslam.training.labelled_stream import ColumnTargets, LabelledPart, LabelledStream, TableTargets, keep_clips_per_class
+from transformers_sslam.finetuning.augmentation import AugmentationSettings
+from transformers_sslam.finetuning.stream import ColumnTargets, LabelledPart, LabelledStream, TableTargets, keep_clips_per_class
 
 
 EXTRACTOR = SSLAMFeatureExtractor(max_length=32)

@@ -19,9 +19,9 @@ pytest.importorskip("datasets")
 from transformers_sslam.audio.batches import DataSettings  # noqa: E402
 from transformers_sslam.audio.shards import ShardSettings, prepare  # noqa: E402
 from transformers_sslam.evaluation.features import encode_clips, hash_waveforms  # noqa: E402
-from transformers_sslam.evaluation.tag_files import TagSettings, tag_files  # noqa: E402
-from transformers_sslam.training.pretraining import PreTrainer  # noqa: E402
-from transformers_sslam.training.pretraining_settings import PreTrainingSettings  # noqa: E402
+from transformers_sslam.pretraining.loop import PreTrainer  # noqa: E402
+from transformers_sslam.pretraining.settings import PreTrainingSettings  # noqa: E402
+from transformers_sslam.recordings.tag import TagSettings, tag_files  # noqa: E402
 
 
 HOLD = "import sys, time; from transformers_sslam.files import lock\nwith lock(sys.argv[1]): print(1, flush=True); time.sleep(600)"
@@ -54,12 +54,13 @@ def sounds(tmp_path) -> Path:
 def tag(sounds: Path, output: Path) -> Path:
     SSLAMForAudioClassification(tiny_config()).save_pretrained(output.parent / "model")
     SSLAMFeatureExtractor(max_length=64).save_pretrained(output.parent / "model")
-    tag_files(TagSettings(str(output.parent / "model"), str(sounds), str(output.with_suffix(".csv")), device="cpu"))
+    model, tags = str(output.parent / "model"), str(output.with_suffix(".csv"))
+    tag_files(TagSettings(model=model, inputs=str(sounds), output=tags, device="cpu"))
     return output.with_suffix(".csv")
 
 
 def prepare_shards(sounds: Path, output: Path) -> Path:
-    prepare(output, ShardSettings([{"kind": "folder", "path": str(sounds)}]))
+    prepare(ShardSettings(str(output), data_dir=str(sounds)))
     return output / "shard-00000.parquet"
 
 
@@ -68,8 +69,8 @@ def pretrain(sounds: Path, output: Path) -> Path:
     decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_groups": 2}
     settings = PreTrainingSettings(
         **{"output_dir": str(output), "data": DataSettings(sources=[{"kind": "folder", "path": str(sounds)}]), "stage": 1},
-        **{"model": sizes | decoder, "features": {"max_length": 64}, "total_updates": 1, "warmup_updates": 0, "batch_size": 4},
-        **{"num_workers": 0, "trackers": [], "mixed_precision": "no"},
+        **{"model_config": sizes | decoder, "feature_extractor": {"max_length": 64}, "max_steps": 1, "warmup_steps": 0},
+        **{"per_device_train_batch_size": 4, "dataloader_num_workers": 0, "report_to": "none"},
     )
     PreTrainer(settings).run()
     return output / "model" / "config.json"
@@ -81,7 +82,7 @@ def test_a_second_process_is_rejected_at_once_until_the_first_is_killed(hold, so
     locked = output.with_suffix(".csv") if work is tag else output
     (tmp_path / "link").symlink_to(tmp_path)  # the same place under another name
     first = hold(tmp_path / "link" / locked.name)
-    with pytest.raises(UserError, match=f"another process writes to {locked}: wait for it, or give another place"):
+    with pytest.raises(UserError, match=f"another process writes to {locked}: wait for it, or choose another output"):
         work(sounds, output)
     assert first.poll() is None
     first.kill()

@@ -11,16 +11,19 @@ from conftest import noise, tiny_config
 from huggingface_hub import ModelCard
 
 from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel
-from transformers_sslam.conversion import _config, _extractor
-from transformers_sslam.model_cards import (
-    CardError,
+from transformers_sslam.cli import main
+from transformers_sslam.errors import UserError
+from transformers_sslam.publishing.cards import (
     ReportedResult,
+    as_text,
     generate_model_card,
     is_description,
+    public_name,
     read_description,
     write_model_card,
 )
-from transformers_sslam.official import OfficialCheckpoint
+from transformers_sslam.publishing.conversion import _config, _extractor
+from transformers_sslam.publishing.official import OfficialCheckpoint
 
 
 CARDS = {path.parent.name: path for path in sorted((Path(__file__).parents[1] / "model_cards").glob("*/README.md"))}
@@ -31,7 +34,7 @@ OFFICIAL = {
     "eat-large": (1024, 24, 16, 0),
 }
 CLASSES = {cls.__name__: cls for cls in (SSLAMModel, SSLAMForAudioClassification, SSLAMForPreTraining)}
-MINIMAL = {"name": "small", "title": "Small", "summary": "Hears little."}
+MINIMAL = {"name": "small", "title": "Small", "summary": "Recognises little."}
 RESULT = {"task_type": "audio-classification", "dataset_type": "esc50", "dataset_name": "ESC-50", "metric_type": "accuracy"}
 
 
@@ -64,7 +67,7 @@ def test_no_card_is_stale(name, tmp_path):
     source = CARDS[name].parent
     for file in ("config.json", "preprocessor_config.json", "results.json"):
         (tmp_path / file).write_bytes((source / file).read_bytes())
-    assert generate_model_card(tmp_path).read_text() == CARDS[name].read_text(), "run scripts/write_model_card.py model_cards/*"
+    assert generate_model_card(tmp_path).read_text() == CARDS[name].read_text(), "run `sslam card --model model_cards/*/`"
 
 
 @pytest.mark.parametrize("name", CARDS)
@@ -191,6 +194,13 @@ def test_the_card_of_a_training_run_can_hold_numbers(folder):
     assert front_matter(folder).data.eval_results is None
 
 
+def test_names_in_the_table_of_results_are_one_line_without_markup(folder):
+    describe(folder, results=[{**RESULT, "metric_value": 1, "dataset_name": "a\n| b <i>", "note": "![x](y)"}])
+    generate_model_card(folder)
+    row = r"| a \| b &lt;i&gt; | audio-classification | accuracy | 1 | \!\[x\](y) |"
+    assert row in (folder / "README.md").read_text().splitlines()
+
+
 def test_a_results_file_of_a_training_run_describes_no_model(folder):
     (folder / "results.json").write_text(json.dumps({"metrics": {"accuracy": 0.9}, "classes": ["a"]}))
     assert not is_description(folder / "results.json")
@@ -217,8 +227,8 @@ def test_a_results_file_of_a_training_run_describes_no_model(folder):
         ({"results": [3]}, r"results\[0\] is a int, but must be an object"),
     ],
 )
-def test_a_description_with_a_mistake_is_refused(folder, fields, sentence):
-    with pytest.raises(CardError, match=f"results.json does not describe a model.*{sentence}"):
+def test_a_description_with_a_mistake_is_rejected(folder, fields, sentence):
+    with pytest.raises(UserError, match=f"results.json does not describe a model.*{sentence}"):
         read_description(describe(folder, **fields))
 
 
@@ -226,7 +236,7 @@ def test_a_description_with_a_mistake_is_refused(folder, fields, sentence):
 def test_a_missing_file_is_named(folder, name):
     describe(folder)
     (folder / name).unlink()
-    with pytest.raises(CardError, match=re.escape(name)):
+    with pytest.raises(UserError, match=re.escape(name)):
         generate_model_card(folder)
 
 
@@ -238,8 +248,57 @@ def test_a_missing_file_is_named(folder, name):
         ("[1]", "config.json cannot be read .*a list, but"),
     ],
 )
-def test_a_configuration_of_nothing_is_refused(folder, content, message):
+def test_a_configuration_of_nothing_is_rejected(folder, content, message):
     describe(folder)
     (folder / "config.json").write_text(content)
-    with pytest.raises(CardError, match=message):
+    with pytest.raises(UserError, match=message):
         generate_model_card(folder)
+
+
+def test_the_command_writes_the_cards_of_several_folders(folder, tmp_path_factory, capsys):
+    other = tmp_path_factory.mktemp("other")
+    for name in ("config.json", "preprocessor_config.json"):
+        (other / name).write_bytes((folder / name).read_bytes())
+    describe(folder)
+    describe(other, title="Other")
+    assert main(["card", "--model", str(folder), str(other)]) == 0
+    assert capsys.readouterr().out.split() == [str(folder / "README.md"), str(other / "README.md")]
+    assert "# Other\n" in (other / "README.md").read_text()
+    (other / "results.json").write_text("[]")
+    assert main(["card", "--model", str(other)]) == 1
+    assert re.fullmatch("sslam card: error: .*results.json is damaged: it holds a list.*\n", capsys.readouterr().err)
+
+
+# --- names that come from data or from this machine
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+        ("![x](http://example.org/x.png)", r"\!\[x\](http://example.org/x.png)"),
+        ("two\nlines\r\n# three", r"two lines \# three"),
+        ("\u202eright to left\u2028line\x00", "right to left line"),
+        ("_a_ *b* `c` ~d~ &copy;", r"\_a\_ \*b\* \`c\` \~d\~ &amp;copy;"),
+        ("dog_bark, Male speech", "dog_bark, Male speech"),
+    ],
+)
+def test_a_name_is_one_line_without_markup(name, expected):
+    assert as_text(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("ta012/SSLAM_pretrain", "ta012/SSLAM_pretrain"),
+        ("/home/me/gone", "gone"),
+        ("~/models/mine", "mine"),
+        ("../mine", "mine"),
+        ("C:\\models\\mine", "mine"),
+        ("file:///home/me/x", "x"),
+        ("/home/me/a`b\nc", "a'b c"),
+    ],
+)
+def test_a_model_is_named_without_the_folders_of_this_machine(model, expected, tmp_path):
+    assert public_name(model) == expected
+    assert public_name(str(tmp_path)) == tmp_path.name

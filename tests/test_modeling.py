@@ -9,9 +9,10 @@ from conftest import FIXTURES, relative_error, tiny_config
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from transformers_sslam import SSLAMForAudioClassification, SSLAMModel
-from transformers_sslam.conversion import convert_checkpoint
+from transformers_sslam import SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel, attention_sslam
+from transformers_sslam.attention_sslam import CPU_HALF_PRECISION_ATTENTION, MAX_TOKENS_WRITTEN_OUT
 from transformers_sslam.modeling_sslam import SSLAMDropPath, sincos_position_table
+from transformers_sslam.publishing.conversion import convert_checkpoint
 
 
 ATTENTION = pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -229,11 +230,123 @@ def test_names_without_their_numbers_are_refused(id2label):
         (torch.zeros(2, 128, 128), torch.ones(1, 128), r"\(1, 128\).*\(2, 128\)"),
         (torch.zeros(2, 100, 128), torch.ones(2, 100), "100 frames.*multiple of 16"),
         (torch.zeros(2, 128, 128), torch.arange(128).lt(64).float().expand(2, -1) - 1, "negative values"),
+        (torch.zeros(2, 128, 128), torch.full((2, 128), torch.nan), "negative values, NaN or complex"),
+        (torch.zeros(2, 128, 128), torch.ones(2, 128, dtype=torch.complex64), "negative values, NaN or complex"),
+        (torch.zeros(2, 128, 128, dtype=torch.complex64), None, "type torch.complex64, but floats"),
+        (torch.zeros(2, 128, 128, dtype=torch.long), None, "type torch.int64, but floats"),
+        (torch.zeros(0, 128, 128), None, "holds no clip"),
     ],
 )
 def test_unusable_inputs_are_refused(model, input_values, attention_mask, message):
     with pytest.raises(ValueError, match=message):
         model(input_values, attention_mask=attention_mask)
+
+
+def test_a_classifier_refuses_an_empty_batch():
+    with pytest.raises(ValueError, match="input_values holds no clip"):
+        SSLAMForAudioClassification(tiny_config())(torch.zeros(0, 128, 128), labels=torch.zeros(0, dtype=torch.long))
+
+
+# --- attention for half precision on a CPU
+
+
+@pytest.mark.parametrize(
+    ("tokens", "needs_gradient", "masked", "written_out"),
+    [
+        (MAX_TOKENS_WRITTEN_OUT, True, False, True),
+        (MAX_TOKENS_WRITTEN_OUT + 1, True, False, False),
+        (103, False, False, False),
+        (103, True, True, False),
+    ],
+)
+def test_attention_is_written_out_for_few_tokens_in_training_alone(monkeypatch, tokens, needs_gradient, masked, written_out):
+    used = []
+    for name in ("eager_attention_forward", "sdpa_attention_forward"):
+        monkeypatch.setattr(attention_sslam, name, lambda *_, name=name, **__: used.append(name) or (None, None))
+    query = torch.zeros(1, 4, tokens, 8, requires_grad=needs_gradient)
+    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool) if masked else None
+    attention_sslam.cpu_half_precision_attention_forward(nn.Module(), query, query, query, mask, scaling=1.0)
+    assert used == ["eager_attention_forward" if written_out else "sdpa_attention_forward"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_for_half_precision_has_the_outputs_and_gradients_of_the_fused_one(masked):
+    mask = torch.arange(128) < torch.tensor([[48], [128]]) if masked else None
+    results = []
+    for attention in ("sdpa", CPU_HALF_PRECISION_ATTENTION):
+        torch.manual_seed(0)
+        model = perturbed(SSLAMModel(tiny_config(attn_implementation=attention))).to(torch.bfloat16)
+        assert model.config._attn_implementation == attention
+        output = model(log_mels(), attention_mask=mask).pooler_output
+        output.square().sum().backward()
+        results.append((output.detach(), model.layers[0].attention.q_proj.weight.grad, model.embeddings.cls_token.grad))
+    for fused, actual in zip(*results):
+        torch.testing.assert_close(actual, fused, rtol=0.05, atol=0.05 * fused.abs().max().item())
+    assert not masked or all(torch.equal(*pair) for pair in zip(*results)), "with a mask both are the fused one"
+
+
+def test_only_the_student_of_a_pre_training_model_has_its_attention_written_out(monkeypatch):
+    calls, eager = [], attention_sslam.eager_attention_forward
+    monkeypatch.setattr(attention_sslam, "eager_attention_forward", lambda *args: calls.append(args[1].shape[2]) or eager(*args))
+    config = tiny_config(num_views=2, unmixed_span_length=32, attn_implementation=CPU_HALF_PRECISION_ATTENTION)
+    model = SSLAMForPreTraining(config).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(log_mels()).loss.backward()
+    assert calls == [1 + 12] * 2  # of 64 patches, in each layer; the teacher's 65 tokens need no gradient
+
+
+# --- tools that replace layers by their type
+
+
+class Rounded(nn.Module):
+    """A layer in place of another, with its weights in 8 bits, as quantisers have them."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d):
+        super().__init__()
+        self.scale = layer.weight.detach().abs().max() / 127
+        self.integers = (layer.weight.detach() / self.scale).round().to(torch.int8)
+        self.bias, self.layer = layer.bias, [layer]
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        weight = self.integers * self.scale
+        if isinstance(self.layer[0], nn.Linear):
+            return nn.functional.linear(inputs, weight, self.bias)
+        assert inputs.dim() == 4
+        assert inputs.shape[1] == self.layer[0].in_channels
+        return self.layer[0]._conv_forward(inputs, weight, self.bias)
+
+
+def rounded(model: nn.Module) -> nn.Module:
+    found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    for name, layer in found:
+        model.set_submodule(name, Rounded(layer))
+    return model
+
+
+def test_the_patch_projection_is_a_plain_linear_layer(model):
+    assert type(model.embeddings.patch_embeddings.projection) is nn.Linear
+    assert model.embeddings.patch_embeddings.projection.weight.shape == (32, 256)
+    assert not any(isinstance(module, nn.Conv2d) for module in model.modules())
+
+
+def test_layers_may_be_replaced_by_their_type():
+    torch.manual_seed(0)
+    model = perturbed(SSLAMForAudioClassification(tiny_config(num_labels=3)))
+    with torch.inference_mode():
+        expected = model(log_mels()).logits
+        assert relative_error(rounded(model)(log_mels()).logits, expected) < 0.1
+    trained = SSLAMForPreTraining(tiny_config(num_views=2, unmixed_span_length=32, mask_noise_std=0.0))
+    losses = [m(log_mels(), generator=torch.Generator().manual_seed(0)).loss.item() for m in (trained, rounded(trained))]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+def test_a_dynamically_quantised_model_runs():
+    model = perturbed(SSLAMForAudioClassification(tiny_config(num_labels=3)))
+    quantization = pytest.importorskip("torch.ao.quantization")  # which PyTorch is going to remove
+    quantised = quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert "DynamicQuantizedLinear" in repr(quantised.sslam.embeddings.patch_embeddings.projection)
+    with torch.inference_mode():
+        assert relative_error(quantised(log_mels()).logits, model(log_mels()).logits) < 0.1
 
 
 # --- training

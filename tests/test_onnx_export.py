@@ -1,11 +1,10 @@
 """ONNX export: ONNX Runtime gives torch's numbers on shapes that the exporter did not see, and a bad export leaves nothing."""
 
 import contextlib
-import importlib
 import io
 import json
 import logging
-import runpy
+import re
 import shutil
 import sys
 import warnings
@@ -15,22 +14,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import noise, tiny_config
+from conftest import FIXTURES, noise, tiny_config
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
+from transformers_sslam.cli import main
+from transformers_sslam.errors import UserError
 
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-from transformers_sslam import onnx_export  # noqa: E402
-from transformers_sslam.onnx_export import ExportError, export_onnx  # noqa: E402
+from transformers_sslam.publishing import onnx_export  # noqa: E402
+from transformers_sslam.publishing.onnx_export import ExportError, export_onnx  # noqa: E402
 
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "export_onnx.py"
 SHAPES = [(1, 16), (1, 256), (7, 48), (4, 208)]  # the exporter traces 2 x 64 frames
 CLASSES = ['a "dog"', "Käuzchen", "rain, heavy"]
 
@@ -89,13 +90,12 @@ def classifier(tmp_path_factory) -> Exported:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Exported:
-    """CLS pooling, no mask, the encoder of a classifier, by the program."""
+    """CLS pooling, no mask, the encoder of a classifier, by the command."""
     folder = tmp_path_factory.mktemp("encoder")
     exported = Exported(save_classifier(folder / "source", "cls"), folder / "source", folder / "onnx")
-    command = [str(SCRIPT), str(exported.source), str(exported.folder), "--encoder-only"]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed, noted(exported.remarks):
-        patch.setattr(sys, "argv", command)
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+    words = ["export", "--model", str(exported.source), "--output_dir", str(exported.folder), "--encoder_only"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed, noted(exported.remarks):
+        assert main(words) == 0
     exported.printed = printed.getvalue()
     return exported
 
@@ -158,13 +158,13 @@ def test_what_the_saved_feature_extractor_returns_can_be_fed_as_it_is(classifier
 
 
 @pytest.mark.parametrize("shape", [(2, 100, 128), (2, 272, 128), (2, 8, 128), (2, 64, 64)])
-def test_lengths_and_bins_that_the_model_does_not_hear_are_refused(encoder, shape):
+def test_lengths_and_bins_outside_the_models_range_are_rejected(encoder, shape):
     with pytest.raises(Exception, match="ONNXRuntimeError"):
         encoder.run(input_values=np.zeros(shape, dtype=np.float32))
 
 
 @pytest.mark.parametrize("shape", [(2, 48), (1, 64)])
-def test_a_mask_of_another_shape_is_refused(classifier, shape):
+def test_a_mask_of_another_shape_is_rejected(classifier, shape):
     with pytest.raises(Exception, match="ONNXRuntimeError"):
         classifier.run(input_values=np.zeros((2, 64, 128), dtype=np.float32), attention_mask=np.ones(shape, dtype=np.int32))
 
@@ -224,7 +224,7 @@ def test_nothing_is_logged_or_warned_of(classifier, encoder):
     assert encoder.remarks == []
 
 
-def test_the_program_prints_differences_and_sizes(encoder):
+def test_the_command_prints_differences_and_sizes(encoder):
     *differences, config, graph, extractor = encoder.printed.splitlines()
     assert [line.split(" frames")[0] for line in differences] == ["1 x   16", "3 x   80", "5 x  144", "2 x  128"]
     assert graph.split() == [f"{(encoder.folder / 'model.onnx').stat().st_size:,}", "bytes", str(encoder.folder / "model.onnx")]
@@ -232,7 +232,7 @@ def test_the_program_prints_differences_and_sizes(encoder):
     assert extractor.endswith("/preprocessor_config.json")
 
 
-# --- what is refused
+# --- what is rejected
 
 
 @pytest.mark.parametrize(("factor", "said"), [(1.001, r"\d\.\de-03"), (float("nan"), "nan")])
@@ -262,6 +262,12 @@ def without_head(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def with_another_width(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.bias"] = torch.zeros(4)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def with_another_extractor(folder):
     SSLAMFeatureExtractor(max_length=512).save_pretrained(folder)
 
@@ -269,40 +275,48 @@ def with_another_extractor(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (not_sslam, "is no SSLAM model.*'bert'"),
+        (not_sslam, "is not a SSLAM model.*'bert'"),
         (shutil.rmtree, "there is no SSLAM model"),
         (without_extractor, "there is no SSLAM model with its feature extractor"),
         (without_head, "lacks weights, such as classifier.weight"),
+        (with_another_width, "classifier.bias, or has them in other shapes"),
         (with_another_extractor, "gives 512 frames of 128 mel bins.*up to 256"),
     ],
 )
-def test_a_folder_without_a_whole_model_is_refused(classifier, tmp_path, spoil, message):
+def test_a_folder_without_a_whole_model_is_rejected(classifier, tmp_path, spoil, message):
     shutil.copytree(classifier.source, tmp_path / "source")
     spoil(tmp_path / "source")
-    with pytest.raises(ExportError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         export_onnx(tmp_path / "source", tmp_path / "onnx")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "onnx").exists()
 
 
-@pytest.mark.parametrize(("output", "opset", "message"), [("taken", 20, "not an empty folder"), ("onnx", 17, "opset is 17.*18 to 23")])
-def test_a_place_that_is_taken_and_an_unknown_opset_are_refused(classifier, tmp_path, output, opset, message):
+@pytest.mark.parametrize(
+    ("output", "opset", "message"), [("taken", 20, "not an empty folder"), ("onnx", 17, "opset is 17, but must be 18 to 23")]
+)
+def test_a_place_that_is_taken_and_an_unknown_opset_are_rejected(classifier, tmp_path, output, opset, message):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("mine")
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(UserError, match=message):
         export_onnx(classifier.source, tmp_path / output, opset=opset)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["taken", "taken/mine.txt"]
 
 
-def test_the_program_says_mistakes_in_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "nowhere"), str(tmp_path / "onnx")])
-    with pytest.raises(SystemExit, match="^error: there is no SSLAM model"):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+def test_the_command_reports_a_mistake_in_one_line(tmp_path, capsys):
+    assert main(["export", "--model", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "onnx")]) == 1
+    assert re.fullmatch("sslam export: error: model .*nowhere cannot be read: .*\n", capsys.readouterr().err)
+
+
+def test_an_official_checkpoint_is_exported_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    assert main(["export", "--model", str(FIXTURES / "small_hub_model"), "--output_dir", str(tmp_path / "onnx"), "--with-mask"]) == 0
+    assert (tmp_path / "onnx" / "model.onnx").is_file()
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])
-def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, package):
-    monkeypatch.delitem(sys.modules, "transformers_sslam.onnx_export")
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, capsys, package):
+    monkeypatch.delitem(sys.modules, "transformers_sslam.publishing.onnx_export")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r'^ONNX export needs .*: pip install "transformers-sslam\[onnx\]"$'):
-        importlib.import_module("transformers_sslam.onnx_export")
+    assert main(["export", "--help"]) == 2
+    assert "which export needs: pip install 'transformers-sslam[onnx]'" in capsys.readouterr().err

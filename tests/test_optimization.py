@@ -4,18 +4,22 @@ import math
 from dataclasses import replace
 from itertools import cycle
 
+import datasets
 import numpy as np
 import pytest
+import soundfile
 import torch
-from conftest import tiny_config
+from conftest import noise, tiny_config
 from transformers import TrainerCallback
 
 from transformers_sslam import SSLAMForAudioClassification
 from transformers_sslam.audio.clips import ReadStatistics
-from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
-from transformers_sslam.training.labelled_stream import LabelledPart
-from transformers_sslam.training.optimization import classification_loss, layer_decay_groups
-from transformers_sslam.training.stream_trainer import EpochBatches, StreamTrainer
+from transformers_sslam.errors import UserError, as_user_error
+from transformers_sslam.finetuning.optimization import classification_loss, layer_decay_groups
+from transformers_sslam.finetuning.run import fine_tune
+from transformers_sslam.finetuning.settings import FineTuningSettings
+from transformers_sslam.finetuning.stream import LabelledPart
+from transformers_sslam.finetuning.trainer import EpochBatches, StreamTrainer
 
 
 def classifier(**changes) -> SSLAMForAudioClassification:
@@ -74,17 +78,26 @@ class Recorder(TrainerCallback):
         self.gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
 @pytest.fixture
 def settings(tmp_path) -> FineTuningSettings:
     return FineTuningSettings(
         data_dir="none",
         output_dir=str(tmp_path),
-        total_updates=12,
-        warmup_share=1 / 3,
-        batch_size=4,
+        max_steps=12,
+        warmup_steps=1 / 3,
+        per_device_train_batch_size=4,
         learning_rate=1e-3,
-        min_learning_rate=1e-5,
-        trainer={"disable_tqdm": True, "max_grad_norm": 0.0, "use_cpu": True, "save_strategy": "no"},
+        lr_scheduler_kwargs={"min_lr": 1e-5},
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+        use_cpu=True,
+        save_strategy="no",
+        per_device_eval_batch_size=4,
     )
 
 
@@ -103,14 +116,16 @@ class Items:
 
 def train(settings: FineTuningSettings, items: list[dict], loss: str = "cross_entropy") -> tuple[list[dict], Recorder]:
     """The groups as they were made, and what the updates saw."""
-    model, recorder = classifier(), Recorder()
+    model, recorder, batch_size = classifier(), Recorder(), settings.per_device_train_batch_size
     groups = layer_decay_groups(model, settings.learning_rate, settings.weight_decay, 0.5)
     rates = [group["lr"] for group in groups]
     trainer = StreamTrainer(
         model=model,
         args=settings.training_arguments(),
         loss=loss,
-        train_batches=EpochBatches(Items(items, settings.batch_size), len(items) // settings.batch_size),
+        train_batches=EpochBatches(Items(items, batch_size), len(items) // batch_size),
+        open_stream=lambda part: Items(items, batch_size),
+        about={},
         callbacks=[recorder],
         optimizers=(torch.optim.AdamW(groups, lr=settings.learning_rate), None),
     )
@@ -136,13 +151,19 @@ def test_the_schedule_keeps_the_ratios_between_groups_down_to_the_floor(settings
 
 def test_accumulated_steps_have_the_gradient_of_one_large_batch(settings):
     items = clips(8)
-    _, large = train(replace(settings, total_updates=1, batch_size=8), items)
-    _, small = train(
-        replace(settings, total_updates=1, batch_size=2, trainer={**settings.trainer, "gradient_accumulation_steps": 4}), items
-    )
+    _, large = train(replace(settings, max_steps=1, per_device_train_batch_size=8), items)
+    _, small = train(replace(settings, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4), items)
     assert len(small.gradients) == 1
     for name, gradient in large.gradients[0].items():
         torch.testing.assert_close(small.gradients[0][name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_the_trainer_does_not_smooth_targets_a_second_time(settings):
+    """The stream has smoothed them."""
+    one = replace(settings, max_steps=1)
+    (_, plain), (_, smoothed) = train(one, clips(8)), train(replace(one, label_smoothing_factor=0.3), clips(8))
+    for name, gradient in plain.gradients[0].items():
+        assert torch.equal(smoothed.gradients[0][name], gradient), name
 
 
 # --- the loss
@@ -174,3 +195,44 @@ def test_the_loss_is_in_float32_whatever_the_logits_are(kind):
     loss = classification_loss(LOGITS.bfloat16(), TARGETS, kind)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, classification_loss(LOGITS, TARGETS, kind))  # these logits are exact in bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 2**32}, r"is 4294967296, but a number from 0 to 2\*\*32 - 1"),
+        ({"seeds": [0, -1]}, r"is -1, but a number from 0 to 2\*\*32 - 1"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1, but a number from 0"),
+        ({"optim_target_modules": "all-linear"}, "optim_target_modules is 'all-linear', but cannot be set here"),
+    ],
+)
+def test_numbers_that_cannot_work_are_rejected(settings, changes, message):
+    with pytest.raises(UserError, match=message):
+        replace(settings, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"report_to": "banana"}, "report_to is 'banana', which cannot be used: banana is not supported, only .*tensorboard"),
+        (
+            {"torch_compile": True, "torch_compile_backend": "banana"},
+            "Trainer rejects these settings: 'BANANA' is not a valid DynamoBackend",
+        ),
+    ],
+)
+def test_what_trainer_cannot_use_is_one_sentence(settings, tmp_path, changes, message):
+    for part in ("train", "test"):
+        for label in "ab":
+            (tmp_path / "clips" / part / label).mkdir(parents=True)
+            soundfile.write(tmp_path / "clips" / part / label / "0.wav", noise(0.3), 16_000)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "max_length": 32}
+    with pytest.raises(UserError, match=message):
+        fine_tune(
+            replace(settings, data_dir=str(tmp_path / "clips"), model_config=small, max_length=32, output_dir=str(tmp_path), **changes)
+        )
+
+
+def test_a_package_that_is_not_installed_is_one_sentence():
+    with pytest.raises(UserError, match="optim is 'x': you need to install y"), as_user_error("optim is 'x'"):
+        raise ImportError("you need to install y")

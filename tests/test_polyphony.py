@@ -1,10 +1,9 @@
-"""Mixtures of single sounds: what is planned is what is heard, and what is written can be summed again by anyone."""
+"""Mixtures of single sounds: what is planned is what sounds, and what is written can be summed again by anyone."""
 
 import csv
 import hashlib
 import io
 import os
-import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -21,14 +20,14 @@ from conftest import noise
 
 from transformers_sslam.audio.decode import load_waveform
 from transformers_sslam.audio.rows import choose_classes, read_rows
+from transformers_sslam.cli import main
 from transformers_sslam.errors import UserError
 from transformers_sslam.polyphony import benchmark as polyphonic_benchmark
 from transformers_sslam.polyphony.benchmark import BenchmarkSettings, make_benchmark
 from transformers_sslam.polyphony.render import FULL_SCALE, Mixture, MixtureSettings, find_sound, plan_mixture, plan_mixtures, render
+from transformers_sslam.settings import read_settings
 
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "make_polyphonic.py"
 RATE, FRAME = 16_000, 160
 CLASSES = ("beep", "click", "hiss")
 SHORT = MixtureSettings(clip_seconds=2.0, event_seconds=0.8)
@@ -89,7 +88,7 @@ def test_a_sound_reaches_from_its_first_to_its_last_sounding_frame():
 
 
 @pytest.mark.parametrize("waveform", [np.zeros(8000), np.full(8000, 0.00099), np.ones(FRAME - 1)])
-def test_silence_is_no_sound(waveform):
+def test_silence_is_not_a_sound(waveform):
     assert find_sound(waveform.astype(np.float32), 0, "nothing", MixtureSettings()) is None
     assert find_sound(np.full(8000, 0.0011, dtype=np.float32), 0, "faint", MixtureSettings()) is not None
 
@@ -131,7 +130,7 @@ def test_levels_are_those_of_the_loudest_100_ms_and_uniform(waveforms, sounds):
             levels.append(event.level_db)
     assert -35 <= min(levels) < -34.9
     assert -25.1 < max(levels) <= -25
-    assert np.mean(levels) == pytest.approx(-30, abs=0.3)  # deviation of a mean of 800: 0.1
+    assert np.mean(levels) == pytest.approx(-30, abs=0.3)  # standard error of a mean of 800: 0.1
     assert np.std(levels) == pytest.approx(10 / 12**0.5, abs=0.2)
 
 
@@ -208,17 +207,17 @@ def test_beyond_full_scale_gains_and_levels_are_those_of_the_scaled_mixture(wave
         ({"sampling_rate": 0}, "sampling_rate is 0"),
     ],
 )
-def test_rules_that_cannot_be_are_refused(values: dict, message: str):
+def test_rules_that_cannot_be_are_rejected(values: dict, message: str):
     with pytest.raises(UserError, match=message):
         MixtureSettings(**values)
 
 
-def test_more_events_than_sounds_or_classes_are_refused(sounds):
+def test_more_events_than_sounds_or_classes_are_rejected(sounds):
     with pytest.raises(UserError, match="a mixture of 25 events needs as many different sounds, but there are 24"):
         plan_mixtures(sounds, SHORT, [25], 1, 0, "train")
-    with pytest.raises(UserError, match="4 events of different classes was asked for, but there are 3 classes"):
+    with pytest.raises(UserError, match="4 events of different classes needs as many classes, but there are 3"):
         plan_mixtures(sounds, replace(SHORT, repeat_classes=False), [4], 1, 0, "train")
-    with pytest.raises(UserError, match="a mixture of 0 events"):
+    with pytest.raises(UserError, match="a mixture of 0 events is not possible"):
         plan_mixtures(sounds, SHORT, [0], 1, 0, "train")
 
 
@@ -242,7 +241,7 @@ def folder(tmp_path_factory) -> Path:
 def benchmark_settings(folder: Path, output: Path, **values) -> BenchmarkSettings:
     defaults = {"fold_column": "fold", "train_folds": [1], "test_folds": [2], "group_column": "recording", "mixing": SHORT}
     sizes = {"num_events": [1, 3, 12], "train_clips": 3, "test_clips": 2, "clips_per_shard": 4}
-    return BenchmarkSettings(str(folder), str(output), **{**defaults, **sizes, **values})
+    return BenchmarkSettings(data_dir=str(folder), output_dir=str(output), **{**defaults, **sizes, **values})
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +320,8 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process_and_another_seed_
     recipe = yaml.safe_load((benchmark[0] / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))  # the card's own settings
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, SCRIPT, tmp_path / "recipe.yaml", f"data_dir={folder}", f"output_dir={tmp_path / 'again'}"]
+    words = ["--config", tmp_path / "recipe.yaml", "--data_dir", folder, "--output_dir", tmp_path / "again"]
+    command = [sys.executable, "-m", "transformers_sslam", "mix", *words]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert f"9 train, 6 test mixtures of 3 classes, 0 MB, in {tmp_path / 'again'}" in process.stdout
@@ -359,7 +359,7 @@ def test_it_is_training_data_with_several_labels(benchmark):
     assert labelled.encode(CLASSES).one_hot(range(len(labelled))).sum(axis=1).tolist() == [len(labels) for labels in rows["labels"]]
 
 
-def test_a_recording_or_a_copied_file_in_both_splits_is_refused(folder: Path, tmp_path: Path):
+def test_a_recording_or_a_copied_file_in_both_splits_is_rejected(folder: Path, tmp_path: Path):
     moved = tmp_path / "moved"
     moved.mkdir()
     for path in folder.glob("*.wav"):
@@ -375,9 +375,9 @@ def test_a_recording_or_a_copied_file_in_both_splits_is_refused(folder: Path, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_share_of_the_recordings_can_be_held_out(folder: Path, tmp_path: Path):
-    by_share = {"fold_column": None, "train_folds": [], "test_folds": [], "test_share": 0.4, "num_events": [4]}
-    report = make_benchmark(benchmark_settings(folder, tmp_path / "out", **by_share))
+def test_a_fraction_of_the_recordings_can_be_held_out(folder: Path, tmp_path: Path):
+    by_fraction = {"fold_column": None, "train_folds": [], "test_folds": [], "test_fraction": 0.4, "num_events": [4]}
+    report = make_benchmark(benchmark_settings(folder, tmp_path / "out", **by_fraction))
     assert report["recordings"] == {"train": 14, "test": 10}  # of 24
     assert sum(report["sources"].values()) == 25
     with (tmp_path / "out" / "sources.csv").open() as stream:
@@ -390,7 +390,7 @@ def test_a_label_of_two_lines_is_rejected_before_anything_is_decoded(folder: Pat
         (tmp_path / path.name).write_bytes(path.read_bytes())
     table = (folder / "metadata.csv").read_text()
     (tmp_path / "metadata.csv").write_text(table.replace("24.wav,beep,1", '24.wav,"be\nep",1'))
-    monkeypatch.setattr("transformers_sslam.polyphony.benchmark.Waveforms", None)
+    monkeypatch.setattr("transformers_sslam.polyphony.sounds.Waveforms", None)
     with pytest.raises(UserError, match=r"has the label 'be\\nep', but a label is one line"):
         make_benchmark(benchmark_settings(tmp_path, tmp_path / "out"))
 
@@ -418,33 +418,36 @@ def test_sources_that_cannot_be_used_are_named_or_stop_the_program(folder: Path,
         ({"num_events": [13]}, "test: a mixture of 13 events needs as many different sounds, but there are 12"),
         ({"num_events": [1, 1]}, r"num_events is \[1, 1\], but must be different numbers"),
         ({"train_clips": 0}, "train_clips is 0, but must be at least 1"),
-        ({"test_share": 0.5}, "only one can choose"),
+        ({"test_fraction": 0.5}, "give one of the two"),
         ({"fold_column": None}, "no fold_column that they are values of"),
         ({"test_folds": [3]}, "the column 'fold' has no fold 3"),
         ({"group_column": "artist"}, "there is no column 'artist'"),
         ({"label_column": "class"}, "there is no column 'class'"),
-        ({"fold_column": None, "train_folds": [], "test_folds": [], "test_share": 0.01}, "of 24 recordings that leaves one"),
+        (
+            {"fold_column": None, "train_folds": [], "test_folds": [], "test_fraction": 0.01},
+            "leaves one of the splits without any of 24 recordings",
+        ),
         ({"fold_column": "label", "train_folds": ["beep"], "test_folds": ["hiss"]}, "no train source has the class hiss"),
         ({"fold_column": None, "train_folds": [], "test_folds": []}, "there is no split 'test'"),
     ],
 )
-def test_what_cannot_be_made_is_refused_in_one_sentence_and_leaves_nothing(folder: Path, tmp_path: Path, values: dict, message: str):
+def test_what_cannot_be_made_is_rejected_in_one_sentence_and_leaves_nothing(folder: Path, tmp_path: Path, values: dict, message: str):
     with pytest.raises(UserError, match=message):
         make_benchmark(benchmark_settings(folder, tmp_path / "out", **values))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_source_of_several_sounds_is_refused(tmp_path: Path):
+def test_a_source_of_several_sounds_is_rejected(tmp_path: Path):
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
         soundfile.write(tmp_path / split / "a.wav", noise(0.5), RATE)
         (tmp_path / split / "metadata.jsonl").write_text('{"file_name": "a.wav", "label": ["hum", "hiss"]}\n')
     with pytest.raises(UserError, match=r"train.a.wav has 2 labels, but a single sound has one"):
-        make_benchmark(BenchmarkSettings(str(tmp_path), str(tmp_path / "out")))
+        make_benchmark(BenchmarkSettings(data_dir=str(tmp_path), output_dir=str(tmp_path / "out")))
 
 
 def test_neither_an_interruption_nor_what_is_there_already_does_harm(folder: Path, benchmark, tmp_path: Path, monkeypatch):
-    with pytest.raises(UserError, match="which is there already: choose another, or remove it"):
+    with pytest.raises(UserError, match="exists and is not an empty folder: choose another place"):
         make_benchmark(benchmark_settings(folder, benchmark[0]))
     encode, calls = polyphonic_benchmark.encode_row, []
 
@@ -460,17 +463,38 @@ def test_neither_an_interruption_nor_what_is_there_already_does_harm(folder: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mistake_on_the_command_line_gets_one_sentence(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), f"data_dir={tmp_path}", f"output_dir={tmp_path / 'out'}", "mixing.event_seconds=9"])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert "error: mixing: event_seconds is 9, but must lie between" in capsys.readouterr().err.splitlines()[-1]
+def test_names_from_data_have_no_markup_and_no_formula(tmp_path: Path):
+    """In the card and in the table of sources; the data themselves keep them."""
+    classes = {"<b>![x](http://a)": "hum", "=HYPERLINK(1)": "-1+2"}
+    for split in ("train", "test"):
+        for label, name in classes.items():
+            (tmp_path / "sounds" / split / label.replace("/", "-")).mkdir(parents=True)
+            sound = noise(0.5, seed=len(label + split + name))
+            soundfile.write(tmp_path / "sounds" / split / label.replace("/", "-") / f"{name}.wav", sound, RATE)
+    settings = {"num_events": [1], "train_clips": 1, "test_clips": 1, "mixing": SHORT}
+    report = make_benchmark(BenchmarkSettings(data_dir=str(tmp_path / "sounds"), output_dir=str(tmp_path / "out"), **settings))
+    assert report["classes"] == ["<b>![x](http:--a)", "=HYPERLINK(1)"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert r"Classes (2): &lt;b&gt;\!\[x\](http:--a), =HYPERLINK(1)." in card
+    assert "<b>" not in card
+    with (tmp_path / "out" / "sources.csv").open(newline="") as stream:
+        cells = [cell for row in csv.reader(stream) for cell in row]
+    assert "'=HYPERLINK(1)" in cells
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
+
+
+def test_a_mistake_on_the_command_line_gets_one_line(tmp_path: Path, capsys):
+    words = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    assert main(["mix", *words, "--mixing.event_seconds", "9"]) == 2
+    assert "event_seconds is 9, but must lie between" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["mix", *words]) == 1
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("sslam mix: error: ")
 
 
 def test_esc10_mixed_as_the_recipe_says(shared: Path, tmp_path: Path):
-    recipe = yaml.safe_load((ROOT / "scripts" / "recipes" / "polyphonic_esc10.yaml").read_text())
-    recipe |= {"data_dir": str(shared / "data" / "esc10"), "output_dir": str(tmp_path / "out"), "train_clips": 1, "test_clips": 1}
-    report = make_benchmark(BenchmarkSettings(**{**recipe, "mixing": MixtureSettings(**recipe["mixing"])}))
+    changes = {"data_dir": str(shared / "data" / "esc10"), "output_dir": str(tmp_path / "out"), "train_clips": 1, "test_clips": 1}
+    report = make_benchmark(read_settings(BenchmarkSettings, "polyphonic_esc10", changes))
     assert report["clips"] == {"train": 14, "test": 14}
     assert report["recordings"]["train"] + report["recordings"]["test"] == 247
     assert len(report["classes"]) == 10

@@ -4,8 +4,6 @@ import errno
 import io
 import json
 import logging
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -23,11 +21,11 @@ from transformers_sslam.audio.decode import load_waveform
 from transformers_sslam.audio.layouts import open_splits
 from transformers_sslam.audio.shards import ShardSettings, prepare
 from transformers_sslam.audio.sources import Source, SourceSettings
+from transformers_sslam.cli import main
 from transformers_sslam.errors import UserError
 from transformers_sslam.files import SEAL, read_json, write_json
 
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "prepare_shards.py"
 RECORDINGS, DAMAGED = 23, (4, 11)
 
 
@@ -52,9 +50,9 @@ def recordings(tmp_path_factory) -> Path:
     return root
 
 
-def settings(recordings: Path, **kwargs) -> ShardSettings:
+def settings(folder: Path, recordings: Path, **kwargs) -> ShardSettings:
     source = {"kind": "audiofolder", "path": str(recordings)}
-    return ShardSettings([source], **{"clips_per_shard": 6, "clips_per_group": 3, "shuffle_rows": 8, **kwargs})
+    return ShardSettings(str(folder), sources=[source], **{"clips_per_shard": 6, "clips_per_group": 3, "shuffle_rows": 8, **kwargs})
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -62,7 +60,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_shards_hold_every_recording_once_with_its_columns_as_16_khz_mono_flac(recordings: Path, tmp_path: Path):
-    index = prepare(tmp_path / "shards", settings(recordings))
+    index = prepare(settings(tmp_path / "shards", recordings))
     assert [shard["clips"] for shard in index["shards"]] == [6, 6, 6, 2]
     assert index["clips"] == RECORDINGS - 3
     assert index["report"]["too_short"] == 1
@@ -89,7 +87,7 @@ def test_shards_hold_every_recording_once_with_its_columns_as_16_khz_mono_flac(r
 
 
 def test_shards_are_a_source_like_any_other(recordings: Path, tmp_path: Path):
-    prepare(tmp_path / "shards", settings(recordings))
+    prepare(settings(tmp_path / "shards", recordings))
     source = {"kind": "parquet", "path": str(tmp_path / "shards")}
     extractor = SSLAMFeatureExtractor(max_length=288)
     ranks = [
@@ -101,7 +99,7 @@ def test_shards_are_a_source_like_any_other(recordings: Path, tmp_path: Path):
 
 
 def test_long_recordings_can_be_cut_into_windows(recordings: Path, tmp_path: Path):
-    index = prepare(tmp_path / "shards", settings(recordings, window_seconds=0.6))
+    index = prepare(settings(tmp_path / "shards", recordings, window_seconds=0.6))
     names = [
         row["path"]
         for file in sorted((tmp_path / "shards").glob("*.parquet"))
@@ -121,7 +119,7 @@ class _Interrupted(Exception):
 def test_interrupted_and_run_again_it_writes_the_same_files(
     recordings: Path, tmp_path: Path, monkeypatch, whole_shards: int, num_workers: int
 ):
-    wanted = prepare(tmp_path / "at once", settings(recordings, num_workers=num_workers))
+    wanted = prepare(settings(tmp_path / "at once", recordings, dataloader_num_workers=num_workers))
     write, replace, calls = shards.write_shard, Path.replace, Counter()
 
     def interrupted(path: Path, target: Path):
@@ -133,28 +131,28 @@ def test_interrupted_and_run_again_it_writes_the_same_files(
 
     monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(_Interrupted):
-        prepare(tmp_path / "twice", settings(recordings, num_workers=num_workers))
+        prepare(settings(tmp_path / "twice", recordings, dataloader_num_workers=num_workers))
     assert not list((tmp_path / "twice").glob("*.unfinished"))
     assert len(list((tmp_path / "twice").glob("*.parquet"))) == whole_shards
     monkeypatch.undo()
 
     written = []
     monkeypatch.setattr(shards, "write_shard", lambda path, *args: [written.append(path.name), write(path, *args)][1])
-    index = prepare(tmp_path / "twice", settings(recordings, num_workers=num_workers))
+    index = prepare(settings(tmp_path / "twice", recordings, dataloader_num_workers=num_workers))
     assert written == [f"shard-{number:05d}.parquet" for number in range(whole_shards, 4)]
     assert index == wanted
     assert files(tmp_path / "twice") == files(tmp_path / "at once")
 
 
 def test_a_folder_begun_by_an_older_version_is_rejected_until_it_is_complete(recordings: Path, tmp_path: Path):
-    index = prepare(tmp_path / "shards", settings(recordings))
+    index = prepare(settings(tmp_path / "shards", recordings))
     del index["position"]  # and what was read has no hash of itself, which is left out
     index["settings"]["max_broken_share"] = index["settings"].pop("max_unreadable")
     (tmp_path / "shards" / "index.json").write_text(json.dumps({**index, "place": None}))
-    assert prepare(tmp_path / "shards", settings(recordings))["clips"] == RECORDINGS - 3
+    assert prepare(settings(tmp_path / "shards", recordings))["clips"] == RECORDINGS - 3
     (tmp_path / "shards" / "index.json").write_text(json.dumps({**index, "complete": False, "place": {"epoch": 0}}))
     with pytest.raises(UserError, match="begun by an older version, which writes rows in another order: finish it with that version, or"):
-        prepare(tmp_path / "shards", settings(recordings))
+        prepare(settings(tmp_path / "shards", recordings))
 
 
 def reads(folder: Path) -> list:
@@ -180,26 +178,26 @@ def test_a_shard_that_is_not_what_was_written_is_noticed_by_runs_and_when_it_is_
     recordings: Path, tmp_path: Path, spoiled: str, complete: bool, monkeypatch
 ):
     folder = tmp_path / "shards"
-    prepare(folder, settings(recordings))
+    prepare(settings(folder, recordings))
     if not complete:
         index = read_json(folder / "index.json")
         write_json(folder / "index.json", index | {"complete": False}, sealed=True)
     assert reads(folder) == [7, RECORDINGS - 3]
     spoil, message = SPOILED[spoiled]
     spoil(folder / "shard-00001.parquet", folder / "shard-00003.parquet")
-    for read in (reads, lambda folder: prepare(folder, settings(recordings))):
+    for read in (reads, lambda folder: prepare(settings(folder, recordings))):
         with pytest.raises(UserError, match=message):
             read(folder)
 
 
 def test_a_bit_of_a_shard_is_noticed_when_it_is_resumed(recordings: Path, tmp_path: Path):
-    prepare(tmp_path / "shards", settings(recordings))
+    prepare(settings(tmp_path / "shards", recordings))
     shard = tmp_path / "shards" / "shard-00002.parquet"
     content = bytearray(shard.read_bytes())
     content[1000] ^= 4
     shard.write_bytes(content)
     with pytest.raises(UserError, match="has shard-00002.parquet, changed since it was written"):
-        prepare(tmp_path / "shards", settings(recordings))
+        prepare(settings(tmp_path / "shards", recordings))
 
 
 def test_a_damaged_index_is_one_clear_error(recordings: Path, tmp_path: Path, monkeypatch):
@@ -208,7 +206,7 @@ def test_a_damaged_index_is_one_clear_error(recordings: Path, tmp_path: Path, mo
     states = []
     write = shards.write_json
     monkeypatch.setattr(shards, "write_json", lambda *args, **options: (write(*args, **options), states.append(path.read_bytes())))
-    prepare(path.parent, settings(recordings))
+    prepare(settings(path.parent, recordings))
     for shard in ("shard-00002.parquet", "shard-00003.parquet"):
         (path.parent / shard).rename(tmp_path / shard)
     whole = states[2]  # behind two shards of four
@@ -223,7 +221,7 @@ def test_a_damaged_index_is_one_clear_error(recordings: Path, tmp_path: Path, mo
             unchanged = False
         if not unchanged:
             with pytest.raises(UserError, match="index.json is damaged"):
-                prepare(path.parent, settings(recordings))
+                prepare(settings(path.parent, recordings))
             with pytest.raises(UserError, match="index.json is damaged"):
                 reads(path.parent)
     monkeypatch.undo()
@@ -234,34 +232,34 @@ def test_a_damaged_index_is_one_clear_error(recordings: Path, tmp_path: Path, mo
             if value != index[name] and (name, value) not in (("shards", []), ("position", None)):
                 path.write_text(json.dumps(index | {name: value}))
                 with pytest.raises(UserError, match="index.json is damaged|begun with other settings"):
-                    prepare(path.parent, settings(recordings))
+                    prepare(settings(path.parent, recordings))
     path.write_bytes(whole)
-    assert prepare(path.parent, settings(recordings))["clips"] == RECORDINGS - 3
+    assert prepare(settings(path.parent, recordings))["clips"] == RECORDINGS - 3
 
 
 def test_an_index_of_another_origin_is_ignored(recordings: Path, tmp_path: Path):
-    prepare(tmp_path / "shards", settings(recordings))
+    prepare(settings(tmp_path / "shards", recordings))
     (tmp_path / "shards" / "index.json").write_text('{"version": 2}')
     assert reads(tmp_path / "shards") == [7, RECORDINGS - 3]
 
 
 def test_what_is_complete_is_left_alone(recordings: Path, tmp_path: Path):
-    index = prepare(tmp_path / "shards", settings(recordings))
+    index = prepare(settings(tmp_path / "shards", recordings))
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
-    assert prepare(tmp_path / "shards", settings(recordings)) == index
+    assert prepare(settings(tmp_path / "shards", recordings)) == index
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()} == times
 
 
 def test_other_settings_than_the_first_time_are_refused(recordings: Path, tmp_path: Path):
-    prepare(tmp_path / "shards", settings(recordings))
+    prepare(settings(tmp_path / "shards", recordings))
     with pytest.raises(ValueError, match=r"begun with other settings: seed \(0 then, 1 now\); min_seconds \(0.2 then, 0.3 now\)"):
-        prepare(tmp_path / "shards", settings(recordings, seed=1, min_seconds=0.3))
+        prepare(settings(tmp_path / "shards", recordings, seed=1, min_seconds=0.3))
     (tmp_path / "shards" / "shard-00001.parquet").unlink()
     with pytest.raises(ValueError, match=r"lacks shard-00001.parquet"):
-        prepare(tmp_path / "shards", settings(recordings))
+        prepare(settings(tmp_path / "shards", recordings))
     (tmp_path / "shards" / "index.json").unlink()
     with pytest.raises(ValueError, match="parquet files of another origin"):
-        prepare(tmp_path / "shards", settings(recordings))
+        prepare(settings(tmp_path / "shards", recordings))
 
 
 def test_a_full_disk_leaves_whole_shards_only_and_says_which_could_not_be_finished(recordings: Path, tmp_path: Path, monkeypatch):
@@ -275,20 +273,20 @@ def test_a_full_disk_leaves_whole_shards_only_and_says_which_could_not_be_finish
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     with pytest.raises(OSError, match=r"shard-00001.parquet could not be finished \(.*No space left"):
-        prepare(tmp_path / "shards", settings(recordings))
+        prepare(settings(tmp_path / "shards", recordings))
     assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["index.json", "shard-00000.parquet"]
     monkeypatch.undo()
-    assert prepare(tmp_path / "shards", settings(recordings))["clips"] == RECORDINGS - 3
+    assert prepare(settings(tmp_path / "shards", recordings))["clips"] == RECORDINGS - 3
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_decoded(recordings: Path, tmp_path: Path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        prepare(tmp_path / "file" / "shards", settings(recordings))
+        prepare(settings(tmp_path / "file" / "shards", recordings))
     monkeypatch.setattr(shards, "BatchStream", lambda *args, **kwargs: pytest.fail("began to decode"))
     monkeypatch.setattr(shards, "write_json", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError("read-only")))
     with pytest.raises(PermissionError):
-        prepare(tmp_path / "shards", settings(recordings))
+        prepare(settings(tmp_path / "shards", recordings))
 
 
 def test_samples_beyond_full_scale_are_clipped_and_counted(tmp_path: Path, caplog):
@@ -296,7 +294,7 @@ def test_samples_beyond_full_scale_are_clipped_and_counted(tmp_path: Path, caplo
     for number, peak in enumerate((0.5, 1.5, 0.9)):
         soundfile.write(tmp_path / "in" / f"{number}.wav", np.full(8000, peak), 16_000, subtype="FLOAT")
     with caplog.at_level(logging.WARNING):
-        index = prepare(tmp_path / "shards", ShardSettings([{"kind": "folder", "path": str(tmp_path / "in")}], max_unreadable=0))
+        index = prepare(ShardSettings(str(tmp_path / "shards"), data_dir=str(tmp_path / "in"), max_unreadable=0))
     assert [(shard["file"], shard["clips"], shard["clipped"]) for shard in index["shards"]] == [("shard-00000.parquet", 3, 1)]
 
 
@@ -306,12 +304,12 @@ def test_sources_of_one_shape_are_written_together_and_others_refused(recordings
         soundfile.write(tmp_path / name / "a.wav", noise(0.5), 16_000)
         (tmp_path / name / f"metadata.{table}").write_text(text)
     first, same, other = ({"kind": "audiofolder", "path": str(path)} for path in (recordings, tmp_path / "same", tmp_path / "other"))
-    index = prepare(tmp_path / "both", ShardSettings([first, same]))
+    index = prepare(ShardSettings(str(tmp_path / "both"), sources=[first, same]))
     assert index["clips"] == RECORDINGS - 3 + 1
     rows = pq.read_table(tmp_path / "both" / "shard-00000.parquet").to_pylist()
     assert [(row["label"], row["fold"]) for row in rows if row["audio"]["path"] == "a.flac"] == [(None, "1")]
     with pytest.raises(ValueError, match="'fold' of other is another source's too, of another type"):
-        prepare(tmp_path / "neither", ShardSettings([first, other]))
+        prepare(ShardSettings(str(tmp_path / "neither"), sources=[first, other]))
 
 
 @pytest.mark.parametrize(
@@ -320,30 +318,29 @@ def test_sources_of_one_shape_are_written_together_and_others_refused(recordings
         ({"clips_per_shard": 7}, "clips_per_shard is 7, but must be a positive multiple of clips_per_group, 3"),
         ({"window_seconds": 0.1}, "window_seconds is 0.1"),
         ({"sources": [{"kind": "folder", "path": "x", "weight": 2}]}, "x has a weight"),
+        ({"sources": []}, "exactly one of data_dir and sources is expected"),
+        ({"data_dir": "x"}, "exactly one of data_dir and sources is expected"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(recordings: Path, values: dict, message: str):
+    source = {"kind": "folder", "path": str(recordings)}
     with pytest.raises(ValueError, match=message):
-        ShardSettings(**{"sources": settings(recordings).sources, "clips_per_group": 3, "clips_per_shard": 6, **values})
+        ShardSettings("x", **{"sources": [source], "clips_per_group": 3, "clips_per_shard": 6, **values})
 
 
-def test_the_script_runs_from_the_command_line(recordings: Path, tmp_path: Path):
-    source = f"{{kind: folder, path: {recordings}}}"
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        str(tmp_path / "shards"),
-        "--source",
-        source,
-        "--clips-per-shard",
-        "8",
-        "--clips-per-group",
-        "4",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert f"3 shards, {RECORDINGS - 3} clips" in done.stdout
-    assert "/23" in done.stderr  # the progress bar
-    command[4] = "{kind: folders, path: x}"
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert refused.returncode == 2
-    assert "kind is 'folders', but a source is one of " in refused.stderr
+def test_the_command_writes_prints_and_rejects(recordings: Path, tmp_path: Path, capsys):
+    source = f"[{{kind: folder, path: {recordings}}}]"
+    words = ["prepare", "--output_dir", str(tmp_path / "shards"), "--clips_per_shard", "8", "--clips_per_group", "4"]
+    assert main([*words, "--sources", source]) == 0
+    printed = capsys.readouterr()
+    assert f"3 shards, {RECORDINGS - 3} clips" in printed.out
+    assert "left out: 1 too short, 2 unreadable" in printed.out
+    assert "/23" in printed.err  # the progress bar
+    assert main([*words, "--data_dir", str(recordings)]) == 0  # the same source, already written
+    assert f"3 shards, {RECORDINGS - 3} clips" in capsys.readouterr().out
+    assert main([*words, "--data_dir", str(recordings), "--seed", "1"]) == 1
+    assert "begun with other settings: seed (0 then, 1 now)" in capsys.readouterr().err
+    assert main([*words, "--sources", "[{kind: folders, path: x}]"]) == 2
+    assert "kind is 'folders', but a source is one of " in capsys.readouterr().err
+    assert main(words) == 2
+    assert "exactly one of data_dir and sources is expected" in capsys.readouterr().err

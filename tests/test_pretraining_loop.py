@@ -1,7 +1,6 @@
-"""The pre-training loop: the same run whatever interrupts it, a guard that stops what is pointless, and nothing lost when it fails."""
+"""The pre-training loop: the same run however it is interrupted, a guard against collapse, and nothing lost after a failure."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -14,7 +13,6 @@ import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -26,20 +24,27 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModel, AutoModelForPreTraining
 
 from transformers_sslam import SSLAMForPreTraining, SSLAMModel
 
 
 soundfile = pytest.importorskip("soundfile")
+from test_conversion import cache, save_pretrained_fairseq  # noqa: E402, F401  # the first is a fixture
+
+from transformers_sslam.attention_sslam import CPU_HALF_PRECISION_ATTENTION  # noqa: E402
 from transformers_sslam.audio import clips as clips_module  # noqa: E402
 from transformers_sslam.audio.batches import DataSettings  # noqa: E402
+from transformers_sslam.checkpoints import checkpoints, finish_checkpoint  # noqa: E402
+from transformers_sslam.cli import main  # noqa: E402
 from transformers_sslam.errors import UserError  # noqa: E402
 from transformers_sslam.files import verify  # noqa: E402
-from transformers_sslam.training.checkpoints import checkpoints, finish_checkpoint  # noqa: E402
-from transformers_sslam.training.monitoring import CollapseError, NonFiniteError, training_flops_per_clip  # noqa: E402
-from transformers_sslam.training.pretraining import PreTrainer  # noqa: E402
-from transformers_sslam.training.pretraining_settings import PreTrainingSettings  # noqa: E402
+from transformers_sslam.pretraining import loop as loop_module  # noqa: E402
+from transformers_sslam.pretraining.loop import PreTrainer  # noqa: E402
+from transformers_sslam.pretraining.monitoring import CollapseError, NonFiniteError, training_flops_per_clip  # noqa: E402
+from transformers_sslam.pretraining.settings import PreTrainingSettings  # noqa: E402
+from transformers_sslam.settings import parse_settings, read_settings, write_settings  # noqa: E402
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "pretrain.py"
@@ -63,9 +68,10 @@ def sounds(tmp_path_factory) -> Path:
 
 def recipe(sounds: Path, output_dir: Path, **changes) -> dict:
     settings = {
-        **{"output_dir": str(output_dir), "data": {"sources": [{"kind": "folder", "path": str(sounds)}]}, "model": MODEL},
-        **{"features": {"max_length": 64}, "total_updates": 8, "warmup_updates": 2, "learning_rate": 1e-3, "batch_size": 4},
-        **{"num_workers": 0, "save_every": 3, "log_every": 2, "validate_every": 100, "trackers": [], "mixed_precision": "no"},
+        **{"output_dir": str(output_dir), "data": {"sources": [{"kind": "folder", "path": str(sounds)}]}, "model_config": MODEL},
+        **{"feature_extractor": {"max_length": 64}, "max_steps": 8, "warmup_steps": 2, "learning_rate": 1e-3},
+        **{"per_device_train_batch_size": 4, "dataloader_num_workers": 0, "save_steps": 3, "logging_steps": 2, "eval_steps": 100},
+        **{"report_to": "none"},
     }
     return settings | changes
 
@@ -94,7 +100,7 @@ def same_weights(a: Path, b: Path) -> bool:
 def test_a_run_ends_with_a_model_that_loads(sounds, tmp_path, stage):
     folder = trainer(sounds, tmp_path, stage=stage).run()
     assert folder == tmp_path / "checkpoint-00000008"
-    assert [line["update"] for line in metrics(tmp_path)] == list(range(1, 9))
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 9))
     assert all((line["source_retention_loss"] > 0) == (stage == 2) for line in metrics(tmp_path))
     assert type(AutoModelForPreTraining.from_pretrained(tmp_path / "model")) is SSLAMForPreTraining
     assert type(AutoModel.from_pretrained(folder)) is SSLAMModel  # every checkpoint is a model as well
@@ -110,16 +116,16 @@ def _another_precision():
 
 
 @pytest.mark.usefixtures("_another_precision", "without_code_generation")
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_a_compiled_run_resumes_as_if_it_had_not_been_interrupted(sounds, tmp_path, mixed_precision):
-    changes = {"compile": True, "mixed_precision": mixed_precision, "save_every": 2, "total_updates": 4}
-    changes |= {"batch_size": 5, "model": {**MODEL, "num_hidden_layers": 1}}
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_compiled_run_resumes_as_if_it_had_not_been_interrupted(sounds, tmp_path, bf16):
+    changes = {"torch_compile": True, "bf16": bf16, "save_steps": 2, "max_steps": 4}
+    changes |= {"per_device_train_batch_size": 5, "model_config": {**MODEL, "num_hidden_layers": 1}}
     trainer(sounds, tmp_path / "whole", **changes).run()
     first = trainer(sounds, tmp_path / "halves", **changes)
     assert first.model._compiled_call_impl is not None
-    first._log = lambda *_: first._ask_to_stop(signal.SIGTERM)  # behind the first line of the log, which is due after two updates
+    interrupted_after(first, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     first.run()
-    assert first.update == 2
+    assert first.step == 2
     trainer(sounds, tmp_path / "halves", **changes).run()
     assert same_weights(tmp_path / "whole" / "model", tmp_path / "halves" / "model")
 
@@ -130,8 +136,8 @@ def test_a_compiled_run_is_the_same_run(sounds, tmp_path):
     torch._dynamo.reset()
     losses = []
     for compile in (False, True):
-        changes = {"compile": compile, "total_updates": 4, "batch_size": 6, "model": {**MODEL, "num_hidden_layers": 1}}
-        run = trainer(sounds, tmp_path / str(compile), **changes)
+        changes = {"torch_compile": compile, "max_steps": 4, "per_device_train_batch_size": 6}
+        run = trainer(sounds, tmp_path / str(compile), **changes, model_config={**MODEL, "num_hidden_layers": 1})
         run.run()
         losses.append([json.loads(line)["loss"] for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()])
     assert len(losses[0]) == 4
@@ -139,16 +145,16 @@ def test_a_compiled_run_is_the_same_run(sounds, tmp_path):
 
 
 @pytest.mark.parametrize("features", ["worker", "device"])
-def test_the_model_is_told_of_padding_only_where_it_is_asked_for(sounds, tmp_path, features):
+def test_the_model_receives_the_mask_of_padding_only_where_mask_padding_is_set(sounds, tmp_path, features):
     data = {"sources": [{"kind": "folder", "path": str(sounds)}], "features": features}
     for masks in (False, True):
-        run = trainer(sounds, tmp_path / str(masks), data=data, validation=data, total_updates=1, warmup_updates=0, mask_padding=masks)
+        run = trainer(sounds, tmp_path / str(masks), data=data, validation=data, max_steps=1, warmup_steps=0, mask_padding=masks)
         seen, forward = [], run.model.forward
         run.model.forward = lambda input_values, attention_mask=None, **rest: (
             seen.append((input_values, attention_mask)) or forward(input_values, attention_mask=attention_mask, **rest)  # noqa: B023
         )
         run.run()
-        assert len(seen) > 1  # an update, and the validation
+        assert len(seen) > 1  # a step, and the validation
         for values, mask in seen:
             assert (mask is not None) == masks
             if masks:
@@ -157,8 +163,8 @@ def test_the_model_is_told_of_padding_only_where_it_is_asked_for(sounds, tmp_pat
                 assert torch.equal(mask == 0, padding)
 
 
-def test_the_first_update_of_a_warm_up_changes_no_weight(sounds, tmp_path):
-    run = trainer(sounds, tmp_path, total_updates=3, warmup_updates=1)
+def test_the_first_step_of_a_warm_up_changes_no_weight(sounds, tmp_path):
+    run = trainer(sounds, tmp_path, max_steps=3, warmup_steps=1)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     changed = []
     real = run.model.update_teacher
@@ -172,17 +178,17 @@ def test_the_first_update_of_a_warm_up_changes_no_weight(sounds, tmp_path):
 
 def test_a_fixed_validation_set_sees_the_loss_fall(sounds, tmp_path):
     data = recipe(sounds, tmp_path)["data"]
-    changes = {"validation": data, "validation_clips": 6, "validate_every": 20, "log_every": 20, "save_every": 100, "total_updates": 60}
-    trainer(sounds, tmp_path, learning_rate=5e-3, warmup_updates=5, **changes).run()
+    changes = {"validation": data, "validation_clips": 6, "eval_steps": 20, "logging_steps": 20, "save_steps": 100, "max_steps": 60}
+    trainer(sounds, tmp_path, learning_rate=5e-3, warmup_steps=5, **changes).run()
     losses = [line["validation_loss"] for line in metrics(tmp_path) if "validation_loss" in line]
     assert len(losses) == 3
     assert losses[2] < losses[0]
 
 
-def test_stage_2_goes_on_from_stage_1_with_decoder_and_teacher(sounds, tmp_path):
+def test_stage_2_starts_from_stage_1_with_decoder_and_teacher(sounds, tmp_path):
     trainer(sounds, tmp_path / "1", stage=1).run()
     second = trainer(
-        sounds, tmp_path / "2", stage=2, init_from=str(tmp_path / "1" / "model"), model={"num_views": 3, "unmixed_span_length": 16}
+        sounds, tmp_path / "2", stage=2, model=str(tmp_path / "1" / "model"), model_config={"num_views": 3, "unmixed_span_length": 16}
     )
     first = load_file(tmp_path / "1" / "model" / "model.safetensors")
     assert second.model.config.use_mixtures
@@ -194,27 +200,39 @@ def test_stage_2_goes_on_from_stage_1_with_decoder_and_teacher(sounds, tmp_path)
     assert str(tmp_path) not in card
 
 
-def test_stage_2_hears_what_stage_1_heard_and_weighs_its_own_losses(sounds, tmp_path):
-    first = {"stage": 1, "features": {"max_length": 64, "mean": -6.0, "std": 5.0}, "model": {**MODEL, "global_loss_weight": 2.0}}
-    trainer(sounds, tmp_path / "1", **first, total_updates=3).run()
-    second = {"init_from": str(tmp_path / "1" / "model"), "features": {"std": 4.0}, "model": {"unmixed_span_length": 16}}
+def test_stage_2_takes_over_the_feature_extractor_but_not_the_weights_of_losses(sounds, tmp_path):
+    first = {"stage": 1, "feature_extractor": {"max_length": 64, "mean": -6.0, "std": 5.0}}
+    trainer(sounds, tmp_path / "1", **first, max_steps=3, model_config={**MODEL, "global_loss_weight": 2.0}).run()
+    second = {"model": str(tmp_path / "1" / "model"), "feature_extractor": {"std": 4.0}, "model_config": {"unmixed_span_length": 16}}
     run = trainer(sounds, tmp_path / "2", **second)
     assert (run.extractor.max_length, run.extractor.mean, run.extractor.std) == (64, -6.0, 4.0)
     assert run.model.config.global_loss_weight == 1.0
     for field, value in (("num_hidden_layers", 1), ("hidden_size", 64), ("max_length", 128)):
-        with pytest.raises(UserError, match=f"model.{field} is {value}, but .* has .*: with init_from leave the sizes out"):
-            trainer(sounds, tmp_path / "2", **{**second, "model": {field: value}})
-    with pytest.raises(UserError, match="the weights of .* do not fit the sizes under `model`"):
-        trainer(sounds, tmp_path / "2", **{**second, "model": {"decoder_hidden_size": 64}})
+        with pytest.raises(UserError, match=f"model_config.{field} is {value}, but .* has .*: leave the sizes out"):
+            trainer(sounds, tmp_path / "2", **{**second, "model_config": {field: value}})
+    with pytest.raises(UserError, match="the weights of .* do not fit the sizes in model_config"):
+        trainer(sounds, tmp_path / "2", **{**second, "model_config": {"decoder_hidden_size": 64}})
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_run_starts_from_an_official_checkpoint_with_its_decoder_and_teacher(sounds, tmp_path):
+    file = save_pretrained_fairseq(tmp_path / "official.pt")
+    run = trainer(sounds, tmp_path / "run", model=str(file), model_config={"unmixed_span_length": 16})
+    state, official = run.model.state_dict(), torch.load(file, weights_only=False)["model"]
+    assert torch.equal(state["sslam.layers.0.mlp.fc1.bias"], official["blocks.0.mlp.fc1.bias"])
+    assert torch.equal(state["teacher.layers.0.mlp.fc1.bias"], official["_ema"]["blocks.0.mlp.fc1.bias"])
+    assert torch.equal(state["decoder.projection.bias"], official["modality_encoders.IMAGE.decoder.proj.bias"])
+    run.run()
+    assert "from `official.pt`" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
 def test_weight_decay_falls_on_every_trained_tensor_unless_told_otherwise(sounds, tmp_path):
     everything = trainer(sounds, tmp_path).optimizer.param_groups
     assert [group["weight_decay"] for group in everything] == [0.05]
-    spared = trainer(sounds, tmp_path, decay_all_weights=False).optimizer.param_groups
-    assert [group["weight_decay"] for group in spared] == [0.05, 0.0]
-    assert all(parameter.dim() == 1 or parameter.shape == (1, 1, 32) for parameter in spared[1]["params"])
-    assert sum(len(group["params"]) for group in spared) == len(everything[0]["params"])
+    no_decay = trainer(sounds, tmp_path, decay_all_weights=False).optimizer.param_groups
+    assert [group["weight_decay"] for group in no_decay] == [0.05, 0.0]
+    assert all(parameter.dim() == 1 or parameter.shape == (1, 1, 32) for parameter in no_decay[1]["params"])
+    assert sum(len(group["params"]) for group in no_decay) == len(everything[0]["params"])
     teacher = {id(parameter) for parameter in trainer(sounds, tmp_path).model.teacher.parameters()}
     assert not teacher & {id(parameter) for parameter in everything[0]["params"]}
 
@@ -223,7 +241,7 @@ def local_gradients(sounds, tmp_path, accumulation: int) -> list[torch.Tensor]:
     """Gradients of the local loss of four clips under fixed masks, in so many forward passes."""
     model = {**MODEL, "global_loss_weight": 0.0, "num_views": 1, "mask_noise_std": 0.0, "hidden_dropout_prob": 0.0}
     size = 4 // accumulation
-    changes = {"stage": 1, "model": model, "batch_size": size, "gradient_accumulation_steps": accumulation}
+    changes = {"stage": 1, "model_config": model, "per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
     run = trainer(sounds, tmp_path / str(accumulation), **changes)
     masks = iter(torch.stack([torch.arange(32) % 8 != i for i in range(4)]).split(size))
     forward, gradients = run.wrapped.forward, []
@@ -244,20 +262,20 @@ def test_accumulated_gradients_are_those_of_the_whole(sounds, tmp_path):
 # --- interruptions
 
 
-def interrupted_after(run: PreTrainer, updates: int, how) -> None:
-    """Let `how` happen behind so many updates."""
+def interrupted_after(run: PreTrainer, steps: int, how) -> None:
+    """Let `how` happen after so many steps."""
     real = run.model.update_teacher
 
     def update_teacher(step: int, skipped: torch.Tensor) -> None:
         real(step, skipped)
-        if step == updates:
+        if step == steps:
             how()
 
     run.model.update_teacher = update_teacher
 
 
 @pytest.mark.parametrize(("stop_at", "number"), [(1, signal.SIGTERM), (4, signal.SIGINT), (6, signal.SIGTERM)])
-def test_a_signal_ends_the_run_cleanly_and_it_goes_on_as_if_nothing_had_been(sounds, tmp_path, stop_at, number):
+def test_a_signal_ends_the_run_cleanly_and_it_resumes_as_if_nothing_had_happened(sounds, tmp_path, stop_at, number):
     trainer(sounds, tmp_path / "whole").run()
     run, before = trainer(sounds, tmp_path / "stopped"), signal.getsignal(number)
     times = 2 if number == signal.SIGTERM else 1  # a scheduler's to all processes, and the launcher's to its own
@@ -276,127 +294,270 @@ def test_a_damaged_checkpoint_is_passed_over(sounds, tmp_path, caplog):
     weights.write_bytes(weights.read_bytes()[:-1])
     again = trainer(sounds, tmp_path)
     again._resume()
-    assert again.update == 6
+    assert again.step == 6
     assert "checkpoint-00000008 is damaged" in caplog.text
     again.run()
     assert metrics(tmp_path) == final
     assert verify(tmp_path / "checkpoint-00000008") is None
 
 
-def test_a_folder_of_another_run_is_refused_where_nothing_is_to_be_resumed(sounds, tmp_path):
-    trainer(sounds, tmp_path, total_updates=3).run()
-    with pytest.raises(UserError, match="resume is false.*checkpoint-00000003"):
-        trainer(sounds, tmp_path, resume=False)
+def test_a_folder_of_another_run_is_rejected_where_nothing_is_to_be_resumed(sounds, tmp_path):
+    trainer(sounds, tmp_path, max_steps=3).run()
+    with pytest.raises(UserError, match="resume_from_checkpoint is false.*checkpoint-00000003"):
+        trainer(sounds, tmp_path, resume_from_checkpoint=False)
 
 
-def test_changed_settings_are_named_when_a_run_goes_on(sounds, tmp_path, caplog):
-    trainer(sounds, tmp_path, total_updates=4).run()
-    trainer(sounds, tmp_path, total_updates=5, learning_rate=2e-3).run()
+def test_a_run_resumes_from_the_checkpoint_that_is_named(sounds, tmp_path):
+    trainer(sounds, tmp_path / "whole").run()
+    other = trainer(sounds, tmp_path / "other", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-00000006"))
+    other.run()
+    assert metrics(tmp_path / "other") == metrics(tmp_path / "whole")[6:]
+    assert same_weights(tmp_path / "other" / "model", tmp_path / "whole" / "model")
+    with pytest.raises(UserError, match="resume_from_checkpoint is .*absent, which is not a whole checkpoint"):
+        trainer(sounds, tmp_path / "third", resume_from_checkpoint=str(tmp_path / "absent")).run()
+
+
+def test_changed_settings_are_named_when_a_run_resumes(sounds, tmp_path, caplog):
+    trainer(sounds, tmp_path, max_steps=4).run()
+    trainer(sounds, tmp_path, max_steps=5, learning_rate=2e-3).run()
     assert "learning_rate (0.001 then, 0.002 now)" in caplog.text
     assert len(metrics(tmp_path)) == 5
 
 
+def rewrite(folder: Path, run: dict) -> None:
+    """Give a checkpoint this `run.json`."""
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "manifest.json").unlink()
+    finish_checkpoint(folder.rename(folder.with_suffix(".unfinished")))
+
+
+def test_a_run_of_an_earlier_version_resumes_and_only_real_changes_are_reported(sounds, tmp_path, caplog):
+    """Then settings and counters had other names; see a `run.json` and a line of `metrics.jsonl` as they were written."""
+    trainer(sounds, tmp_path / "whole").run()
+    trainer(sounds, tmp_path / "old", max_steps=6, lr_scheduler_kwargs={"min_lr": 1e-5}).run()
+    folder = tmp_path / "old" / "checkpoint-00000006"
+    run = json.loads((folder / "run.json").read_text())
+    data = {**run["settings"]["data"], "a_setting_that_went": 1}
+    settings = {
+        **{"output_dir": "elsewhere", "data": data, "validation": None, "validation_clips": 96, "stage": 2, "init_from": None},
+        **{"preset": "base", "model": MODEL, "features": {"max_length": 64}, "normalization": "model", "mask_padding": False},
+        **{"total_updates": 8, "warmup_updates": 2, "learning_rate": 1e-3, "final_learning_rate": 0.0, "batch_size": 4},
+        **{"gradient_accumulation_steps": 1, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-8, "weight_decay": 0.05},
+        **{"decay_all_weights": True, "max_grad_norm": 4.0, "compile": False, "mixed_precision": "no", "seed": 0, "num_workers": 0},
+        **{"save_every": 3, "keep_last": 2, "keep_every": None, "resume": True, "log_every": 2, "validate_every": 100, "trackers": []},
+        **{"guard_after_updates": 5000, "min_target_std": 0.1, "min_prediction_std": 0.01, "min_content_share": 0.1},
+        **{"max_skipped_in_a_row": 10},
+    }
+    counters = {"update": 6, "skipped": 0, "skipped_in_a_row": 0, "clips_seen": 24, "world_size": 1}
+    state = torch.load(folder / "optimizer.pt")  # the patch projection was a convolution
+    moments = [moment for values in state["optimizer"]["state"].values() for moment in values.values() if moment.shape[1:] == (256,)]
+    assert len(moments) == 2
+    for moment in moments:
+        moment.data = moment.view(-1, 1, 16, 16)
+    torch.save(state, folder / "optimizer.pt")
+    rewrite(folder, {**counters, "settings": settings})
+    lines = [{"update": line.pop("step"), **line} for line in metrics(tmp_path / "whole")[:6]]
+    (tmp_path / "old" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    resumed = trainer(sounds, tmp_path / "old", eval_steps=50)
+    resumed.run()
+    assert all(state["exp_avg"].shape == weight.shape for weight, state in resumed.optimizer.state.items())
+    (report,) = (record.getMessage() for record in caplog.records if "Settings have changed" in record.getMessage())
+    changes = report.removeprefix("Settings have changed since that checkpoint: ").split("; ")
+    assert changes == ["eval_steps (100 then, 50 now)", f"output_dir (elsewhere then, {tmp_path / 'old'} now)"]
+    assert (resumed.step, resumed.clips_seen) == (8, 32)
+    assert [line["step"] for line in metrics(tmp_path / "old")] == list(range(1, 9))
+    assert metrics(tmp_path / "old")[:6] == metrics(tmp_path / "whole")[:6]
+
+
 def test_settings_of_the_optimiser_are_those_of_now(sounds, tmp_path):
-    trainer(sounds, tmp_path, total_updates=3).run()
+    trainer(sounds, tmp_path, max_steps=3).run()
     run = trainer(sounds, tmp_path, weight_decay=0.5, adam_beta1=0.5)
     run._resume()
     assert [(group["weight_decay"], group["betas"]) for group in run.optimizer.param_groups] == [(0.5, (0.5, 0.95))]
     assert all(state["step"] == 3 for state in run.optimizer.state.values())
-    with pytest.raises(UserError, match="decay_all_weights is another one than when the run began"):
+    with pytest.raises(UserError, match="decay_all_weights is not what it was when the run began"):
         trainer(sounds, tmp_path, decay_all_weights=False).run()
+
+
+def test_gradient_checkpointing_changes_no_loss_and_no_weight(sounds, tmp_path):
+    for on in (False, True):
+        run, calls = trainer(sounds, tmp_path / str(on), gradient_checkpointing=on), []
+        norm = next(module for module in run.model.sslam.layers[0].modules() if isinstance(module, nn.LayerNorm))
+        norm.register_forward_pre_hook(lambda *_: calls.append(1))  # noqa: B023
+        run.run()
+        assert len(calls) == 8 * (1 + on)  # computed again in the backward pass
+    assert metrics(tmp_path / "True") == metrics(tmp_path / "False")
+    assert same_weights(tmp_path / "True" / "model", tmp_path / "False" / "model")
+
+
+@pytest.mark.usefixtures("_another_precision")
+def test_attention_in_half_precision_on_a_cpu_is_the_registered_one_unless_another_is_named(sounds, tmp_path):
+    found = [trainer(sounds, tmp_path / "float32")]
+    AcceleratorState._reset_state(True)
+    found += [
+        trainer(sounds, tmp_path / str(i), bf16=True, model_config={**MODEL, **config})
+        for i, config in enumerate(({}, {"attn_implementation": "eager"}))
+    ]
+    assert [run.model.config._attn_implementation for run in found] == ["sdpa", CPU_HALF_PRECISION_ATTENTION, "eager"]
+
+
+def test_data_dir_stands_for_a_source_and_replaces_those_of_a_recipe(sounds, tmp_path):
+    values = recipe(sounds, tmp_path / "run", data={"sources": [{"kind": "parquet", "path": "absent"}], "roll": True})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    words = ["--data_dir", str(sounds), "--model_config.num_views", "3", "--resume-from-checkpoint", "false", "--no_mask_padding"]
+    settings = parse_settings(PreTrainingSettings, ["--config", str(tmp_path / "recipe.yaml"), *words])
+    assert [(source.kind, source.path) for source in settings.data.sources] == [("folder", str(sounds))]
+    assert settings.data.roll
+    assert settings.model_config == {**MODEL, "num_views": 3}
+    assert settings.resume_from_checkpoint is False
+    write_settings(settings, tmp_path / "settings.yaml")
+    assert read_settings(PreTrainingSettings, tmp_path / "settings.yaml") == settings
+    with pytest.raises(UserError, match="there is nothing to train on: give a folder of recordings as data_dir"):
+        PreTrainingSettings(output_dir="somewhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "proposed"),
+    [
+        ("batch_size", "per_device_train_batch_size"),
+        ("lr", "learning_rate"),
+        ("min_lr", "lr_scheduler_kwargs.min_lr"),
+        ("mixed_precision", "bf16 or fp16"),
+        ("num_train_epochs", "max_steps"),
+        ("init_from", "model"),
+        ("output_folder", "output_dir"),
+    ],
+)
+def test_names_of_other_programs_are_answered_with_those_of_this_one(name, proposed):
+    with pytest.raises(UserError, match=rf"there is no setting {name}: did you mean {proposed}"):
+        parse_settings(PreTrainingSettings, ["--output_dir", "runs", "--data_dir", "sounds", f"--{name}", "1"])
+
+
+def test_help_has_a_group_for_each_question(capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(PreTrainingSettings, ["--help"])
+    text = capsys.readouterr().out
+    groups = ["Data and output:", "What is trained:", "Optimisation:", "Speed and memory:", "Checkpoints and logs:", "Collapse guard:"]
+    places = [text.index(group) for group in groups]
+    assert places == sorted(places)
+    assert places[2] < text.index("--learning_rate") < places[3]
 
 
 def test_a_launcher_does_not_divide_the_gradients(sounds, tmp_path, monkeypatch):
     norms = []
     for steps in ("1", "4"):
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
-        run = trainer(sounds, tmp_path / steps, total_updates=1, warmup_updates=0, max_grad_norm=1e9)
+        run = trainer(sounds, tmp_path / steps, max_steps=1, warmup_steps=0, max_grad_norm=1e9)
         run.run()
         norms.append(sum(state["exp_avg"].norm().item() for state in run.optimizer.state.values()))
     assert norms[0] == pytest.approx(norms[1])
 
 
-def test_a_folder_whose_run_is_further_or_of_another_stage_is_refused(sounds, tmp_path):
-    trainer(sounds, tmp_path, total_updates=4).run()
-    for changes in ({"total_updates": 3}, {"stage": 1}):
-        with pytest.raises(UserError, match="checkpoint-00000004 is of stage 2 and update 4, but .*choose another output_dir"):
+def test_a_folder_whose_run_is_further_or_of_another_stage_is_rejected(sounds, tmp_path):
+    trainer(sounds, tmp_path, max_steps=4).run()
+    for changes in ({"max_steps": 3}, {"stage": 1}):
+        with pytest.raises(UserError, match="checkpoint-00000004 is of stage 2 and step 4, but .*choose another output_dir"):
             trainer(sounds, tmp_path, **changes).run()
 
 
-def test_a_signal_in_the_last_update_stops_nothing(sounds, tmp_path):
+def test_a_signal_in_the_last_step_stops_nothing(sounds, tmp_path):
     source = {"sources": [{"kind": "folder", "path": str(sounds)}]}
-    run = trainer(sounds, tmp_path, validation=source, total_updates=3)
+    run = trainer(sounds, tmp_path, validation=source, max_steps=3)
     interrupted_after(run, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     run.run()
     assert "validation_loss" in metrics(tmp_path)[-1]
 
 
-def test_a_run_whose_model_or_clips_have_changed_is_refused(sounds, tmp_path):
-    trainer(sounds, tmp_path, total_updates=3).run()
-    with pytest.raises(UserError, match="checkpoint-00000003 holds a model of other sizes than `preset` and `model` ask for: leave them"):
-        trainer(sounds, tmp_path, model={**recipe(sounds, tmp_path)["model"], "hidden_size": 64}).run()
-    with pytest.raises(UserError, match=r"another stream: seed \(\d+ then, 9 now\)\. Begin another run, in another folder"):
+def test_a_run_whose_model_or_clips_have_changed_is_rejected(sounds, tmp_path):
+    trainer(sounds, tmp_path, max_steps=3).run()
+    with pytest.raises(UserError, match="00000003 holds a model of other sizes than preset and model_config ask for: leave them"):
+        trainer(sounds, tmp_path, model_config={**MODEL, "hidden_size": 64}).run()
+    with pytest.raises(UserError, match=r"another stream: seed \(\d+ then, 9 now\)\. Restore that, or begin another run in another folder"):
         trainer(sounds, tmp_path, seed=9).run()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (None, None)])
-def test_a_run_that_a_signal_stopped_does_not_end_like_a_finished_one(number, status, monkeypatch):
-    """`stage 1 && stage 2` must not go on from half of a stage 1."""
-    spec = importlib.util.spec_from_file_location("pretrain", Path(__file__).parents[1] / "scripts" / "pretrain.py")
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    settings = SimpleNamespace(total_updates=5)
-    monkeypatch.setattr(program, "parse_settings", lambda *_: settings)
-    run = SimpleNamespace(run=lambda: None, update=5 if number is None else 2, stop_signal=number)
-    monkeypatch.setattr(program, "PreTrainer", lambda _: run)
-    if status is None:
-        program.main()
-    else:
-        with pytest.raises(SystemExit) as stopped:
-            program.main()
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (None, 0)])
+def test_a_run_that_a_signal_stopped_does_not_end_like_a_finished_one(sounds, tmp_path, number, status, monkeypatch):
+    """`stage 1 && stage 2` must not start from half of a stage 1."""
+    settings = recipe(sounds, tmp_path / "run", max_steps=5)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+
+    class Stopped(PreTrainer):
+        def __init__(self, settings):
+            super().__init__(settings)
+            if number is not None:
+                interrupted_after(self, 2, lambda: os.kill(os.getpid(), number))
+
+    monkeypatch.setattr(loop_module, "PreTrainer", Stopped)
+    calls = []
+    monkeypatch.setattr(loop_module, "keep_freed_memory", lambda: calls.append(1))  # of this process, which has other tests to run
+    with pytest.raises(SystemExit) if status else contextlib.nullcontext() as stopped:
+        assert main(["pretrain", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    assert calls == [1]  # by the command alone, not by the class
+    if status:
         assert stopped.value.code == status
+
+
+@pytest.mark.parametrize("floor", ["min_target_std", "max_skipped_steps"])
+def test_a_run_that_is_stopped_for_a_reason_ends_with_that_reason(sounds, tmp_path, floor, monkeypatch, capsys):
+    """One sentence and status 1, no traceback."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(sounds, tmp_path / "run", guard_after_steps=1, min_prediction_std=0.0)))
+
+    class Infinite(PreTrainer):
+        def __init__(self, settings):
+            super().__init__(settings)
+            infinite_at(self, *range(1, 9))
+
+    if floor == "max_skipped_steps":
+        monkeypatch.setattr(loop_module, "PreTrainer", Infinite)
+    monkeypatch.setattr(loop_module, "keep_freed_memory", lambda: None)
+    assert main(["pretrain", "--config", str(tmp_path / "recipe.yaml"), f"--{floor}", "2"]) == 1
+    error = capsys.readouterr().err
+    what = "at step 2 target_std is .* below its floor of 2" if floor == "min_target_std" else "not finite 2 times in a row at step 2"
+    assert re.search(f"sslam pretrain: error: .*{what}", error)
+    assert "Traceback" not in error
 
 
 # --- what stops a run, or does not
 
 
-def infinite_at(run: PreTrainer, *updates: int) -> None:
-    """Let the losses of these updates be infinite."""
+def infinite_at(run: PreTrainer, *steps: int) -> None:
+    """Let the losses of these steps be infinite."""
     forward = run.model.forward
 
     def sometimes_infinite(*args, **kwargs):
         output = forward(*args, **kwargs)
-        if run.update + 1 in updates:
+        if run.step + 1 in steps:
             output.loss = output.loss * torch.inf
         return output
 
     run.model.forward = sometimes_infinite
 
 
-def test_an_update_whose_gradients_are_not_finite_counts_and_changes_nothing(sounds, tmp_path, caplog):
+def test_a_step_whose_gradients_are_not_finite_counts_and_changes_nothing(sounds, tmp_path, caplog):
     run, states = trainer(sounds, tmp_path), []
     infinite_at(run, 3, 4, 7)
     train = run._train
 
-    def note(micro_batches):
-        train(micro_batches)
+    def note(batches):
+        train(batches)
         moments = [value.clone() for state in run.optimizer.state.values() for value in state.values()]
         states.append([tensor.clone() for tensor in run.model.state_dict().values()] + moments)
 
     run._train = note
     run.run()
     unchanged = [all(map(torch.equal, before, after)) for before, after in pairwise(states)]
-    assert unchanged == [False, True, True, False, False, True, False]  # updates 2 to 8
-    assert (run.update, run.skipped, run.skipped_in_a_row) == (8, 3, 0)
-    found = re.findall(r"Gradients of (\d) of the last (\d) updates were not finite.*\((\d) since", caplog.text)
-    assert found == [("1", "1", "1"), ("1", "1", "2"), ("1", "2", "3")]  # in the lines of updates 3, 4 and 8
+    assert unchanged == [False, True, True, False, False, True, False]  # steps 2 to 8
+    assert (run.step, run.skipped, run.skipped_in_a_row) == (8, 3, 0)
+    found = re.findall(r"Gradients of (\d) of the last (\d) steps were not finite.*\((\d) since", caplog.text)
+    assert found == [("1", "1", "1"), ("1", "1", "2"), ("1", "2", "3")]  # in the lines of steps 3, 4 and 8
     lines = metrics(tmp_path)
-    assert [line["update"] for line in lines] == list(range(1, 9))
-    assert [line["update"] for line in lines if line["loss"] is None] == [3, 4, 7]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["step"] for line in lines if line["loss"] is None] == [3, 4, 7]
     assert all(np.isfinite(line["loss"]) for line in lines if line["loss"] is not None)
 
 
-def test_a_teacher_that_is_told_of_no_skip_moves_as_before(sounds, tmp_path):
+def test_a_teacher_moves_unless_the_step_was_skipped(sounds, tmp_path):
     teachers = []
     for skipped in (None, torch.tensor(False), torch.tensor(True)):
         model = trainer(sounds, tmp_path).model
@@ -410,86 +571,84 @@ def test_a_teacher_that_is_told_of_no_skip_moves_as_before(sounds, tmp_path):
     assert all(torch.allclose(difference, torch.tensor(-0.9), atol=2e-2) for difference in teachers[0])
 
 
-def test_skipped_updates_are_left_out_of_means_and_counted_over_a_resumption(sounds, tmp_path, monkeypatch):
+def test_skipped_steps_are_left_out_of_means_and_counted_over_a_resumption(sounds, tmp_path, monkeypatch):
     logged = []
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append((step, values)))
-    first = trainer(sounds, tmp_path, total_updates=8, save_every=4, log_every=4)
+    first = trainer(sounds, tmp_path, max_steps=8, save_steps=4, logging_steps=4)
     infinite_at(first, 4, 5)
     interrupted_after(first, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     first.run()
-    assert (first.update, first.skipped, first.skipped_in_a_row) == (5, 2, 2)
-    assert [(step, values["skipped_updates"]) for step, values in logged] == [(4, 1), (5, 2)]
+    assert (first.step, first.skipped, first.skipped_in_a_row) == (5, 2, 2)
+    assert [(step, values["skipped_steps"]) for step, values in logged] == [(4, 1), (5, 2)]
     assert logged[1][1]["hours_of_audio"] == pytest.approx(5 * 4 * 64 / 360_000)  # frames of 10 ms
     assert logged[0][1]["loss"] == pytest.approx(np.mean([line["loss"] for line in metrics(tmp_path)[:3]]))
-    second = trainer(sounds, tmp_path, total_updates=8, save_every=4, log_every=4)
+    second = trainer(sounds, tmp_path, max_steps=8, save_steps=4, logging_steps=4)
     second.run()
     assert second.skipped == 2
 
 
-def test_a_run_of_skipped_updates_is_counted_over_lines_of_the_log_and_a_resumption(sounds, tmp_path):
-    changes = {"max_skipped_in_a_row": 4, "log_every": 1, "save_every": 3}
-    first = trainer(sounds, tmp_path, **changes, total_updates=3)
+def test_a_run_of_skipped_steps_is_counted_over_lines_of_the_log_and_a_resumption(sounds, tmp_path):
+    changes = {"max_skipped_steps": 4, "logging_steps": 1, "save_steps": 3}
+    first = trainer(sounds, tmp_path, **changes, max_steps=3)
     infinite_at(first, 2, 3)
     first.run()
     second = trainer(sounds, tmp_path, **changes)
     infinite_at(second, 4, 5, 6)
-    with pytest.raises(NonFiniteError, match="not finite 4 times in a row at update 5"):
+    with pytest.raises(NonFiniteError, match="not finite 4 times in a row at step 5"):
         second.run()
 
 
 def test_checkpoints_that_counted_attempts_resume(sounds, tmp_path):
-    """Until an update that was skipped counted as one, a checkpoint counted attempts beside updates."""
-    trainer(sounds, tmp_path, total_updates=3).run()
+    """Until a step that was skipped counted as one, a checkpoint counted attempts beside steps."""
+    trainer(sounds, tmp_path, max_steps=3).run()
     folder = tmp_path / "checkpoint-00000003"
     place = json.loads((folder / "run.json").read_text())
     assert "attempt" not in place
-    (folder / "run.json").write_text(json.dumps({**place, "attempt": 5, "skipped": 2}))
-    (folder / "manifest.json").unlink()
-    finish_checkpoint(folder.rename(folder.with_suffix(".unfinished")))
-    run = trainer(sounds, tmp_path, total_updates=5)
+    rewrite(folder, {**place, "attempt": 5, "skipped": 2})
+    run = trainer(sounds, tmp_path, max_steps=5)
     run.run()
-    assert (run.update, run.skipped) == (5, 2)
+    assert (run.step, run.skipped) == (5, 2)
     assert len(metrics(tmp_path)) == 5
 
 
 def test_a_scaler_of_losses_lowers_its_scale_until_gradients_are_finite(sounds, tmp_path):
     """As in float16, whose scaler Accelerate makes on GPUs alone."""
-    run = trainer(sounds, tmp_path, log_every=8)
+    run = trainer(sounds, tmp_path, logging_steps=8)
     run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=100)
     before = [parameter.clone() for parameter in run.model.parameters()]
     run.run()
-    skipped = [line["update"] for line in metrics(tmp_path) if line["loss"] is None]
+    skipped = [line["step"] for line in metrics(tmp_path) if line["loss"] is None]
     assert skipped[:3] == [1, 2, 3]
     assert len(skipped) == run.skipped < 8
     assert run.accelerator.scaler.get_scale() == 2.0 ** (127 - run.skipped)
     assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
     # A scale is a power of two, so nothing else depends on it.
-    other = trainer(sounds, tmp_path / "without a scaler", log_every=8)
+    other = trainer(sounds, tmp_path / "without a scaler", logging_steps=8)
     infinite_at(other, *skipped)
     other.run()
     assert metrics(tmp_path / "without a scaler") == metrics(tmp_path)
 
 
 def test_too_many_in_a_row_stop_the_run_when_a_line_is_logged(sounds, tmp_path):
-    run = trainer(sounds, tmp_path, max_skipped_in_a_row=3, log_every=4, save_every=100)
+    run = trainer(sounds, tmp_path, max_skipped_steps=3, logging_steps=4, save_steps=100)
     with torch.no_grad():
         run.model.decoder.projection.bias.fill_(torch.nan)
-    with pytest.raises(NonFiniteError, match="3 times in a row at update 3"):
+    with pytest.raises(NonFiniteError, match="3 times in a row at step 3"):
         run.run()
-    assert run.update == 4
+    assert run.step == 4
 
 
 @pytest.mark.parametrize("floor", ["min_target_std", "min_prediction_std", "min_content_share"])
 def test_the_guard_stops_a_run_under_a_floor_but_not_before_its_time(sounds, tmp_path, floor):
-    run = trainer(sounds, tmp_path, guard_after_updates=4, **{"min_prediction_std": 0.0, floor: 100.0})
-    with pytest.raises(CollapseError, match=f"at update 4 {floor.removeprefix('min_')} is .*under its floor of 100"):
+    run = trainer(sounds, tmp_path, guard_after_steps=4, **{"min_prediction_std": 0.0, floor: 100.0})
+    with pytest.raises(CollapseError, match=f"at step 4 {floor.removeprefix('min_')} is .*below its floor of 100"):
         run.run()
     assert len(metrics(tmp_path)) == 4
 
 
 def test_no_batch_is_smaller_than_the_others(sounds, tmp_path):
-    """Of twelve clips in batches of eleven the last one begins the next batch: alone, its content share could not be known."""
-    trainer(sounds, tmp_path, batch_size=11, log_every=4, save_every=100).run()
+    """Of twelve clips in batches of eleven the last one begins the next batch: alone, its content_share would be unknown."""
+    trainer(sounds, tmp_path, per_device_train_batch_size=11, logging_steps=4, save_steps=100).run()
     assert all(0 < line["content_share"] < 1 for line in metrics(tmp_path))
     assert json.loads((tmp_path / "checkpoint-00000008" / "run.json").read_text())["clips_seen"] == 8 * 11
 
@@ -505,56 +664,61 @@ def test_a_full_disk_is_told_and_former_checkpoints_stay(sounds, tmp_path, monke
         real(value, path, **kwargs)
 
     monkeypatch.setattr(owner, name, save)
-    with pytest.raises(OSError, match="update 6 could not be written .*No space left"):
+    with pytest.raises(OSError, match="step 6 could not be written .*No space left"):
         trainer(sounds, tmp_path).run()
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-00000003"]
     monkeypatch.undo()
     trainer(sounds, tmp_path).run()
-    assert [line["update"] for line in metrics(tmp_path)] == list(range(1, 9))
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 9))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"warmup_updates": 8}, "warmup_updates is 8.*total_updates, 8"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"model": {**MODEL, "hiden_size": 32}}, "no setting model.hiden_size: did you mean model.hidden_size"),
-        ({"model": {**MODEL, "hidden_size": 30}}, "model: hidden_size is 30"),
-        ({"features": {"max_length": 128}}, "128 frames of 128 mel bins, but the model takes up to 64"),
-        ({"features": {"std": 0.0}}, "features: .*std is 0"),
-        ({"init_from": "absent/folder"}, "init_from absent/folder: "),
-        ({"features": {"max_lenght": 32}}, "no setting features.max_lenght: did you mean features.max_length"),
-        ({"model": {**MODEL, "mask_ratio": 0.999}}, "model, with features.max_length: .*mask_ratio"),
-        ({"model": {**MODEL, "unmixed_span_length": 64}}, "model, with features.max_length: .*unmixed_span_length"),
-        ({"trackers": ["foo"]}, "trackers or mixed_precision: .*foo"),
+        ({"warmup_steps": 8}, "warmup_steps is 8.*max_steps, 8"),
+        ({"warmup_steps": 0.95, "max_steps": 10}, "warmup_steps is 0.95.*max_steps, 10"),
+        ({"bf16": True, "fp16": True}, "bf16 and fp16 are both true"),
+        ({"lr_scheduler_kwargs": {"min_rl": 0.0}}, "no setting lr_scheduler_kwargs.min_rl: did you mean lr_scheduler_kwargs.min_lr"),
+        ({"lr_scheduler_kwargs": {"min_lr": 1.0}}, "min_lr is 1.0, but must lie between 0 and learning_rate, 0.001"),
+        ({"save_total_limit": 0}, "save_total_limit is 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0"),
+        ({"model_config": {**MODEL, "hiden_size": 32}}, "no setting model_config.hiden_size: did you mean model_config.hidden_size"),
+        ({"model_config": {**MODEL, "hidden_size": 30}}, "model_config: hidden_size is 30"),
+        ({"feature_extractor": {"max_length": 128}}, "128 frames of 128 mel bins, but the model takes up to 64"),
+        ({"feature_extractor": {"std": 0.0}}, "feature_extractor: .*std is 0"),
+        ({"model": "absent/folder"}, "model absent/folder: "),
+        ({"feature_extractor": {"max_lenght": 32}}, "no setting feature_extractor.max_lenght: did you mean feature_extractor.max_length"),
+        ({"model_config": {**MODEL, "mask_ratio": 0.999}}, "model_config, with feature_extractor.max_length: .*mask_ratio"),
+        ({"model_config": {**MODEL, "unmixed_span_length": 64}}, "model_config, with feature_extractor.max_length: .*unmixed_span_length"),
+        ({"report_to": ["foo"]}, "report_to, bf16 or fp16: .*foo"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0, but a finite number above 0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0, but a finite number above 0"),
-        ({"adam_beta2": 1.0}, "adam_beta2 is 1.0, but a number from 0 to under 1"),
+        ({"adam_beta2": 1.0}, "adam_beta2 is 1.0, but must be at least 0 and less than 1"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"seed": 2**32}, "seed is 4294967296"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(sounds, tmp_path, changes, message):
+def test_settings_that_contradict_each_other_are_rejected(sounds, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         trainer(sounds, tmp_path, **changes)
 
 
 @pytest.mark.usefixtures("_another_precision")
-def test_float16_on_a_cpu_is_refused(sounds, tmp_path):
+def test_float16_on_a_cpu_is_rejected(sounds, tmp_path):
     """Accelerate would train in float32 without a word."""
-    with pytest.raises(UserError, match="mixed_precision is fp16, which needs a GPU"):
-        trainer(sounds, tmp_path, mixed_precision="fp16")
+    with pytest.raises(UserError, match="fp16 is set, which needs a GPU"):
+        trainer(sounds, tmp_path, fp16=True)
 
 
-def test_an_output_folder_that_cannot_be_written_is_refused(sounds, tmp_path):
+def test_an_output_folder_that_cannot_be_written_is_rejected(sounds, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to"):
         trainer(sounds, tmp_path / "file" / "runs")
 
 
 def test_a_batch_of_one_clip_is_warned_about(sounds, tmp_path, caplog):
-    trainer(sounds, tmp_path, batch_size=1, total_updates=3).run()
-    assert "content share of the targets cannot be measured" in caplog.text
+    trainer(sounds, tmp_path, per_device_train_batch_size=1, max_steps=3).run()
+    assert "content_share cannot be measured" in caplog.text
     assert "each clip is mixed with itself" in caplog.text
 
 
@@ -573,7 +737,8 @@ def launch(folder: Path, settings: dict, processes: int) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
     log = open(folder / "log", "a")  # noqa: SIM115  # the process keeps it
-    command = [*on_processes(processes), str(SCRIPT), str(folder / "recipe.yaml")]
+    program = [str(SCRIPT)] if processes > 1 else ["-m", "transformers_sslam", "pretrain"]  # the same in two ways
+    command = [*on_processes(processes), *program, "--config", str(folder / "recipe.yaml")]
     return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=ON_CPU)
 
 
@@ -588,9 +753,15 @@ def finish(folder: Path, settings: dict, processes: int) -> None:
     assert code == 0, (folder / "log").read_text()[-3000:]
 
 
-def kill_at_random_moments(sounds, tmp_path, processes: int, workers: int, kills: int, updates: int) -> None:
-    """However often a run is killed, its losses are those of the run that nobody touched, to the last bit, and each checkpoint is whole."""
-    changes = {"num_workers": workers, "batch_size": 3, "total_updates": updates, "save_every": 2, "log_every": 1}
+def kill_at_random_moments(sounds, tmp_path, processes: int, workers: int, kills: int, steps: int) -> None:
+    """However often a run is killed, its losses are those of an uninterrupted run, to the last bit, and each checkpoint is whole."""
+    changes = {
+        "dataloader_num_workers": workers,
+        "per_device_train_batch_size": 3,
+        "max_steps": steps,
+        "save_steps": 2,
+        "logging_steps": 1,
+    }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(whole, recipe(sounds, whole, **changes), processes)
     chance = random.Random(processes * 10 + workers)
@@ -630,33 +801,33 @@ def _progress(folder: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def test_a_killed_run_goes_on_bit_for_bit(sounds, tmp_path):
-    kill_at_random_moments(sounds, tmp_path, processes=1, workers=0, kills=2, updates=40)
+def test_a_killed_run_resumes_bit_for_bit(sounds, tmp_path):
+    kill_at_random_moments(sounds, tmp_path, processes=1, workers=0, kills=2, steps=40)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
 def test_twenty_kills_change_nothing(sounds, tmp_path, processes, workers):
-    kill_at_random_moments(sounds, tmp_path, processes, workers, kills=20, updates=400)
+    kill_at_random_moments(sounds, tmp_path, processes, workers, kills=20, steps=400)
 
 
 def test_two_processes_hold_the_same_model_and_share_the_clips(sounds, tmp_path):
-    """After 50 updates: parameters, teacher and optimiser equal on both; of 25 epochs each clip came 25 times, whoever had it."""
+    """After 50 steps: parameters, teacher and optimiser equal on both; of 25 epochs each clip came 25 times, in either process."""
     program = tmp_path / "two.py"
-    settings = recipe(sounds, tmp_path / "run", total_updates=50, batch_size=3, save_every=100)
+    settings = recipe(sounds, tmp_path / "run", max_steps=50, per_device_train_batch_size=3, save_steps=100)
     program.write_text(
         "import json, sys, hashlib\n"
         "from transformers_sslam.audio.batches import DataSettings\n"
-        "from transformers_sslam.training.pretraining import PreTrainer\n"
-        "from transformers_sslam.training.pretraining_settings import PreTrainingSettings\n"
+        "from transformers_sslam.pretraining.loop import PreTrainer\n"
+        "from transformers_sslam.pretraining.settings import PreTrainingSettings\n"
         "settings = json.loads(sys.argv[1]); settings['data'] = DataSettings(**settings['data'])\n"
         "run, names = PreTrainer(PreTrainingSettings(**settings)), []\n"
-        "def batches():\n"
-        "    for batch in run.clips:\n"
-        "        names.extend(batch['names'])\n"
-        "        yield {'input_values': batch['input_values']}\n"
-        "run._batches = batches; run.run()\n"
+        "train = run._train\n"
+        "def note_and_train(batches):\n"
+        "    names.extend(name for batch in batches for name in batch['names'])\n"
+        "    train(batches)\n"
+        "run._train = note_and_train; run.run()\n"
         "state = hashlib.sha256(b''.join(t.numpy().tobytes() for t in run.model.state_dict().values())).hexdigest()\n"
         "open(f'{sys.argv[2]}/{run.accelerator.process_index}.json', 'w').write(json.dumps([state, names]))\n"
     )
@@ -671,24 +842,24 @@ def test_two_processes_hold_the_same_model_and_share_the_clips(sounds, tmp_path)
     assert max(counts.values()) - min(counts.values()) <= 2  # either may be in the midst of an epoch
 
 
-def test_a_signal_to_one_process_stops_all_behind_the_same_update(sounds, tmp_path):
+def test_a_signal_to_one_process_stops_all_after_the_same_step(sounds, tmp_path):
     program = tmp_path / "two.py"
     program.write_text(
         "import json, os, signal, sys\n"
         "from transformers_sslam.audio.batches import DataSettings\n"
-        "from transformers_sslam.training.pretraining import PreTrainer\n"
-        "from transformers_sslam.training.pretraining_settings import PreTrainingSettings\n"
+        "from transformers_sslam.pretraining.loop import PreTrainer\n"
+        "from transformers_sslam.pretraining.settings import PreTrainingSettings\n"
         "settings = json.loads(sys.argv[1]); settings['data'] = DataSettings(**settings['data'])\n"
         "run = PreTrainer(PreTrainingSettings(**settings))\n"
         "train = run._train\n"
         "def train_and_stop(batches):\n"
         "    train(batches)\n"
-        "    if run.update == 2 and run.accelerator.process_index == 1:\n"
+        "    if run.step == 2 and run.accelerator.process_index == 1:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "run._train = train_and_stop; run.run()\n"
-        "open(f'{sys.argv[2]}/{run.accelerator.process_index}.json', 'w').write(json.dumps(run.update))\n"
+        "open(f'{sys.argv[2]}/{run.accelerator.process_index}.json', 'w').write(json.dumps(run.step))\n"
     )
-    settings = recipe(sounds, tmp_path / "run", batch_size=3, save_every=100, total_updates=50)
+    settings = recipe(sounds, tmp_path / "run", per_device_train_batch_size=3, save_steps=100, max_steps=50)
     command = [*on_processes(2), str(program), json.dumps(settings), str(tmp_path)]
     outcome = subprocess.run(command, capture_output=True, text=True, env=ON_CPU)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
@@ -696,7 +867,7 @@ def test_a_signal_to_one_process_stops_all_behind_the_same_update(sounds, tmp_pa
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-00000002"]
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(sounds, tmp_path, monkeypatch):
+def test_processes_that_do_not_know_of_each_other_are_rejected(sounds, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 processes were started, but Accelerate sees 1"):
         trainer(sounds, tmp_path)
@@ -704,36 +875,35 @@ def test_processes_that_do_not_know_of_each_other_are_refused(sounds, tmp_path, 
 
 @pytest.mark.parametrize(("normalized", "padding"), [(True, 4.268 / (2 * 4.569)), (False, 0.0)])
 def test_the_model_takes_for_padding_what_the_extractor_pads_with(sounds, tmp_path, normalized, padding):
-    features = {**recipe(sounds, tmp_path).get("features", {}), "do_normalize": normalized}
-    run = trainer(sounds, tmp_path, features={name: value for name, value in features.items() if name not in ("mean", "std")})
+    run = trainer(sounds, tmp_path, feature_extractor={"max_length": 64, "do_normalize": normalized})
     assert run.model.config.padding_value == pytest.approx(padding, rel=1e-6)
 
 
-def test_what_is_no_field_of_the_configuration_is_refused(sounds, tmp_path):
-    with pytest.raises(UserError, match="there is no setting model.base: there are|did you mean"):
-        trainer(sounds, tmp_path, model={**recipe(sounds, tmp_path)["model"], "base": 1})
+def test_a_name_that_is_not_a_field_of_the_configuration_is_rejected(sounds, tmp_path):
+    with pytest.raises(UserError, match="there is no setting model_config.base: "):
+        trainer(sounds, tmp_path, model_config={**MODEL, "base": 1})
 
 
-def test_models_in_parts_are_refused(sounds, tmp_path, monkeypatch):
+def test_sharded_models_are_rejected(sounds, tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(UserError, match="Accelerate was set to FSDP.*data-parallel"):
         trainer(sounds, tmp_path)
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_goes_on_and_says_what_changes(sounds, tmp_path):
-    finish(tmp_path, recipe(sounds, tmp_path, total_updates=6), processes=1)
-    finish(tmp_path, recipe(sounds, tmp_path, total_updates=10), processes=2)
+def test_another_number_of_processes_resumes_and_reports_what_changes(sounds, tmp_path):
+    finish(tmp_path, recipe(sounds, tmp_path, max_steps=6), processes=1)
+    finish(tmp_path, recipe(sounds, tmp_path, max_steps=10), processes=2)
     log = (tmp_path / "log").read_text()
     assert "The run had 1 processes and now has 2" in log
-    assert "epoch 2 begins again" in log or "epoch 1 begins again" in log
-    assert [line["update"] for line in metrics(tmp_path)] == list(range(1, 11))
+    assert "begins again" not in log  # each clip of the epoch still comes once
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 11))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_read_that_hangs_does_not_keep_a_run_from_ending(sounds, tmp_path, monkeypatch, num_workers):
-    """As on a mount whose server is gone: the run stops behind the last update that had its clips, and resumes there."""
-    trainer(sounds, tmp_path / "whole", num_workers=num_workers).run()
+    """As on a mount whose server is gone: the run stops after the last step that had its clips, and resumes there."""
+    trainer(sounds, tmp_path / "whole", dataloader_num_workers=num_workers).run()
     real = clips_module.load_waveform
 
     def hangs(audio, sampling_rate):
@@ -742,14 +912,14 @@ def test_a_read_that_hangs_does_not_keep_a_run_from_ending(sounds, tmp_path, mon
         return real(audio, sampling_rate)
 
     monkeypatch.setattr(clips_module, "load_waveform", hangs)
-    run = trainer(sounds, tmp_path / "hung", num_workers=num_workers)
+    run = trainer(sounds, tmp_path / "hung", dataloader_num_workers=num_workers)
     timer = threading.Timer(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     timer.start()
     start = time.monotonic()
     run.run()
     assert time.monotonic() - start < 20
-    assert run.update < 8
+    assert run.step < 8
     monkeypatch.undo()
-    trainer(sounds, tmp_path / "hung", num_workers=num_workers).run()
+    trainer(sounds, tmp_path / "hung", dataloader_num_workers=num_workers).run()
     assert metrics(tmp_path / "hung") == metrics(tmp_path / "whole")
     assert same_weights(tmp_path / "hung" / "model", tmp_path / "whole" / "model")

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForPreTraining
 
 from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMForPreTraining, SSLAMModel
 from transformers_sslam.masking import inverse_block_masks
-from transformers_sslam.modeling_sslam_pretraining import channel_std, content_share, ema_decay
+from transformers_sslam.objective_sslam import channel_std, content_share, ema_decay
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -231,16 +231,28 @@ def test_gradients_reach_all_of_student_and_decoder_and_nothing_else(stage):
     assert not any("position" in name for name, _ in model.named_parameters())
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    gradients = []
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("drops", [{}, {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "drop_path_rate": 0.3}], ids=str)
+def test_gradient_checkpointing_changes_no_loss_and_no_gradient(precision, drops):
+    """Encoder blocks and the decoder's convolutions are computed again, the teacher's blocks are not."""
+    results, mask = [], torch.ones(2, 128)
+    mask[0, 96:] = 0
     for checkpointing in (False, True):
-        model = build()
+        model, calls = build(**drops), []
+        for name, module in model.named_modules():
+            if name in ("sslam.layers.0.mlp", "decoder.layers.1", "teacher.layers.0.mlp"):
+                module.register_forward_hook(lambda *_, name=name, calls=calls: calls.append(name.split(".")[0]))
         if checkpointing:
             model.gradient_checkpointing_enable()
-        model(log_mels(), generator=seeded()).loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad})
-    for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
+        torch.manual_seed(3)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            output = model(log_mels(), attention_mask=mask, generator=seeded(), output_targets=True)
+        output.loss.backward()
+        results.append(output | {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad})
+        # The teacher receives all clips, and the sources of the mixtures.
+        assert [calls.count(name) for name in ("sslam", "decoder", "teacher")] == [1 + checkpointing, 1 + checkpointing, 2]
+    for name, value in results[0].items():
+        assert name == "sample_size" or torch.equal(value, results[1][name]), name
 
 
 def test_bfloat16_autocast_agrees_with_float32():

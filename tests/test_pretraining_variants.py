@@ -7,7 +7,7 @@ from test_pretraining_model import build, log_mels, seeded
 
 from transformers_sslam.masking import inverse_block_masks
 from transformers_sslam.modeling_sslam_pretraining import SSLAMForPreTrainingOutput, content_share
-from transformers_sslam.training.monitoring import training_flops_per_clip
+from transformers_sslam.pretraining.monitoring import training_flops_per_clip
 
 
 def score(teacher_passes: list | None = None, batch: int = 3, **settings) -> SSLAMForPreTrainingOutput:
@@ -44,20 +44,20 @@ def test_losses_of_mixtures_alone_by_hand():
 
 
 def test_the_content_share_is_that_of_unmixed_clips_where_there_are_any(monkeypatch):
-    heard = []
+    scored = []
     monkeypatch.setattr(
-        "transformers_sslam.modeling_sslam_pretraining.content_share", lambda targets: heard.append(targets) or content_share(targets)
+        "transformers_sslam.modeling_sslam_pretraining.content_share", lambda targets: scored.append(targets) or content_share(targets)
     )
     for settings in ({}, {"source_retention_loss_weight": 0.0}, {"source_retention_loss_weight": 0.0, "use_unmixed": False}):
         score(**settings)
-    full, without_retention, alone = heard
-    assert [len(targets) for targets in heard] == [3, 3, 3]
+    full, without_retention, alone = scored
+    assert [len(targets) for targets in scored] == [3, 3, 3]
     assert torch.equal(full, without_retention)
     assert not torch.allclose(full, alone)
 
 
 def test_a_weight_of_nothing_leaves_retention_and_its_pass_of_the_teacher_out():
-    """The pass over foreign sources hears CLS and the 32 patches outside two spans of two time steps."""
+    """The pass over foreign sources receives CLS and the 32 patches outside two spans of two time steps."""
     with_passes, without_passes = [], []
     with_retention = score(with_passes)
     without = score(without_passes, source_retention_loss_weight=0.0)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,17 +18,19 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 
-from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel, hub
-from transformers_sslam.hub import PublishError, prepare_publication, upload
-from transformers_sslam.model_cards import write_model_card
+from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel
+from transformers_sslam.cli import main
+from transformers_sslam.errors import UserError
+from transformers_sslam.publishing import hub
+from transformers_sslam.publishing.cards import write_model_card
+from transformers_sslam.publishing.hub import PublishError, prepare_publication, upload
 
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "publish.py"
+PACKAGE = Path(hub.__file__).parents[1]
 REPOSITORY = "tests/small-sounds"
 SOURCE = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json", "results.json"]
-CODE = ["configuration_sslam", "fbank", "feature_extraction_sslam", "inference", "masking", "mixing", "modeling_sslam"]
-CODE += ["modeling_sslam_pretraining"]
-PUBLISHED = sorted([*SOURCE, *(f"{name}.py" for name in CODE)])
+CODE = sorted(path.name for path in hub._remote_code())
+PUBLISHED = sorted([*SOURCE, *CODE])
 LOAD = """
 import json, sys
 if sys.argv[3] == "without the package":
@@ -37,7 +38,7 @@ if sys.argv[3] == "without the package":
     how = {"trust_remote_code": True}
 else:
     sys.modules.update({"scipy": None, "sklearn": None, "evaluate": None})  # not installed with the package alone
-    import transformers_sslam.conversion
+    import transformers_sslam.publishing.conversion
     how = {}
 import numpy as np, torch
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification
@@ -72,7 +73,7 @@ def model() -> SSLAMForAudioClassification:
 
 @pytest.fixture
 def folder(model, tmp_path) -> Path:
-    """What a training leaves: the model, and what is nobody else's business."""
+    """What a training leaves: the model, and files that are private."""
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     SSLAMFeatureExtractor(max_length=128).save_pretrained(folder)
@@ -93,8 +94,8 @@ def environment(server: HubServer, tmp_path: Path) -> dict[str, str]:
     return {**os.environ, **hub_settings, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-def run_script(server: HubServer, tmp_path: Path, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+def run_command(server: HubServer, tmp_path: Path, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "transformers_sslam", "publish", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment(server, tmp_path), cwd=tmp_path)
 
 
@@ -108,7 +109,7 @@ def load_back(server: HubServer, tmp_path: Path, how: str) -> dict:
 
 def test_what_is_published_loads_from_there_with_the_package_and_without(server, folder, model, tmp_path):
     before = contents(folder)
-    run = run_script(server, tmp_path, folder, REPOSITORY)
+    run = run_command(server, tmp_path, "--model", folder, "--repo_id", REPOSITORY)
     assert run.returncode == 0, run.stderr
     assert f"published: {server.url}/{REPOSITORY}" in run.stdout
     assert "stays here: checkpoint-3/, training_args.bin" in run.stdout
@@ -116,8 +117,8 @@ def test_what_is_published_loads_from_there_with_the_package_and_without(server,
 
     remote = server.repositories[REPOSITORY].branches["main"]
     assert sorted(remote.keys() - {".gitattributes"}) == PUBLISHED
-    package = Path(hub.__file__).parent
-    assert all(remote[f"{name}.py"] == (package / f"{name}.py").read_bytes() for name in CODE)
+    assert {"configuration_sslam.py", "feature_extraction_sslam.py", "modeling_sslam.py", "modeling_sslam_pretraining.py"} <= set(CODE)
+    assert all(remote[name] == (PACKAGE / name).read_bytes() for name in CODE)
     assert all(remote[name] == before[name] for name in ("model.safetensors", "results.json"))
     auto_classes = {"AutoConfig", "AutoModel", "AutoModelForAudioClassification", "AutoModelForPreTraining"}
     assert json.loads(remote["config.json"])["auto_map"].keys() == auto_classes
@@ -140,7 +141,7 @@ def test_what_is_published_loads_from_there_with_the_package_and_without(server,
 
 
 def test_a_dry_run_lists_sizes_and_sends_nothing(server, folder, tmp_path):
-    run = run_script(server, tmp_path, folder, REPOSITORY, "--dry-run")
+    run = run_command(server, tmp_path, "--model", folder, "--repo_id", REPOSITORY, "--dry_run")
     assert run.returncode == 0, run.stderr
     listed = {
         name: int(size.replace(",", "")) for size, name in re.findall(r"^ *([\d,]+) bytes  (\S+\.\S+)$", run.stdout, flags=re.MULTILINE)
@@ -195,13 +196,13 @@ def test_private_means_private(server, api, folder):
 
 
 @pytest.mark.parametrize("missing", ["config.json", "preprocessor_config.json", "model.safetensors", "README.md"])
-def test_a_folder_that_is_not_whole_is_refused_by_name(folder, missing):
+def test_a_folder_that_is_not_whole_is_rejected_by_name(folder, missing):
     (folder / missing).unlink()
     with pytest.raises(PublishError, match=f"lacks {re.escape(missing)}"), prepare_publication(folder, REPOSITORY):
         pass
 
 
-def test_weights_in_a_pickle_are_no_weights(folder):
+def test_weights_in_a_pickle_do_not_count(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(PublishError, match=r"lacks model\.safetensors.*as safetensors"), prepare_publication(folder, REPOSITORY):
         pass
@@ -253,25 +254,25 @@ def damage_model_index(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (damage_config, "cannot be published: .*property name"),
-        (write_a_list_as_config, "config.json is damaged: it holds a list, but a dict is expected"),
+        (damage_config, "config.json cannot be read .*property name.*: repair it, or remove it"),
+        (write_a_list_as_config, "config.json cannot be read .*it holds a list, but a dict is expected"),
         (leave_older_weights, "holds model.safetensors and model.safetensors.index.json, of which only one is this model's"),
         (damage_weights, "holds a model that does not load"),
         (take_a_weight, r"1 weights do not fit its config.json, such as classifier.bias, which is missing and should be \(2,\)"),
         (take_weights_of_another_model, "which is missing and should be"),
-        (take_another_extractor, "gives 64 mel bins, the model hears 128"),
+        (take_another_extractor, "gives 64 mel bins, the model takes 128"),
         (write_no_front_matter, "README.md lacks library_name, pipeline_tag"),
         (damage_front_matter, "README.md has a front matter that cannot be read"),
         (damage_model_index, "README.md has a front matter that cannot be read.*model_index"),
     ],
 )
-def test_what_would_not_load_is_refused(folder, damage, sentence):
+def test_what_would_not_load_is_rejected(folder, damage, sentence):
     damage(folder)
-    with pytest.raises(PublishError, match=sentence), prepare_publication(folder, REPOSITORY):
+    with pytest.raises(UserError, match=sentence), prepare_publication(folder, REPOSITORY):
         pass
 
 
-def test_a_file_that_is_too_large_is_refused(folder, monkeypatch):
+def test_a_file_that_is_too_large_is_rejected(folder, monkeypatch):
     monkeypatch.setattr(hub, "LARGEST_FILE", 50_000)
     with pytest.raises(PublishError, match=r"model\.safetensors is larger than 5e-05 GB"), prepare_publication(folder, REPOSITORY):
         pass
@@ -292,12 +293,12 @@ def test_a_pretraining_model_in_shards_is_whole(tmp_path):
 
 def test_a_description_becomes_the_card(folder, tmp_path):
     result = {"task_type": "audio-classification", "dataset_type": "two", "dataset_name": "Two sounds", "metric_type": "accuracy"}
-    description = {"name": "small", "title": "Small", "summary": "Hears two sounds.", "license": "mit", "how_to_get": "Ask me."}
+    description = {"name": "small", "title": "Small", "summary": "Recognises two sounds.", "license": "mit", "how_to_get": "Ask me."}
     (tmp_path / "described.json").write_text(json.dumps({**description, "results": [{**result, "metric_value": 50}]}))
     with prepare_publication(folder, REPOSITORY, results=tmp_path / "described.json") as publication:
         card = ModelCard((publication.folder / "README.md").read_text())
         assert (card.data.license, card.data.eval_results[0].metric_value) == ("mit", 50)
-        assert "Hears two sounds." in card.text
+        assert "Recognises two sounds." in card.text
         assert f'"{REPOSITORY}"' in card.text
         assert "Ask me." not in card.text  # it is there
         assert publication.notes == []
@@ -305,7 +306,7 @@ def test_a_description_becomes_the_card(folder, tmp_path):
     (folder / "README.md").unlink()
     (tmp_path / "described.json").rename(folder / "results.json")  # now the folder's own
     with prepare_publication(folder, REPOSITORY) as publication:
-        assert "Hears two sounds." in (publication.folder / "README.md").read_text()
+        assert "Recognises two sounds." in (publication.folder / "README.md").read_text()
 
 
 def test_what_a_run_says_of_itself_goes_up_without_the_folders_of_this_machine(folder):
@@ -322,8 +323,112 @@ def test_what_a_run_says_of_itself_goes_up_without_the_folders_of_this_machine(f
     assert results == {"classes": ["/m/09x0r"], "unreadable": {"training": {"unreadable": ["a b.wav", "c.wav"]}}}
 
 
+def test_folders_and_credentials_in_a_configuration_stay_here(folder):
+    for name in ("config.json", "preprocessor_config.json"):
+        values = json.loads((folder / name).read_text())
+        values |= {"_name_or_path": "/home/me/x", "hub_token": "hf_" + "a" * 34, "origin": "https://me:word@example.org/x?token=abc"}
+        (folder / name).write_text(json.dumps(values))
+    settings = {
+        "data_dir": "s3://KEY:SEC/RET@bucket/clips",
+        "hub_token": "abc",
+        "storage_options": {"key": "a", "secret": "b", "region": "c"},
+    }
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "id2label": {"0": "/m/09x0r", "1": "~/rain"}}))
+    with prepare_publication(folder, REPOSITORY) as publication:
+        for name in ("config.json", "preprocessor_config.json"):
+            values = json.loads((publication.folder / name).read_text())
+            assert (values["_name_or_path"], values["hub_token"], values["origin"]) == ("x", None, "https://example.org/x")
+        assert json.loads((publication.folder / "config.json").read_text())["id2label"] == {"0": "/m/09x0r", "1": "~/rain"}
+        published = yaml.safe_load((publication.folder / "settings.yaml").read_text())
+    private = {"key": None, "secret": None, "region": "c"}
+    assert published == {"data_dir": "s3://bucket/clips", "hub_token": None, "storage_options": private}
+
+
+def test_whatever_stands_under_the_name_of_a_secret_stays_here(folder):
+    settings = {"password": 12345, "api_key": {"id": "a", "value": ["b"]}, "secrets": ["c", "d"], "save_token": True, "seed": 3}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    with prepare_publication(folder, REPOSITORY) as publication:
+        published = yaml.safe_load((publication.folder / "settings.yaml").read_text())
+    assert published == {"password": None, "api_key": None, "secrets": None, "save_token": True, "seed": 3}
+
+
+def test_a_folder_of_a_person_within_a_text_is_cut_to_its_name(folder):
+    command = {"command": "sslam finetune --data_dir /home/me/clips --output_dir runs/a", "data_dir": "/home/me/clips"}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(command))
+    (folder / "results.json").write_text(json.dumps({**command, "classes": ["/m/09x0r"]}))
+    expected = {"command": "sslam finetune --data_dir clips --output_dir runs/a", "data_dir": "clips"}
+    with prepare_publication(folder, REPOSITORY) as publication:
+        assert yaml.safe_load((publication.folder / "settings.yaml").read_text()) == expected
+        assert json.loads((publication.folder / "results.json").read_text()) == expected | {"classes": ["/m/09x0r"]}
+
+
+def test_names_of_classes_are_published_as_they_are(folder):
+    """Changed in one of the two dictionaries they would no longer name the same class."""
+    names = {"0": "http://example.org/x?y=1", "1": "/home/me/rain"}
+    labels = {"id2label": names, "label2id": {**{name: int(i) for i, name in names.items()}}}
+    (folder / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), **labels}))
+    results = {"by_class": {"password": {"ap": 0.5}, "key": 0.25}}  # of a class, not of a credential
+    (folder / "results.json").write_text(json.dumps(results))
+    with prepare_publication(folder, REPOSITORY) as publication:
+        published = json.loads((publication.folder / "config.json").read_text())
+        assert {name: published[name] for name in labels} == labels
+        assert json.loads((publication.folder / "results.json").read_text()) == results
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "settings.yaml", "results.json"])
+@pytest.mark.parametrize(
+    "secret",
+    [
+        *("hf_" + "b" * 34, "AKIA" + "A1" * 8, "-----BEGIN OPENSSH PRIVATE KEY-----", "see https://me:word@example.org", "ghp_" + "c" * 36),
+        *("glpat-" + "d" * 20, "xoxb-" + "1" * 12, "AIza" + "e" * 35, "aws_secret_access_key = " + "f/" * 20),
+        *("https://example.org/x?a=b&X-Amz-Signature=" + "0" * 64, "https://example.org/x?token=" + "g" * 12),
+    ],
+)
+def test_a_file_with_a_credential_is_not_published(folder, name, secret):
+    """Where it stands within a text, and so cannot be left out."""
+    text = {"settings.yaml": f"note: seen in {secret}\n", "results.json": json.dumps({"note": f"seen in {secret}"})}.get(name)
+    (folder / name).write_text(text or (folder / "README.md").read_text() + f"\n{secret}\n")
+    expected = pytest.raises(PublishError, match=f"{name} holds what looks like a credential in line")
+    with expected as raised, prepare_publication(folder, REPOSITORY):
+        pass
+    assert secret not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "config.json", "model.safetensors", "results.json"])
+def test_a_link_to_outside_the_folder_is_not_followed(folder, tmp_path, name):
+    (tmp_path / "private").write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"a private key")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "private")
+    message = rf"{re.escape(name)} is a link to .*private, outside the folder: copy that file"
+    with pytest.raises(PublishError, match=message), prepare_publication(folder, REPOSITORY):
+        pass
+    (tmp_path / "private").rename(folder / "inside")
+    (folder / name).unlink()
+    (folder / name).symlink_to("inside")
+    with prepare_publication(folder, REPOSITORY) as publication:
+        assert name in publication.files
+
+
+def test_names_that_only_resemble_those_of_a_model_stay_here(folder):
+    names = ["LICENSE_KEY.txt", "LICENSE.key", "config.json.bak", "README.md~", "settings.yml", "model.pt"]
+    for name in names:
+        (folder / name).write_text("private")
+    (folder / "LICENSE.txt").write_text("MIT")
+    with prepare_publication(folder, REPOSITORY) as publication:
+        assert set(names) <= set(publication.left_out)
+        assert sorted(publication.files) == sorted([*PUBLISHED, "LICENSE.txt"])
+
+
+def test_a_card_that_names_a_folder_of_a_person_gets_a_note(folder):
+    write_model_card(folder, "Trained on `/home/me/private sounds`.")
+    with prepare_publication(folder, REPOSITORY) as publication:
+        assert any("the card names a folder of a machine, /home/me/private" in note for note in publication.notes)
+
+
 @pytest.mark.parametrize("name", ["no spaces please", "a/b/c", "--x", "nameless"])
-def test_a_name_that_the_hub_would_refuse_is_refused_here(folder, name):
+def test_a_name_that_the_hub_would_reject_is_rejected_here(folder, name):
     with pytest.raises(PublishError, match="give owner/name"), prepare_publication(folder, name):
         pass
 
@@ -363,7 +468,6 @@ def test_bytes_that_arrive_otherwise_are_noticed(server, api, folder, name):
         upload(publication, api=api)
 
 
-def test_the_script_prints_a_sentence_and_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "nowhere"), REPOSITORY])
-    with pytest.raises(SystemExit, match=r"^error: .*nowhere is no folder"):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+def test_the_command_reports_a_mistake_in_one_line(tmp_path, capsys):
+    assert main(["publish", "--model", str(tmp_path / "nowhere"), "--repo_id", REPOSITORY]) == 1
+    assert re.fullmatch("sslam publish: error: .*nowhere is not a folder.*\n", capsys.readouterr().err)

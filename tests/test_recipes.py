@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from transformers_sslam.audio.event_layouts import SPASS_SCENES
 from transformers_sslam.audio.layouts import LAYOUTS
-from transformers_sslam.settings import read_settings
-from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
-from transformers_sslam.training.pretraining_settings import PreTrainingSettings
+from transformers_sslam.audio.published import SPASS_SCENES
+from transformers_sslam.finetuning.settings import FineTuningSettings
+from transformers_sslam.pretraining.settings import PreTrainingSettings
+from transformers_sslam.settings import parse_settings, read_settings, recipe_names
 
 
-RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
+RECIPES = Path(__file__).parents[1] / "src" / "transformers_sslam" / "recipes"
 FINE_TUNING = sorted(path.stem for pattern in ("finetune_*.yaml", "linear_*.yaml") for path in RECIPES.glob(pattern))
 
-# Length of the schedule and of its warm-up, in updates, or in epochs and a share of them.
+# Length of the schedule and of its warm-up, in steps, or in epochs and a fraction of them.
 SCHEDULES = {
     "finetune_audioset_2m": (400_000, 40_000),
     "finetune_audioset_20k": (40_000, 4_000),
@@ -27,7 +27,7 @@ SCHEDULES = {
 FIFTY_EPOCHS = {"finetune_spass": 0.1, "finetune_urban_sed": 0.1, "finetune_idmt_desed": 0.1, "linear_spass": 0.0}
 PUBLISHED = [*SCHEDULES, *FIFTY_EPOCHS]
 
-SHARED = {"min_learning_rate": 1e-6, "weight_decay": 0.05, "layer_decay": 0.65, "model_config": {"drop_path_rate": 0.1}}
+SHARED = {"lr_scheduler_kwargs": {"min_lr": 1e-6}, "weight_decay": 0.05, "layer_decay": 0.65, "model_config": {"drop_path_rate": 0.1}}
 SHARED_AUGMENTATION = {
     **{"roll": True, "gain": 10, "noise": 0},
     **{"mixup_alpha": 0.8, "mixup_probability": 0.9, "time_mask": 0.2, "frequency_mask": 0.2},
@@ -51,8 +51,8 @@ OPTIMISATION = {
 }
 
 
-def recipe(name: str, *overrides: str) -> FineTuningSettings:
-    return read_settings(FineTuningSettings, RECIPES / f"{name}.yaml", ["data_dir=somewhere", *overrides])
+def recipe(name: str, **changes: str) -> FineTuningSettings:
+    return read_settings(FineTuningSettings, name, {"data_dir": "somewhere", **changes})
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)
@@ -68,11 +68,10 @@ def test_every_recipe_of_a_published_data_set_is_checked_here():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_optimisation_is_the_published_one(name):
     settings = recipe(name)
-    found = (settings.learning_rate, settings.batch_size, settings.normalization, settings.loss, settings.label_smoothing)
-    assert found == OPTIMISATION[name]
+    found = (settings.learning_rate, settings.per_device_train_batch_size, settings.normalization, settings.loss)
+    assert (*found, settings.label_smoothing_factor) == OPTIMISATION[name]
     assert {key: getattr(settings, key) for key in SHARED} == SHARED
-    arguments = settings.training_arguments()
-    assert (arguments.adam_beta1, arguments.adam_beta2, arguments.lr_scheduler_type) == (0.9, 0.95, "cosine_with_min_lr")
+    assert (settings.adam_beta1, settings.adam_beta2, settings.lr_scheduler_type) == (0.9, 0.95, "cosine_with_min_lr")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -83,13 +82,13 @@ def test_augmentation_is_the_published_one(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_updates_and_warm_up_are_the_published_ones(name):
     settings = recipe(name)
-    assert (settings.total_updates, settings.total_updates * settings.warmup_share) == SCHEDULES[name]
+    assert (settings.max_steps, settings.max_steps * settings.warmup_steps) == SCHEDULES[name]
 
 
 @pytest.mark.parametrize("name", FIFTY_EPOCHS)
 def test_epochs_and_warm_up_are_the_published_ones(name):
     settings = recipe(name)
-    assert (settings.epochs, settings.total_updates, settings.warmup_share) == (50, None, FIFTY_EPOCHS[name])
+    assert (settings.num_train_epochs, settings.max_steps, settings.warmup_steps) == (50, -1, FIFTY_EPOCHS[name])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -109,25 +108,37 @@ def test_a_recipe_starts_from_a_checkpoint_and_reads_the_column_its_layout_gives
 
 
 def test_every_scene_of_spass_can_be_asked_for():
-    assert [recipe("finetune_spass", f"subset={scene}").subset for scene in SPASS_SCENES] == list(SPASS_SCENES)
+    assert [recipe("finetune_spass", subset=scene).subset for scene in SPASS_SCENES] == list(SPASS_SCENES)
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("pretrain_*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_of_pre_training_is_accepted(path):
-    settings = read_settings(PreTrainingSettings, path, ["output_dir=somewhere"])
-    assert settings.stage == int(path.stem[-1])
+def pretraining_recipe(name: str, *words: str) -> PreTrainingSettings:
+    return parse_settings(PreTrainingSettings, ["--config", name, "--output_dir", "somewhere", *words])
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "pretrain" in name])
+def test_every_recipe_of_pre_training_is_accepted(name):
+    settings = pretraining_recipe(name)
+    assert settings.stage == (1 if name.endswith("stage1") else 2)
+    assert (settings.model is None) == (settings.stage == 1)
 
 
 @pytest.mark.parametrize(
-    ("name", "updates", "warmup", "rate"),
+    ("name", "steps", "warmup", "rate"),
     [
         ("pretrain_base_stage1", 400_000, 53_333, 5e-4),
         ("pretrain_base_stage2", 200_000, 25_000, 5e-5),
         ("pretrain_large_stage1", 400_000, 53_333, 4e-4),
     ],
 )
-def test_pre_training_is_the_published_one(name, updates, warmup, rate):
-    settings = read_settings(PreTrainingSettings, RECIPES / f"{name}.yaml", ["output_dir=somewhere"])
-    assert (settings.total_updates, settings.warmup_updates, settings.learning_rate) == (updates, warmup, rate)
-    assert (settings.batch_size, settings.max_grad_norm, settings.weight_decay) == (12, 4.0, 0.05)
+def test_pre_training_is_the_published_one(name, steps, warmup, rate):
+    settings = pretraining_recipe(name)
+    assert (settings.max_steps, settings.num_warmup_steps, settings.learning_rate, settings.min_lr) == (steps, warmup, rate, 0.0)
+    assert (settings.per_device_train_batch_size, settings.max_grad_norm, settings.weight_decay) == (12, 4.0, 0.05)
     assert (settings.adam_beta1, settings.adam_beta2, settings.preset) == (0.9, 0.95, name.split("_")[1])
+    assert settings.bf16
+
+
+def test_the_command_in_the_recipe_for_eight_devices_is_accepted():
+    words = ["--per_device_train_batch_size", "6", "--model_config.global_loss_weight", "2"]
+    settings = pretraining_recipe("pretrain_base_stage1", *words)
+    assert (settings.per_device_train_batch_size, settings.model_config) == (6, {"global_loss_weight": 2})

@@ -14,8 +14,8 @@ import yaml
 
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.intervals import summarize
-from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
-from transformers_sslam.training.repeats import expand, format_runs, repeat_fine_tuning
+from transformers_sslam.finetuning.repeats import expand, format_runs, repeat_fine_tuning
+from transformers_sslam.finetuning.settings import FineTuningSettings
 
 
 RUNS = ["fold-1-seed-0", "fold-1-seed-1", "fold-2-seed-0", "fold-2-seed-1", "fold-3-seed-0", "fold-3-seed-1"]
@@ -40,9 +40,9 @@ def series(tmp_path_factory) -> tuple[FineTuningSettings, dict]:
         seeds=[0, 1],
         model_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "max_length": 32},
         max_length=32,
-        batch_size=6,
-        total_updates=1,
-        trainer={"disable_tqdm": True},
+        per_device_train_batch_size=6,
+        max_steps=1,
+        disable_tqdm=True,
     )
     before = datasets.config.HF_DATASETS_CACHE
     datasets.config.HF_DATASETS_CACHE = root / "cache"
@@ -55,7 +55,7 @@ def copy(series, tmp_path) -> FineTuningSettings:
     """The series in a folder of its own, with two of its runs: fold 1, held out with either seed."""
     settings, _ = series
     (tmp_path / "runs").mkdir()
-    changes = {"eval_folds": [1], "output_dir": str(tmp_path / "runs")}
+    changes = {"test_folds": [1], "output_dir": str(tmp_path / "runs")}
     for name in RUNS[:2]:
         shutil.copytree(Path(settings.output_dir) / name, tmp_path / "runs" / name)
         file = tmp_path / "runs" / name / "settings.yaml"
@@ -74,11 +74,11 @@ def test_each_fold_is_held_out_in_turn_with_each_seed(series):
     for name in RUNS:
         run = yaml.safe_load((Path(settings.output_dir) / name / "settings.yaml").read_text())
         fold, seed = int(name[5]), int(name[-1])
-        assert run["eval_folds"] == [fold]
+        assert run["test_folds"] == [fold]
         assert run["train_folds"] == [other for other in (1, 2, 3) if other != fold]
         assert (run["seed"], run["seeds"], run["cross_validate"]) == (seed, [], False)
         results = json.loads((Path(settings.output_dir) / name / "results.json").read_text())
-        assert results["clips"] == {"training": 6, "evaluation": 3}
+        assert results["clips"] == {"training": 6, "test": 3}
 
 
 def test_the_summary_is_that_of_the_runs_results(series):
@@ -115,11 +115,11 @@ def test_the_table_has_a_line_for_each_run_and_one_for_all():
 
 
 def test_without_evaluation_there_is_no_table(copy, tmp_path):
-    single = {"cross_validate": False, "eval_folds": [], "train_folds": [1], "seeds": [], "evaluate": False}
+    single = {"cross_validate": False, "test_folds": [], "train_folds": [1], "seeds": [], "do_eval": False}
     summary = repeat_fine_tuning(replace(copy, output_dir=str(tmp_path / "single"), **single))
     assert summary["metrics"] == {}
     assert format_runs(summary) == "nothing was evaluated"
-    assert "not evaluated" in (tmp_path / "single" / "README.md").read_text()
+    assert "not tested" in (tmp_path / "single" / "README.md").read_text()
 
 
 def test_finished_runs_are_not_made_again(series, copy):
@@ -153,9 +153,9 @@ def test_further_seeds_add_runs(copy):
 
 def test_changed_data_are_refused_or_run_again(copy, tmp_path):
     data = Path(shutil.copytree(copy.data_dir, tmp_path / "clips"))
-    moved = replace(copy, data_dir=str(data), seeds=[0], overwrite=True)
+    moved = replace(copy, data_dir=str(data), seeds=[0], overwrite_output_dir=True)
     repeat_fine_tuning(moved)
-    again, before = replace(moved, overwrite=False, memory_gb=1.0), made(copy)
+    again, before = replace(moved, overwrite_output_dir=False, memory_gb=1.0), made(copy)
     repeat_fine_tuning(again)
     assert made(copy) == before
     table = (data / "metadata.csv").read_text()
@@ -169,7 +169,7 @@ def test_a_fold_that_cannot_work_is_refused_before_the_first_run(copy, tmp_path)
     data = Path(shutil.copytree(copy.data_dir, tmp_path / "clips"))
     table = (data / "metadata.csv").read_text()
     (data / "metadata.csv").write_text(table.replace("8.wav,b,3", "8.wav,owl,3"))
-    settings = replace(copy, data_dir=str(data), eval_folds=[], output_dir=str(tmp_path / "others"))
+    settings = replace(copy, data_dir=str(data), test_folds=[], output_dir=str(tmp_path / "others"))
     with pytest.raises(UserError, match="8.wav is labelled 'owl', which is none of the 2 classes"):
         repeat_fine_tuning(settings)
     assert not (tmp_path / "others").exists()
@@ -177,10 +177,10 @@ def test_a_fold_that_cannot_work_is_refused_before_the_first_run(copy, tmp_path)
 
 def test_changed_settings_are_refused_or_run_again(copy):
     changed, before = replace(copy, learning_rate=1e-3), made(copy)
-    with pytest.raises(UserError, match="fold-1-seed-0 holds a model already, of a run with other learning_rate: .*overwrite=true"):
+    with pytest.raises(UserError, match="fold-1-seed-0 holds a model already, of a run with other learning_rate: .*overwrite_output_dir"):
         repeat_fine_tuning(changed)
     assert made(copy) == before
-    repeat_fine_tuning(replace(changed, overwrite=True))
+    repeat_fine_tuning(replace(changed, overwrite_output_dir=True))
     after = made(copy)
     assert all(after[name] > before[name] for name in before)
     repeat_fine_tuning(changed)  # which are finished now
@@ -188,7 +188,7 @@ def test_changed_settings_are_refused_or_run_again(copy):
 
 
 def test_a_fold_that_is_not_there_is_an_error_before_the_first_run(copy, tmp_path):
-    settings = replace(copy, eval_folds=[1, 7], output_dir=str(tmp_path / "none"))
+    settings = replace(copy, test_folds=[1, 7], output_dir=str(tmp_path / "none"))
     with pytest.raises(UserError, match="the column 'fold' has no fold 7, only 1, 2, 3"):
         repeat_fine_tuning(settings)
     assert not (tmp_path / "none").exists()
@@ -198,11 +198,25 @@ def test_one_run_lies_in_the_folder_itself(copy):
     single = replace(copy, cross_validate=False, train_folds=[2], seeds=[])
     assert expand(single) == {"": single}
     assert list(expand(replace(single, seeds=[3]))) == ["seed-3"]
-    assert list(expand(replace(copy, seeds=[], eval_folds=["2"]))) == ["fold-2"]
-    assert expand(replace(copy, seeds=[], eval_folds=["2"]))["fold-2"].train_folds == [1, 3]
+    assert list(expand(replace(copy, seeds=[], test_folds=["2"]))) == ["fold-2"]
+    assert expand(replace(copy, seeds=[], test_folds=["2"]))["fold-2"].train_folds == [1, 3]
 
 
-@pytest.mark.parametrize(("name", "values"), [("seeds", [1, 1]), ("eval_folds", [1, "1"])])
+def test_folds_of_the_validation_part_are_not_held_out(copy):
+    runs = expand(replace(copy, test_folds=[], validation_folds=["3"], eval_strategy="epoch", seeds=[]))
+    assert {name: (run.train_folds, run.validation_folds, run.test_folds) for name, run in runs.items()} == {
+        "fold-1": ([2], ["3"], [1]),
+        "fold-2": ([1], ["3"], [2]),
+    }
+
+
+@pytest.mark.parametrize("changes", [{"push_to_hub": True}, {"resume_from_checkpoint": "runs/checkpoint-3"}])
+def test_what_concerns_one_run_is_rejected_for_several(copy, changes):
+    with pytest.raises(UserError, match="is set, but there are 2 runs: choose one of them"):
+        expand(replace(copy, **changes))
+
+
+@pytest.mark.parametrize(("name", "values"), [("seeds", [1, 1]), ("test_folds", [1, "1"])])
 def test_the_same_run_twice_is_an_error(copy, name, values):
-    with pytest.raises(UserError, match=f"{name} is .*the same twice"):
+    with pytest.raises(UserError, match=f"{name}.*give each once"):
         replace(copy, **{name: values})

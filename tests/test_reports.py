@@ -1,12 +1,13 @@
-"""Results: numbers and tables as people read them, and JSON that every parser reads."""
+"""Results: numbers with their spread, Markdown tables, and JSON that every parser reads."""
 
 import json
 
 import numpy as np
 import pytest
 
-from transformers_sslam.evaluation.intervals import Summary, summarize
-from transformers_sslam.reports import format_summary, markdown_table, write_json
+from transformers_sslam.evaluation.intervals import Summary, format_summary, summarize
+from transformers_sslam.files import write_json
+from transformers_sslam.reports import markdown_table
 
 
 def test_numbers_with_their_spread():
@@ -31,7 +32,7 @@ def test_markdown_tables():
         (["a"], [["1\n2"]], "has a line break"),
     ],
 )
-def test_what_is_no_table_is_an_error(header, rows, message):
+def test_an_invalid_table_is_an_error(header, rows, message):
     with pytest.raises(ValueError, match=message):
         markdown_table(header, rows)
 

@@ -1,4 +1,4 @@
-"""Settings: typed values from YAML and the command line, and errors that help."""
+"""Settings: typed values from YAML and flags, and errors that help."""
 
 import contextlib
 import time
@@ -10,173 +10,252 @@ from typing import Any, Literal
 import pytest
 
 from transformers_sslam.errors import UserError
-from transformers_sslam.settings import check_names, list_settings, parse_settings, read_settings, setting, write_settings
-from transformers_sslam.training.pretraining_settings import PreTrainingSettings
+from transformers_sslam.pretraining.settings import PreTrainingSettings
+from transformers_sslam.settings import check_names, find_recipe, parse_settings, read_settings, recipe_names, setting, write_settings
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Group:
     roll: bool = setting("rotate", True)
     gain: float = setting("amplify", 10.0)
 
+    def __post_init__(self):
+        if self.gain < 0:
+            raise UserError(f"gain is {self.gain}, but must be at least 0")
 
-@dataclass
-class Example:
+
+@dataclass(kw_only=True)
+class Schedule:
+    """How long it takes.
+
+    And more that no heading needs.
+    """
+
+    learning_rate: float = setting("how fast, of 100 %", 5e-5)
+
+
+@dataclass(kw_only=True)
+class Example(Schedule):
+    """An example."""
+
     data_dir: str = setting("where the clips are")
     steps: int = setting("how many", 100)
-    learning_rate: float = setting("how fast", 5e-5)
     separator: str | None = setting("between labels", None)
+    text: str = setting("anything", "")
     mode: Literal["fast", "exact"] = setting("how", "fast")
     folds: list[int | str] = setting("which", [])
-    statistics: str | list[float] = setting("mean and deviation", "model")
+    inputs: str | list[str] = setting("files", [])
+    statistics: str | list[float] = setting("mean and standard deviation", "model")
     model: dict[str, Any] = setting("arguments", {})
+    bf16: bool = setting("in half precision", False)
     group: Group = setting("more", Group())
+    other: Group | None = setting("one more", None)
+    groups: list[Group] = setting("many more", [])
 
 
-def read(*overrides: str, file=None) -> Example:
-    return read_settings(Example, file, ["data_dir=clips", *overrides])
+def read(*words: str) -> Example:
+    return parse_settings(Example, [*words, "--data_dir=clips"])
 
 
 @pytest.mark.parametrize(
-    ("override", "expected"),
+    ("words", "expected"),
     [
-        ("steps=7", 7),
-        ("learning_rate=1e-3", 1e-3),  # text in YAML 1.1
-        ("learning_rate=3", 3.0),
-        ("data_dir=1e3run", "1e3run"),  # which begins like a number
-        ("data_dir=7", "7"),  # text stays text whatever it looks like
-        ("data_dir=runs/a=b", "runs/a=b"),
-        ("separator=null", None),
-        ("separator=;", ";"),
-        ("separator=#", "#"),  # a comment in YAML
-        ("data_dir=~/clips", str(Path.home() / "clips")),
-        ("separator=,", ","),
-        ("separator=|", "|"),
-        ("separator= ", " "),
-        ("mode=exact", "exact"),
-        ("folds=[1, b, 3]", [1, "b", 3]),
-        ("statistics=computed", "computed"),
-        ("statistics=[-6.6, 5]", [-6.6, 5.0]),
-        ("group.roll=false", False),
-        ("group.gain=0", 0.0),
+        ("--steps 7", 7),
+        ("--steps=7", 7),
+        ("--learning_rate 1e-3", 1e-3),  # text in YAML 1.1
+        ("--learning-rate 1e-3", 1e-3),
+        ("--learning_rate 3", 3.0),
+        ("--text 1e3run", "1e3run"),  # which begins like a number
+        ("--text 7", "7"),  # text stays text whatever it looks like
+        ("--text 1e3", "1e3"),
+        ("--text 007", "007"),
+        ("--text true", "true"),
+        ("--text 2020-01-01", "2020-01-01"),
+        ("--text runs/a=b", "runs/a=b"),
+        ("--text ~/clips", str(Path.home() / "clips")),
+        ("--text [draft]", "[draft]"),
+        ("--separator null", None),
+        ("--separator ;", ";"),
+        ("--separator #", "#"),  # a comment in YAML
+        ("--separator ,", ","),
+        ("--separator |", "|"),
+        ("--separator=- ", "- "),
+        ("--mode exact", "exact"),
+        ("--folds [1,b,3]", [1, "b", 3]),
+        ("--folds 1 b 3", [1, "b", 3]),
+        ("--folds 3", [3]),
+        ("--inputs a.wav", "a.wav"),
+        ("--inputs a.wav b.wav", ["a.wav", "b.wav"]),
+        ("--inputs a,b.wav c:d.wav", ["a,b.wav", "c:d.wav"]),
+        ("--statistics computed", "computed"),
+        ("--statistics [-6.6,5]", [-6.6, 5.0]),
+        ("--statistics -6.6 5", [-6.6, 5.0]),
+        ("--bf16", True),
+        ("--bf16 true", True),
+        ("--bf16 false", False),
+        ("--no_bf16", False),
+        ("--group.roll false", False),
+        ("--group.no_roll", False),
+        ("--group.gain 0", 0.0),
+        ("--other.gain 0", 0.0),
     ],
 )
-def test_an_override_takes_the_type_of_its_setting(override, expected):
-    value = read(override)
-    for name in override.split("=")[0].split("."):
+def test_a_flag_takes_the_type_of_its_setting(words, expected):
+    given = [words] if words.startswith("--separator=") else words.split(" ")
+    value = read(*given)
+    for name in words[2:].split("=")[0].split(" ")[0].replace("-", "_").replace("no_", "").split("."):
         value = getattr(value, name)
     assert value == expected
     assert type(value) is type(expected)
 
 
+def test_groups_in_lists_and_dictionaries_are_built():
+    settings = read("--groups", "[{gain: 3}, {roll: false}]", "--model.width", "128", "--model.eps", "1e-6", "--model.name", "x")
+    assert settings.groups == [Group(gain=3.0), Group(roll=False)]
+    assert settings.model == {"width": 128, "eps": 1e-6, "name": "x"}
+
+
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("words", "message"),
     [
-        ("learning_rat=1", "there is no setting learning_rat: did you mean learning_rate?"),
-        ("group.gian=1", "there is no setting group.gian: did you mean group.gain?"),
-        ("zzzz=1", "there is no setting zzzz: there are data_dir, steps"),
-        ("steps=many", "steps is 'many', but a whole number is expected"),
-        ("steps=1.5", "steps is 1.5, but a whole number is expected"),
-        ("steps=true", "steps is True, but a whole number is expected"),
-        ("group.roll=1", "group.roll is 1, but true or false is expected"),
-        ("mode=slow", "mode is 'slow', but one of fast, exact is expected"),
-        ("folds=3", "folds is 3, but a list .each item a whole number or text. is expected"),
-        ("group=3", "group is 3, but a group of settings is expected"),
-        ("steps.a=3", "steps is {'a': '3'}, but a whole number is expected"),
-        ("steps", "'steps' is not a setting: write key=value"),
+        ("--learning_rat 1", "there is no setting learning_rat: did you mean learning_rate?"),
+        ("--lr 1", "there is no setting lr: did you mean learning_rate?"),
+        ("--group.gian 1", "there is no setting group.gian: did you mean group.gain"),
+        ("--gain 1", "there is no setting gain: did you mean group.gain"),
+        ("--other.gian 1", "there is no setting other.gian: did you mean other.gain"),
+        ("--groups [{gian:1}]".replace(":", ": "), "there is no setting groups.gian: did you mean groups.gain"),
+        ("--zzzz 1", "there is no setting zzzz: there are bf16, data_dir, folds"),
+        ("--step 1", "there is no setting step: did you mean steps"),  # no abbreviation is taken for a name
+        ("--steps many", "steps is many, but int is expected"),
+        ("--steps 1.5", "steps is 1.5, but int is expected"),
+        ("--steps 1 2", "steps has the values 1 2, but takes one"),
+        ("--steps", "steps has no value: write --steps VALUE"),
+        ("--steps true", "steps is True, but int is expected"),
+        ("--learning_rate 1e-3x", "learning_rate is 1e-3x, but float is expected"),
+        ("--group.roll 1", "group.roll is 1, but bool is expected"),
+        ("--mode slow", "mode is slow, but one of 'fast', 'exact' is expected"),
+        ("--group.gain -1", "gain is -1.0, but must be at least 0"),
+        ("--steps.a 3", "there is no setting steps.a"),
+        ("steps", "'steps' stands without a name: write --name value"),
+        ("steps=3", "'steps=3' stands without a name: write --steps 3"),
+        ("--config nope", "config is 'nope', but there is no such file or recipe: recipes are demo_pretrain, "),
     ],
 )
-def test_a_wrong_override_is_named_with_what_was_expected(override, message):
-    with pytest.raises(UserError, match=message):
-        read(override)
+def test_a_wrong_flag_is_named_with_what_was_expected(words, message):
+    name, _, value = words.partition(" ")
+    given = [value] if value.startswith("[") else value.split()
+    with pytest.raises(UserError) as error:
+        read(name, *given)
+    assert str(error.value).startswith(message)
 
 
-def test_a_file_is_read_and_overrides_win(tmp_path):
-    file = tmp_path / "recipe.yaml"
-    file.write_text("steps: 5\nlearning_rate: 1e-4\nmodel: {width: 64, eps: 1e-6}\ngroup: {gain: 3}\n")
-    settings = read("steps=6", "model.width=128", "model.name=x", file=file)
-    assert (settings.steps, settings.learning_rate, settings.group) == (6, 1e-4, Group(roll=True, gain=3.0))
-    assert settings.model == {"width": 128, "eps": 1e-6, "name": "x"}
+def test_a_required_setting_must_be_given():
+    with pytest.raises(UserError, match="data_dir is required: write --data_dir VALUE, or give it in the recipe"):
+        parse_settings(Example, [])
+
+
+def test_flags_override_recipes_and_the_later_recipe_the_earlier(tmp_path):
+    (tmp_path / "a.yaml").write_text("steps: 5\nlearning_rate: 1e-4\nmodel: {width: 64, eps: 1e-6}\ngroup: {gain: 3}\n")
+    (tmp_path / "b.yaml").write_text("learning_rate: 1e-2\n")
+    settings = read("--steps", "6", "--model.width", "128", "--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml"))
+    assert (settings.steps, settings.learning_rate, settings.group) == (6, 1e-2, Group(roll=True, gain=3.0))
+    assert settings.model == {"width": 128, "eps": 1e-6}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("steps: 5\nsteps: 6", "steps stands twice"),
-        ("- 1", "holds a list, but lines of the form"),
-        ("steps: [", "recipe.yaml cannot be read: not YAML: "),
-        ("steps: 5\nlearning_rate: fast", "learning_rate is 'fast', but a number is expected"),
+        ("- 1", "holds .* but lines of the form"),
+        ("group:\nsteps: 5", "group is empty in .*recipe.yaml"),
+        ("steps: [", "not YAML: "),
+        ("steps: 5\nlearning_rate: fast", "learning_rate is fast, but float is expected"),
+        ("stepps: 5", "there is no setting stepps: did you mean steps"),
+        ("group: {gian: 5}", "there is no setting group.gian: did you mean group.gain"),
     ],
 )
-def test_a_wrong_file_is_refused(tmp_path, text, message):
+def test_a_wrong_recipe_is_rejected(tmp_path, text, message):
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=message):
-        read(file=file)
+        read("--config", str(file))
 
 
 BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopqrstuvwxyz"))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        ("model: &m\n  itself: *m\n", "it has the alias .m: write the value out"),
-        ("model: &m [*m]", "it has the alias"),
-        (BOMB, "it has the alias"),
-        ("model: " + "[" * 10_000 + "]" * 10_000, "nested more than 32 deep"),
-        ("model: " + "[" * 10_000, "nested more than 32 deep"),
-        ("model: " + "{a: " * 10_000, "nested more than 32 deep"),
-        ("\n".join("  " * depth + "a:" for depth in range(100)), "nested more than 32 deep"),
-        ("steps: " + "9" * 10_000, "recipe.yaml"),
-        ("model: {? [1, 2] : 3}", "recipe.yaml"),
-        ("model: {? {a: 1} : 3}", "recipe.yaml"),
-        ("model: {" + "".join(f"k{i}: 1, " for i in range(5_000)) + "k7: 1}", "k7 stands twice"),
-        ("model: !!python/object/apply:os.getcwd []", "recipe.yaml cannot be read: not YAML"),
-        ("steps: \0", "recipe.yaml cannot be read: not YAML"),
-        ("\x85\udcff", "recipe.yaml cannot be read"),
+        "model: &m\n  itself: *m\n",
+        "model: &m [*m]",
+        BOMB,
+        "model: " + "[" * 10_000 + "]" * 10_000,
+        "model: " + "[" * 10_000,
+        "model: " + "{a: " * 10_000,
+        "steps: " + "9" * 10_000,
+        "model: {? [1, 2] : 3}",
+        "model: {? {a: 1} : 3}",
+        "model: {" + "".join(f"k{i}: 1, " for i in range(5_000)) + "k7: 1}",
+        "model: !!python/object/apply:os.getcwd []",
+        "steps: \0",
+        "\x85\udcff",
     ],
-    ids=range(14),
+    ids=range(13),
 )
-def test_a_hostile_file_is_one_clear_error_at_once(tmp_path, text, message):
+def test_a_hostile_file_is_one_clear_error_at_once(tmp_path, text):
     file, start = tmp_path / "recipe.yaml", time.process_time()
     file.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(UserError, match=message):
-        read(file=file)
     with pytest.raises(UserError):
-        read(f"group={text}")
+        read("--config", str(file))
+    with pytest.raises(UserError):
+        read("--group", text)
     assert time.process_time() - start < 5
 
 
 def test_a_settings_file_cut_at_any_length_or_of_another_kind_ends_in_a_clear_error_or_settings(tmp_path):
-    write_settings(read("model.depth=2", "folds=[1, '2']"), tmp_path / "settings.yaml")
-    whole = (tmp_path / "settings.yaml").read_bytes()
+    file = tmp_path / "settings.yaml"
+    write_settings(read("--model.depth", "2", "--folds", "1", "2"), file)
+    whole = file.read_bytes()
     contents = [whole[:length] for length in range(len(whole))] + [b"", b"7", b"- 1", b"a", b"\xff", b"\0", b"[[[["]
     contents += [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(len(whole))]
     for content in contents:
-        (tmp_path / "settings.yaml").write_bytes(content)
+        file.write_bytes(content)
         with contextlib.suppress(UserError):
-            assert isinstance(read(file=tmp_path / "settings.yaml"), Example)
+            assert isinstance(read("--config", str(file)), Example)
 
 
 def test_a_date_is_text(tmp_path):
     """So it can be compared with a data set's column, and written to a checkpoint."""
     file = tmp_path / "recipe.yaml"
     file.write_text("steps: 5\nmodel: {day: 2020-01-01}\n")
-    assert read(file=file).model == {"day": "2020-01-01"}
-    assert read("steps=5", "model.day=2020-01-01").model == {"day": "2020-01-01"}
-
-
-def test_a_setting_without_default_must_be_given():
-    with pytest.raises(UserError, match=r"data_dir is required \(where the clips are\)"):
-        read_settings(Example)
+    assert read("--config", str(file)).model == {"day": "2020-01-01"}
+    assert read("--model.day", "2020-01-01").model == {"day": "2020-01-01"}
 
 
 def test_written_settings_are_complete_and_read_back(tmp_path):
-    settings = read("learning_rate=1e-7", "separator=|", "model.depth=2", "folds=[1, '2']")
+    settings = read("--learning_rate", "1e-7", "--separator", "|", "--model.depth", "2", "--folds", "1", "b", "--other.gain", "2")
     write_settings(settings, tmp_path / "settings.yaml")
     assert "steps: 100" in (tmp_path / "settings.yaml").read_text()
     assert read_settings(Example, tmp_path / "settings.yaml") == settings
+
+
+def test_a_recipe_is_read_with_changes_in_the_types_of_python(tmp_path):
+    (tmp_path / "a.yaml").write_text("data_dir: clips\nmodel: {width: 64, eps: 1e-6}\nsteps: 3\n")
+    changes = {
+        "model.width": 128,
+        "folds": [1, "b"],
+        "separator": None,
+        "bf16": True,
+        "learning_rate": 1e-7,
+        "text": "007",
+        "group.gain": 3,
+    }
+    settings = read_settings(Example, tmp_path / "a.yaml", changes)
+    assert settings.model == {"width": 128, "eps": 1e-6}
+    assert (settings.folds, settings.separator, settings.bf16, settings.learning_rate) == ([1, "b"], None, True, 1e-7)
+    assert (settings.text, settings.group.gain, settings.steps) == ("007", 3.0, 3)
+    assert read_settings(Example, changes={"data_dir": "clips", "model": {"width": 3}}).model == {"width": 3}
 
 
 def test_defaults_are_not_shared_between_instances():
@@ -186,22 +265,23 @@ def test_defaults_are_not_shared_between_instances():
     assert (read().folds, read().group.gain) == ([], 10.0)
 
 
-def test_every_setting_is_listed_with_default_and_explanation():
-    listing = list_settings(Example)
-    assert "data_dir (required)\n      where the clips are" in listing
-    assert "group.gain = 10.0\n      amplify" in listing
+def test_help_has_a_group_for_each_class_with_defaults_and_explanations(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_settings(Example, ["--help"], prog="sslam example", description="What it does.")
+    assert end.value.code == 0
+    listing = " ".join(capsys.readouterr().out.split())
+    assert "usage: sslam example [--config RECIPE_OR_FILE] [--setting value ...] What it does." in listing
+    assert "An example: --data_dir DATA_DIR where the clips are (required, type: str)" in listing
+    assert "How long it takes: --learning_rate LEARNING_RATE how fast, of 100 % (type: float, default: 5e-05)" in listing
+    assert "amplify (type: float, default: 10.0)" in listing
 
 
-def test_the_command_line_reports_a_mistake_in_one_line(capsys, tmp_path):
-    assert parse_settings(Example, "An example.", ["data_dir=x", "steps=3"]).steps == 3
-    with pytest.raises(SystemExit) as exit:
-        parse_settings(Example, "An example.", [str(tmp_path / "no.yaml")])
-    assert exit.value.code == 2
-    assert "no.yaml is not there" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as exit:
-        parse_settings(Example, "An example.", ["--help"])
-    assert exit.value.code == 0
-    assert "learning_rate = 5.0e-05" in capsys.readouterr().out
+def test_the_configuration_is_printed_as_a_recipe(capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        read("--steps", "3", "--group.gain", "2", "--print_config")
+    assert end.value.code == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert read("--config", str(tmp_path / "printed.yaml")) == read("--steps", "3", "--group.gain", "2")
 
 
 def test_unknown_names_are_compared_with_known_ones():
@@ -210,13 +290,19 @@ def test_unknown_names_are_compared_with_known_ones():
         check_names(["hiden_size"], ["hidden_size", "depth"], "model.")
 
 
-def test_a_number_with_a_letter_too_many_is_no_number():
-    with pytest.raises(UserError, match="learning_rate is '1e-3x', but a number is expected"):
-        read("learning_rate=1e-3x")
+def test_every_setting_of_a_part_of_the_library_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(PreTrainingSettings, ["--help"])
+    lines = " ".join(capsys.readouterr().out.split()).split(" --")
+    assert [line for line in lines if line.startswith("data.") and "(type: " in line and "] (type" in line] == []
 
 
-def test_settings_that_a_part_of_the_library_declares_are_explained_by_its_docstring():
-    listed = list_settings(PreTrainingSettings)
-    assert "data.sources = []\n      the mixture, such as `[{kind: folder, path: recordings}]`" in listed
-    lines = listed.splitlines()
-    assert [line for line, behind in zip(lines, [*lines[1:], ""]) if line.startswith("  data.") and not behind.startswith("      ")] == []
+def test_recipes_are_found_by_name_with_and_without_suffix_and_by_path(tmp_path, monkeypatch):
+    assert find_recipe("pretrain_tiny_stage1") == find_recipe("pretrain_tiny_stage1.yaml")
+    assert find_recipe("pretrain_tiny_stage1").is_file()
+    assert "pretrain_tiny_stage1" in recipe_names()
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("steps: 7\n")
+    assert read("--config", "mine.yaml").steps == 7
+    with pytest.raises(UserError, match="no such file or recipe"):
+        find_recipe("recipes/pretrain_tiny_stage1")

@@ -14,20 +14,22 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
+import steps
 from conftest import noise, tiny_config
 from sklearn.metrics import average_precision_score
+from steps import copy_clips, epochs_of_equal_cost, pretrain_on_folds, read_records
 
 from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining, files
 from transformers_sslam.audio.decode import load_waveform
 from transformers_sslam.audio.layouts import open_splits
 from transformers_sslam.errors import UserError
-from transformers_sslam.training import steps
-from transformers_sslam.training.fine_tuning_settings import FineTuningSettings
-from transformers_sslam.training.monitoring import training_flops_per_clip
-from transformers_sslam.training.steps import copy_clips, epochs_of_equal_cost, fine_tune_once, pretrain_on_folds, read_records
+from transformers_sslam.finetuning import repeats
+from transformers_sslam.finetuning.repeats import fine_tune_once
+from transformers_sslam.finetuning.settings import FineTuningSettings
+from transformers_sslam.pretraining.monitoring import training_flops_per_clip
 
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[1] / "scripts" / "studies"
 FOLDS = (1, 2, 3)
 SIZES = {
     **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_length": 256},
@@ -71,9 +73,9 @@ def recipe(tmp_path) -> Path:
     settings = {
         "stage": 1,
         "data": {"sources": [{"kind": "folder", "path": "replaced"}]},
-        "features": {"max_length": 64},
-        "model": {name: value for name, value in SIZES.items() if name != "unmixed_span_length"},
-        **{"total_updates": 2, "warmup_updates": 1, "batch_size": 2, "num_workers": 0, "mixed_precision": "no", "trackers": []},
+        "feature_extractor": {"max_length": 64},
+        "model_config": {name: value for name, value in SIZES.items() if name != "unmixed_span_length"},
+        **{"max_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 2, "dataloader_num_workers": 0, "report_to": "none"},
     }
     path.write_text(json.dumps(settings))
     return path
@@ -151,7 +153,7 @@ def test_records_of_other_settings_are_left_out(tmp_path):
 
 def test_seeds_of_one_fold_count_once_in_the_table_of_a_study(tmp_path):
     """Folds 1, 2, 3 and 1 again: three independent values."""
-    study = load_script("study_polyphony")
+    study = load_script("polyphony")
     settings = study.StudySettings(data_dir="none", output_dir=str(tmp_path), num_events=[1])
     for seed, (fold, precision) in enumerate([(1, 0.5), (2, 0.7), (3, 0.8), (1, 0.7)]):
         (tmp_path / f"seed-{seed}").mkdir()
@@ -159,17 +161,17 @@ def test_seeds_of_one_fold_count_once_in_the_table_of_a_study(tmp_path):
         record = {"settings": study.comparable(settings), "fold": fold, "precision": every}
         (tmp_path / f"seed-{seed}" / "results.json").write_text(json.dumps(record))
     text = study.report(settings)
-    assert "mean ± deviation [95 %] of 3 folds, 4 seeds" in text
+    assert "mean ± standard deviation [95 %] of 3 folds, 4 seeds" in text
     assert "| unmixed only (MB-UA) | 70.0 | 70.0 ± 10.0 [45.2, 94.8] | - |" in text  # t(2) = 4.303, times 10 / sqrt(3): 24.8
     assert (tmp_path / "precision.png").is_file()
 
 
 def test_pre_training_after_fine_tuning_has_its_own_precision(clips, recipe, tmp_path):
     """As in the second fold of a study: what Accelerate keeps of the first `Trainer` must not decide."""
-    model, _ = pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "first", ["mixed_precision=bf16"])
-    tuning = {"fold_column": "fold", "train_folds": [1, 3], "eval_folds": [2], "model": str(model), "max_length": 64, "total_updates": 1}
-    fine_tune_once(FineTuningSettings(data_dir=str(clips), output_dir=str(tmp_path / "tuned"), **tuning, trainer={"disable_tqdm": True}))
-    again, _ = pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "second", ["mixed_precision=bf16"])
+    model, _ = pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "first", {"bf16": True})
+    tuning = {"fold_column": "fold", "train_folds": [1, 3], "test_folds": [2], "model": str(model), "max_length": 64, "max_steps": 1}
+    fine_tune_once(FineTuningSettings(data_dir=str(clips), output_dir=str(tmp_path / "tuned"), **tuning, disable_tqdm=True))
+    again, _ = pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "second", {"bf16": True})
     assert (again / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
@@ -181,15 +183,15 @@ def test_a_copy_with_a_broken_clip_is_refused(clips, tmp_path):
 
 
 def test_a_finished_pre_training_is_found_again_and_its_cost_with_it(clips, recipe, tmp_path, monkeypatch):
-    model, cost = pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", ["seed=4"])
+    model, cost = pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", {"seed": 4})
     assert (model / "model.safetensors").is_file()
     assert cost > 0
     settings = json.loads((tmp_path / "run" / "step.json").read_text())["settings"]
     assert settings["data"]["sources"][0]["keep"] == {"fold": [1, 3]}
     monkeypatch.setattr(steps, "PreTrainer", lambda settings: pytest.fail("it was run again"))
-    assert pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", ["seed=4"]) == (model, cost)
+    assert pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", {"seed": 4}) == (model, cost)
     with pytest.raises(pytest.fail.Exception):
-        pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", ["seed=5"])
+        pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", {"seed": 5})
 
 
 def test_a_damaged_step_or_record_counts_as_not_done(tmp_path, caplog):
@@ -209,13 +211,13 @@ def test_a_damaged_step_or_record_counts_as_not_done(tmp_path, caplog):
 
 
 def test_of_a_pre_training_that_was_interrupted_the_cost_is_not_known(clips, recipe, tmp_path):
-    pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", [])
+    pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", {})
     (tmp_path / "run" / "step.json").unlink()  # as if it had been killed before the end
     for _ in range(2):
-        model, cost = pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", [])
+        model, cost = pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "run", {})
         assert (model / "model.safetensors").is_file()
         assert np.isnan(cost)
-    study = load_script("study_small_model")
+    study = load_script("small_model")
     settings = study.StudySettings(data_dir=str(clips), output_dir=str(tmp_path / "study"), stage1=str(recipe), stage2=str(recipe))
     study.pretrain = lambda *_: (model, np.nan)
     with pytest.raises(UserError, match="was interrupted, so nobody knows its CPU seconds: set scratch_epochs"):
@@ -224,7 +226,7 @@ def test_of_a_pre_training_that_was_interrupted_the_cost_is_not_known(clips, rec
 
 def test_a_pre_training_that_a_signal_stopped_does_not_count_as_finished(clips, recipe, tmp_path, monkeypatch):
     class Stopped:
-        update = 1
+        step = 1
 
         def __init__(self, settings): ...
 
@@ -232,7 +234,7 @@ def test_a_pre_training_that_a_signal_stopped_does_not_count_as_finished(clips, 
 
     monkeypatch.setattr(steps, "PreTrainer", Stopped)
     with pytest.raises(KeyboardInterrupt):
-        pretrain_on_folds(recipe, clips, [1], tmp_path / "run", [])
+        pretrain_on_folds(recipe, clips, [1], tmp_path / "run", {})
     assert not (tmp_path / "run" / "step.json").exists()
 
 
@@ -242,14 +244,14 @@ def test_a_finished_fine_tuning_is_found_again(clips, tmp_path, monkeypatch):
         output_dir=str(tmp_path / "model"),
         fold_column="fold",
         train_folds=[1],
-        eval_folds=[2],
+        test_folds=[2],
         max_length=64,
         model_config={name: SIZES[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")},
-        total_updates=1,
-        trainer={"disable_tqdm": True},
+        max_steps=1,
+        disable_tqdm=True,
     )
     first = fine_tune_once(settings)
-    monkeypatch.setattr(steps, "fine_tune", lambda settings: "run again")
+    monkeypatch.setattr(repeats, "fine_tune", lambda settings: "run again")
     assert fine_tune_once(settings)["metrics"]["accuracy"] == first["metrics"]["accuracy"]
     assert fine_tune_once(replace(settings, seed=1)) == "run again"
 
@@ -261,22 +263,22 @@ def test_epochs_of_equal_cost_are_rounded_up():
 
 
 def test_variants_differ_in_what_they_see_and_cost_the_same(tmp_path):
-    study = load_script("study_polyphony")
+    study = load_script("polyphony")
     SSLAMForPreTraining(tiny_config(**{**PRETRAINING_STAGES[1], **SIZES})).save_pretrained(tmp_path / "stage1")
     SSLAMFeatureExtractor(max_length=64).save_pretrained(tmp_path / "stage1")
     stage2 = {
-        **{"output_dir": "x", "stage": 2, "data": {"sources": [{"kind": "folder", "path": "x"}]}, "features": {"max_length": 64}},
-        **{"model": {"num_views": 4, "unmixed_span_length": 16}, "total_updates": 1000, "warmup_updates": 10},
+        **{"output_dir": "x", "stage": 2, "data": {"sources": [{"kind": "folder", "path": "x"}]}, "feature_extractor": {"max_length": 64}},
+        **{"model_config": {"num_views": 4, "unmixed_span_length": 16}, "max_steps": 1000, "warmup_steps": 10},
     }
     (tmp_path / "stage2.json").write_text(json.dumps(stage2))
     settings = study.StudySettings(data_dir="x", stage2=str(tmp_path / "stage2.json"))
     cost, fields = {}, {}
     for variant in study.VARIANTS:
-        updates, changes = study.variant_settings(settings, variant, tmp_path / "stage1")
-        assert changes[0] == f"total_updates={updates}"
-        fields[variant] = {name[len("model.") :]: json.loads(value) for name, value in (change.split("=") for change in changes[1:])}
-        config = SSLAMConfig.from_pretrained(tmp_path / "stage1", **{**PRETRAINING_STAGES[2], **stage2["model"], **fields[variant]})
-        cost[variant] = updates * training_flops_per_clip(config, 64)
+        changes = study.variant_settings(settings, variant, tmp_path / "stage1")
+        steps = changes.pop("max_steps")
+        fields[variant] = {name.removeprefix("model_config."): value for name, value in changes.items()}
+        config = SSLAMConfig.from_pretrained(tmp_path / "stage1", **{**PRETRAINING_STAGES[2], **stage2["model_config"], **fields[variant]})
+        cost[variant] = steps * training_flops_per_clip(config, 64)
     assert fields == {
         "unmixed": {"use_mixtures": False, "num_views": 8},
         "mixed": {"use_unmixed": False, "source_retention_loss_weight": 0, "num_views": 8},
@@ -287,7 +289,7 @@ def test_variants_differ_in_what_they_see_and_cost_the_same(tmp_path):
 
 
 def test_precision_by_number_of_events_is_that_of_the_clips_that_have_so_many():
-    by_events = load_script("study_polyphony").by_events
+    by_events = load_script("polyphony").by_events
     generator = np.random.default_rng(0)
     scores, targets = generator.standard_normal((60, 4)), (generator.random((60, 4)) < 0.4).astype(np.int64)
     num_events = np.repeat([1, 3, 14], 20)
@@ -300,20 +302,20 @@ def test_precision_by_number_of_events_is_that_of_the_clips_that_have_so_many():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["study_small_model", "study_polyphony"])
+@pytest.mark.parametrize("study", ["small_model", "polyphony"])
 def test_a_study_in_miniature(study, shared, tmp_path):
     """The real programs on a few updates: what they print and write."""
-    small = ["total_updates=2", "warmup_updates=1", "batch_size=2"]
-    arguments = [f"pretraining_changes={json.dumps(small)}", 'fine_tuning_changes=["epochs=1", "trainer.disable_tqdm=true"]']
-    if study == "study_small_model":
-        arguments += ["folds=[2]", "repetitions=1", "short_epochs=1", "clips_per_class=2"]
+    small = {"max_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 2}
+    arguments = [f"--pretraining={json.dumps(small)}", "--finetuning.num_train_epochs=1", "--finetuning.disable_tqdm=true"]
+    if study == "small_model":
+        arguments += ["--folds=2", "--repetitions=1", "--short_epochs=1", "--clips_per_class=2"]
     else:
-        arguments += ["seeds=[0]", "num_events=[1, 3]", "train_clips=10", "test_clips=10", f"stage1_dir={tmp_path / 'stage1'}"]
-    command = [sys.executable, str(SCRIPTS / f"{study}.py"), f"data_dir={shared / 'data' / 'esc10'}", f"output_dir={tmp_path / 'out'}"]
+        arguments += ["--seeds=0", "--num_events=[1, 3]", "--train_clips=10", "--test_clips=10", f"--stage1_dir={tmp_path / 'stage1'}"]
+    command = [sys.executable, str(SCRIPTS / f"{study}.py"), f"--data_dir={shared / 'data' / 'esc10'}", f"--output_dir={tmp_path / 'out'}"]
     process = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    if study == "study_small_model":
+    if study == "small_model":
         accuracy = results["runs"]["fold-2-seed-1"]["accuracy"]
         assert set(accuracy) == {
             "full",

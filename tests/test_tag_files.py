@@ -1,10 +1,9 @@
-"""A folder of recordings tagged: resumed where it was stopped, refused where it would not be the same."""
+"""A folder of recordings tagged: resumed where it was stopped, rejected where the result would not be the same."""
 
 import csv
 import io
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +20,13 @@ from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassificatio
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("torchaudio")
 from transformers_sslam.audio.decode import load_waveform  # noqa: E402
+from transformers_sslam.cli import main  # noqa: E402
 from transformers_sslam.errors import UserError  # noqa: E402
-from transformers_sslam.evaluation import tag_files as module  # noqa: E402
-from transformers_sslam.evaluation.tag_files import TagSettings, find_recordings, tag_files  # noqa: E402
+from transformers_sslam.recordings import tag as module  # noqa: E402
+from transformers_sslam.recordings.tag import TagSettings, find_recordings, tag_files  # noqa: E402
 
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "tag.py"
 SMALL_MODEL = ROOT / "model_cards" / "sslam-tiny-esc10"
 RATE = 16_000
 
@@ -69,6 +68,10 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def identity_of(journal: bytes) -> dict:
+    return {name: value for name, value in json.loads(journal.splitlines()[0]).items() if name != "sha256"}
+
+
 def expected(model: Path, path: Path):
     classifier, extractor = SSLAMForAudioClassification.from_pretrained(model), SSLAMFeatureExtractor.from_pretrained(model)
     return classifier.score_over_time(load_waveform(path), extractor, hop=0.5)
@@ -76,23 +79,23 @@ def expected(model: Path, path: Path):
 
 def test_each_recording_has_a_line_with_the_likeliest_labels_or_its_error(model, recordings, tmp_path):
     output = tmp_path / "new" / "tags.jsonl"
-    summary = tag_files(settings(model, recordings, output, top_k=2, windows=True))
+    summary = tag_files(settings(model, recordings, output, top_k=2, write_windows=True))
     a, b, broken, c, short = lines(output)
     assert [record["path"] for record in (a, b, broken, c, short)] == [
         str(recordings / name) for name in ("a.wav", "b.flac", "broken.wav", "deep/c.ogg", "short.wav")
     ]
-    heard = expected(model, recordings / "a.wav")
-    highest = heard.scores.max(0)
+    scored = expected(model, recordings / "a.wav")
+    highest = scored.scores.max(0)
     order = highest.argsort()[::-1][:2]
     assert [tag["label"] for tag in a["tags"]] == [["dog, big", "rain", "sea"][i] for i in order]
     assert [tag["score"] for tag in a["tags"]] == pytest.approx(highest[order].tolist(), abs=5e-5)
     assert [(window["start"], window["end"]) for window in a["windows"]] == [(0, 0.655), (0.5, 1.155), (1, 1.655), (1.345, 2)]
-    assert a["windows"][2]["tags"][0]["score"] == pytest.approx(heard.scores[2].max(), abs=5e-5)
+    assert a["windows"][2]["tags"][0]["score"] == pytest.approx(scored.scores[2].max(), abs=5e-5)
     assert (a["duration"], b["duration"], c["duration"]) == (2, 1.5, 0.4)
     assert [(w["start"], w["end"]) for w in c["windows"]] == [(0, 0.4)]
-    assert (broken["cause"], short["cause"]) == ("unreadable", "refused")
+    assert (broken["cause"], short["cause"]) == ("unreadable", "rejected")
     assert "320 samples" in short["error"]
-    assert (summary.tagged, summary.skipped, summary.unusable) == (3, 0, {"unreadable": 1, "refused": 1})
+    assert (summary.tagged, summary.skipped, summary.unusable) == (3, 0, {"unreadable": 1, "rejected": 1})
     assert summary.audio_seconds == pytest.approx(3.9)
 
 
@@ -110,16 +113,16 @@ def test_a_csv_has_a_row_for_each_window_and_label(model, recordings, tmp_path):
     tag_files(settings(model, recordings, tmp_path / "tags.csv", top_k=2))
     rows = list(csv.DictReader((tmp_path / "tags.csv").open()))
     assert [len([row for row in rows if row["path"].endswith(name)]) for name in ("a.wav", "broken.wav", "c.ogg")] == [4 * 2, 1, 2]
-    heard = expected(model, recordings / "a.wav")
+    scored = expected(model, recordings / "a.wav")
     assert (rows[2]["start"], rows[2]["end"]) == ("0.5", "1.155")
-    assert float(rows[2]["score"]) == pytest.approx(heard.scores[1].max(), abs=5e-5)
-    assert rows[2]["label"] == heard.classes[heard.scores[1].argmax()]
+    assert float(rows[2]["score"]) == pytest.approx(scored.scores[1].max(), abs=5e-5)
+    assert rows[2]["label"] == scored.classes[scored.scores[1].argmax()]
     [error] = [row["error"] for row in rows if row["path"].endswith("broken.wav")]
     assert "cannot be read as audio" in error
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
-def test_a_run_that_is_stopped_goes_on_and_writes_what_one_run_writes(model, recordings, tmp_path, monkeypatch, suffix):
+def test_a_run_that_is_stopped_is_resumed_and_writes_what_one_run_writes(model, recordings, tmp_path, monkeypatch, suffix):
     whole, stopped = tmp_path / f"whole{suffix}", tmp_path / f"stopped{suffix}"
     tag_files(settings(model, recordings, whole))
     scored, score = [], SSLAMForAudioClassification.score_over_time
@@ -136,7 +139,7 @@ def test_a_run_that_is_stopped_goes_on_and_writes_what_one_run_writes(model, rec
             tag_files(settings(model, recordings, stopped))
     with Path(f"{stopped}.journal").open("a") as file:
         file.write('{"at": "')  # as of a process that was killed while it wrote
-    summary = tag_files(settings(model, recordings, stopped, batch_size=1))
+    summary = tag_files(settings(model, recordings, stopped, per_device_eval_batch_size=1))
     assert stopped.read_bytes() == whole.read_bytes()
     assert Path(f"{stopped}.journal").read_bytes() == Path(f"{whole}.journal").read_bytes()
     assert (summary.skipped, summary.tagged) == (2, 1)
@@ -146,7 +149,7 @@ def test_a_run_that_is_stopped_goes_on_and_writes_what_one_run_writes(model, rec
 def test_killed_behind_any_byte_a_run_is_completed(model, recordings, tmp_path, monkeypatch, suffix):
     """All writes are recorded, in their order, and repeated up to each byte: what kill -9 leaves."""
     output, operations = tmp_path / f"tags{suffix}", []
-    append, truncate = module.JournaledOutput._append, io.BufferedWriter.truncate
+    append, truncate, read = module.JournaledOutput._append, io.BufferedWriter.truncate, Path.open
 
     class Recorded(io.BufferedWriter):
         def truncate(self, size=None):
@@ -157,13 +160,13 @@ def test_killed_behind_any_byte_a_run_is_completed(model, recordings, tmp_path, 
         operations.extend((file.raw.name, bytes([byte])) for byte in content)
         append(file, content)
 
-    monkeypatch.setattr(Path, "open", lambda self, mode: Recorded(io.FileIO(str(self), mode)))
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", **rest: Recorded(io.FileIO(str(self), mode)) if mode == "ab" else read(self))
     monkeypatch.setattr(module.JournaledOutput, "_append", staticmethod(recorded))
     tag_files(settings(model, recordings, output))
     monkeypatch.undo()
     journal = Path(f"{output}.journal")
     whole, whole_journal = output.read_bytes(), journal.read_bytes()
-    identity = json.loads(whole_journal.splitlines()[0])
+    identity = identity_of(whole_journal)
 
     state, counts = {str(output): b"", str(journal): b""}, set()
     for number, (name, operation) in enumerate(operations):
@@ -199,16 +202,17 @@ def test_an_output_that_was_changed_by_hand_is_rejected_and_left_as_it_is(model,
         with pytest.raises(UserError, match=r"was changed since it was written .* behind byte \d+ .* Restore it, or give another output"):
             tag_files(settings(model, recordings, output))
         assert output.read_bytes() == content
-    output.write_bytes(whole[: -len(parts[-1])])  # the last line alone is missing: its text is in the journal
-    assert tag_files(settings(model, recordings, output)).skipped == 3
-    assert output.read_bytes() == whole
+    for missing in range(1, len(parts) + 1):  # lines at the end are missing: their text is in the journal
+        output.write_bytes(b"".join(parts[:-missing]))
+        assert tag_files(settings(model, recordings, output)).skipped == 3
+        assert output.read_bytes() == whole
 
 
 def test_a_damaged_journal_is_one_clear_error_or_changes_nothing(model, recordings, tmp_path):
     output, journal = tmp_path / "tags.jsonl", tmp_path / "tags.jsonl.journal"
     tag_files(settings(model, recordings, output))
     content, whole = output.read_bytes(), journal.read_bytes()
-    identity = json.loads(whole.splitlines()[0])
+    identity = identity_of(whole)
     entry = json.loads(whole.splitlines()[1])
     with module.JournaledOutput(output, identity) as reopened:
         finished = reopened._finished
@@ -222,7 +226,7 @@ def test_a_damaged_journal_is_one_clear_error_or_changes_nothing(model, recordin
         output.write_bytes(content)
         try:
             with module.JournaledOutput(output, identity) as reopened:
-                assert reopened._finished == finished  # it was the text that is needed no more
+                assert reopened._finished == finished  # a torn line at its end
         except UserError:
             rejected += 1
         assert output.read_bytes() == content
@@ -285,7 +289,7 @@ def test_records_that_were_lost_are_written_again(model, recordings, tmp_path):
     assert output.read_bytes() == before
 
 
-def test_an_output_of_other_settings_or_another_model_is_refused(model, recordings, tmp_path):
+def test_an_output_of_other_settings_or_another_model_is_rejected(model, recordings, tmp_path):
     output = tmp_path / "tags.jsonl"
     tag_files(settings(model, recordings, output))
     before = output.read_bytes()
@@ -308,7 +312,7 @@ def test_an_output_that_another_process_writes_is_left_alone(model, recordings, 
 
 def test_a_file_that_is_not_ours_is_not_touched(model, recordings, tmp_path):
     (tmp_path / "tags.jsonl").write_text("precious\n")
-    with pytest.raises(UserError, match="is there, but not its journal tags.jsonl.journal"):
+    with pytest.raises(UserError, match="exists without its journal tags.jsonl.journal"):
         tag_files(settings(model, recordings, tmp_path / "tags.jsonl"))
     assert (tmp_path / "tags.jsonl").read_text() == "precious\n"
 
@@ -349,7 +353,7 @@ def test_a_phone_recording_that_is_cut_off_is_named(model, recordings, tmp_path)
     assert [(Path(line["path"]).name, line["cause"]) for line in lines(tmp_path / "tags.jsonl")] == [("call.m4a", "truncated")]
 
 
-def test_a_csv_says_of_a_recording_without_labels_that_it_was_heard(model, recordings, tmp_path):
+def test_a_csv_has_a_row_for_a_recording_without_labels(model, recordings, tmp_path):
     folder, output = recordings / "deep", tmp_path / "tags.csv"
     (folder / "later.wav").write_bytes(b"")
     tag_files(settings(model, folder, output, threshold=1.0))
@@ -399,7 +403,7 @@ def test_a_failure_is_tried_again_and_written_again_only_if_it_is_another(model,
     assert [record.get("cause") for record in lines(output)] == ["unreadable", "empty", None]
 
 
-def test_an_output_that_cannot_be_written_is_refused(model, recordings, tmp_path):
+def test_an_output_that_cannot_be_written_is_rejected(model, recordings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         tag_files(settings(model, recordings, tmp_path / "file" / "tags.jsonl"))
@@ -409,7 +413,7 @@ def test_an_output_that_cannot_be_written_is_refused(model, recordings, tmp_path
             tag_files(settings(model, recordings, tmp_path / "tags.jsonl"))
 
 
-def test_inputs_that_hold_nothing_are_refused(recordings, tmp_path):
+def test_inputs_that_hold_nothing_are_rejected(recordings, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00")
     for name, message in [
@@ -425,17 +429,17 @@ def test_inputs_that_hold_nothing_are_refused(recordings, tmp_path):
     ("changes", "message"),
     [
         ({"output": "tags.txt"}, "ends in .jsonl or .csv"),
-        ({"output": "tags.csv", "windows": True}, "a .csv has every window as it is"),
+        ({"output": "tags.csv", "write_windows": True}, "a .csv always has every window"),
         ({"top_k": 0}, "top_k is 0"),
         ({"threshold": 1.5}, "threshold 1.5"),
         ({"hop": 0.0}, "these settings do not fit the model: hop is 0.0 s"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size is 0"),
         ({"window": 10.24}, "a window of 10.24 s gives 1024 frames"),
-        ({"model": "nowhere/at/all"}, "nowhere/at/all cannot be loaded"),
+        ({"model": "nowhere/at/all"}, "model nowhere/at/all cannot be read"),
         ({"device": "abacus"}, "device is 'abacus', which cannot be used"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_before_anything_is_written(model, recordings, tmp_path, changes, message):
+def test_settings_that_do_not_fit_are_rejected_before_anything_is_written(model, recordings, tmp_path, changes, message):
     output = changes.get("output", tmp_path / "tags.jsonl")
     with pytest.raises(UserError, match=message):
         tag_files(settings(**{"model": model, "recordings": recordings, **changes, "output": output}))
@@ -444,43 +448,68 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(model, 
 
 def test_tagging_needs_nothing_that_only_training_and_evaluation_do():
     absent = dict.fromkeys(("datasets", "evaluate", "sklearn", "scipy", "accelerate"))
-    code = f"import sys; sys.modules.update({absent}); import transformers_sslam.evaluation.tag_files"
+    code = f"import sys; sys.modules.update({absent}); import transformers_sslam.recordings.tag"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_an_encoder_without_a_classifier_is_refused(model, recordings, tmp_path):
+def test_an_encoder_without_a_classifier_is_rejected(model, recordings, tmp_path):
     SSLAMModel(tiny_config()).save_pretrained(model)
-    with pytest.raises(UserError, match="holds no classifier"):
+    with pytest.raises(UserError, match="has no trained classifier"):
         tag_files(settings(model, recordings, tmp_path / "tags.jsonl"))
 
 
-def test_the_program_tags_a_folder_and_survives_a_kill(recordings, tmp_path, monkeypatch, capsys):
-    arguments = ["tag.py", f"model={SMALL_MODEL}", f"inputs={recordings}", f"output={tmp_path / 'tags.jsonl'}", "device=cpu"]
+def test_the_command_tags_a_folder_and_survives_a_kill(recordings, tmp_path, capsys):
+    arguments = ["tag", "--model", str(SMALL_MODEL), "--inputs", str(recordings), "--output", str(tmp_path / "tags.jsonl")]
+    arguments += ["--device", "cpu"]
     dies_at_the_second_recording = f"""
-import os, runpy, sys
-from transformers_sslam.evaluation import tag_files
-append = tag_files.JournaledOutput._append
+import os
+from transformers_sslam import cli
+from transformers_sslam.recordings import tag
+append = tag.JournaledOutput._append
 def dying(file, content):
     if b"b.flac" in content and file.name.endswith(".jsonl"):
         append(file, content[:20])
         os._exit(9)
     append(file, content)
-tag_files.JournaledOutput._append = staticmethod(dying)
-sys.argv = {arguments}
-runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+tag.JournaledOutput._append = staticmethod(dying)
+cli.main({arguments})
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     killed = subprocess.run([sys.executable, "-c", dies_at_the_second_recording], env=environment, capture_output=True, text=True)
     assert killed.returncode == 9, killed.stderr
     assert len((tmp_path / "tags.jsonl").read_text().splitlines()[1]) == 20
 
-    monkeypatch.setattr("sys.argv", arguments)
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("1 recordings tagged (0.00 h, ")  # what was half written is completed from the journal
-    assert printed.endswith(" x real time), 2 finished before, 2 not usable (1 refused, 1 unreadable)\n")
+    assert printed.endswith(" x real time), 2 finished before, 2 not usable (1 rejected, 1 unreadable)\n")
     assert len(lines(tmp_path / "tags.jsonl")) == 5
 
-    monkeypatch.setattr("sys.argv", [*arguments, "hop=2"])
-    with pytest.raises(SystemExit, match="^error: .*tags.jsonl was written with hop=None, but hop is 2.0 now"):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert main([*arguments, "--hop", "2"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("sslam tag: error: ")
+    assert "tags.jsonl was written with hop=None, but hop is 2.0 now" in said
+
+
+def test_a_csv_has_no_cell_that_a_spreadsheet_would_compute(model, recordings, tmp_path, monkeypatch):
+    config = SSLAMForAudioClassification.from_pretrained(model).config
+    config.id2label = {0: '=HYPERLINK("http://example.org")', 1: "@SUM(1)", 2: "-1+2"}
+    SSLAMForAudioClassification(config).save_pretrained(model)
+    (tmp_path / "formulas").mkdir()
+    monkeypatch.chdir(tmp_path / "formulas")
+    Path("=cmd.wav").write_bytes(encoded(noise(1.0)))
+    Path("+broken.wav").write_bytes(b"no audio")
+    for output in ("tags.csv", "tags.jsonl"):
+        tag_files(settings(model, ["=cmd.wav", "+broken.wav"], tmp_path / output, inputs=["=cmd.wav", "+broken.wav"], top_k=3))
+    cells = [cell for row in list(csv.reader((tmp_path / "tags.csv").open()))[1:] for cell in row]
+    assert {cell for cell in cells if cell.startswith("'")} >= {
+        "'=cmd.wav",
+        "'+broken.wav",
+        '\'=HYPERLINK("http://example.org")',
+        "'@SUM(1)",
+        "'-1+2",
+    }
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
+    cmd, broken = lines(tmp_path / "tags.jsonl")  # JSON is not computed, and has names as they are
+    assert (cmd["path"], broken["path"]) == ("=cmd.wav", "+broken.wav")
+    assert {tag["label"] for tag in cmd["tags"]} == set(config.id2label.values())

@@ -1,6 +1,9 @@
 """SSLAMConfig: every size and setting of the model."""
 
 import math
+import operator
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -47,43 +50,40 @@ class SSLAMConfig(PreTrainedConfig):
         drop_path_rate (`float`, defaults to 0.0):
             Probability to skip a residual branch of the last block, growing linearly from 0 in the first. Fine-tuning uses 0.1.
         patch_drop_rate (`float`, defaults to 0.0):
-            Share of each clip's patches that training leaves out, at random (Patchout, Koutini et al., arXiv 2110.05069): a step costs
-            that much less, and small data sets are overfitted less. None in evaluation.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of the linear weights at the start.
+            Fraction of each clip's patches that training leaves out, at random (Patchout, Koutini et al., arXiv 2110.05069). A step costs
+            less in proportion, and small data sets are overfitted less. Evaluation uses all patches.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of new linear weights.
         patch_embedding_gain (`float`, defaults to 1.0):
-            Factor on the patch projection's weights at the start. Small models that are pre-trained on little audio collapse less
-            easily with 2.0 (and 0.5 below): what is heard then weighs more against where it is.
-        position_embedding_scale (`float`, defaults to 1.0):
-            Factor on the table of positions at the start; a checkpoint's table is loaded as it is.
+            Factor on the patch projection's new weights. Small models pre-trained on little audio collapse less easily with 2.0 (and 0.5
+            below), which gives content more weight against position.
+        position_embedding_scale (`float`, defaults to 1.0): Factor on a new position table; a checkpoint's table is loaded as it is.
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of every layer norm of the encoder and the classifier.
         qkv_bias (`bool`, defaults to `True`): Whether queries, keys and values have biases.
         patch_size (`int`, defaults to 16): Side of a square patch, in frames and in mel bins. Patches do not overlap.
         num_mel_bins (`int`, defaults to 128): Mel bins of the input; a multiple of `patch_size`.
         max_length (`int`, defaults to 12288):
-            Frames (10 ms each) that the position table covers, hence the longest input; a multiple of `patch_size`. Shorter
-            inputs use the first rows, so the table's length changes nothing for them.
+            Frames (10 ms each) that the position table covers, hence the longest input; a multiple of `patch_size`. Shorter inputs use
+            its first rows, whatever its length.
         padding_value (`float`, defaults to 0.46706):
-            What masked frames are replaced by where they share a patch with sounding ones: the feature extractor's padding after
-            scaling, `(0 - mean) / (2 * std)`. The default belongs to AudioSet's mean and deviation.
+            Replaces masked frames in patches that also hold sound: the feature extractor's padding after scaling, `(0 - mean) / (2 * std)`.
+            The default belongs to AudioSet's mean and standard deviation.
         classifier_pooling (`str`, defaults to `"cls"`):
-            `pooler_output`, from which [`SSLAMForAudioClassification`] classifies: `"cls"`, the CLS token (as published), or
-            `"mean"`, the mean of the patch tokens that are not masked.
+            What is `pooler_output`: `"cls"`, the CLS token (as published), or `"mean"`, the mean of the patch tokens that are not masked.
         classifier_dropout (`float`, defaults to 0.0): Dropout before the classifier's linear layer.
         decoder_hidden_size (`int`, defaults to 768): Width of the convolutional decoder used in pre-training.
         decoder_num_hidden_layers (`int`, defaults to 6): Convolutions of that decoder.
         decoder_kernel_size (`int`, defaults to 3): Their kernel, odd, in patches.
         decoder_num_groups (`int`, defaults to 16): Their groups.
         use_mixtures (`bool`, defaults to `True`):
-            Whether pre-training sees partial mixtures beside the unmixed clips: stage 2, SSLAM. Without, it is stage 1, EAT. See
-            `PRETRAINING_STAGES` for the settings that differ.
+            Whether pre-training uses partial mixtures: stage 2, SSLAM. `PRETRAINING_STAGES` has the settings that differ in stage 1, EAT.
         use_unmixed (`bool`, defaults to `True`):
-            Whether pre-training with mixtures sees the unmixed clips as well. Without, there is no source retention, whose weight must
-            be 0: the paper's ablation on mixtures alone (MB-PMA).
-        num_views (`int`, defaults to 8): Masks under which each clip is seen in a step; stage 1 uses 16.
-        mask_ratio (`float`, defaults to 0.8): Share of the patches that each mask hides.
-        mask_ratio_adjust (`float`, defaults to 0.07): Added to the visible share when counting the blocks to keep.
+            Whether pre-training with mixtures uses the unmixed clips too. Without them (the paper's ablation MB-PMA) source retention is
+            undefined, and its weight must be 0.
+        num_views (`int`, defaults to 8): Masks per clip in a step; stage 1 uses 16.
+        mask_ratio (`float`, defaults to 0.8): Fraction of the patches that each mask hides.
+        mask_ratio_adjust (`float`, defaults to 0.07): Added to the visible fraction when counting the blocks to keep.
         mask_block_size (`int`, defaults to 5): Side of the visible blocks, in patches.
-        mask_noise_std (`float`, defaults to 0.01): Standard deviation of the noise that stands in for masked patches in the decoder.
+        mask_noise_std (`float`, defaults to 0.01): Standard deviation of the noise that replaces masked patches in the decoder.
         num_unmixed_spans (`int`, defaults to 2): Spans of each mixture in which nothing is mixed in.
         unmixed_span_length (`int`, defaults to 240): Their length in frames, a multiple of `patch_size`.
         unmixed_spans_per_clip (`bool`, defaults to `False`):
@@ -97,11 +97,10 @@ class SSLAMConfig(PreTrainedConfig):
         global_loss_reduction (`str`, defaults to `"sum"`):
             `"sum"`, over views, so that the weight of the global loss grows with the batch, as published, or `"mean"`.
         source_retention_loss_weight (`float`, defaults to 2.0):
-            Weight of the source retention loss. It is divided by the masked patches of both halves, though only the mixed half has it:
-            hence the published 2.
+            Weight of the source retention loss, which only the mixed half has, but which is divided by the masked patches of both.
         ema_decay (`float`, defaults to 0.9998): Decay of the teacher's moving average at the start.
         ema_end_decay (`float`, defaults to 0.99999): Decay at the end of a linear ramp.
-        ema_anneal_end_step (`int`, defaults to 100000): Update with which that ramp ends.
+        ema_anneal_end_step (`int`, defaults to 100000): Update at which that ramp ends.
 
     Raises:
         ValueError: if sizes contradict each other. The message names the values.
@@ -169,11 +168,10 @@ class SSLAMConfig(PreTrainedConfig):
             if list(self.id2label) != list(range(kwargs.get("num_labels") or len(self.label2id))):
                 raise ValueError(
                     f"label2id is {self.label2id} and num_labels {kwargs.get('num_labels')}, but each class from 0 on needs one name: "
-                    "leave num_labels out, or mend label2id"
+                    "leave num_labels out, or correct label2id"
                 )
         super().__post_init__(**kwargs)
-        # `@strict` checks again whenever it validates (on saving, for one), but wraps what it finds in an error that is no
-        # ValueError; here, at construction, a wrong value is the plain ValueError that it should be.
+        # `@strict` checks again whenever it validates, but wraps what it finds in an error of its own. Here a wrong value is a ValueError.
         self.validate_architecture()
 
     @classmethod
@@ -200,9 +198,28 @@ class SSLAMConfig(PreTrainedConfig):
         """Patches along the frequency axis: 8 for 128 mel bins."""
         return self.num_mel_bins // self.patch_size
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of their scores. `id2label` may also have its numbers as text, as JSON and YAML have them.
+
+        Raises:
+            ValueError: if not each class from 0 on has a name.
+        """
+        id2label: dict[Any, str] = self.id2label or {}
+        try:
+            names = {int(index): str(name) for index, name in id2label.items()}
+        except ValueError:
+            names = {}
+        if sorted(names) != list(range(len(id2label))):
+            keys = ", ".join(map(repr, list(id2label)[:5])) + (" ..." if len(id2label) > 5 else "")
+            raise ValueError(
+                f"id2label has the keys {keys}, but the classes' numbers are expected, 0 to {len(id2label) - 1}, each with its name"
+            )
+        return [names[index] for index in sorted(names)]
+
     def to_dict(self) -> dict[str, Any]:
-        """As saved, without `auto_map`: a copy that is saved elsewhere has no code beside it, unless Transformers itself copies it along.
-        (`transformers_sslam.hub.add_remote_code` puts both there.)"""
+        """As saved, without `auto_map` unless Transformers itself copies the code: a copy that is saved elsewhere has no code beside it.
+        (`publishing.hub.add_remote_code` writes both.)"""
         values = super().to_dict()
         if self._auto_class is None:
             values.pop("auto_map", None)
@@ -220,15 +237,11 @@ class SSLAMConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        for name in (
-            *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "num_mel_bins", "max_length"),
-            *("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_kernel_size", "decoder_num_groups"),
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        pretraining_counts = ("num_views", "mask_block_size", "num_unmixed_spans", "unmixed_span_length", "ema_anneal_end_step")
+        heads_and_groups = ("num_attention_heads", "decoder_num_groups")
+        self._require((*LARGEST_SIZES, *heads_and_groups, *pretraining_counts), lambda value: value >= 1, "be at least 1")
         for name, largest in LARGEST_SIZES.items():
-            if getattr(self, name) > largest:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at most {largest}")
+            self._require([name], partial(operator.ge, largest), f"be at most {largest}")
         for name, divisor in (
             ("hidden_size", "num_attention_heads"),
             ("num_mel_bins", "patch_size"),
@@ -240,52 +253,33 @@ class SSLAMConfig(PreTrainedConfig):
                     f"{name} is {getattr(self, name)} and {divisor} is {getattr(self, divisor)}, but {name} must be a multiple of "
                     f"{divisor}: change one of them"
                 )
-        if self.hidden_size % 4:
-            raise ValueError(
-                f"hidden_size is {self.hidden_size}, but the position table needs a multiple of 4 (sine and cosine of time and frequency)"
-            )
-        if self.decoder_kernel_size % 2 == 0:
-            raise ValueError(f"decoder_kernel_size is {self.decoder_kernel_size}, but 'same' padding needs an odd kernel")
-        if not 0 < self.layer_norm_eps < math.inf:
-            raise ValueError(f"layer_norm_eps is {self.layer_norm_eps}, but must be a finite number above 0")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}, but must be one of {', '.join(ACT2FN)}")
-        for name in ("initializer_range", "patch_embedding_gain", "position_embedding_scale"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be a finite number that is not negative")
-        if not math.isfinite(self.padding_value):
-            raise ValueError(f"padding_value is {self.padding_value}, but must be finite: it stands where a mask says padding")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate", "classifier_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but a probability to drop must lie in [0, 1)")
-        self._validate_pretraining()
-
-    def _validate_pretraining(self):
-        """Ranges only. What must fit the encoder or the input is checked where pre-training meets it, so that no encoder is refused."""
-        for name in ("num_views", "mask_block_size", "num_unmixed_spans", "unmixed_span_length", "ema_anneal_end_step"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("local_target_layers", "global_target_layers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1, or None for all layers")
-        for name in ("mask_noise_std", "global_loss_weight", "source_retention_loss_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be a finite number that is not negative")
-        for name in ("ema_decay", "ema_end_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but a decay must lie in [0, 1]")
+        self._require(["hidden_size"], lambda value: value % 4 == 0, "be a multiple of 4: sine and cosine of time and of frequency")
+        self._require(["decoder_kernel_size"], lambda value: value % 2 == 1, "be odd, for 'same' padding")
+        self._require(["layer_norm_eps"], lambda value: 0 < value < math.inf, "be a finite number above 0")
+        self._require(["hidden_act"], ACT2FN.__contains__, f"be one of {', '.join(ACT2FN)}")
+        self._require(["padding_value"], math.isfinite, "be finite: it replaces what a mask excludes")
+        dropped = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate", "classifier_dropout")
+        self._require(dropped, lambda value: 0 <= value < 1, "lie in [0, 1): it is a probability to drop")
+        scales = ("initializer_range", "patch_embedding_gain", "position_embedding_scale", "mask_noise_std")
+        weights = ("global_loss_weight", "source_retention_loss_weight")
+        self._require((*scales, *weights), lambda value: 0 <= value < math.inf, "be a finite number that is not negative")
+        # Of pre-training ranges only. What must fit the encoder or the input is checked there, so that every encoder can be loaded.
+        layers = ("local_target_layers", "global_target_layers")
+        self._require(layers, lambda value: value is None or value >= 1, "be at least 1, or None for all layers")
+        self._require(("ema_decay", "ema_end_decay"), lambda value: 0 <= value <= 1, "lie in [0, 1]")
+        self._require(["mask_ratio"], lambda value: 0 < value < 1, "lie between 0 and 1")
+        visible = 1 - self.mask_ratio
+        self._require(["mask_ratio_adjust"], lambda value: 0 <= visible + value <= 1, f"lie between {-visible:g} and {1 - visible:g}")
         if not self.use_unmixed and (not self.use_mixtures or self.source_retention_loss_weight):
             raise ValueError(
                 f"use_unmixed is False, use_mixtures {self.use_mixtures} and source_retention_loss_weight "
                 f"{self.source_retention_loss_weight:g}, but mixtures alone need use_mixtures=True and a weight of 0"
             )
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio is {self.mask_ratio}, but must lie between 0 and 1")
-        if not 0 <= 1 - self.mask_ratio + self.mask_ratio_adjust <= 1:
-            raise ValueError(
-                f"mask_ratio_adjust is {self.mask_ratio_adjust}, but the visible share that it is added to, {1 - self.mask_ratio:g}, must "
-                "stay between 0 and 1"
-            )
+
+    def _require(self, names: Iterable[str], holds: Callable[[Any], bool], expected: str) -> None:
+        for name in names:
+            if not holds(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must {expected}")
 
 
 __all__ = ["ENCODER_FIELDS", "PRETRAINING_STAGES", "SSLAMConfig"]

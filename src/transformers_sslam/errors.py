@@ -1,4 +1,4 @@
-"""The errors that a user can do something about."""
+"""Errors that a user can act on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,30 +8,29 @@ from safetensors import SafetensorError
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for or gave. One sentence says it, so commands print it without a traceback."""
+    """A mistake of the user. Commands print its one sentence without a traceback."""
 
 
-# Why a clip cannot be used.
 CAUSES = ("missing", "empty", "unreadable", "truncated", "damaged", "not finite", "too short", "out of scale")
 
 
 class AudioDecodingError(ValueError):
-    """Why one clip cannot be used. `cause` is a short, countable kind, one of `CAUSES`."""
+    """Why a clip cannot be used; such clips are counted by `cause`, one of `CAUSES`."""
 
     def __init__(self, cause: str, message: str):
         super().__init__(message)
         self.cause = cause
 
-    def __reduce__(self):  # the default would pickle the message alone, and worker processes send these to the main process
+    def __reduce__(self):  # worker processes pickle these errors, by default without `cause`
         return type(self), (self.cause, str(self))
 
 
 @contextmanager
 def as_user_error(what: str) -> Iterator[None]:
-    """Raise a library's complaint about what the user set again, as a `UserError` that begins with `what`."""
+    """Raise a library's error about what the user set as a `UserError` that begins with `what`."""
     try:
         yield
     except UserError:
         raise
-    except (ValueError, TypeError, OSError, RecursionError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"{what}: {error}") from error
+    except (ValueError, TypeError, OSError, ImportError, RecursionError, SafetensorError, StrictDataclassError) as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from error

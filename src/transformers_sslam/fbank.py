@@ -1,8 +1,8 @@
 """Batched Kaldi log-mel filter banks in plain torch, on any device.
 
-The chain is Kaldi's `compute-fbank-feats` with a Hann window, no dither, no energy column and snip edges (the SSLAM front
-end): frames, minus their mean, pre-emphasis, window, zero-padded FFT, power, mel triangles, floored logarithm. Each
-step is the batched form of the one in `torchaudio.compliance.kaldi.fbank`, in the same order and precision.
+The chain is Kaldi's `compute-fbank-feats` with a Hann window, no dither, no energy column and snip edges (the SSLAM front end): frames,
+minus their mean, pre-emphasis, window, zero-padded FFT, power, mel triangles, floored logarithm. Each step is the batched form of the one
+in `torchaudio.compliance.kaldi.fbank`, in the same order and precision.
 """
 
 import math
@@ -15,8 +15,8 @@ from torch import nn
 FRAME_LENGTH_MS, FRAME_SHIFT_MS = 25.0, 10.0
 PREEMPHASIS = 0.97
 LOWEST_FREQUENCY = 20.0  # Hz
-# Bounds the working memory (about 6 kB a frame) however long or many the clips are. On a CPU the working set of 1,024
-# frames stays near the caches; an accelerator wants more work at a time.
+# Bounds the working memory (about 6 kB a frame) for clips of any length and number. On a CPU the working set of 1,024 frames stays near the
+# caches; an accelerator needs more work at a time.
 FRAMES_AT_ONCE_ON_CPU, FRAMES_AT_ONCE_ON_ACCELERATOR = 1024, 131_072
 
 
@@ -71,7 +71,7 @@ def _frames_to_log_mel(frames: torch.Tensor, sampling_rate: int, num_mel_bins: i
     length = frames.shape[-1]
     fft_length = 1 << (length - 1).bit_length()
     frames = frames - frames.mean(-1, keepdim=True)
-    before = torch.cat((frames[..., :1], frames[..., :-1]), dim=-1)  # a window's first sample stands before itself
+    before = torch.cat((frames[..., :1], frames[..., :-1]), dim=-1)  # the first sample of a window is its own predecessor
     frames = (frames - PREEMPHASIS * before) * _hann_window(length, frames.device)
     power = torch.fft.rfft(frames, n=fft_length).abs().square()
     filters = mel_filters(num_mel_bins, fft_length, sampling_rate, frames.device)

@@ -22,20 +22,21 @@ NORMALIZATION_PRESETS = {
 }
 # Resampling overshoots full scale a little; nothing that is scaled to [-1, 1] reaches this. Unscaled 8- or 16-bit audio does.
 LARGEST_PLAUSIBLE_AMPLITUDE = 32.0
-LARGEST_NUM_MEL_BINS = 1024  # a spectrum of 25 ms has fewer frequencies to tell apart at any usual rate
-LARGEST_MAX_LENGTH = 1_048_576  # frames, nearly three hours; a clip is padded to it
-HIGHEST_SAMPLING_RATE = 768_000  # Hz; the window of the spectrum has a fortieth as many samples
-LOWEST_SAMPLING_RATE = 1000  # Hz; of less, half of which is the highest frequency, no mel scale can be made
+# Smallest and largest values. Below 1 kHz a mel scale is impossible; the largest are far above every use, and would fill the memory.
+LIMITS = {
+    **{"sampling_rate": (1000, 768_000), "num_mel_bins": (1, 1024)},
+    **{"max_length": (1, 1_048_576), "pad_to_multiple_of": (1, math.inf)},
+}
 
 
 class SSLAMFeatureExtractor(SequenceFeatureExtractor):
     r"""
     Turns mono waveforms into the log-mels that SSLAM reads: the clip's mean is subtracted, a Kaldi filter bank applied (25 ms Hann
-    windows every 10 ms), the log-mel padded with zeros or cut, and *then* scaled to `(x - mean) / (2 * std)`, so that padding
-    becomes `(0 - mean) / (2 * std)`, as in the published training.
+    windows every 10 ms), the log-mel padded with zeros or cut, and *then* scaled to `(x - mean) / (2 * std)`, so that padding becomes
+    `(0 - mean) / (2 * std)`, as in the published training.
 
     Args:
-        feature_size (`int`, defaults to 1): Values per time step of the raw input; 1, mono, is all there is.
+        feature_size (`int`, defaults to 1): Values per time step of the raw input; always 1, mono.
         sampling_rate (`int`, defaults to 16000): Rate of the waveforms in Hz.
         num_mel_bins (`int`, defaults to 128): Mel bins.
         max_length (`int`, defaults to 1024): Frames that `padding="max_length"` gives; a multiple of `pad_to_multiple_of`.
@@ -73,37 +74,31 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             return_attention_mask=return_attention_mask,
             **kwargs,
         )
-        self.sampling_rate = _whole_number("sampling_rate", sampling_rate, LOWEST_SAMPLING_RATE, HIGHEST_SAMPLING_RATE)
-        self.num_mel_bins = _whole_number("num_mel_bins", num_mel_bins, most=LARGEST_NUM_MEL_BINS)
-        self.max_length = _whole_number("max_length", max_length, most=LARGEST_MAX_LENGTH)
+        self.sampling_rate = _whole_number("sampling_rate", sampling_rate)
+        self.num_mel_bins = _whole_number("num_mel_bins", num_mel_bins)
+        self.max_length = _whole_number("max_length", max_length)
         self.pad_to_multiple_of = _whole_number("pad_to_multiple_of", pad_to_multiple_of)
         for name, value in (("mean", mean), ("std", std), ("padding_value", padding_value)):
-            if not isinstance(value, Real) or isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}, but a number is expected")
+            if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or (name == "std" and value <= 0):
+                raise ValueError(f"{name} is {value!r}, but a finite number{' above 0' if name == 'std' else ''} is expected")
         if not isinstance(do_normalize, bool | np.bool_):
             raise ValueError(f"do_normalize is {do_normalize!r}, but True or False is expected")
-        mean, std, self.padding_value = float(mean), float(std), float(padding_value)
-        if not (np.isfinite([mean, std, self.padding_value]).all() and std > 0):
-            raise ValueError(f"mean is {mean}, std is {std} and padding_value is {padding_value}: give finite numbers, and a std above 0")
         if feature_size != 1 or self.padding_side != "right":
             raise ValueError(
                 f"feature_size is {feature_size} and padding_side {self.padding_side!r}, but only mono waveforms (1), padded on the right, "
-                "are heard"
+                "are supported"
             )
         self.do_normalize = bool(do_normalize)
-        self.mean = mean
-        self.std = std
+        self.mean, self.std, self.padding_value = float(mean), float(std), float(padding_value)
         self._check_length(self.max_length)
 
     @classmethod
     def from_preset(cls, name: str, **kwargs) -> "SSLAMFeatureExtractor":
-        """Mean, deviation and length of a published recipe: `"audioset"`, `"esc50"` or `"speech_commands"`.
-
-        Raises:
-            ValueError: if there is no such preset.
-        """
+        """With mean, standard deviation and length of a published recipe: `"audioset"`, `"esc50"` or `"speech_commands"`."""
         if name not in NORMALIZATION_PRESETS:
-            raise ValueError(f"there is no preset {name!r}: choose one of {', '.join(NORMALIZATION_PRESETS)}, or give mean and std")
+            raise ValueError(
+                f"preset is {name!r}, which does not exist: choose one of {', '.join(NORMALIZATION_PRESETS)}, or give mean and std"
+            )
         return cls(**{**NORMALIZATION_PRESETS[name], **kwargs})
 
     def __call__(
@@ -120,8 +115,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         """
         Args:
             raw_speech: One mono clip (1-D array, tensor or list of floats), or several: a list of such clips of any lengths, each
-                `(samples,)` or `(1, samples)`, or a 2-D array `(clips, samples)`. Floats in [-1, 1]. Two rows are refused, for stereo
-                looks the same: give two clips as a list.
+                `(samples,)` or `(1, samples)`, or a 2-D array `(clips, samples)`. Floats in [-1, 1]. Two rows are rejected, because they
+                may also be stereo: give two clips as a list.
             sampling_rate: Rate of `raw_speech` in Hz; it must equal the extractor's. Leaving it out is warned about.
             padding: `"max_length"` (1024 frames by default, as published); a number of frames, which is the same with that `max_length`;
                 `"longest"` or `True`, the longest clip of the batch, rounded up to a multiple of 16; `False`, none.
@@ -137,7 +132,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
 
         Raises:
             ValueError: if a clip is empty or shorter than 25 ms, holds NaN or infinity, integers or values out of scale, or more than one
-                channel; if the sampling rate differs, or the length asked for is no multiple of 16.
+                channel; if the sampling rate differs, or the length asked for is not a multiple of 16 or looks like a number of samples.
         """
         kind = None if return_tensors is None else TensorType(return_tensors)
         if kind not in (None, TensorType.PYTORCH, TensorType.NUMPY):
@@ -184,10 +179,10 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             clips: any iterable of waveforms as `__call__` takes one of them; read once, one clip at a time.
 
         Returns:
-            `(mean, std)` over all frames and mel bins (population deviation), to build an extractor with.
+            `(mean, std)` over all frames and mel bins (population standard deviation), to build an extractor with.
 
         Raises:
-            ValueError: if there is no clip, or one that `__call__` would refuse.
+            ValueError: if there is no clip, or one that `__call__` would reject.
         """
         count, mean, squares = 0, 0.0, 0.0
         for i, clip in enumerate(clips):
@@ -199,7 +194,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             mean += delta * values.numel() / total
             count = total
         if count == 0:
-            raise ValueError("there was no clip to compute mean and std from: give at least one waveform")
+            raise ValueError("clips holds no clip to compute mean and std from: give at least one waveform")
         return mean, (squares / count) ** 0.5
 
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:
@@ -207,20 +202,14 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             logger.warning_once(f"No sampling_rate was given; {self.sampling_rate} Hz is assumed. Pass `sampling_rate` to have it checked.")
         elif sampling_rate != self.sampling_rate:
             raise ValueError(
-                f"sampling_rate is {sampling_rate!r}, but the model hears {self.sampling_rate} Hz: resample the audio first, for example "
+                f"sampling_rate is {sampling_rate!r}, but the model takes {self.sampling_rate} Hz: resample the audio first, for example "
                 f"with torchaudio.functional.resample(waveform, {sampling_rate}, {self.sampling_rate})"
             )
 
     def _check_clip(self, clip, index: int, device: str | torch.device | None) -> torch.Tensor:
-        """A clip as a 1-D float32 tensor on `device`; whatever could not be a mono waveform in [-1, 1] is refused."""
+        """A clip as a 1-D float32 tensor on `device`; whatever could not be a mono waveform in [-1, 1] is rejected."""
         name = f"clip {index}"
-        if not isinstance(clip, torch.Tensor):
-            try:
-                array = np.asarray(clip)
-                # A copy of what torch cannot take over as it lies there: read-only, strided backwards, other byte orders, long doubles.
-                clip = torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else array.dtype, order="C"))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{name} is no array of numbers ({error}): give a 1-D array of floats") from error
+        clip = as_float_samples(clip, name)
         if clip.dim() == 2 and len(clip) == 1:  # one channel, as audio libraries give it
             clip = clip[0]
         if clip.dim() != 1:
@@ -230,16 +219,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             )
         if len(clip) == 0:
             raise ValueError(f"{name} is empty: leave it out")
-        if not clip.is_floating_point():
-            is_integer = not clip.is_complex() and clip.dtype != torch.bool
-            raise ValueError(
-                f"{name} has dtype {str(clip.dtype).removeprefix('torch.')}, but floats in [-1, 1] are expected"
-                + (": divide 16-bit integers by 32768" if is_integer else "")
-            )
-        clip = clip.detach().to(dtype=torch.float32)
         peak = clip.abs().max().item()  # read where the clip lies, before it is sent to a device that would be waited for
-        if not np.isfinite(peak):
-            raise ValueError(f"{name} holds NaN or infinite samples: repair it or leave it out")
         if peak > LARGEST_PLAUSIBLE_AMPLITUDE:
             raise ValueError(
                 f"{name} has a peak of {peak:g}, but samples lie in [-1, 1]: integers stored as floats must be divided by their full scale "
@@ -261,17 +241,24 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
 
     def _target_lengths(self, frames: list[int], padding, max_length: int | None, truncation: bool) -> tuple[int | None, list[int]]:
         """The length to pad to (`None`: no padding) and the number of frames of each clip that are kept."""
-        if isinstance(padding, Integral) and not isinstance(padding, bool):
+        is_length = isinstance(padding, Integral) and not isinstance(padding, bool)
+        if is_length:
             if max_length not in (None, padding):
                 raise ValueError(f"padding is {padding} frames and max_length {max_length}: give one of them")
             padding, max_length = "max_length", int(padding)
         strategy = self._get_padding_strategies(padding, max_length or self.max_length)
-        limit = max_length
-        if strategy == PaddingStrategy.MAX_LENGTH and limit is None:
-            limit = self.max_length
+        pads_to_length = strategy == PaddingStrategy.MAX_LENGTH
+        limit = self.max_length if pads_to_length and max_length is None else max_length
         if limit is not None:
             self._check_length(limit)
             longest = max(frames)
+            # As in Transformers' guide to audio classification: `max_length=16000, truncation=True`.
+            if pads_to_length and not is_length and max_length is not None and limit >= self.sampling_rate and limit > longest:
+                raise ValueError(
+                    f"max_length is {limit} frames of 10 ms ({limit / 100:g} s), but the longest clip has {longest}: were samples meant? "
+                    f"{limit} samples are {num_frames(limit, self.sampling_rate)} frames. Give frames, a multiple of "
+                    f"{self.pad_to_multiple_of}; to pad as far as that, give padding={limit} in place of max_length"
+                )
             if longest > limit and not truncation:
                 raise ValueError(
                     f"a clip has {longest} frames (10 ms each), more than max_length={limit}, and truncation is off: raise max_length, "
@@ -285,7 +272,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             frames = [min(n, limit) for n in frames]
         if strategy == PaddingStrategy.DO_NOT_PAD:
             return None, frames
-        return limit if strategy == PaddingStrategy.MAX_LENGTH else _round_up(max(frames), self.pad_to_multiple_of), frames
+        return limit if pads_to_length else _round_up(max(frames), self.pad_to_multiple_of), frames
 
     def _log_mels(self, clips: list[torch.Tensor], frames: list[int]) -> list[torch.Tensor]:
         """The first `frames` frames of each clip's log-mel, `(frames, num_mel_bins)`."""
@@ -323,8 +310,32 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         return BatchFeature({name: [row.cpu().numpy() for row in rows] for name, rows in features.items()}, tensor_type=kind)
 
 
-def _whole_number(name: str, value: int, least: int = 1, most: float = math.inf) -> int:
-    """Python's own, for NumPy's cannot be saved."""
+def as_float_samples(samples, name: str) -> torch.Tensor:
+    """Samples as a float32 tensor of their shape; what is not finite floats is rejected, with `name` in the message."""
+    if isinstance(samples, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array, but a plain one is expected: replace what is masked, for example with .filled(0)")
+    if not isinstance(samples, torch.Tensor):
+        try:
+            array = np.asarray(samples)
+            # A copy of what torch cannot take over as it lies there: read-only, strided backwards, other byte orders, long doubles.
+            samples = torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else array.dtype, order="C"))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} is not an array of numbers ({error}): give a 1-D array of floats") from error
+    if not samples.is_floating_point():
+        is_integer = not samples.is_complex() and samples.dtype != torch.bool
+        raise ValueError(
+            f"{name} has dtype {str(samples.dtype).removeprefix('torch.')}, but floats in [-1, 1] are expected"
+            + (": divide 16-bit integers by 32768" if is_integer else "")
+        )
+    samples = samples.detach().to(dtype=torch.float32)
+    if not samples.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinite samples: repair it or leave it out")
+    return samples
+
+
+def _whole_number(name: str, value: int) -> int:
+    """Python's own, because NumPy's cannot be saved."""
+    least, most = LIMITS[name]
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} is {value!r}, but a whole number of at least {least} is expected")
     if value > most:

@@ -1,4 +1,4 @@
-"""The one way to write: files and folders that are whole or not there, manifests to verify them by, and locks."""
+"""Files and folders that are written whole or not at all, manifests that verify them, and locks."""
 
 import hashlib
 import json
@@ -23,15 +23,13 @@ UNFINISHED, DISCARDED = ".unfinished", ".discarded"
 
 
 class DamagedFileError(UserError):
-    """A file does not hold what this package writes there: it is empty, torn, or of another kind."""
+    """A file does not hold what this package writes there."""
 
 
 @contextmanager
 def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A handle (`"w"`: UTF-8 text, `"wb"`: bytes) to a temporary file beside `path`, which takes its name once it is on the disk.
-
-    After an error `path` is as it was, and the temporary file is deleted.
-    """
+    """A temporary file beside `path`, open for UTF-8 text (`"w"`) or bytes (`"wb"`), which gets this name once it is on the disk, or is
+    deleted after an error."""
     path = Path(path)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=UNFINISHED, dir=path.parent)
     try:
@@ -42,7 +40,7 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~umask)  # mkstemp's are the owner's alone
+        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~umask)  # mkstemp's is readable by its owner alone
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -51,19 +49,16 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text by [`write_atomically`]."""
+    """Write UTF-8 text with [`write_atomically`]."""
     with write_atomically(path) as file:
         file.write(text)
 
 
 def write_json(path: str | Path, values: Any, indent: int | None = 2, sort_keys: bool = False, sealed: bool = False) -> None:
-    """Write JSON by [`write_atomically`], with null for NaN and infinity, which JSON does not have.
-
-    With `sealed` the object has its own hash among its entries, which [`read_json`] checks and leaves out.
-    """
+    """Write JSON with [`write_atomically`], with null for NaN and infinity. `sealed` adds a hash that [`read_json`] checks and removes."""
     values = _with_null(values)
     if sealed:
-        values = {**values, SEAL: _hash_values(json.loads(json.dumps(values)))}  # as it will be read: keys are text
+        values = {**values, SEAL: _hash_values(json.loads(json.dumps(values)))}  # as it is read back: keys are text
     write_text(path, json.dumps(values, indent=indent, sort_keys=sort_keys, allow_nan=False) + "\n")
 
 
@@ -83,7 +78,7 @@ def read_json(path: str | Path, kind: type[Any] = dict) -> Any:
     """The content of a JSON file.
 
     Raises:
-        DamagedFileError: if it is empty, torn, not UTF-8, nested too deeply, changed though it is sealed, or does not hold a `kind`.
+        DamagedFileError: if it is not JSON in UTF-8, changed though it is sealed, or does not hold a `kind`.
         OSError: if it is missing or the disk fails.
     """
     try:
@@ -91,24 +86,26 @@ def read_json(path: str | Path, kind: type[Any] = dict) -> Any:
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} is damaged: it is not JSON in UTF-8 ({error}). Restore it, or delete it to begin anew") from error
     if not isinstance(values, kind):
-        raise DamagedFileError(
-            f"{path} is damaged: it holds a {type(values).__name__}, but a {kind.__name__} is expected. Restore it, or delete it"
-        )
+        raise DamagedFileError(f"{path} is damaged: it holds a {type(values).__name__}, but a {kind.__name__} is expected. Restore it")
     if isinstance(values, dict) and SEAL in values and values.pop(SEAL) != _hash_values(values):
         raise DamagedFileError(f"{path} is damaged: it was changed since it was written. Restore it, or delete it to begin anew")
     return values
 
 
+def check_free(folder: str | Path) -> Path:
+    """The absolute path of a folder. `UserError` if it exists and is not empty."""
+    folder = Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder: choose another place")
+    return folder
+
+
 @contextmanager
 def write_folder_atomically(path: str | Path, manifest: bool = False) -> Iterator[Path]:
-    """An empty folder beside `path` to write into; it takes the name once every file in it is on the disk.
+    """An empty folder beside `path` to write into, which gets this name once every file in it is on the disk, replacing one of that name,
+    or is deleted after an error.
 
-    A folder of that name is replaced only then. After an error it is as it was, and the temporary one is deleted; those that killed
-    processes of this machine left are deleted first.
-
-    Args:
-        path: the folder; its parents are created.
-        manifest: whether to add `manifest.json`, by which [`verify`] finds damage.
+    Parents are created, and what killed processes of this machine have left is deleted. `manifest` adds what [`verify`] reads.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,12 +130,12 @@ def _is_running(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError:  # another user's
-        return True
+        pass
     return True
 
 
 def finish_folder(unfinished: Path, path: Path, manifest: bool = False) -> None:
-    """Flush all files of `unfinished` to the disk, add a manifest where asked for, and rename it to `path`, replacing what is there."""
+    """Flush all files of `unfinished` to the disk, a manifest if wanted, and rename it to `path`, replacing what is there."""
     if manifest:
         write_manifest(unfinished)
     for file in (*unfinished.rglob("*"), unfinished):
@@ -150,7 +147,7 @@ def finish_folder(unfinished: Path, path: Path, manifest: bool = False) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder so that no part of it can be taken for a whole one: it loses its name first."""
+    """Delete a folder, renamed before, so that a part is never taken for the whole."""
     unnamed = folder.with_name(folder.name + DISCARDED)
     shutil.rmtree(unnamed, ignore_errors=True)
     os.rename(folder, unnamed)
@@ -158,7 +155,7 @@ def discard(folder: Path) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Add `manifest.json`, by which [`verify`] finds damage, to a folder whose files are all written."""
+    """Add the `manifest.json` that [`verify`] reads to a finished folder."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
     for file in files:
         flush(file)
@@ -166,16 +163,12 @@ def write_manifest(folder: Path) -> None:
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What [`verify_files`] compares with later: size in bytes and SHA-256 of each of these files of a folder."""
+    """Size in bytes and SHA-256 of these files, for [`verify_files`]."""
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)} for name in names}
 
 
 def verify(folder: str | Path) -> str | None:
-    """What is wrong with a folder, compared with its manifest, which may itself be damaged; `None` if nothing is.
-
-    Raises:
-        OSError: if the disk fails, from which nothing may be concluded.
-    """
+    """What is wrong with a folder by its manifest, or with that; `None` if nothing is. `OSError` if the disk fails."""
     folder = Path(folder)
     try:
         manifest = read_json(folder / MANIFEST)
@@ -185,7 +178,7 @@ def verify(folder: str | Path) -> str | None:
 
 
 def verify_files(folder: Path, described: Any) -> str | None:
-    """What is wrong with the files of a folder, compared with what [`describe_files`] gave, as read back; `None` if nothing is."""
+    """What differs from what [`describe_files`] returned; `None` if nothing does."""
     if not isinstance(described, dict) or not described:
         return f"the list of its files is {described!r}, but must name some"
     for name, expected in described.items():
@@ -209,26 +202,18 @@ def verify_files(folder: Path, described: Any) -> str | None:
 
 @contextmanager
 def lock(path: str | Path, wait: bool = False) -> Iterator[None]:
-    """Keep other processes out of a file or folder, by a lock on `.NAME.lock` beside it, which the system releases when a process dies.
+    """Keep other processes out of a file or folder by a lock on `.NAME.lock` beside it, which the system releases when a process dies.
 
-    In a distributed run the main process alone takes it.
-
-    Args:
-        path: the file or folder; its parents are created.
-        wait: whether to wait for the other process.
-
-    Raises:
-        UserError: if another process has the lock, at once; never where `wait` is true.
+    In a distributed run only the main process takes it. If another has it, wait, or raise a `UserError`. Parents are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The name behind all links, so that one folder under two names has one lock.
-    real = Path(os.path.realpath(path))
+    real = Path(os.path.realpath(path))  # one folder under two names (links) has one lock
     holder = FileLock(real.with_name(f".{real.name}.lock"))
     try:
         holder.acquire(timeout=-1 if wait else 0)
     except Timeout:
-        raise UserError(f"another process writes to {path}: wait for it, or give another place") from None
+        raise UserError(f"another process writes to {path}: wait for it, or choose another output") from None
     try:
         yield
     finally:
@@ -236,21 +221,15 @@ def lock(path: str | Path, wait: bool = False) -> Iterator[None]:
 
 
 def hash_file(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal, read a block at a time."""
+    """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:
-    """Have the operating system write a file, or a folder's entries, to the disk."""
+    """Write a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-__all__ = [
-    *("MANIFEST", "SEAL", "DamagedFileError", "describe_files", "discard", "finish_folder", "flush", "hash_file", "lock", "read_json"),
-    *("verify", "verify_files", "write_atomically", "write_folder_atomically", "write_json", "write_manifest", "write_text"),
-]

@@ -57,8 +57,8 @@ def inverse_block_masks(
     one block (under 93 patches with the default settings) thus has uniform masks.
 
     Args:
-        mask_ratio: share of the patches to mask.
-        mask_ratio_adjust: added to the visible share when counting blocks, because they overlap and are cut at the edges.
+        mask_ratio: fraction of the patches to mask.
+        mask_ratio_adjust: added to the visible fraction when counting blocks, because they overlap and are cut at the edges.
         block_size: side of a block, in patches. An even block reaches one patch further back than forward.
         generator: source of the random numbers, which are then drawn on its device.
         device: of the result.
@@ -78,7 +78,7 @@ def inverse_block_masks(
 
 
 def count_visible(bool_masked_pos: torch.Tensor, num_clips: int, num_patches: int) -> int:
-    """Visible patches a view of masks `(num_clips * views, num_patches)` that come from outside.
+    """Visible patches a view of masks `(num_clips * views, num_patches)` that a caller gives.
 
     Raises:
         ValueError: if the masks have another shape or type, or views do not all leave the same number of patches visible.

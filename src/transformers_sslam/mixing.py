@@ -24,9 +24,8 @@ def draw_unmixed_spans(
 
     Published spans are drawn from first to last. Span `i` of `k` starts at a multiple of `patch_size`, uniform from the end of the one
     before it to before `i / k` of the clip, but early enough to leave room for itself, those after it, and at least one mixed patch at the
-    end. With two spans of 240 frames in 1024 these are the published bounds: the first from 0 to 496, the second up to 768. The middle is
-    thus in a span more often than the ends, and the last patch never. Uniform ones are, of all ways to lay the spans among the mixed
-    patches, each as likely as any other.
+    end. With two spans of 240 frames in 1024 these are the published bounds: the first from 0 to 496, the second up to 768. So the middle
+    is in a span more often than the ends, and the last patch never. With uniform placement all ways to place the spans are equally likely.
 
     Args:
         num_frames, span_length: multiples of `patch_size`.
@@ -36,14 +35,14 @@ def draw_unmixed_spans(
         device: of the result.
 
     Raises:
-        ValueError: if the spans leave nothing of the clip to mix, or lengths are no multiples of `patch_size`.
+        ValueError: if the spans leave nothing of the clip to mix, or lengths are not multiples of `patch_size`.
     """
     _check_lengths(num_frames, num_spans, span_length, patch_size)
     frames, span = num_frames // patch_size, span_length // patch_size  # both in time patches from here on
     source = device if generator is None else generator.device
     clips = 1 if num_clips is None else num_clips
     if placement == "uniform":
-        # Mixed patches and spans in a row: which of its places are spans? Each span before a place moves it on by its length less one.
+        # Of a row of mixed patches and spans, the places that are spans. Each span before a place moves it by its length less one.
         places = torch.rand(clips, frames - num_spans * (span - 1), generator=generator, device=source)
         spans = places.topk(num_spans).indices.sort(dim=1).values
         starts = spans + (span - 1) * torch.arange(num_spans, device=source)
@@ -60,12 +59,8 @@ def draw_unmixed_spans(
 
 
 def check_unmixed_spans(starts: torch.Tensor, num_clips: int, num_frames: int, span_length: int, patch_size: int) -> None:
-    """Check spans that come from outside.
-
-    Raises:
-        ValueError: if `starts` is neither `(spans,)` nor `(num_clips, spans)`, or spans begin inside a patch, leave the clip, overlap, or
-            leave nothing to mix.
-    """
+    """Raise a ValueError if `starts` is neither `(spans,)` nor `(num_clips, spans)`, or spans begin inside a patch, leave the clip,
+    overlap, or leave nothing to mix."""
     shape = tuple(starts.shape)
     if starts.is_floating_point() or len(shape) not in (1, 2) or shape[-1] == 0 or (len(shape) == 2 and shape[0] != num_clips):
         raise ValueError(
@@ -107,9 +102,9 @@ def partial_mixture(
 ) -> torch.Tensor:
     """Mix each clip with the one before it in the batch, the first with the last: the elementwise maximum outside the unmixed spans.
 
-    The maximum of two log-mels approximates the log-mel of the sum. A clip's zero padding, +0.467 after scaling, is louder than quiet sound
-    and wins that maximum, in the published runs too. With an `attention_mask` padding counts as silence: it is never mixed in, and
-    yields to the sound of the other clip.
+    The maximum of two log-mels approximates the log-mel of the sum. A clip's zero padding, +0.467 after scaling, exceeds quiet sound and
+    so replaces it, in the published runs too. With an `attention_mask` padding counts as silence: it is never mixed in, and yields to the
+    sound of the other clip.
 
     Args:
         input_values: `(batch, frames, mel bins)`, scaled log-mels.
@@ -117,15 +112,15 @@ def partial_mixture(
         attention_mask: `(batch, frames)`, 1 or `True` where there is sound; `None`, the published behaviour, takes padding for sound.
 
     Returns:
-        `(batch, frames, mel bins)`. A batch of one clip mixes with itself, that is not at all, as in the published runs; a warning says so.
+        `(batch, frames, mel bins)`. A batch of one clip mixes with itself, so not at all, as in the published runs; a warning is logged.
 
     Raises:
         ValueError: if `attention_mask` has another shape.
     """
     if len(input_values) == 1 and not torch.compiler.is_compiling():
         logger.warning_once(
-            "A batch of one clip was to be mixed: the clip is mixed with itself, so it stays as it is and its mixture teaches nothing. Use "
-            "at least two clips a device, and drop an incomplete last batch."
+            "A batch of one clip is mixed with itself, so the clip stays as it is and its mixture is of no use. Use at least two clips per "
+            "device, and drop an incomplete last batch."
         )
     own, foreign = input_values, input_values.roll(1, dims=0)
     if attention_mask is not None:

@@ -1,118 +1,31 @@
-"""Self-supervised pre-training: a student that sees some patches, a decoder that fills in the others, a teacher that sees all.
+"""Self-supervised pre-training: a student receives some patches, a decoder predicts the others, a teacher receives all of them.
 
 Stage 1 (EAT, arXiv 2401.03497) and stage 2 (SSLAM, arXiv 2506.12222, with partial mixtures) are two settings of one class, see
 `PRETRAINING_STAGES`.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple, Unpack
+from collections.abc import Callable
+from typing import Unpack
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .attention_sslam import as_boolean
 from .configuration_sslam import SSLAMConfig
 from .masking import count_visible, inverse_block_masks, num_visible_patches
 from .mixing import check_unmixed_spans, draw_unmixed_spans, mixed_time_patches, partial_mixture
-from .modeling_sslam import SSLAMModel, SSLAMPreTrainedModel, as_boolean, gather_patches
-
-
-@dataclass
-class SSLAMForPreTrainingOutput(ModelOutput):
-    """
-    Clips are the batch and, with mixtures, the mixed batch behind it; views are `num_views` for each clip, one clip after the other.
-
-    Args:
-        loss: what to minimise, `local_loss + global_loss + source_retention_loss`.
-        local_loss: squared errors of the decoder's outputs, over `sqrt(hidden_size)`, summed over masked patches and channels of all views,
-            divided by `sample_size`.
-        global_loss: squared errors of CLS, over `sqrt(hidden_size)`, summed over channels and over views (or their mean, see
-            `config.global_loss_reduction`), times `config.global_loss_weight`.
-        source_retention_loss: as `local_loss`, but over the views of the mixed half, whose squared errors are also divided by the
-            `sample_size` of both halves; times `config.source_retention_loss_weight`, 2. `None` without mixtures or with a weight of 0.
-        loss_sum: `loss * sample_size`, with its gradient. To divide by the samples of all devices together, as the published runs did, take
-            the sum of `loss_sum` over devices, divided by the sum of `sample_size`.
-        sample_size: masked patches of all views of both halves.
-        target_std: standard deviation of the local targets over the masked patches of all views, the mean over channels. It falls towards
-            0 when the teacher's outputs collapse to a constant.
-        prediction_std: the same of the decoder's outputs.
-        content_share: how much of the unmixed clips' local targets is content rather than position: their variance over clips at a fixed
-            patch position, divided by their total variance. Towards 0 the targets have collapsed to codes of their positions, which
-            `target_std` cannot see. Mixed clips are left out where they repeat unmixed ones. NaN for a batch of one clip.
-        predictions: (this and all below with `output_targets=True`) `(views, masked patches, hidden_size)`, the decoder's outputs.
-        cls_predictions: `(views, hidden_size)`, the student's CLS.
-        local_targets: `(views, masked patches, hidden_size)`.
-        global_targets: `(clips, hidden_size)`.
-        source_retention_targets: `(views of the mixed half, masked patches, hidden_size)`, or `None`.
-        bool_masked_pos: `(batch * num_views, patches)`, the masks, as given or as drawn.
-        unmixed_span_starts: the spans, as given or as drawn, or `None`.
-        mixed_input_values: `(batch, frames, num_mel_bins)`, the mixtures, or `None`.
-    """
-
-    loss: torch.Tensor | None = None
-    local_loss: torch.Tensor | None = None
-    global_loss: torch.Tensor | None = None
-    source_retention_loss: torch.Tensor | None = None
-    loss_sum: torch.Tensor | None = None
-    sample_size: int | None = None
-    target_std: torch.Tensor | None = None
-    prediction_std: torch.Tensor | None = None
-    content_share: torch.Tensor | None = None
-    predictions: torch.Tensor | None = None
-    cls_predictions: torch.Tensor | None = None
-    local_targets: torch.Tensor | None = None
-    global_targets: torch.Tensor | None = None
-    source_retention_targets: torch.Tensor | None = None
-    bool_masked_pos: torch.Tensor | None = None
-    unmixed_span_starts: torch.Tensor | None = None
-    mixed_input_values: torch.Tensor | None = None
-
-
-class Targets(NamedTuple):
-    """What the teacher wants: for all clips, and for the mixed ones the average of their two sources' local targets."""
-
-    local: torch.Tensor  # (clips, patches, hidden_size)
-    overall: torch.Tensor  # (clips, hidden_size)
-    retained: torch.Tensor | None  # (mixed clips, patches, hidden_size), not normalised again
-
-
-def ema_decay(step: int, start: float, end: float, anneal_end_step: int) -> float:
-    """Decay of the teacher's moving average at update `step`, which counts from 1: linear from `start` to `end`, then constant."""
-    return start + (end - start) * min(step, anneal_end_step) / anneal_end_step
-
-
-def squared_error(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Squared error times `1 / sqrt(width)`, summed over everything, in float32."""
-    return nn.functional.mse_loss(predictions.float(), targets, reduction="sum") * predictions.shape[-1] ** -0.5
-
-
-@torch.no_grad()
-def channel_std(values: torch.Tensor) -> torch.Tensor:
-    """Standard deviation over all vectors of (..., width): unbiased for each channel, `sqrt(var + 1e-6)`, their mean."""
-    return (variance_over_rows(values.float().flatten(0, -2)) + 1e-6).sqrt().mean()
-
-
-@torch.no_grad()
-def content_share(targets: torch.Tensor) -> torch.Tensor:
-    """Variance over clips at a fixed patch position, divided by the total variance, of (clips, patches, width). NaN for one clip."""
-    if len(targets) == 1:
-        return targets.new_full((), torch.nan)
-    return variance_over_rows(targets).mean() / variance_over_rows(targets.flatten(0, 1)).mean()
-
-
-def variance_over_rows(values: torch.Tensor) -> torch.Tensor:
-    """Unbiased variance over the first axis, in two passes: `Tensor.var` takes three times as long there on a CPU. Equal rows have exactly
-    0."""
-    centred = values - values[:1]
-    centred -= centred.mean(0)
-    return centred.square_().sum(0) / (len(values) - 1)
+from .modeling_sslam import SSLAMModel, SSLAMPreTrainedModel, gather_patches
+from .objective_sslam import SSLAMForPreTrainingOutput, Targets, channel_std, content_share, ema_decay, squared_error
 
 
 class SSLAMDecoder(nn.Module):
     """Predicts the masked patches from the visible ones around them: grouped convolutions over the grid of patches, and a projection."""
+
+    gradient_checkpointing = False  # `gradient_checkpointing_enable` sets it, and beside it the function
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]
 
     def __init__(self, config: SSLAMConfig):
         super().__init__()
@@ -128,20 +41,23 @@ class SSLAMDecoder(nn.Module):
         )
         self.projection = nn.Linear(width, config.hidden_size)
 
-    def forward(self, grid: torch.Tensor, masked: torch.Tensor, recompute_activation: bool = False) -> torch.Tensor:
+    def forward(self, grid: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """(views, time, frequency, hidden_size) and indices (views, n) of masked patches -> (views, n, hidden_size)."""
         for convolution in self.layers:
-            # Seen as (views, hidden_size, time, frequency), a grid with its channels last in memory is just what is fastest here.
-            features = convolution(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            features = checkpoint(self._activate, features, use_reentrant=False) if recompute_activation else self._activate(features)
-            # In place, for no backward pass asks for the activation's output, and in its type: under autocast what the norm gives, which
-            # is float32 on a GPU and half precision on a CPU.
-            grid = features.add_(grid) if grid.shape == features.shape else features
+            if self.gradient_checkpointing and self.training:
+                grid = self._gradient_checkpointing_func(self._convolve, convolution, grid)
+            else:
+                grid = self._convolve(convolution, grid)
         return self.projection(gather_patches(grid.flatten(1, 2), masked))
 
     @staticmethod
-    def _activate(features: torch.Tensor) -> torch.Tensor:
-        return nn.functional.gelu(nn.functional.layer_norm(features, features.shape[-1:]))
+    def _convolve(convolution: nn.Module, grid: torch.Tensor) -> torch.Tensor:
+        # Seen as (views, hidden_size, time, frequency), a grid with its channels last in memory is just what is fastest here.
+        features = convolution(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        features = nn.functional.gelu(nn.functional.layer_norm(features, features.shape[-1:]))
+        # In place, because no backward pass needs the activation's output, and in its type: under autocast what the norm returns, which
+        # is float32 on a GPU and half precision on a CPU.
+        return features.add_(grid) if grid.shape == features.shape else features
 
 
 class SSLAMTeacher(SSLAMModel):
@@ -166,7 +82,7 @@ class SSLAMTeacher(SSLAMModel):
 
     @torch.no_grad()
     def targets(self, tokens: torch.Tensor, *num_layers: int) -> list[torch.Tensor]:
-        """For each number of top blocks, the target that they make: (clips, 1 + n, hidden_size) -> (clips, n, hidden_size), float32.
+        """For each number of top blocks, their target: (clips, 1 + n, hidden_size) -> (clips, n, hidden_size), float32.
 
         Each block's MLP output, before its residual and without CLS, is instance-normalised over the patches that are there; the blocks are
         averaged, and the average layer-normalised.
@@ -194,10 +110,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         ValueError: if the decoder or the numbers of target layers do not fit the encoder.
     """
 
-    # Training on a CPU does not keep the outputs of GELU and of the decoder's norms, a fifth of all that it would keep, but computes them
-    # again in the backward pass, which costs no time that could be told. Set it to False for `torch.func`, which cannot follow that.
-    recompute_activations = True
-    # Tells Transformers what `SSLAMTeacher` itself sees to.
+    # Tells Transformers what `SSLAMTeacher` itself ensures.
     _keep_in_fp32_modules_strict = ["teacher"]
 
     def __init__(self, config: SSLAMConfig):
@@ -210,7 +123,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         self.decoder = SSLAMDecoder(config)
         self.teacher = SSLAMTeacher(config)
         self.post_init()
-        # An encoder ignores these parts of a checkpoint; here nothing of them may be left over unnoticed.
+        # An encoder ignores these parts of a checkpoint; here they belong to the model.
         self._keys_to_ignore_on_load_unexpected = []
 
     @torch.no_grad()
@@ -222,7 +135,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
                 init.uniform_(parameter, -bound, bound)
 
     def initialize_weights(self) -> None:
-        """Initialise what no checkpoint gave, at construction and after loading; of the teacher that is a copy of the student."""
+        """Initialise what no checkpoint held, at construction and after loading; the teacher as a copy of the student."""
         super().initialize_weights()
         for teacher, student in zip(self.teacher.state_dict(keep_vars=True).values(), self.sslam.state_dict().values(), strict=True):
             init.copy_(teacher, student)
@@ -282,8 +195,8 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
                 clip are drawn.
             unmixed_span_starts: `(spans,)` or `(batch, spans)`, frames at which the unmixed spans of the mixtures start, multiples of 16.
                 When absent they are drawn as the configuration says. Only with `config.use_mixtures`.
-            attention_mask: `(batch, frames)`, 1 or `True` where there is sound. It has a say in mixtures only: padding is then never mixed
-                in, and yields to sound. The published runs had none: there, padding is as loud as any sound of its level.
+            attention_mask: `(batch, frames)`, 1 or `True` where there is sound. It concerns mixtures only: padding is then never mixed in,
+                and yields to sound. The published runs had none: there, padding is as loud as any sound of its level.
             generator: source of all random numbers, best on the model's device: in this order masks, spans, noise. By default torch's own.
                 `torch.compile` takes no generators, and breaks its graph where given masks or spans are checked: for a single graph leave
                 all three out, seed with `torch.manual_seed`, and compile with `dynamic=False`, as the number of masks' blocks follows from
@@ -293,11 +206,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         Raises:
             ValueError: if the input does not fit the model, masks or spans do not fit the input, or spans are given without mixtures.
         """
-        if input_values is None:
-            raise ValueError("input_values is None: give the log-mels that SSLAMFeatureExtractor makes")
-        self.sslam.embeddings.patch_embeddings.check(input_values)
-        if len(input_values) == 0:
-            raise ValueError("input_values holds no clip: give at least one, and with mixtures two")
+        input_values = self.sslam.embeddings.check_input(input_values)
         if attention_mask is not None:
             if attention_mask.shape != input_values.shape[:2]:
                 raise ValueError(
@@ -385,9 +294,9 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
 
     @torch.no_grad()
     def _targets(self, clips: torch.Tensor, mixed_patches: torch.Tensor | None) -> Targets:
-        """What the teacher makes of all clips, and of the sources of the mixtures.
+        """The teacher's targets for all clips, and for the sources of the mixtures.
 
-        It hears a foreign source as the mixture has it, without the unmixed spans, where the clip's own target stands in.
+        It receives a foreign source as the mixture has it, without the unmixed spans, where the clip's own target is used.
         """
         depth = self.config.num_hidden_layers
         tokens = self.teacher.embeddings(clips)
@@ -397,8 +306,8 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
             return Targets(local, overall, None)
         batch = len(mixed_patches)
         own, foreign = local[:batch], tokens[:batch].roll(1, dims=0)
-        heard = torch.cat((foreign[:, :1], gather_patches(foreign[:, 1:], mixed_patches)), dim=1)
-        (foreign_local,) = self.teacher.targets(heard, self.config.local_target_layers or depth)
+        mixed_in = torch.cat((foreign[:, :1], gather_patches(foreign[:, 1:], mixed_patches)), dim=1)
+        (foreign_local,) = self.teacher.targets(mixed_in, self.config.local_target_layers or depth)
         index = mixed_patches.unsqueeze(-1).expand_as(foreign_local)
         return Targets(local, overall, (own + own.scatter(1, index, foreign_local)) / 2)
 
@@ -412,11 +321,8 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """CLS (views, hidden_size) and the decoder's outputs at masked patches (views, masked, hidden_size), of what is visible."""
         hidden_states = self.sslam.embeddings(clips, visible)
-        # A compiler decides by itself what is computed again.
-        on_cpu = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
-        recompute = self.recompute_activations and on_cpu and torch.is_grad_enabled()
         for layer in self.sslam.layers:
-            hidden_states = layer(hidden_states, recompute_activation=recompute, **kwargs)
+            hidden_states = layer(hidden_states, **kwargs)
         cls, encoded = hidden_states[:, 0], hidden_states[:, 1:]
         shape = (len(visible), visible.shape[1] + masked.shape[1], encoded.shape[2])
         if self.config.mask_noise_std:
@@ -426,7 +332,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         else:
             grid = encoded.new_zeros(shape)
         grid.scatter_(1, visible.unsqueeze(-1).expand_as(encoded), encoded)
-        return cls, self.decoder(grid.unflatten(1, (-1, self.config.num_frequency_patches)), masked, recompute)
+        return cls, self.decoder(grid.unflatten(1, (-1, self.config.num_frequency_patches)), masked)
 
     def _score(
         self, cls: torch.Tensor, predictions: torch.Tensor, targets: Targets, masked: torch.Tensor, output_targets: bool
@@ -464,4 +370,4 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         return output
 
 
-__all__ = ["SSLAMForPreTraining", "SSLAMForPreTrainingOutput", "ema_decay"]
+__all__ = ["SSLAMForPreTraining", "SSLAMForPreTrainingOutput"]

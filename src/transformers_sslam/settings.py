@@ -1,131 +1,169 @@
-"""Settings of a program: a dataclass, filled from a YAML file and `key=value` overrides, and checked against the types it declares.
+"""Settings of a command: a dataclass, read from a YAML recipe and flags by jsonargparse.
 
 ```python
-@dataclass
+@dataclass(kw_only=True)
 class Settings:
+    \"""What the group is called in `--help`.\"""
+
     data_dir: str = setting("folder of the clips")
     learning_rate: float = setting("peak learning rate", 5e-5)
-    model: dict[str, Any] = setting("arguments of SSLAMConfig", {})
+    model_config: dict[str, Any] = setting("fields of SSLAMConfig to change", {})
 
-settings = parse_settings(Settings, "What the program does.")  # python program.py recipe.yaml learning_rate=1e-3 model.hidden_size=128
+settings = parse_settings(Settings, ["--config", "recipe.yaml", "--learning_rate", "1e-3", "--model_config.hidden_size", "128"])
 write_settings(settings, "runs/first/settings.yaml")
 ```
 """
 
-import argparse
 import copy
 import difflib
 import inspect
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, Field, asdict, field, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, field, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_dumper, set_loader
 
 from .errors import UserError, as_user_error
 from .files import write_text
 
 
 Settings = TypeVar("Settings")
-OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
-LARGEST_DEPTH = 32  # of lists and groups within each other; recipes have three or four
-TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+RECIPES = Path(__file__).parent / "recipes"
+# What other programs call it: names that are not similar enough to be found by spelling.
+OTHER_NAMES = {
+    "batch_size": ("per_device_train_batch_size", "per_device_eval_batch_size"),
+    "epochs": ("num_train_epochs", "max_steps"),
+    "max_epochs": ("num_train_epochs", "max_steps"),
+    "num_train_epochs": ("max_steps",),
+    "lr": ("learning_rate",),
+    "min_lr": ("lr_scheduler_kwargs.min_lr",),
+    "steps": ("max_steps",),
+    "num_workers": ("dataloader_num_workers",),
+    "workers": ("dataloader_num_workers",),
+    "precision": ("bf16", "dtype"),
+    "mixed_precision": ("bf16", "fp16"),
+    "no_cuda": ("use_cpu", "device"),
+    "cpu": ("use_cpu", "device"),
+    "evaluation_strategy": ("eval_strategy",),
+    "model_name_or_path": ("model",),
+    "pretrained": ("model",),
+    "init_from": ("model",),
+    "checkpoint": ("model",),
+    "ckpt_path": ("resume_from_checkpoint", "model"),
+    "resume": ("resume_from_checkpoint",),
+    "dataset_name": ("data_dir",),
+    "dataset": ("data_dir",),
+    "train_file": ("data_dir",),
+    "input": ("inputs", "data_dir"),
+    "out": ("output_dir", "output"),
+    "out_dir": ("output_dir",),
+    "logger": ("report_to",),
+    "log_every_n_steps": ("logging_steps",),
+    "compile": ("torch_compile",),
+    "gradient_clip_val": ("max_grad_norm",),
+    "accumulate_grad_batches": ("gradient_accumulation_steps",),
+    "val_check_interval": ("eval_steps",),
+    "num_labels": ("label_column",),
+}
 
 
 def setting(help: str, default: Any = MISSING) -> Any:
-    """A field of a settings dataclass, with its explanation; without a default it must be given. Mutable defaults are copied."""
+    """A field of a settings dataclass with its help text. Without a default it must be given; a mutable default is copied."""
     if default is MISSING:
         return field(metadata={"help": help})
     return field(default_factory=lambda: copy.deepcopy(default), metadata={"help": help})
 
 
-def parse_settings(cls: type[Settings], description: str, arguments: Sequence[str] | None = None) -> Settings:
-    """Settings from a command line: at most one YAML file and any number of `key=value`; `--help` lists every setting.
+def parse_settings(cls: type[Settings], arguments: Sequence[str], *, prog: str = "sslam", description: str = "") -> Settings:
+    """Settings from the words of a command line: flags override the YAML files of `--config`, which override the defaults.
+
+    Beside what jsonargparse reads, `--bf16` and `--no_bf16` set a switch, `--test_folds 1 2` gives a list, and hyphens in names equal
+    underscores, as in Transformers' own programs.
+
+    Args:
+        cls: the dataclass. `--help` has a group for it, for each class that it inherits from, and for each dataclass among its fields.
+        arguments: the words behind the command's name.
+        prog: name of the command, for its usage line.
+        description: what the command does.
+
+    Raises:
+        UserError: (a `ValueError`) if a recipe cannot be read, or a setting is unknown, missing, or of another type.
+        SystemExit: after `--help` or `--print_config`.
+    """
+    parser = _build_parser(cls, prog, description)
+    with as_user_error("settings"):
+        try:
+            namespace = parser.parse_args(_plain_words(cls, arguments))
+        except ArgumentError as error:
+            raise UserError(_explain(str(error), [name for name, *_ in _kinds(cls)])) from error
+        values = parser.instantiate(namespace).as_dict()
+        del values["config"]
+        return cls(**values)
+
+
+def read_settings(cls: type[Settings], file: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from a YAML file and changes to it.
 
     Args:
         cls: the dataclass.
-        description: what the program does, for `--help`.
-        arguments: by default those of this process.
+        file: a recipe by name or path, or what [`write_settings`] wrote.
+        changes: values by name, which override it; a dictionary, or a dotted name, changes entries of a group or dictionary.
 
     Raises:
-        SystemExit: after `--help`, and, with a sentence on the error stream, if anything is wrong.
+        UserError: as [`parse_settings`].
     """
-    parser = argparse.ArgumentParser(
-        description=description,
-        usage="%(prog)s [RECIPE.yaml] [key=value ...]",
-        epilog=f"settings:\n{list_settings(cls)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments).arguments
-    overrides = [argument for argument in given if OVERRIDE.fullmatch(argument)]
-    files = [argument for argument in given if argument not in overrides]
-    try:
-        if len(files) > 1:
-            raise UserError(f"there are {len(files)} recipes ({', '.join(files)}), but one at most is read: give the others as key=value")
-        return read_settings(cls, files[0] if files else None, overrides)
-    except UserError as error:
-        parser.error(str(error))
-
-
-def read_settings(cls: type[Settings], file: str | Path | None = None, overrides: Iterable[str] = ()) -> Settings:
-    """Settings from a YAML file, where there is one, and `key=value` overrides, which win over it.
-
-    A dot in a key leads into a group (`augmentation.roll=false`) or a dictionary (`model_config.hidden_size=128`). A value is
-    read as YAML reads it; where the setting is text, as it stands.
-
-    Raises:
-        UserError: (a `ValueError`) if the file cannot be read, a setting is unknown, missing or of another type.
-    """
-    values = {} if file is None else _read_yaml(Path(file))
-    for override in overrides:
-        match = OVERRIDE.fullmatch(override)
-        if match is None:
-            raise UserError(f"{override!r} is not a setting: write key=value")
-        _assign(values, match[1].split("."), _Text(match[2]), match[1])
-    return _build(cls, values, prefix="")
+    words = [] if file is None else [f"--config={file}"]
+    pending = list((changes or {}).items())
+    for name, value in pending:
+        if isinstance(value, Mapping) and value:
+            pending += [(f"{name}.{entry}", inner) for entry, inner in value.items()]
+        else:
+            words.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return parse_settings(cls, words)
 
 
 def write_settings(settings: Any, file: str | Path) -> None:
-    """All settings, defaults included, as YAML that `read_settings` reads back."""
-
-    class Plain(yaml.SafeDumper):  # the same list twice would become an alias, which the reader rejects
-        def ignore_aliases(self, data):
-            return True
-
-    write_text(file, yaml.dump(asdict(settings), Dumper=Plain, sort_keys=False, allow_unicode=True))
+    """All settings, defaults included, as YAML that [`read_settings`] reads back."""
+    write_text(file, dump_yaml(settings_dict(settings)))
 
 
-def list_settings(cls: type, prefix: str = "") -> str:
-    """Every setting with its default and explanation, one a line, groups by dots."""
-    lines, hints = [], get_type_hints(cls)
-    for f in fields(cls):
-        if is_dataclass(hints[f.name]):
-            lines.append(list_settings(hints[f.name], f"{prefix}{f.name}."))
-            continue
-        default = "(required)"
-        if not _is_required(f):
-            value = f.default if f.default_factory is MISSING else f.default_factory()
-            default = "= " + yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
-        explanation = f.metadata.get("help") or _documented(cls, f.name)
-        lines.append(f"  {prefix}{f.name} {default}" + (f"\n      {explanation}" if explanation else ""))
-    return "\n".join(lines)
+def settings_dict(settings: Any) -> dict[str, Any]:
+    """Every setting by name, in types that JSON and YAML have."""
+
+    def plain(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value.value if isinstance(value, Enum) else value for name, value in items}
+
+    given = {f.name for f in fields(settings) if f.init}
+    return {name: value for name, value in asdict(settings, dict_factory=plain).items() if name in given}
 
 
-def _documented(cls: type, name: str) -> str:
-    """What the docstring of a class, or of one that it extends, says of an argument, on one line: for settings that a part of the library
-    declares by itself."""
-    documented = "\n\n".join(inspect.cleandoc(ancestor.__doc__ or "") for ancestor in cls.__mro__)
-    found = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", documented, re.MULTILINE)
-    return " ".join(found[1].split()) if found else ""
+def find_recipe(name: str | Path) -> Path:
+    """A recipe of this package, by its name with or without `.yaml`, or any other YAML file by its path.
+
+    Raises:
+        UserError: if there is none; it lists the recipes.
+    """
+    named = RECIPES / f"{Path(name).stem}.yaml"
+    if Path(name).is_file():
+        return Path(name)
+    if Path(name).name == str(name) and named.is_file():
+        return named
+    raise UserError(f"config is {str(name)!r}, but there is no such file or recipe: recipes are {', '.join(recipe_names())}")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in this package."""
+    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
 
 
 def check_names(names: Iterable[str], known: Iterable[str], prefix: str = "") -> None:
-    """Refuse names that are not known, and say which known ones come closest.
+    """Reject names that are not known, and say which known ones come closest.
 
     Raises:
         UserError: naming the first unknown one.
@@ -133,53 +171,14 @@ def check_names(names: Iterable[str], known: Iterable[str], prefix: str = "") ->
     known = list(known)
     for name in names:
         if name not in known:
-            closest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-            advice = f"did you mean {' or '.join(prefix + c for c in closest)}?" if closest else f"there are {', '.join(known)}"
-            raise UserError(f"there is no setting {prefix}{name}: {advice}")
-
-
-class _Text(str):
-    """A value from the command line, whose type only its setting can tell."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats (`5e-5`, which YAML 1.1 takes for text), no key twice, and nothing that grows when it is read: no alias, which can
-    refer to its own parent or double in size with each line, and no deep nesting."""
-
-    depth = 0
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, f"it has the alias *{event.anchor}: write the value out", event.start_mark)
-        if self.depth >= LARGEST_DEPTH:
-            raise yaml.composer.ComposerError(None, None, f"it is nested more than {LARGEST_DEPTH} deep", event.start_mark)
-        self.depth += 1
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self.depth -= 1
-
-    def construct_mapping(self, node, deep=False):
-        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if twice := [name for name, count in names.items() if count > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-# Dates stay text: no setting is one, but a fold or a class of a data set may be called so.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), first=list("-+.0123456789"))
+            raise UserError(f"there is no setting {prefix}{name}: {_closest(str(name), known, prefix)}")
 
 
 def load_yaml(text: str) -> Any:
-    """What a text in YAML holds.
+    """The content of a YAML text. A number such as `5e-5` is a float, a date is text.
 
     Raises:
-        UserError: if it is not YAML, or holds an alias, a key twice, or more than 32 levels.
+        UserError: if it is not YAML, a key stands twice, or it has an alias, whose expansion can grow without bound.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -187,104 +186,186 @@ def load_yaml(text: str) -> Any:
         raise UserError(f"not YAML: {' '.join(str(error).split())}") from error
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f"{file} is not there: give the path of a YAML file, or settings as key=value")
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"it has the alias *{event.anchor}: write the value out", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+# YAML 1.1 reads 5e-5 as text, for it has no point.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), first=list("-+.0123456789"))
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data):  # the same list twice would become an alias, which the loader rejects
+        return True
+
+
+def dump_yaml(values: Any) -> str:
+    """YAML text that [`load_yaml`] reads back."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _load(text: str) -> Any:
+    """As [`load_yaml`], but `#` alone, which may separate labels, is not an empty comment."""
+    return text if text.startswith("#") and "\n" not in text else load_yaml(text)
+
+
+set_loader("strict_yaml", _load, exceptions=(UserError,))
+set_dumper("strict_yaml", dump_yaml)
+
+
+def _build_parser(cls: type, prog: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=prog,
+        description=description,
+        usage=f"{prog} [--config RECIPE_OR_FILE] [--setting value ...]",
+        exit_on_error=False,
+        allow_abbrev=False,
+        parser_mode="strict_yaml",
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings, or name of a recipe; flags override it")
+    parser.add_class_arguments(cls)
+    help_texts = {name: text.replace("%%", "%") for name, _, text in _kinds(cls)}  # as argparse wants it; jsonargparse does not
+    help_texts["print_config"] = "print all settings as YAML, and exit"
+    for action in parser._actions:
+        action.help = help_texts.get(action.dest) or action.help
+    _group_by_class(parser, cls)
+    return parser
+
+
+def _group_by_class(parser: ArgumentParser, cls: type) -> None:
+    """Move each setting into a group named by the class that declares it: `--help` then shows who knows of what."""
+    names = {f.name for f in fields(cls)}
+    every = next(group for group in parser._action_groups if any(action.dest in names for action in group._group_actions))
+    declared = {name: ancestor for ancestor in cls.__mro__[::-1] for name in inspect.get_annotations(ancestor)}
+    for ancestor in cls.__mro__[:-1]:
+        actions = [a for a in every._group_actions if declared.get(a.dest.split(".")[0]) is ancestor]
+        if ancestor is cls:
+            every.title = _title(cls)
+        elif actions:
+            parser.add_argument_group(_title(ancestor))._group_actions.extend(actions)
+            every._group_actions[:] = [a for a in every._group_actions if a not in actions]
+
+
+def _title(cls: type) -> str:
+    """The first sentence of a class' docstring, or its name where it has none of its own or comes from another library."""
+    library = cls.__module__.partition(".")[0]
+    if library == "transformers":
+        return f"{library}.{cls.__name__}"
+    first = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
+    return cls.__name__ if first.startswith(cls.__name__ + "(") or not first or "`" in first else first
+
+
+def _kinds(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Dotted name, annotation and help text of every field, those of groups included."""
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        if f.init:
+            yield prefix + f.name, hints[f.name], f.metadata.get("help", "")
+            for option in (hints[f.name], *get_args(hints[f.name])):
+                if is_dataclass(option):
+                    yield from _kinds(option, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+
+
+def _plain_words(cls: type, arguments: Sequence[str]) -> list[str]:
+    """The words as jsonargparse takes them: `--config` first, so that flags override it, `--name value` with one value each."""
+    kinds, recipes, flags = {name: kind for name, kind, _ in _kinds(cls)}, [], []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word!r} stands without a name: write {_as_flag(word)}")
+        name, has_value, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        values = [value] if has_value else []
+        while words and not has_value and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        if name in ("help", "print_config"):
+            flags.append(word)
+        elif name == "config":
+            recipes += [f"--config={_checked_recipe(value, kinds)}" for value in values]
+        else:
+            flags.append(_flag(name, values, kinds))
+    return recipes + flags
+
+
+def _checked_recipe(name: str, kinds: dict[str, Any]) -> Path:
+    file = find_recipe(name)
     try:
         values = load_yaml(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     if not isinstance(values or {}, dict):
-        raise UserError(f"{file} holds {TYPE_NAMES.get(type(values), 'a list')}, but lines of the form `key: value` are expected")
-    return values or {}
+        raise UserError(f"{file} holds {str(values)[:40]!r}, but lines of the form `name: value` are expected")
+    for group in (name for name, value in (values or {}).items() if value is None and is_dataclass(kinds.get(name))):
+        raise UserError(f"{group} is empty in {file}: write its settings below it, indented, or leave it out")
+    return file
 
 
-def _assign(values: dict[str, Any], path: list[str], text: _Text, key: str) -> None:
-    for name in path[:-1]:
-        values = values.setdefault(name, {})
-        if not isinstance(values, dict):
-            raise UserError(f"{key} cannot be set, because {name} is {values!r} and no group of settings")
-    values[path[-1]] = text
+def _flag(name: str, values: list[str], kinds: dict[str, Any]) -> str:
+    kind = kinds.get(name)
+    options = {kind, *get_args(kind)}
+    group, dot, last = name.rpartition(".")
+    if not values and bool in options:
+        return f"--{name}=true"
+    if not values and last.startswith("no_") and kinds.get(positive := f"{group}{dot}{last[3:]}") is bool:
+        return f"--{positive}=false"
+    for listed in (option for option in options if get_origin(option) is list):
+        if len(values) > 1 or (listed is kind and values and values[0][:1] != "["):
+            return f"--{name}={json.dumps(values if get_args(listed) == (str,) else [load_yaml(value) for value in values])}"
+    if len(values) > 1:
+        raise UserError(f"{name} has the values {' '.join(values)}, but takes one: put quotes around a value with spaces")
+    if not values:
+        raise UserError(f"{name} has no value: write --{name} VALUE" if kind else f"there is no setting {name}: {_closest(name, kinds)}")
+    value = values[0]
+    if value.startswith("~/"):  # not every shell expands it behind `--name=`
+        value = str(Path(value).expanduser())
+    return f"--{name}={value}"
 
 
-def _build(cls: type[Settings], values: dict[str, Any], prefix: str) -> Settings:
-    hints = get_type_hints(cls)
-    check_names(values, hints, prefix)
-    for f in fields(cls):  # type: ignore[arg-type]
-        if f.name not in values and _is_required(f):
-            what = f" ({f.metadata['help']})" if "help" in f.metadata else ""
-            where = "there" if "[" in prefix else f"in the recipe or as {prefix}{f.name}=..."  # within a list no key leads to it
-            raise UserError(f"{prefix}{f.name} is required{what}: give it {where}")
-    converted = {name: _convert(value, hints[name], prefix + name) for name, value in values.items()}
-    group = prefix.rstrip(".")
-    try:
-        with as_user_error(group or "the settings"):
-            return cls(**converted)
-    except UserError as error:  # a group names its settings without itself
-        if str(error).startswith(group):  # as anything starts with no group at all
-            raise
-        raise UserError(f"{group}: {error}") from error
+def _as_flag(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return f"--{name} {value}" if equals else "--name value; a recipe is given as --config NAME"
 
 
-def _is_required(f: Field) -> bool:
-    return f.default is MISSING and f.default_factory is MISSING
+def _explain(message: str, known: Sequence[str]) -> str:
+    """What jsonargparse found, in one sentence that says what to do."""
+    message = " ".join(message.split())
+    if match := re.search(r"unrecognized arguments: --([\w.]+)", message):
+        return f"there is no setting {match[1]}: {_closest(match[1], known)}"
+    if match := re.search(r"(?:(?:Group|Parser key) [\"']([\w.]+).*)?[Oo]ption '(.+?)'(?: is not accepted|$)", message):
+        name = f"{match[1]}.{match[2]}" if match[1] else match[2]
+        return f"there is no setting {name}: {_closest(name, known)}"
+    if match := re.fullmatch(r'Parser key "([\w.]+)": Expected a (.+?)\. Got value: (.*)', message):
+        kind = re.sub(r"<class '([\w.]+)'>|typing\.", lambda m: m[1] or "", match[2])
+        kind = re.sub(r"^Literal\[(.*)\]$", r"one of \1", kind)
+        if nested := re.match(r"NestedArg\(key='(.+?)'", match[3]):
+            return f"there is no setting {match[1]}.{nested[1]}, for {match[1]} is {kind}"
+        return f"{match[1]} is {match[3]}, but {kind} is expected"
+    if match := re.fullmatch(r"the following arguments are required: (.*)", message):
+        name = match[1].split(",")[0]
+        return f"{name} is required: write --{name} VALUE, or give it in the recipe"
+    return message
 
 
-def _convert(value: Any, kind: Any, key: str) -> Any:
-    """`value` as the annotation `kind` wants it, or an error that names `key`."""
-    if isinstance(value, _Text):
-        return _convert_text(value, kind, key)
-    origin, arguments = get_origin(kind), get_args(kind)
-    if is_dataclass(kind) and isinstance(value, dict):
-        return _build(kind, value, f"{key}.")  # type: ignore[arg-type]
-    if (origin is dict or kind is Any) and isinstance(value, dict):
-        return {name: _convert(item, arguments[1] if arguments else Any, f"{key}.{name}") for name, item in value.items()}
-    if kind is Any or (origin is Literal and value in arguments):
-        return value
-    if origin is list and isinstance(value, list):
-        return [_convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
-    if origin in (Union, UnionType):
-        for option in arguments:
-            try:
-                return _convert(value, option, key)
-            except UserError:
-                continue
-    if kind is float and type(value) is int:
-        return float(value)
-    if origin is None and type(value) is kind:  # `type`, because True is an int too
-        return value
-    raise UserError(f"{key} is {value!r}, but {_type_name(kind)} is expected")
-
-
-def _convert_text(text: _Text, kind: Any, key: str) -> Any:
-    """As YAML where the setting takes what YAML finds; literally where that is text, or where only text fits."""
-    literal = str(text)
-    try:
-        value = load_yaml(literal)
-    except UserError:
-        value = literal
-    if value is None and literal.strip().lower() not in ("", "~", "null"):  # a comment, for YAML
-        value = literal
-    if literal.startswith("~/"):  # not every shell expands it behind a `key=`
-        literal = value = str(Path(literal).expanduser())
-    if literal != literal.strip() or (isinstance(value, str) and literal[:1] not in "\"'"):
-        value = literal  # YAML would strip spaces, and read `|` as an empty block
-    try:
-        return _convert(value, kind, key)
-    except UserError:
-        try:
-            return _convert(literal, kind, key)
-        except UserError:
-            pass
-        raise
-
-
-def _type_name(kind: Any) -> str:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if origin in (Union, UnionType):
-        return " or ".join(map(_type_name, arguments))
-    if origin is list:
-        return f"a list (each item {_type_name(arguments[0])})"
-    return TYPE_NAMES.get(kind, "a group of settings")
+def _closest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    known = [other for other in known if other not in ("help", "config", "print_config")]
+    alike = [other for other in OTHER_NAMES.get(name, ()) if other in known or other.partition(".")[0] in known]
+    alike += [other for other in difflib.get_close_matches(name, known, n=3, cutoff=0.6) if other not in alike]
+    alike += [other for other in known if other.rsplit(".", 1)[-1] == name and other not in alike]
+    if alike:
+        return f"did you mean {' or '.join(prefix + other for other in alike[:3])}?"
+    return f"there are {', '.join(sorted(known))}" if len(known) <= 40 else "--help lists all"

@@ -1,9 +1,8 @@
-"""What container formats tell about their own length, read without decoding: the check that a decoder's result is the whole file."""
+"""The length of the sound as container formats tell it, by which a decoder's result is known to be the whole file."""
 
 import io
 import struct
 import zlib
-from collections.abc import Iterator
 from typing import BinaryIO, Literal, NamedTuple
 
 from ..errors import AudioDecodingError
@@ -46,25 +45,22 @@ class Window(io.RawIOBase):
 
 
 class DataChunk(NamedTuple):
-    """The samples of an uncompressed file: where they begin, and what the header tells about their length."""
+    """The samples of an uncompressed file."""
 
     start: int
-    size: int | None  # bytes; `None` if the header says that it does not know
-    seconds: float | None  # by the header's other fields, if they tell
-    closed: bool  # whether chunks follow up to the end of the file, as behind sound that is complete
+    size: int | None  # bytes; `None` if the header leaves it open
+    seconds: float | None  # by other fields of the header
+    closed: bool  # whether chunks follow up to the end of the file
 
 
 def find_data_chunk(file: BinaryIO, size: int, name: str) -> DataChunk | None:
     """The samples of a WAV, RF64, W64, AIFF, CAF or AU file of `size` bytes; `None` for another format or where no such chunk is found.
 
-    A WAV's byte rate may be wrong, as some writers leave it, where its sampling rate is a common one. It must not be what another common
-    sampling rate would give: then the sampling rate may be damaged.
-
     Raises:
         AudioDecodingError: "truncated" if they end behind the file, "damaged" if over 0.1 s of what is not a chunk, a tag or zeros
             follows them, or if the header contradicts itself.
     """
-    head = _read(file, 0, 40)
+    head = read_at(file, 0, 40)
     kind = head[:4]
     order: Literal["little", "big"] = "little"
     if kind == b".snd":
@@ -82,19 +78,20 @@ def find_data_chunk(file: BinaryIO, size: int, name: str) -> DataChunk | None:
     found: DataChunk | None = None
     long, rate, seconds = 0, 0.0, None  # `rate` in bytes a second
     while at + width + count <= size:
-        chunk = _read(file, at, width + count + 24)
+        chunk = read_at(file, at, width + count + 24)
         identity, body, start = chunk[:4], chunk[width + count :], at + width + count
         length = int.from_bytes(chunk[width : width + count], order) - own
         if found is not None and (not all(32 <= byte < 127 for byte in identity) or identity in (b"RIFF", b"RF64", b"FORM")):
-            break  # neither a chunk nor nothing: more sound, or another file
+            break  # not a chunk: more sound, or another file
         if identity == b"ds64":  # of RF64: the size in 64 bits
             long = int.from_bytes(body[8:16], "little")
         elif identity == b"fmt " and len(body) >= 16:
             channels, sampling_rate, rate, frame, bits = struct.unpack("<HIIHH", body[2:16])
+            # Some programs write a wrong byte rate. But if it belongs to another common sampling rate, either may be damaged.
             if body[0] in _PCM_TAGS and rate != sampling_rate * frame:
                 is_common = sampling_rate in _COMMON_RATES and rate not in {common * frame for common in _COMMON_RATES}
                 if not is_common or frame != channels * bits / 8:
-                    raise AudioDecodingError("damaged", f"{name} has a header whose rates contradict each other: copy it again")
+                    raise damaged(name, "has a header whose rates contradict each other")
                 rate = sampling_rate * frame
         elif identity == b"COMM" and head[8:12] == b"AIFF" and len(body) >= 18:  # AIFF is always PCM
             frame = int.from_bytes(body[:2], "big") * -(-int.from_bytes(body[6:8], "big") // 8)
@@ -109,12 +106,12 @@ def find_data_chunk(file: BinaryIO, size: int, name: str) -> DataChunk | None:
                 at = size
                 break
         at = start + max(0, length) + -length % align
-        if align == 2 and length % 2 and _read(file, at - 1, 1) > b"\0":
+        if align == 2 and length % 2 and read_at(file, at - 1, 1) > b"\0":
             at -= 1  # some writers leave the padding out
     if found is None:
         return None
     if found.size and rate and (size - at) / rate > LOST and not _is_padding(file, at):
-        raise AudioDecodingError("damaged", f"{name} has {size - at} bytes behind the sound that its header declares: copy it again")
+        raise damaged(name, f"has {size - at} bytes behind the sound that its header declares")
     if seconds is None and rate:
         seconds = (found.size or size - found.start) / rate
     return _within(found._replace(seconds=seconds, closed=at >= size), size, name)
@@ -122,8 +119,7 @@ def find_data_chunk(file: BinaryIO, size: int, name: str) -> DataChunk | None:
 
 def _is_padding(file: BinaryIO, at: int) -> bool:
     """Whether only a tag or zeros lie from here to the end."""
-    file.seek(at)
-    block = file.read(2**18)
+    block = read_at(file, at, 2**18)
     if block.startswith((b"ID3", b"APETAGEX")):
         return True
     while block and not block.strip(b"\0"):
@@ -142,39 +138,39 @@ def _known(size: int) -> int | None:
     return None if 2**31 - 4096 <= size < 2**31 or size >= 2**32 - 4096 else size
 
 
-def truncated(name: str) -> AudioDecodingError:
-    return AudioDecodingError("truncated", f"{name} ends before its header says: copy or download it again")
+def truncated(name: str, problem: str = "ends before its header says") -> AudioDecodingError:
+    return AudioDecodingError("truncated", f"{name} {problem}: copy or download it again")
 
 
-def _read(file: BinaryIO, at: int, length: int) -> bytes:
+def damaged(name: str, problem: str) -> AudioDecodingError:
+    return AudioDecodingError("damaged", f"{name} {problem}: copy or download it again")
+
+
+def read_at(file: BinaryIO, at: int, length: int) -> bytes:
     file.seek(at)
     return file.read(length)
 
 
 def flac_seconds(file: BinaryIO, size: int, name: str) -> float | None:
-    """Length by the last frame, which the header must agree with unless it tells none; `None` if no frame is found.
-
-    Raises:
-        AudioDecodingError: "truncated" or "damaged" if the header declares another number of samples.
-    """
-    info = _read(file, 8, 34)
+    """Length by the last frame; `None` if none is found. Raises "truncated" or "damaged" if the header declares another."""
+    info = read_at(file, 8, 34)
     if len(info) < 34:
         raise truncated(name)
     packed = int.from_bytes(info[10:18], "big")  # 20 bits rate, 3 channels, 5 bits per sample, 36 samples
     total, largest = packed & (2**36 - 1), int.from_bytes(info[7:10], "big")
-    tail = _read(file, max(0, size - max(2**18, largest + 2**16)), size)
+    tail = read_at(file, max(0, size - max(2**18, largest + 2**16)), size)
     end, at = None, len(tail)
     while end is None and (at := tail.rfind(b"\xff", 0, at)) >= 0:
         end = _flac_frame_end(tail[at : at + 16], info, packed)
     if total and end != total:
         if end is not None and end < total:
             raise truncated(name)
-        raise AudioDecodingError("damaged", f"{name} has a last frame that does not end where its header says: copy or download it again")
+        raise damaged(name, "has a last frame that does not end where its header says")
     return None if end is None or not packed >> 44 else end / (packed >> 44)
 
 
 def _flac_frame_end(head: bytes, info: bytes, packed: int) -> int | None:
-    """Number of the sample behind the frame whose header this is; `None` if it is not one of this stream (RFC 9639, section 9.1)."""
+    """The sample behind the frame whose header this is; `None` if it is not one of this stream (RFC 9639, section 9.1)."""
     if len(head) < 6 or head[1] & 0xFE != 0xF8 or head[3] & 1:
         return None
     block, rate, channels, bits = head[2] >> 4, head[2] & 15, head[3] >> 4, head[3] >> 1 & 7
@@ -207,55 +203,26 @@ def _flac_frame_end(head: bytes, info: bytes, packed: int) -> int | None:
     return (number if head[1] & 1 else number * int.from_bytes(info[2:4], "big")) + length
 
 
-def mp4_seconds(file: BinaryIO, size: int, name: str) -> float | None:
-    """Seconds of the first sound track by its header, without an empty edit before it; `None` if unknown, as in a fragmented file.
-
-    Raises:
-        AudioDecodingError: "truncated" if a box ends behind the file or the movie header is not there, "damaged" if it has no time scale.
-    """
-    boxes = list(_boxes(file, 0, size))
-    if any(end > size for _, _, end in boxes):
-        raise truncated(name)
-    if not (movies := [(start, end) for kind, start, end in boxes if kind == b"moov"]):
-        raise AudioDecodingError("truncated", f"{name} has no movie header, which is written last: copy or download it again")
-    scale, tracks = 0, []
-    for kind, start, end in _boxes(file, *movies[0]):
-        if kind == b"mvhd":
-            scale = int.from_bytes(_read(file, start + (20 if _read(file, start, 1) == b"\1" else 12), 4), "big")
-        elif kind == b"trak":
-            tracks.append({inner: (at, stop) for inner, at, stop in _boxes(file, start, end)})
-    if not scale:
-        raise AudioDecodingError("damaged", f"{name} has a movie header without a time scale: copy or download it again")
-    for track in tracks:
-        handlers = [_read(file, at + 8, 4) for kind, at, _ in _boxes(file, *track.get(b"mdia", (0, 0))) if kind == b"hdlr"]
-        if handlers == [b"soun"] and b"tkhd" in track:
-            head = _read(file, track[b"tkhd"][0], 36)
-            wide = head[:1] == b"\1"
-            length = int.from_bytes(head[28:36] if wide else head[20:24], "big")
-            for kind, at, _ in _boxes(file, *track.get(b"edts", (0, 0))):
-                edit = _read(file, at, 24)
-                if kind == b"elst" and (edit[16:24] if edit[:1] == b"\1" else edit[12:16]).strip(b"\xff") == b"":
-                    length -= int.from_bytes(edit[8:16] if edit[:1] == b"\1" else edit[8:12], "big")
-            return length / scale if 0 < length < (2**63 if wide else 2**32 - 1) else None
-    return None
-
-
-def _boxes(file: BinaryIO, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Type of each MP4 box, and where its content begins and ends."""
-    while at + 8 <= end:
-        head = _read(file, at, 16)
-        length, start = int.from_bytes(head[:4], "big"), at + 8
+def check_mp4(file: BinaryIO, size: int, name: str) -> bool:
+    """Whether the file has fragments. Raises "truncated" if a box ends behind it or the movie header, often the last box, is missing."""
+    at, kinds = 0, []
+    while at + 8 <= size:
+        head = read_at(file, at, 16)
+        length = int.from_bytes(head[:4], "big")
         if length == 1:
-            length, start = int.from_bytes(head[8:], "big"), at + 16
-        at = end if length == 0 else at + max(length, 8)
-        yield head[4:8], start, at
+            length = int.from_bytes(head[8:], "big")
+        kinds.append(head[4:8])
+        at = size if length == 0 else at + max(length, 8)
+    if at > size or b"moov" not in kinds:
+        raise truncated(name)
+    return b"moof" in kinds
 
 
 def check_matroska(file: BinaryIO, size: int, name: str) -> None:
-    """Raise an `AudioDecodingError` if an element ends behind the file; those of unknown size, of live streams, are looked into."""
+    """Raise "truncated" if an element ends behind the file; those of unknown size, of live streams, are looked into."""
     at = 0
     while at + 2 <= size:
-        head = _read(file, at, 12)
+        head = read_at(file, at, 12)
         width = 9 - head[0].bit_length()  # of the identity, then of the size: bytes
         if width > 4 or len(head) <= width or (count := 9 - head[width].bit_length()) > 8:
             return
@@ -269,12 +236,10 @@ def check_matroska(file: BinaryIO, size: int, name: str) -> None:
 
 
 def ogg_links(file: BinaryIO, size: int, name: str) -> list[tuple[int, int]]:
-    """Where the streams of an Ogg file, one after the other, begin and end.
-
-    Every page is verified by its checksum and its number, so that no sound is missing where this returns (RFC 3533).
+    """Where the streams of an Ogg file, one after the other, begin and end (RFC 3533).
 
     Raises:
-        AudioDecodingError: "damaged" where a page is, "truncated" where a stream has no last page.
+        AudioDecodingError: "damaged" if a page has a wrong checksum or number, "truncated" if a stream has no last page.
     """
     starts: list[int] = []
     numbers: dict[bytes, int] = {}
@@ -282,24 +247,22 @@ def ogg_links(file: BinaryIO, size: int, name: str) -> list[tuple[int, int]]:
     before_first = False
     at = 0
     while at < size:
-        file.seek(at)
-        head = file.read(27 + 255)
+        head = read_at(file, at, 27 + 255)
         segments = head[27 : 27 + head[26]] if len(head) >= 27 else b""
         length = 27 + len(segments) + sum(segments)
         if head[:4] != b"OggS":
             if (head.startswith(b"TAG") and size - at == 128) or not (head.strip(b"\0") or unfinished):
                 break  # ID3v1, or padding
-            raise AudioDecodingError("damaged", f"{name} has no Ogg page at byte {at}, where one is expected: copy or download it again")
+            raise damaged(name, f"has no Ogg page at byte {at}, where one is expected")
         if len(head) < 27 or len(segments) < head[26] or at + length > size:
-            raise AudioDecodingError("truncated", f"{name} ends within an Ogg page: copy or download it again")
-        file.seek(at)
-        page = file.read(length)
+            raise truncated(name, "ends within an Ogg page")
+        page = read_at(file, at, length)
         # Ogg's CRC-32 is zlib's with the bits of every byte in reverse, and neither start nor end inverted.
         crc = zlib.crc32((page[:22] + bytes(4) + page[26:]).translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
         serial, number = page[14:18], int.from_bytes(page[18:22], "little")
         first, last = page[5] & 2, page[5] & 4
         if page[22:26].translate(_REVERSED) != crc.to_bytes(4, "big") or (not first and numbers.get(serial) != number - 1):
-            raise AudioDecodingError("damaged", f"{name} has a damaged or a missing Ogg page at byte {at}: copy or download it again")
+            raise damaged(name, f"has a damaged or a missing Ogg page at byte {at}")
         if first and not before_first:
             if unfinished:
                 break
@@ -309,5 +272,5 @@ def ogg_links(file: BinaryIO, size: int, name: str) -> list[tuple[int, int]]:
         (unfinished.discard if last else unfinished.add)(serial)
         at += length
     if unfinished:
-        raise AudioDecodingError("truncated", f"{name} has an Ogg stream without its last page: copy or download it again")
+        raise truncated(name, "has an Ogg stream without its last page")
     return list(zip(starts, [*starts[1:], size]))

@@ -1,15 +1,16 @@
-"""Streams of MPEG audio (MP3) and ADTS (AAC) frames, whose length no header tells for certain: walked from frame to frame."""
+"""Streams of MPEG audio (MP3) or ADTS (AAC) frames, walked one by one: no header says reliably how many there are."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
 from ..errors import AudioDecodingError
-from .containers import LOST
+from .containers import LOST, damaged, truncated
 
 
-_MPEG_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}  # by the header's version bits
-_KBITS = {  # per second, by (MPEG-1 or not, layer)
+_MPEG_RATES = (44_100, 48_000, 32_000)  # Hz; half of it in MPEG-2, a quarter in MPEG-2.5
+_KBITS = {  # per second, by (is it MPEG-1, layer)
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -17,15 +18,17 @@ _KBITS = {  # per second, by (MPEG-1 or not, layer)
     (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 _ADTS_RATES = (96_000, 88_200, 64_000, 48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8000, 7350)
-_LONGEST_DELAY = 2304  # samples that an encoder adds at either end: two frames of MPEG-1
+FIRST_FRAME = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb].{7,38}(?:Xing|Info)", re.DOTALL)  # of an MP3 with a Xing header
+_LONGEST_PADDING = 2304  # samples that an encoder adds at either end: two frames of MPEG-1
+_DECODER_DELAY = 529  # samples by which every MP3 decoder is late
+_READ = 2**18  # bytes at a time
+_RUN = 32  # frames in a run; each call of a decoder costs half as much as decoding a frame
 
 
 class _Frame(NamedTuple):
-    """Of an MPEG or an ADTS stream: bytes and samples of a frame, and its rate in Hz."""
-
-    length: int
+    length: int  # bytes
     samples: int
-    rate: int
+    rate: int  # Hz
 
 
 @lru_cache(2**12)
@@ -36,9 +39,10 @@ def _mpeg_frame(head: bytes) -> _Frame | None:
     kbits, rate = head[2] >> 4, head[2] >> 2 & 3
     if version == 1 or layer == 4 or not 0 < kbits < 15 or rate == 3:
         return None
-    hertz = _MPEG_RATES[version][rate]
-    bits = _KBITS[version == 3, layer if version == 3 else min(layer, 2)][kbits - 1] * 1000
-    samples = 384 if layer == 1 else 576 if layer == 3 and version != 3 else 1152
+    is_mpeg_1 = version == 3
+    hertz = _MPEG_RATES[rate] // (1 if is_mpeg_1 else 2 if version == 2 else 4)
+    bits = _KBITS[is_mpeg_1, layer if is_mpeg_1 else min(layer, 2)][kbits - 1] * 1000
+    samples = 384 if layer == 1 else 576 if layer == 3 and not is_mpeg_1 else 1152
     padding = head[2] >> 1 & 1
     return _Frame((12 * bits // hertz + padding) * 4 if layer == 1 else samples // 8 * bits // hertz + padding, samples, hertz)
 
@@ -51,103 +55,138 @@ def _adts_frame(head: bytes) -> _Frame | None:
 
 
 def tag_length(head: bytes, left: int) -> int:
-    """Bytes of the ID3 or APE tag that begins here, 0 if none does."""
+    """Bytes of the ID3, APE or Lyrics3 tag that starts with `head`, of `left` ones; 0 if it is not a tag."""
     if head[:3] == b"ID3" and len(head) >= 10 and not any(byte & 0x80 for byte in head[6:10]):
         return 10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]) + 10 * (head[5] >> 4 & 1)
     if head[:3] == b"TAG" and left >= 128:
         return 128
     if head[:8] == b"APETAGEX" and len(head) >= 32:
-        is_header = head[23] & 0x20
-        return int.from_bytes(head[12:16], "little") + 32 if is_header else 32
-    if head[:11] == b"LYRICSBEGIN":
-        return left
-    return 0
+        return 32 + (int.from_bytes(head[12:16], "little") if head[23] & 0x20 else 0)  # a header, or only the footer
+    return left if head[:11] == b"LYRICSBEGIN" else 0
 
 
-def walk_frames(file: BinaryIO, size: int, adts: bool, name: str) -> float:
-    """Seconds of sound in a stream of MPEG audio or ADTS frames, by its Xing headers where these declare more.
+class FrameReader:
+    """Iterates over runs of successive whole frames, without tags and the first Xing header: the bytes of each, the lengths of its frames.
+
+    Args:
+        file, size, name: the stream, its bytes, and its name for messages.
+        adts: whether it holds ADTS frames, otherwise MPEG audio.
+
+    Attributes:
+        trim: samples that encoder and decoder added at the start and at the end. Known from the first frame on.
+        seconds: of the frames so far.
 
     Raises:
-        AudioDecodingError: "truncated" if there are fewer frames than Xing headers declare, "damaged" if bytes between frames amount to
-            more than 0.1 s, if frames are too many beside such bytes, if no frame follows where that of a Xing header ends, so that bytes
-            of the header are missing or too many, or if it declares more padding than an encoder adds.
+        AudioDecodingError: behind the last frame: "unreadable" if there was none, "truncated" if there were fewer than Xing headers
+            declare, "damaged" if over 0.1 s between them are not frames. Sooner, "damaged", if a Xing header contradicts what follows.
     """
-    data = _Buffered(file, size)
-    parse: Callable[[bytes], _Frame | None] = _adts_frame if adts else _mpeg_frame
-    width = 7 if adts else 3
-    seconds = declared = counted = lost = padding = 0.0
-    headers, at, junk, cut, behind_header = 0, 0, 0, False, False
-    last: _Frame | None = None
-    while at < size:
-        head = data.at(at, 44)
-        frame = parse(head[:width])
-        has_xing = frame is not None and not adts and (b"Xing" in head or b"Info" in head)
-        # Equal headers give the same object; what is of the same kind as the frame before needs no other proof.
-        if frame is None or last is None or (frame is not last and (frame.rate, frame.samples) != (last.rate, last.samples)):
-            if tag := tag_length(head, size - at):
-                at += tag
-                continue
-            follows = at + (frame.length if frame else 0)
-            next_head = data.at(follows, 44)
-            is_followed = follows >= size or parse(next_head[:width]) is not None or tag_length(next_head, size - follows) > 0
-            if frame is None or not (is_followed or has_xing):
-                skipped = data.until(at + 1, b"\xff")
-                at, junk = at + len(skipped), junk + len(skipped)
-                continue
-        frame_seconds = frame.samples / frame.rate
-        if junk and behind_header:
-            raise AudioDecodingError("damaged", f"{name} has a damaged Xing header: copy or download it again")
-        lost, junk, behind_header = lost + junk * frame_seconds / frame.length, 0, False
-        if has_xing and (claimed := _xing_frames(data.at(at, 200).ljust(200, b"\0"))) is not None:
-            if max(claimed[1:]) > _LONGEST_DELAY:
-                raise AudioDecodingError("damaged", f"{name} declares {max(claimed[1:])} samples of padding: copy or download it again")
-            if headers == 0:
-                padding = sum(claimed[1:]) / frame.rate
-            else:  # of a file joined to another; a decoder makes a frame of silence of it, and leaves the padding
-                seconds += frame_seconds
-            headers, behind_header = headers + 1, True
-            declared += claimed[0] * frame_seconds
-        elif at + frame.length > size:
-            cut = True
-            break
-        else:
-            seconds += frame_seconds
-            counted += frame_seconds if headers else 0.0
-        at, last = at + frame.length, frame
-    if last is not None and len(data.at(size - min(junk, 2**16), junk).strip(b"\0")) > 0:
-        lost += junk * last.samples / last.rate / last.length  # behind the last frame, where zeros are padding
-    if declared - counted > (1e-6 if cut else LOST / 2):
-        raise AudioDecodingError("truncated", f"{name} has {counted:.2f} s of the {declared:.2f} s that its header declares: copy it again")
-    if lost > LOST or (lost and headers and counted - declared > LOST / 2):
-        raise AudioDecodingError("damaged", f"{name} has about {lost:.2f} s of what is not audio between its frames: copy it again")
-    return seconds + max(0.0, declared - counted) - padding
+
+    def __init__(self, file: BinaryIO, size: int, adts: bool, name: str):
+        self._file, self._size, self._name, self.adts = file, size, name, adts
+        self._start, self._data, self._last_xing = 0, b"", -1
+        self.trim, self.seconds = (0, 0), 0.0
+
+    def __iter__(self) -> Iterator[tuple[bytes, list[int]]]:
+        parse: Callable[[bytes], _Frame | None] = _adts_frame if self.adts else _mpeg_frame
+        width, size, bytes_at = 7 if self.adts else 3, self._size, self._bytes_at
+        declared = counted = lost = 0.0  # seconds: by Xing headers, of frames behind them, of what is not a frame
+        headers, at, junk, cut, behind_header = 0, 0, 0, False, False
+        last: _Frame | None = None
+        run, run_end = list[int](), 0
+        while at < size:
+            if run and (at != run_end or len(run) == _RUN):
+                yield bytes_at(run_end - sum(run), sum(run)), run
+                run = []
+            head = bytes_at(at, 44)
+            frame = parse(head[:width])
+            has_xing = at <= self._last_xing and frame is not None and (b"Xing" in head or b"Info" in head)
+            # Equal headers give the same object. A frame of the same kind as the last one needs no other proof.
+            if frame is None or last is None or (frame is not last and frame[1:] != last[1:]):
+                if tag := tag_length(head, size - at):
+                    at += tag
+                    continue
+                follows = at + (frame.length if frame else 0)
+                next_head = bytes_at(follows, 44)
+                is_followed = follows >= size or parse(next_head[:width]) is not None or tag_length(next_head, size - follows) > 0
+                if frame is None or not (is_followed or has_xing):
+                    skipped = self._bytes_until(at + 1, b"\xff")
+                    at, junk = at + skipped, junk + skipped
+                    continue
+            frame_seconds = frame.samples / frame.rate
+            if junk:
+                if behind_header:
+                    raise damaged(self._name, "has a Xing header of another length than it declares")
+                lost, junk = lost + junk * frame_seconds / frame.length, 0
+            behind_header = False
+            if has_xing and (claimed := _xing_header(bytes_at(at, 200).ljust(200, b"\0"))) is not None:
+                frames, *added = claimed
+                if max(added) > _LONGEST_PADDING:
+                    raise damaged(self._name, f"declares {max(added)} samples of padding")
+                if headers == 0 and added != [0, 0]:
+                    self.trim = added[0] + _DECODER_DELAY, max(0, added[1] - _DECODER_DELAY)
+                headers, behind_header = headers + 1, True
+                declared += frames * frame_seconds
+                is_sound = headers > 1 and at + frame.length <= size  # in a file joined to another: a frame of silence
+                if is_sound:
+                    counted -= frame_seconds
+            elif at + frame.length > size:
+                cut = True
+                break
+            else:
+                is_sound = True
+            at, last = at + frame.length, frame
+            if is_sound:
+                before = len(run)
+                run.append(frame.length)
+                if at > self._last_xing:  # the usual frames: like this one, in the buffer, without a Xing header
+                    data, offset = self._data, at - self._start
+                    while (
+                        len(run) < _RUN
+                        and (following := parse(data[offset : offset + width])) is not None
+                        and following[1:] == frame[1:]
+                        and offset + following.length <= len(data)
+                    ):
+                        run.append(following.length)
+                        offset += following.length
+                        behind_header = False
+                    at = self._start + offset
+                frame_seconds *= len(run) - before
+                self.seconds += frame_seconds
+                counted += frame_seconds if headers else 0.0
+                run_end = at
+        if run:
+            yield bytes_at(run_end - sum(run), sum(run)), run
+        if last is None:
+            raise AudioDecodingError("unreadable", f"{self._name} has no frame of MPEG audio or AAC")
+        if bytes_at(size - min(junk, 2**16), junk).strip(b"\0"):
+            lost += junk * last.samples / last.rate / last.length  # behind the last frame, where zeros are padding
+        if declared - counted > (1e-6 if cut else LOST / 2):
+            raise truncated(self._name, f"has {counted:.2f} s of the {declared:.2f} s that its header declares")
+        if lost > LOST or (lost and headers and counted - declared > LOST / 2):
+            raise damaged(self._name, f"has about {lost:.2f} s of what is not audio between its frames")
+
+    def _bytes_at(self, place: int, length: int) -> bytes:
+        """Bytes of the file from a buffer that moves forward."""
+        offset = place - self._start
+        if offset < 0 or (offset + length > len(self._data) and self._start + len(self._data) < self._size):
+            self._file.seek(place)
+            self._start, self._data, offset = place, self._file.read(_READ), 0
+            found = -1 if self.adts else max(self._data.rfind(b"Xing"), self._data.rfind(b"Info"))
+            self._last_xing = self._start + found if found >= 0 else -1
+        return self._data[offset : offset + length]
+
+    def _bytes_until(self, place: int, value: bytes) -> int:
+        """Bytes from the one before `place` up to the next of this value, or to the end of the buffer."""
+        self._bytes_at(place - 1, 2)
+        offset = place - self._start
+        end = self._data.find(value, offset)
+        return (end if end >= 0 else len(self._data)) - offset + 1
 
 
-def _xing_frames(head: bytes) -> tuple[int, int, int] | None:
-    """Of a Xing or Info header that tells it, the number of frames behind it, and the samples that the encoder added before and after."""
-    offset = max(head.find(b"Xing", 0, 44), head.find(b"Info", 0, 44))  # its place tells the version of MPEG and the channels
+def _xing_header(head: bytes) -> tuple[int, int, int] | None:
+    """Frames behind a Xing or Info header, and samples that the encoder added at the start and the end; `None` if it does not tell."""
+    offset = max(head.find(b"Xing", 0, 44), head.find(b"Info", 0, 44))  # its place depends on the version of MPEG and the channels
     if offset < 0 or not head[offset + 7] & 1:
         return None
     added = int.from_bytes(head[offset + 141 : offset + 144], "big") if head[offset + 120 : offset + 124].isalnum() else 0
     return int.from_bytes(head[offset + 8 : offset + 12], "big"), added >> 12, added & 4095
-
-
-class _Buffered:
-    """Bytes of a file by their place, from a buffer that moves forward."""
-
-    def __init__(self, file: BinaryIO, size: int):
-        self._file, self._size, self._start, self._data = file, size, 0, b""
-
-    def at(self, place: int, length: int) -> bytes:
-        offset = place - self._start
-        if offset < 0 or (offset + length > len(self._data) and self._start + len(self._data) < self._size):
-            self._file.seek(place)
-            self._start, self._data, offset = place, self._file.read(2**18), 0
-        return self._data[offset : offset + length]
-
-    def until(self, place: int, value: bytes) -> bytes:
-        """The bytes from the one before `place` up to the next of this value, or as many as are held."""
-        self.at(place - 1, 2)
-        offset = place - self._start
-        end = self._data.find(value, offset)
-        return self._data[offset - 1 : end if end >= 0 else len(self._data)]

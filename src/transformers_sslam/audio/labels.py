@@ -1,9 +1,8 @@
-"""Labels of clips: a class each, several tags, or events in time, read from a column of a data set into one table."""
+"""Labels of clips (one class, several tags, or events in time), read from a column of a data set into one table."""
 
 import difflib
 import hashlib
 import json
-import logging
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,6 @@ from .paths import source_name
 if TYPE_CHECKING:
     import pyarrow as pa
 
-logger = logging.getLogger(__name__)
-
 ClipName = Callable[[int], str]
 
 
@@ -31,9 +28,8 @@ class Event(NamedTuple):
     offset: float
 
 
-@dataclass(frozen=True)
-class _Events:
-    """All events of a table, in its order: `codes`, `onsets`, `offsets`, each `(events,)`; those of row `i` are from `starts[i]` on."""
+class _Events(NamedTuple):
+    """All events of a table, each array `(events,)`; those of row `i` begin at `starts[i]`."""
 
     codes: np.ndarray
     onsets: np.ndarray
@@ -43,14 +39,14 @@ class _Events:
 
 @dataclass(frozen=True)
 class Labels(Sequence[list[str]]):
-    """The labels of a table of clips. `len(labels)` is their number; `labels[i]` the names of the classes of clip `i`, a list.
+    """The labels of a table of clips: `labels[i]` are the names of clip `i`'s classes.
 
     Attributes:
         codes: `(labels of all clips,)`, int32, indices of `names`; each class at most once a clip.
         offsets: `(clips + 1,)`, int64: clip `i` has `codes[offsets[i] : offsets[i + 1]]`.
         names: of the classes.
-        multi_label: whether a clip may have several classes, or none; else it has exactly one.
-        declared: whether the data set says which classes there are (a `ClassLabel`), which then are `names`, in their order.
+        multi_label: whether a clip may have any number of classes; otherwise it has exactly one.
+        declared: whether `names` are classes that the data set declares (a `ClassLabel`).
     """
 
     codes: np.ndarray
@@ -62,7 +58,7 @@ class Labels(Sequence[list[str]]):
 
     @classmethod
     def from_names(cls, rows: Iterable[Sequence[str]], multi_label: bool, classes: Sequence[str] | None = None) -> "Labels":
-        """From the names of each clip's classes; `classes` if they are declared."""
+        """From the names of each clip's classes; `classes`, if declared."""
         rows = [list(dict.fromkeys(row)) for row in rows]
         index = {name: i for i, name in enumerate(classes or dict.fromkeys(name for row in rows for name in row))}
         codes = np.array([index[name] for row in rows for name in row], dtype=np.int32)
@@ -77,10 +73,10 @@ class Labels(Sequence[list[str]]):
         return [self.names[code] for code in self.codes[self.offsets[i] : self.offsets[i + 1]]]
 
     def events(self, i: int) -> list[Event]:
-        """The events of clip `i`, in the order of the annotation. `ValueError` if the labels were not read from a column of events."""
+        """The events of clip `i`, in the order of the annotation. `ValueError` if the labels have no times."""
         if self._events is None:
-            raise ValueError("these labels have no times: read a column of events, each with label, onset and offset")
-        codes, onsets, offsets, starts = (getattr(self._events, name) for name in ("codes", "onsets", "offsets", "starts"))
+            raise ValueError("these labels have no times: read a column of events")
+        codes, onsets, offsets, starts = self._events
         return [Event(self.names[codes[k]], float(onsets[k]), float(offsets[k])) for k in range(starts[i], starts[i + 1])]
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "Labels":
@@ -98,15 +94,11 @@ class Labels(Sequence[list[str]]):
         return np.bincount(self.codes, minlength=len(self.names))
 
     def occurring(self) -> list[str]:
-        """The classes that have a clip, sorted."""
+        """The classes with a clip, sorted."""
         return sorted(self.names[code] for code in np.flatnonzero(self.counts()))
 
     def encode(self, classes: Sequence[str], clip_name: ClipName = "clip {}".format) -> "Labels":
-        """The same labels with `classes` as their `names`.
-
-        Raises:
-            UserError: if a clip has a label that is none of them; `clip_name` tells what it is called.
-        """
+        """The same labels with `classes` as their `names`. `UserError`, naming the clip by `clip_name`, if it has another."""
         index = {name: i for i, name in enumerate(classes)}
         new = np.array([index.get(name, -1) for name in self.names], dtype=np.int32)
         codes = new[self.codes] if len(self.names) else self.codes
@@ -114,17 +106,17 @@ class Labels(Sequence[list[str]]):
             label, clip = self.names[self.codes[unknown[0]]], int(np.searchsorted(self.offsets, unknown[0], side="right")) - 1
             shown = classes if len(classes) <= 20 else [*difflib.get_close_matches(label, classes, n=5), *classes[:5], "..."]
             raise UserError(f"{clip_name(clip)} is labelled {label!r}, which is none of the {len(classes)} classes: {', '.join(shown)}")
-        events = self._events and _Events(new[self._events.codes], self._events.onsets, self._events.offsets, self._events.starts)
+        events = self._events and self._events._replace(codes=new[self._events.codes])
         return Labels(codes, self.offsets, list(classes), self.multi_label, self.declared, events)
 
     def indices(self) -> np.ndarray:
-        """The class of each clip, `(clips,)`, int64. `ValueError` if clips may have several."""
+        """The class of each clip, `(clips,)`, int64."""
         if self.multi_label:
-            raise ValueError("these clips may have several classes or none: take one_hot")
+            raise ValueError("these clips may have several classes: take one_hot")
         return self.codes.astype(np.int64)
 
     def one_hot(self, clips: int | Sequence[int] | np.ndarray) -> np.ndarray:
-        """Of one clip `(classes,)`, or of some `(clips, classes)`: float32, 1 for each class that it has and 0 for the others."""
+        """Targets, float32: `(classes,)` of one clip, `(clips, classes)` of several."""
         chosen = np.atleast_1d(np.asarray(clips, dtype=np.int64))
         places, offsets = _gather(self.offsets, chosen)
         targets = np.zeros((len(chosen), len(self.names)), dtype=np.float32)
@@ -132,16 +124,16 @@ class Labels(Sequence[list[str]]):
         return targets[0] if np.ndim(clips) == 0 else targets
 
     def balanced_weights(self) -> np.ndarray:
-        """Probability of each clip in class-balanced sampling, `(clips,)`, float64: in proportion to the sum over its classes of one over
-        the clips of the class (as in AST, Gong et al., Interspeech 2021, arXiv 2104.01778). A clip without any class is never drawn."""
+        """Probability of each clip in class-balanced sampling, `(clips,)`, float64: proportional to the sum over its classes of one over
+        their clips (AST, Gong et al., Interspeech 2021, arXiv 2104.01778)."""
         rows = np.repeat(np.arange(len(self)), np.diff(self.offsets))
         weights = np.bincount(rows, weights=1 / np.maximum(self.counts(), 1)[self.codes], minlength=len(self))
         return weights / weights.sum()
 
     def digest(self) -> str:
-        """A hash of everything that the labels say, events included."""
+        """A hash of labels and events."""
         digest = hashlib.sha256(json.dumps([self.names, self.multi_label, self.declared]).encode())
-        for values in (self.codes, self.offsets, *(vars(self._events).values() if self._events else ())):
+        for values in (self.codes, self.offsets, *(self._events or ())):
             digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()[:16]
 
@@ -151,7 +143,7 @@ def _starts(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def _gather(offsets: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the values of the chosen rows lie, and their new offsets."""
+    """Indices of the values of the chosen rows, and the offsets of the rows among them."""
     lengths = offsets[chosen + 1] - offsets[chosen]
     new = _starts(lengths)
     return np.repeat(offsets[chosen] - new[:-1], lengths) + np.arange(new[-1]), new
@@ -159,14 +151,14 @@ def _gather(offsets: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.nda
 
 @dataclass(frozen=True)
 class LabelReader:
-    """Reads the classes of rows out of their label column, of a table or of a stream.
+    """Reads the labels of rows, of a table or of a stream, from a column.
 
     Args:
-        column: of `ClassLabel`s, text or numbers: one class a clip; of lists of these, of names joined by `separator`, or of events
-            (lists of `{label, onset, offset}`, in seconds): several.
+        column: of `ClassLabel`s, text or numbers: one class a clip. Or of lists of these, of names joined by `separator`, or of lists of
+            events `{label, onset, offset}`, in seconds: any number of classes.
         separator: between the names in a column of text. Space around a name is dropped; an empty cell means no class.
-        classes: all class names in their order where the data set declares them, else `None`.
-        kind: of the column, in Arrow.
+        classes: all names, in order, if the data set declares them.
+        kind: the column's type in Arrow.
     """
 
     column: str
@@ -176,7 +168,7 @@ class LabelReader:
 
     @classmethod
     def of(cls, rows: Any, column: str, separator: str | None = None) -> "LabelReader":
-        """For the column of a data set. `UserError` if there is none of this name."""
+        """For a column of a data set. `UserError` if it is missing or does not hold labels."""
         import datasets
         import pyarrow as pa
 
@@ -191,10 +183,10 @@ class LabelReader:
             item = item["label"]
         classes = item.names if isinstance(item, datasets.ClassLabel) else None
         if separator == "":
-            raise UserError("label_separator is empty: give what stands between two labels, or leave it out")
+            raise UserError("label_separator is empty: give a text, or leave it out")
         if separator is not None and (classes is not None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind))):
             what = "lists" if _is_list(kind) else "classes" if classes is not None else str(kind)
-            raise UserError(f"label_separator is {separator!r}, but the column {column!r} holds {what}, no text to divide: leave it out")
+            raise UserError(f"label_separator is {separator!r}, but the column {column!r} holds {what}, not text to divide: leave it out")
         if _is_list(kind) and pa.types.is_struct(kind.value_type) and not {"label", "onset", "offset"} <= {f.name for f in kind.value_type}:
             raise UserError(f"the column {column!r} holds {kind.value_type}, but an event needs label, onset and offset")
         if classes is not None:
@@ -203,25 +195,21 @@ class LabelReader:
 
     @property
     def multi_label(self) -> bool:
-        """Whether a clip may have several classes, or none."""
+        """See [`Labels`]."""
         return _is_list(self.kind) or self.separator is not None
 
     def __call__(self, row: dict) -> list[str]:
-        """The names of the classes of one row with an `audio` column. `UserError` as [`read`] raises it."""
+        """The names of the classes of one row. Raises as [`read`]."""
         import pyarrow as pa
 
         return self.read(pa.array([row[self.column]], self.kind), lambda _: source_name(row["audio"]))[0]
 
     def read(self, cells: "pa.Array", clip_name: ClipName) -> Labels:
-        """The labels of all rows.
-
-        Args:
-            cells: of the column, `(clips,)`.
-            clip_name: what a row's clip is called in messages.
+        """The labels of all `cells` of the column; `clip_name` names a row's clip for messages.
 
         Raises:
-            UserError: if a clip has no label where it needs one, or one that is not declared; a name is empty or holds control characters;
-                or an event has no times.
+            UserError: if a clip lacks a label that it must have, or has one that is not declared; a name is empty or holds control
+                characters; or an event has no valid times.
         """
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -244,27 +232,24 @@ class LabelReader:
             times = self._times(values, named)
             values = pc.struct_field(values, "label")
         codes, names = self._codes(values)
-        if self.separator is not None:  # what is nothing between two separators, or in an empty cell, names nothing
+        if self.separator is not None:  # empty texts are not labels
             nothing = codes < 0
             rows = np.repeat(np.arange(len(cells)), lengths)[~nothing]
             codes, starts = codes[~nothing], _starts(np.bincount(rows, minlength=len(cells)))
         elif (codes < 0).any():
-            clip = named(int(np.flatnonzero(codes < 0)[0]))
-            if self.multi_label:
-                raise UserError(f"{clip} has an empty label in the column {self.column!r}: take it out of its list")
-            raise UserError(f"{clip} has no label in the column {self.column!r}: give it one or leave it out")
+            what = "an empty label" if self.multi_label else "no label"
+            raise UserError(f"{named(int(np.flatnonzero(codes < 0)[0]))} has {what} in the column {self.column!r}: name it or leave it out")
         if self.classes is not None and len(wrong := np.flatnonzero(codes >= len(names))):
-            number = values[int(wrong[0])].as_py()  # `datasets` marks clips without a label by -1
-            raise UserError(
-                f"{named(int(wrong[0]))} has {number} in the column {self.column!r}, but the numbers of its classes are 0 to "
-                f"{len(names) - 1}: leave it out"
+            raise UserError(  # `datasets` marks clips without a label by -1
+                f"{named(int(wrong[0]))} has {values[int(wrong[0])].as_py()} in the column {self.column!r}, but the numbers of its "
+                f"classes are 0 to {len(names) - 1}: leave it out"
             )
         events = None if times is None else _Events(codes, *times, starts)
         codes, starts = _without_repeats(codes, starts, len(names))
         return Labels(codes, starts, names, self.multi_label, self.classes is not None, events)
 
     def _codes(self, values: "pa.Array") -> tuple[np.ndarray, list[str]]:
-        """A code for each value, -1 where there is nothing, and the names by code; numbers that are not declared get the next code."""
+        """A code for each value (-1: missing, `len(names)`: undeclared), and the names."""
         import pyarrow as pa
 
         encoded = values.dictionary_encode()
@@ -294,16 +279,16 @@ class LabelReader:
             place = int(wrong[0])
             raise UserError(
                 f"{named(place)} has an event from {onsets[place]:g} to {offsets[place]:g} s in the column {self.column!r}, but an event "
-                "has an onset, in seconds, and an offset behind it"
+                "has an onset and a later offset"
             )
         return onsets, offsets
 
 
 def missing_column(rows: Any, column: str) -> UserError:
-    """The error that a table without this column calls for."""
+    """The error of a table without this column."""
     return UserError(
-        f"there is no column {column!r}, only {', '.join(rows.column_names)}: name another, or add it to metadata.csv; labels come from "
-        "folders named after classes too, and splits take the place of folds with fold_column=null, train_folds=[] and eval_folds=[]"
+        f"there is no column {column!r}, only {', '.join(rows.column_names)}: name another, or add it to metadata.csv; without metadata, "
+        "folders named after classes give labels; without fold_column, splits give the parts"
     )
 
 
@@ -314,7 +299,7 @@ def _is_list(kind: "pa.DataType") -> bool:
 
 
 def _text(value: Any) -> str:
-    """A label as text. Beside missing ones, a table's whole numbers may have become floats."""
+    """A label as text. Missing values may have turned a column's whole numbers into floats."""
     return value.strip() if isinstance(value, str) else str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
@@ -325,7 +310,7 @@ def _check_names(names: Iterable[str], column: str) -> None:
 
 
 def _without_repeats(codes: np.ndarray, starts: np.ndarray, num_names: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each class once a row, in the order of its first place."""
+    """Each class once a row, in the order of its first occurrence."""
     rows = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
     _, first = np.unique(rows * max(num_names, 1) + codes, return_index=True)
     if len(first) == len(codes):

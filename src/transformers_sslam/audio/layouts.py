@@ -1,4 +1,4 @@
-"""Data sets as they lie on a disk or on the Hub: the one way in which anything here opens one. Nothing is decoded.
+"""Data sets on a disk or the Hub, in any layout, undecoded.
 
 ```python
 splits = open_splits("ESC-50-master", "esc50")
@@ -12,21 +12,23 @@ import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from pyarrow import ArrowException
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..errors import UserError
 from ..files import read_json
-from .event_layouts import contents
 from .folders import hash_files, import_datasets, open_audio_folder, open_folder, open_manifest
-from .paths import confined_path, find_files
+from .paths import confined_path, contents, find_files
 from .published import EXPECTED, PUBLISHED
 from .shard_index import SHARD_INDEX, check_shards, read_index
 
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDatasetDict
+
+    Splits: TypeAlias = DatasetDict | IterableDatasetDict
 
 logger = logging.getLogger(__name__)
 
@@ -41,25 +43,24 @@ def open_splits(
     revision: str | None = None,
     streaming: bool = False,
     audio_column: str | None = None,
-) -> "DatasetDict | IterableDatasetDict":
-    """The splits of a data set, each with an undecoded column `audio` (`{"path", "bytes"}`) and whatever columns belong to it.
+) -> "Splits":
+    """The splits of a data set, each with its columns and `audio`, undecoded (`{"path", "bytes"}`).
 
     Args:
         path: its folder or file; for the layout `"hub"` also an id on the Hub.
-        layout: how it is arranged, one of `LAYOUTS`.
-        subset: which part of it, where a layout has several; `LAYOUTS` names them. The configuration name of a Hub data set.
+        layout: one of `LAYOUTS`.
+        subset: part of a layout that has several, see `LAYOUTS`; configuration of a Hub data set.
         revision: commit or tag of a Hub data set.
-        streaming: read parquet files, archives and Hub data sets row by row, without a copy. What is a table of files is in memory always.
-        audio_column: of these three, the column that holds the audio, where it is not the only one of type `Audio`; it is renamed.
+        streaming: read parquet files, archives and Hub data sets row by row, without a copy. Tables of files are always in memory.
+        audio_column: of these three, the column of the audio, where it is not the only one of type `Audio`; it is renamed.
 
     Returns:
-        Splits by name, as `DatasetDict`, or as `IterableDatasetDict` of what is streamed. Single labels are in `label`; several at once in
-        `labels`, with `events` (`label`, and `onset` and `offset` in seconds) where they are known; `fold` where there are folds.
-        "audiofolder", "parquet", "webdataset" and "hub" keep the columns they have. `audio["path"]` may be written by `encode_path`.
+        Splits by name. "audiofolder", "parquet", "webdataset" and "hub" keep their columns; the others have `label`, or `labels`, and where
+        they are known `events` (`label`, and `onset` and `offset` in seconds) and `fold`. `audio["path"]` is as `encode_path` writes it.
 
     Raises:
-        UserError: (a `ValueError`) if the layout is unknown or has no such subset, or what is found is not what it expects.
-        ImportError: if `datasets` is not installed, naming the extra that brings it.
+        UserError: if the layout is unknown or has no such subset, or the files are not those of the layout.
+        ImportError: if `datasets` is not installed.
     """
     if layout not in _LAYOUTS:
         raise UserError(f"layout is {layout!r}, but one of {', '.join(LAYOUTS)} is expected")
@@ -77,7 +78,7 @@ def open_splits(
 
 
 def shard_files(path: Path, layout: str) -> dict[str, list[str]]:
-    """The files of each split, sorted. A file alone, and archives, are the split `train`; parquet files tell theirs by their names."""
+    """The files of each split, sorted. A single file and archives are `train`; the names of parquet files tell their split."""
     suffix = SHARD_SUFFIXES[layout]
     if path.is_file():
         return {"train": [str(path)]}
@@ -93,15 +94,13 @@ def shard_files(path: Path, layout: str) -> dict[str, list[str]]:
         folders = [folder for folder in folders if folder != "data"]  # as on the Hub: data/train-00000-of-00001.parquet
         split = folders[0] if folders else re.split(r"[-.]", file)[0]
         if not re.fullmatch(r"\w+", split):
-            raise UserError(f"{path / name} does not tell its split: name it train-00000.parquet, say, or put it into a folder train/")
+            raise UserError(f"{path / name} does not tell its split: name it train-00000.parquet, or put it into a folder train/")
         files.setdefault("train" if split in ("shard", "data") else split, []).append(str(path / name))
     return files
 
 
-def _open_shards(
-    layout: Any, path: Path, subset: None, *, streaming: bool, audio_column: str | None, **_
-) -> "DatasetDict | IterableDatasetDict":
-    """`datasets` would find splits by itself, but leaves files out of whose names it makes nothing. Here each file has a split."""
+def _open_shards(layout: str, path: Path, subset: None, *, streaming: bool, audio_column: str | None, **_) -> "Splits":
+    """Open files of known splits: `datasets` would guess, and leave out files."""
     files = shard_files(path, layout)
     _check_prepared(path)
     patterns = {split: [glob.escape(file) for file in names] for split, names in files.items()}
@@ -110,18 +109,16 @@ def _open_shards(
 
 
 def _check_prepared(folder: Path) -> None:
-    """Check prepared shards, and warn if they are still being prepared. An `index.json` of another origin is ignored."""
+    """Check prepared shards, and warn if they are not finished. Another `index.json` is ignored."""
     path = folder / SHARD_INDEX
     if not path.is_file() or not {"settings", "shards"} & read_json(path).keys():
         return
     check_shards(folder, index := read_index(path))
     if not index["complete"]:
-        logger.warning("%s is not finished: only the shards that are there are read; resume scripts/prepare_shards.py", folder)
+        logger.warning("%s is not finished: only its present shards are read; resume `sslam prepare`", folder)
 
 
-def _open_hub(
-    root: Path, subset: str | None, *, revision: str | None, streaming: bool, audio_column: str | None
-) -> "DatasetDict | IterableDatasetDict":
+def _open_hub(root: Path, subset: str | None, *, revision: str | None, streaming: bool, audio_column: str | None) -> "Splits":
     cache_dir = None
     if root.is_dir() and not streaming:
         cache_dir = _content_cache(root / name for name in find_files(root, ("",))[0])
@@ -129,17 +126,17 @@ def _open_hub(
 
 
 def _content_cache(files: Iterable[str | Path]) -> str:
-    """A cache of the content of files. `datasets` itself goes by their paths and time stamps, and gives old rows of files that changed; and
-    of a local folder whose card has `configs:`, those of any other one of its name."""
+    """A cache folder for the content of files, which `datasets` identifies by path and time stamp, or a folder's name alone, so that it can
+    return rows of a former content."""
     return str(Path(import_datasets().config.HF_DATASETS_CACHE) / f"content-{hash_files(files)}")
 
 
-def _load(builder: str, path: Path, audio_column: str | None, **arguments) -> "DatasetDict | IterableDatasetDict":
-    """`datasets.load_dataset`, whose many errors become one that names the data set; its column of audio is called `audio`, undecoded."""
+def _load(builder: str, path: Path, audio_column: str | None, **arguments) -> "Splits":
+    """`datasets.load_dataset` with one error; the audio column is renamed to `audio`, undecoded."""
     datasets = import_datasets()
     try:
         splits = datasets.load_dataset(builder, **arguments)
-    except (ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, LookupError, StopIteration) as error:
+    except (pa.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, LookupError, StopIteration) as error:
         raise UserError(f"the data set {path} cannot be opened: {type(error).__name__}: {error}") from error
     for name, rows in splits.items():
         features = rows.features or {}
@@ -149,7 +146,7 @@ def _load(builder: str, path: Path, audio_column: str | None, **arguments) -> "D
         if audio_column is None and len(of_audio) != 1:
             found = f"columns {', '.join(features)}" if features else "no description of its columns"
             raise UserError(
-                f"the split {name} of {path} has {len(of_audio)} columns of type Audio ({found}), but must have one: name it (audio_column)"
+                f"the split {name} of {path} has {len(of_audio)} columns of type Audio ({found}), but must have one: set audio_column"
             )
         column = audio_column or of_audio[0]
         for other in {*of_audio, column}:
@@ -160,10 +157,7 @@ def _load(builder: str, path: Path, audio_column: str | None, **arguments) -> "D
 
 
 def _confined(rows: "Dataset", root: Path) -> "Dataset":
-    """A table whose rows hold audio, or paths below `root`; those of other paths hold nothing, and are unreadable."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
+    """Remove paths that do not lie below `root`: their rows are unreadable."""
     content, paths = (pc.struct_field(rows.data["audio"], name) for name in ("bytes", "path"))
     if content.null_count == 0:
         return rows
@@ -172,26 +166,24 @@ def _confined(rows: "Dataset", root: Path) -> "Dataset":
     if lost := [path for path, new in zip(paths, found) if path and new is None]:
         logger.warning(f"{len(lost)} rows of {root} name files outside of it, which are not opened, such as {', '.join(lost[:3])}")
     kept = pa.StructArray.from_arrays([content.combine_chunks(), pa.array(found, pa.string())], names=["bytes", "path"])
-    feature = rows.features["audio"]
-    return rows.remove_columns("audio").add_column("audio", kept).cast_column("audio", feature)
+    return rows.remove_columns("audio").add_column("audio", kept).cast_column("audio", rows.features["audio"])
 
 
 def _is_audio(feature: Any) -> bool:
-    """Also audio that was written without `datasets`."""
+    """Without `datasets`, audio is written as a plain structure."""
     return isinstance(feature, import_datasets().Audio) or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
 
 
 class _Layout(NamedTuple):
     expects: str
     open: Callable[..., Any]
-    subsets: tuple[str | None, ...] | None = (None,)  # that it has; `None` for any
+    subsets: tuple[str | None, ...] | None = (None,)  # `None`: any
     place: Literal["folder", "file", "folder or file", "id"] = "folder"
 
 
 _LAYOUTS = {
     "audiofolder": _Layout(
-        "a folder of `datasets`' audiofolder: class folders or a metadata.csv, in train/ and test/ or not",
-        lambda root, *_, **__: open_audio_folder(root),
+        "class folders, or audio with a metadata.csv, in train/ and test/ or not", lambda root, *_, **__: open_audio_folder(root)
     ),
     "folder": _Layout("a folder with audio files at any depth, without labels", lambda root, *_, **__: open_folder(root)),
     "manifest": _Layout(
@@ -205,9 +197,7 @@ _LAYOUTS = {
         place="folder or file",
     ),
     "webdataset": _Layout("a .tar of WebDataset, or a folder of them", partial(_open_shards, "webdataset"), place="folder or file"),
-    "hub": _Layout(
-        "the id of a data set on the Hub, or its folder, without a loading script; subset: its configuration", _open_hub, None, "id"
-    ),
+    "hub": _Layout("the id of a data set on the Hub, or its folder, without a script; subset: its configuration", _open_hub, None, "id"),
     **{
         name: _Layout(EXPECTED[name], lambda root, subset, open_published=open_published, **_: open_published(root, subset), subsets)
         for name, (open_published, subsets) in PUBLISHED.items()

@@ -2,17 +2,19 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 
-def encode_path(path: str) -> str:
-    """A path as valid UTF-8 text, as Arrow strings must be: each byte of a file name that is not UTF-8 becomes NUL and two hex digits.
+FILES_AT_ONCE = 1000  # a task for each file would take longer than the answer
 
-    No path holds a NUL, so all other paths stay as they are and [`decode_path`] gives back each one exactly.
-    """
+
+def encode_path(path: str) -> str:
+    """A path as UTF-8, as Arrow needs it: each byte that is not becomes NUL, which no path holds, and two hex digits."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -21,26 +23,32 @@ def encode_path(path: str) -> str:
 
 
 def decode_path(text: str) -> str:
-    """What `open` takes for the path that [`encode_path`] wrote as text."""
+    """The path that [`encode_path`] wrote."""
     return re.sub("\0([89a-f][0-9a-f])", lambda byte: chr(0xDC00 + int(byte[1], 16)), text) if "\0" in text else text
 
 
 def printable_path(text: str) -> str:
-    """A path, encoded or not, for messages: bytes that are not UTF-8 are shown as `\\xff`."""
+    """A path, encoded or not, for messages: bytes that are not UTF-8 as `\\xff`."""
     return encode_path(text).replace("\0", "\\x")
 
 
 def source_name(source: dict) -> str:
-    """How an undecoded entry of an audio column is called in messages: its path, where it has one."""
+    """Name of an undecoded entry of an audio column, for messages."""
     return printable_path(str(source.get("path") or "an audio entry without a path"))
 
 
+def contents(folder: Path) -> str:
+    """The first names in a folder, and their number, for messages."""
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    return f"{', '.join(names[:8])}{f', ... ({len(names)} in all)' if len(names) > 8 else ''}" or "nothing"
+
+
 def confined_path(path: str, root: str | Path) -> str | None:
-    """What to open for a path in a row of a data set, if it lies below the data set; `None` if it lies elsewhere: opened all the same, it
-    could be any file of this machine, or a request to any address.
+    """What to open for a path in a row of a data set; `None` if it lies outside, where it could be any file of this machine, or a request
+    to any address.
 
     Args:
-        path: absolute, or relative to `root`; or on the Hub. Within archives, as fsspec chains them: `zip://a.wav::clips.zip`.
+        path: absolute, relative to `root`, or on the Hub; within archives as `zip://a.wav::clips.zip`.
         root: the data set's folder, one of its files, or its id on the Hub.
     """
     *within, path = path.split("::")
@@ -54,20 +62,32 @@ def confined_path(path: str, root: str | Path) -> str | None:
     return "::".join([*within, real]) if real.startswith(os.path.join(folder, "")) else None
 
 
-def files_below(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
-    """Paths relative to `root`. Links to folders are followed, each folder once, so that a ring of links ends. `._name`, which macOS keeps
-    beside a file on other systems' disks, is left out.
+def stat_files(paths: Sequence[str]) -> list[os.stat_result | None]:
+    """`os.stat` of each file, `None` if it is missing; many at a time, since network file systems are slow to answer."""
+    unique = list(dict.fromkeys(paths))
+    pieces = [unique[start : start + FILES_AT_ONCE] for start in range(0, len(unique), FILES_AT_ONCE)]
+    with ThreadPoolExecutor(16) as pool:
+        states = dict(zip(unique, chain.from_iterable(pool.map(lambda piece: [_stat(path) for path in piece], pieces))))
+    return [states[path] for path in paths]
 
-    Raises:
-        OSError: if a folder cannot be read, whose files would otherwise be missing silently.
-    """
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
+
+
+def files_below(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
+    """Paths relative to `root`. Links to folders are followed, each folder once. `._name`, which macOS adds to a file, is left out.
+    `OSError` if a folder cannot be read."""
     return (name for name, _, _ in _walk(root, suffixes))
 
 
 def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
-    """The names of [`files_below`], sorted, and those that are other names (links) of a file named before, with its first name.
+    """The names of [`files_below`], sorted, and those that are further names (links) of a file before them, with its first name.
 
-    Listing a folder tells the inode of each file, so only links and files with equal inodes are looked at on their own.
+    Listing a folder gives inodes, so only links and files with equal inodes cost a system call.
     """
     found = sorted(_walk(root, suffixes))
     names = [name for name, _, _ in found]
@@ -80,13 +100,13 @@ def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[list[str], dict[s
     for place in np.flatnonzero(repeats):
         first, other = (names[order[i]] for i in (place, place + 1))
         first = first_names.get(first, first)
-        if os.path.samefile(root / first, root / other):  # the inodes that some file systems list are not unique
+        if os.path.samefile(root / first, root / other):  # some file systems list inodes that are not unique
             first_names[other] = first
     return names, first_names
 
 
 def _walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int, int]]:
-    """Name, device and inode; both are 0 for a link that leads nowhere."""
+    """Name, device and inode (both 0 for a link that leads nowhere)."""
     folders, seen = [""], set()
     while folders:
         folder = folders.pop()
@@ -96,8 +116,7 @@ def _walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int, int
         seen.add((state.st_dev, state.st_ino))
         with os.scandir(os.path.join(root, folder)) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
-        below = [os.path.join(folder, entry.name) for entry in entries if entry.is_dir()]
-        folders.extend(reversed(below))
+        folders += [os.path.join(folder, entry.name) for entry in reversed(entries) if entry.is_dir()]
         for entry in entries:
             if entry.name.lower().endswith(suffixes) and not entry.name.startswith("._") and not entry.is_dir():
                 yield os.path.join(folder, entry.name), *_identity(entry, state.st_dev)
@@ -106,7 +125,5 @@ def _walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int, int
 def _identity(entry: os.DirEntry, device: int) -> tuple[int, int]:
     if not entry.is_symlink():
         return device, entry.inode()
-    try:
-        return (target := os.stat(entry.path)).st_dev, target.st_ino
-    except OSError:
-        return 0, 0
+    target = _stat(entry.path)
+    return (target.st_dev, target.st_ino) if target else (0, 0)

@@ -1,13 +1,10 @@
-"""Which clips come, and in which order: shard readers, and the worker that makes batches of theirs.
+"""Which clips come, and in which order: shard readers, and the worker that makes batches of their clips.
 
 An epoch's order of shards follows from its number and the seed alone. It is dealt to a fixed number of *shard readers*. A reader reads its
-shards one after the other and shuffles their rows in blocks of `shuffle_rows`, not in a buffer that runs on from block to block. So its
-position is five numbers, however far the epoch has gone, and resuming reads one block again.
-
-A worker reads its readers one after the other, so it holds one block in memory, however many readers there are.
+shards one after the other and shuffles their rows in blocks of `shuffle_rows`, so its position is five numbers, and resuming reads one
+block again. A worker takes its readers one after the other, so it holds one block in memory.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,119 +14,94 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import UserError
+from ..settings import setting
 from .cache import WaveformCache
 from .clips import Clip, ReadStatistics, Windows, read_clips
+from .shared import SharedTensors
 from .sources import Row, Source, random_generator
 
 
-# So many recordings in a row without a usable clip end a run: the other processes would wait for this one for ever.
+# The run ends after so many recordings without a clip: the other processes would wait for this one for ever.
 MOST_UNUSABLE_IN_A_ROW = 1000
-# By a worker, of those that it has sent: the one that is being used, and those read ahead.
-BATCHES_KEPT = 3
 
 
 class Position(NamedTuple):
-    """Where a shard reader stands: all that resuming needs.
-
-    Attributes:
-        epoch: from 0.
-        visit, row: where the present block begins: which of the reader's shards of this epoch, and which row of it.
-        taken: recordings of the block that are finished, in its shuffled order.
-        window: clips that the next recording has given already.
-    """
+    """The position of a shard reader, all that resuming needs."""
 
     epoch: int = 0
-    visit: int = 0
-    row: int = 0
-    taken: int = 0
-    window: int = 0
+    shard: int = 0  # where the block begins: which of the reader's shards of this epoch,
+    row: int = 0  # and which row of it
+    taken: int = 0  # recordings of the block that are finished, in its shuffled order
+    window: int = 0  # clips that the next recording has given already
 
 
 @dataclass(frozen=True)
 class Readers:
-    """The shard readers of a stream: everything that decides which clips come, and in which order.
-
-    Args:
-        sources: what is read.
-        order: gives the shards of an epoch in their order, `(visits, 2)`: source and shard (see `EpochOrder`).
-        count: number of readers.
-        windows: how recordings are cut.
-        shuffle_rows: recordings in a block.
-        seed: of the run.
-        cache: keeps decoded recordings, those of the first source, a table of files; `None` decodes each of them every time.
-    """
+    """The shard readers of a stream."""
 
     sources: Sequence[Source]
-    order: Callable[[int], np.ndarray]
-    count: int
+    order: Callable[[int], np.ndarray]  # the shards of an epoch in their order, `(shards, 2)`: source and shard
+    count: int  # of readers
     windows: Windows
-    shuffle_rows: int
-    seed: int
-    cache: WaveformCache | None = None
+    shuffle_rows: int  # recordings in a block
+    seed: int  # of the run
+    cache: WaveformCache | None = None  # of decoded recordings of the first source, a table
 
-    def visits(self, epoch: int, readers: Iterable[int]) -> dict[int, np.ndarray]:
-        """The shards that each of these readers reads in an epoch, `(visits, 3)`: their place in the epoch's order, source, shard.
+    def deal(self, epoch: int, readers: Iterable[int]) -> dict[int, np.ndarray]:
+        """The shards of each of these readers in an epoch, `(shards, 3)`: number in the epoch's order, source, shard.
 
-        The dealing begins with another reader each epoch, so that none has the longer part each time.
+        Dealing begins with another reader each epoch, so that none always has the longer part.
         """
         order = self.order(epoch)
         parts = {reader: np.arange((reader - epoch) % self.count, len(order), self.count) for reader in readers}
         return {reader: np.column_stack((part, order[part])) for reader, part in parts.items()}
 
-    def read(self, position: Position, visits: np.ndarray, statistics: ReadStatistics) -> Iterator[tuple[Position, Clip | None]]:
-        """From a position to the end of its epoch: each clip with the position behind it, and the position alone behind each recording."""
-        rows = self._rows(visits, position)
+    def read(self, position: Position, shards: np.ndarray, statistics: ReadStatistics) -> Iterator[tuple[Position, Clip | None]]:
+        """To the end of the epoch: each clip with the position after it, and the position alone after each recording."""
+        rows = self._rows(shards, position)
         while block := list(islice(rows, self.shuffle_rows)):
             first_place, first_number, _ = block[0]
             generator = random_generator("block", self.seed, position.epoch, first_place, first_number)
             for index in generator.permutation(len(block))[position.taken :]:
                 place, number, row = block[index]
-                key = (self.seed, position.epoch, place, number)
-                # A recording is counted when it is begun, and not again when a resumed run comes back to it.
+                # Counted when it is begun, and not when a resumed run reads it again.
                 counted = statistics if position.window == 0 else ReadStatistics()
                 cache = self.cache if row.source == self.sources[0].name else None
-                for clip in read_clips(row, self.windows, key, counted, cache)[position.window :]:
+                clips = read_clips(row, self.windows, (self.seed, position.epoch, place, number), counted, cache)
+                for clip in clips[position.window :]:
                     position = position._replace(window=position.window + 1)
                     statistics.count(clip)
                     yield position, clip
                 position = position._replace(taken=position.taken + 1, window=0)
                 yield position, None
             place, number, _ = block[-1]
-            position = Position(position.epoch, int(np.searchsorted(visits[:, 0], place)), number + 1)
-            block.clear()  # before the next one is read: only one is ever in memory
+            position = Position(position.epoch, int(np.searchsorted(shards[:, 0], place)), number + 1)
+            block.clear()  # before the next one is read: only one is in memory
         yield Position(position.epoch + 1), None
 
-    def _rows(self, visits: np.ndarray, position: Position) -> Iterator[tuple[int, int, Row]]:
-        """Undecoded rows from the beginning of a block on: place of their shard in the epoch's order, number in the shard, row."""
-        for visit in range(position.visit, len(visits)):
-            place, source, shard = (int(value) for value in visits[visit])
-            start = position.row if visit == position.visit else 0
+    def _rows(self, shards: np.ndarray, position: Position) -> Iterator[tuple[int, int, Row]]:
+        """Rows from the start of a block on: number of their shard in the epoch's order, number in the shard, row."""
+        for index in range(position.shard, len(shards)):
+            place, source, shard = (int(value) for value in shards[index])
+            start = position.row if index == position.shard else 0
             for number, row in enumerate(self.sources[source].rows(shard, start), start):
                 yield place, number, row
 
 
 @dataclass(kw_only=True)
 class StreamSettings:
-    """How clips are read, whatever becomes of them.
+    """How clips are read. Raises `UserError` if a value is out of range."""
 
-    Args:
-        shuffle_rows: recordings that are shuffled together, undecoded; each worker holds the bytes of so many.
-        shard_readers: into how many parts an epoch is divided, which processes and their workers share out. A run can be resumed with any
-            number of processes and workers up to it, but not with another number of readers.
-        last_batch: what becomes of the clips left at the end of an epoch: `"fill"` the batch from the next epoch, `"drop"` them, or
-            `"keep"` a smaller batch.
-        max_unreadable: a larger fraction of recordings that cannot be decoded stops the run.
-        min_recordings: number that a process must have read before the fraction is checked.
-
-    Raises:
-        UserError: if a value is out of range.
-    """
-
-    shuffle_rows: int = 256
-    shard_readers: int = 64
-    last_batch: Literal["fill", "drop", "keep"] = "fill"
-    max_unreadable: float = 0.2
-    min_recordings: int = 200
+    shuffle_rows: int = setting("recordings that are shuffled together; each worker holds their undecoded bytes", 256)
+    shard_readers: int = setting(
+        "parts of an epoch, divided among processes and workers: the largest number of workers with which the run can be resumed",
+        64,
+    )
+    last_batch: Literal["fill", "drop", "keep"] = setting(
+        "clips left at the end of an epoch: fill their batch from the next epoch, drop them, or keep a smaller batch", "fill"
+    )
+    max_unreadable: float = setting("largest fraction of recordings that cannot be decoded; more stop the run", 0.2)
+    min_recordings: int = setting("recordings that a process reads before it checks that fraction", 200)
 
     def __post_init__(self):
         for name in ("shuffle_rows", "shard_readers", "min_recordings"):
@@ -145,43 +117,34 @@ class StreamSettings:
         unreadable, recordings = statistics.num_unreadable, statistics.recordings
         if recordings >= self.min_recordings and unreadable > self.max_unreadable * recordings:
             raise UserError(
-                f"{unreadable} of {recordings} recordings are unreadable, more than max_unreadable = {self.max_unreadable:g}: repair them, "
-                f"or raise it. {statistics}"
+                f"{unreadable} of {recordings} recordings are unreadable, more than max_unreadable = {self.max_unreadable:g}: repair "
+                f"them, or raise it. {statistics}"
             )
 
 
 class Message(NamedTuple):
-    """What a worker sends in its turn: a batch, where its readers stand behind it as far as they have moved, and what was read since its
-    last message. There may be no batch: behind its last epoch, and in turns that it sits out."""
+    """What a worker sends in its turn."""
 
     turn: int
-    batch: Any
-    positions: dict[int, Position]
-    statistics: ReadStatistics
+    batch: Any  # `None` after its last epoch and in turns that it skips
+    positions: dict[int, Position]  # of those of its readers that have moved
+    statistics: ReadStatistics  # since its last message
 
 
 @dataclass(frozen=True)
 class Worker(IterableDataset):
-    """The batches of the readers that each worker process has been given; the worker whose turn it is comes first.
+    """The batches of the readers that each worker process has been given.
 
-    Workers take turns. One that has fewer readers than another sits out turns in proportion: otherwise it would be further ahead with each
-    epoch.
-
-    Args:
-        readers: all of them.
-        positions: where each stands.
-        given: the readers of each worker.
-        turn: the next one, counted over all workers; the first process of `DataLoader` is the worker that takes it.
-        statistics: what was read before.
-        batch_size, collate, epochs, settings: see [`BatchStream`].
+    Workers take turns. One that has fewer readers than another skips turns in proportion: otherwise it would get ahead.
     """
 
     readers: Readers
-    positions: Mapping[int, Position]
-    given: Sequence[Sequence[int]]
-    turn: int
-    statistics: ReadStatistics
-    batch_size: int
+    positions: Mapping[int, Position]  # of each reader
+    given: Sequence[Sequence[int]]  # the readers of each worker
+    turn: int  # the next one, counted over all workers; the first process of `DataLoader` takes it
+    statistics: ReadStatistics  # of what was read before
+    shared: SharedTensors  # in which worker processes send tensors
+    batch_size: int  # this and the rest: see `BatchStream`
     collate: Callable[[list[Clip]], Any]
     epochs: int | None
     settings: StreamSettings
@@ -190,39 +153,36 @@ class Worker(IterableDataset):
         worker, workers = get_worker_info(), len(self.given)
         turn = self.turn + (worker.id if worker else 0)
         mine, most = len(self.given[turn % workers]), max(map(len, self.given))
-        # Who lets go of a batch last frees its shared memory, and that takes longer than all else the main process does with it.
-        kept: deque = deque(maxlen=BATCHES_KEPT if worker else 0)
         try:
-            for batch, positions, statistics in self._batches(self.given[turn % workers]):
+            for message in self._messages(self.given[turn % workers]):
                 while (turn // workers + 1) * mine // most == turn // workers * mine // most:
                     yield Message(turn, None, {}, ReadStatistics())
                     turn += workers
-                kept.append(batch)
-                yield Message(turn, batch, positions, statistics)
+                yield message._replace(turn=turn, batch=self.shared.pack(message.batch, worker.id) if worker else message.batch)
                 turn += workers
         except UserError as error:  # sent, because `DataLoader` would add the text of a traceback
             yield error
 
-    def _batches(self, readers: Iterable[int]) -> Iterator[tuple[Any, dict[int, Position], ReadStatistics]]:
-        """All of a `Message` but its turn."""
+    def _messages(self, readers: Iterable[int]) -> Iterator[Message]:
+        """Their turns are not set yet."""
         positions = {reader: self.positions[reader] for reader in readers}
         sent, read, new = dict(positions), self.statistics, ReadStatistics()  # `new`: since the last message
 
-        def message(clips: list[Clip]) -> tuple[Any, dict[int, Position], ReadStatistics]:
+        def message(clips: list[Clip]) -> Message:
             nonlocal sent, read
             moved = {reader: position for reader, position in positions.items() if position != sent[reader]}
             sent, statistics = dict(positions), new.take()
             read = read + statistics
-            return self.collate(clips) if clips else None, moved, statistics
+            return Message(0, self.collate(clips) if clips else None, moved, statistics)
 
         clips: list[Clip] = []
-        unusable = dropped = 0  # recordings without a clip, clips dropped, since the last clip and the last batch
+        unusable = dropped = 0  # recordings without a clip since the last clip, clips dropped since the last batch
         while positions and (epoch := min(position.epoch for position in positions.values())) != self.epochs:
             present = [reader for reader, position in positions.items() if position.epoch == epoch]
             present.sort(key=lambda reader: (positions[reader] == Position(epoch), reader))  # those that were begun come first
-            for reader, visits in self.readers.visits(epoch, present).items():
-                shards, rows = len(visits) - positions[reader].visit, 0
-                for position, clip in self.readers.read(positions[reader], visits, new):
+            for reader, shards in self.readers.deal(epoch, present).items():
+                left, rows = len(shards) - positions[reader].shard, 0
+                for position, clip in self.readers.read(positions[reader], shards, new):
                     positions[reader] = position
                     if clip is not None:
                         unusable = 0
@@ -231,10 +191,10 @@ class Worker(IterableDataset):
                             yield message(clips)
                             clips, dropped = [], 0
                         continue
-                    if position.epoch == epoch:  # behind a recording
+                    if position.epoch == epoch:  # after a recording
                         unusable, rows = unusable + 1, rows + 1
-                    elif rows == 0:  # behind shards without a row that is kept
-                        unusable += shards
+                    elif rows == 0:  # after shards without a row that is kept
+                        unusable += left
                     if unusable > 1:
                         self.settings.check(read + new)
                         if unusable > MOST_UNUSABLE_IN_A_ROW:
@@ -246,12 +206,8 @@ class Worker(IterableDataset):
                 if dropped > 2 * self.batch_size and self.epochs is None:
                     raise UserError(
                         f"last_batch is 'drop', and the last {dropped} clips of a worker were all dropped, since it has fewer than "
-                        f"batch_size = {self.batch_size} an epoch ({len(clips)} in epoch {epoch}): use fewer workers, smaller batches, "
-                        "or 'fill'"
+                        f"batch_size = {self.batch_size} an epoch ({len(clips)}): use fewer workers, smaller batches, or 'fill'"
                     )
             if self.settings.last_batch != "fill":
                 clips = []
         yield message(clips)
-
-
-__all__ = ["Message", "Position", "Readers", "StreamSettings", "Worker"]

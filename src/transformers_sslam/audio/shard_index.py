@@ -1,4 +1,4 @@
-"""The index beside prepared shards, and whether the shards are those that it names."""
+"""The index of prepared shards, and the check of the shards against it."""
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,7 @@ SHARD_FIELDS = {"file": str, "clips": int, "clipped": int, "bytes": int, "sha256
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The content of an index.
-
-    Raises:
-        DamagedFileError: if it is not JSON, was changed, or lacks a field.
-    """
+    """The content of an index. `DamagedFileError` if it is not JSON, was changed, or lacks a field."""
     index = read_json(path)
     wrong = [name for name, kind in FIELDS.items() if not isinstance(index.get(name), kind)]
     wrong += sorted(index.keys() - FIELDS.keys() - OPTIONAL)
@@ -40,12 +36,7 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def check_shards(folder: Path, index: dict[str, Any], hashes: bool = False) -> None:
-    """Check the shards of a folder against its index.
-
-    Args:
-        folder: what [`prepare`](transformers_sslam.audio.shards.prepare) wrote into.
-        index: what [`read_index`] gave.
-        hashes: whether to read every byte and compare SHA-256; otherwise sizes and the parquet files' own numbers of rows.
+    """Compare the sizes and numbers of rows of a folder's shards with its index, and with `hashes` every byte, by SHA-256.
 
     Raises:
         DamagedFileError: if a shard is missing, truncated, changed or another one, naming it.
@@ -56,11 +47,10 @@ def check_shards(folder: Path, index: dict[str, Any], hashes: bool = False) -> N
 
 
 def _damage(path: Path, shard: dict[str, Any], hashes: bool) -> str | None:
-    """What is wrong with a shard."""
     if not path.is_file():
         return f"lacks {path.name}"
-    if path.stat().st_size != shard.get("bytes", path.stat().st_size):
-        return f"has {path.name} with {path.stat().st_size} bytes instead of {shard['bytes']}"
+    if (size := path.stat().st_size) != shard.get("bytes", size):
+        return f"has {path.name} with {size} bytes instead of {shard['bytes']}"
     try:
         rows = pq.read_metadata(path).num_rows
     except (pa.ArrowException, OSError) as error:
@@ -70,6 +60,3 @@ def _damage(path: Path, shard: dict[str, Any], hashes: bool) -> str | None:
     if hashes and "sha256" in shard and hash_file(path) != shard["sha256"]:
         return f"has {path.name}, changed since it was written,"
     return None
-
-
-__all__ = ["SHARD_INDEX", "check_shards", "read_index"]

@@ -1,12 +1,13 @@
 """Batches of clips from any position, for any number of processes.
 
-The shard readers of an epoch (`audio.readers`) are shared out among the processes of a run and their workers. So a run that is resumed with
-another number of processes or workers gives the same readers to others, each at its position.
+The shard readers of an epoch (`audio.readers`) are divided among the processes of a run and their workers. A run that is resumed with
+other numbers of them gives the same readers to others, each at its position.
 """
 
 import logging
 import multiprocessing.util
 import signal
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from ..errors import UserError
 from .cache import WaveformCache
 from .clips import Clip, ReadStatistics, Windows
 from .readers import Message, Position, Readers, StreamSettings, Worker
+from .shared import SharedTensors
 from .sources import EpochOrder, Source
 
 
@@ -29,26 +31,24 @@ logger = logging.getLogger(__name__)
 class BatchStream:
     """Batches of one process of a run, from any position.
 
-    Iterating continues behind the last batch that was given out, for ever or to the end of the last epoch; no clip is repeated or left out.
-    Recordings that are left out make the processes' epochs differ in length by some batches: never wait for other processes at their ends.
+    Iterating continues after the last batch, for ever or to the end of the last epoch; no clip is repeated or left out. Unusable
+    recordings make the epochs of the processes differ in length by some batches: never wait for other processes at their ends.
 
     Args:
-        sources: what to read.
-        windows: how recordings are cut.
+        sources, windows, settings: what is read, and how.
         collate: makes a batch of a list of clips, in the worker.
         batch_size: clips of a batch.
-        settings: how clips are read.
-        order: gives the shards of an epoch in their order, `(visits, 2)`; by default each source's shards as its weight says.
-        epochs: number of epochs; `None` for no end.
+        order: gives the shards of an epoch in their order, `(shards, 2)`; by default [`EpochOrder`].
+        epochs: their number; `None` for no end.
         seed: of the run, the same in every process.
         rank: of this process.
         world_size: number of processes.
         num_workers: worker processes that read ahead; with 0 this process reads.
-        pin_memory: whether workers' batches are copied to pinned memory, in the background, as copies to a GPU want it.
+        pin_memory: copy the workers' batches to pinned memory, for a GPU.
         cache: see [`Readers`].
 
     Attributes:
-        statistics: what this process has read and left out so far, over all epochs.
+        statistics: what this process has read and left out, over all epochs.
 
     Raises:
         UserError: if a setting is out of range, or there are fewer shards or readers than processes.
@@ -71,13 +71,8 @@ class BatchStream:
         pin_memory: bool = False,
         cache: WaveformCache | None = None,
     ):
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("rank", rank, 0),
-            ("num_workers", num_workers, 0),
-            ("world_size", world_size, rank + 1),
-        ):
+        limits = {"batch_size": (batch_size, 1), "seed": (seed, 0), "rank": (rank, 0), "num_workers": (num_workers, 0)}
+        for name, (value, least) in {**limits, "world_size": (world_size, rank + 1)}.items():
             if value < least:
                 raise UserError(f"{name} is {value}, but must be at least {least}")
         self.sources, self.collate, self.batch_size, self.epochs = list(sources), collate, batch_size, epochs
@@ -99,6 +94,7 @@ class BatchStream:
 
     def __iter__(self) -> Iterator[Any]:
         epoch, warned_of = self.epoch, self.statistics
+        behind = {reader for reader, position in self._positions.items() if position.epoch == epoch}
         for message in self._messages():
             if isinstance(message, UserError):
                 raise message
@@ -106,9 +102,11 @@ class BatchStream:
             self.statistics = self.statistics + message.statistics
             self._turn = message.turn + 1
             self.settings.check(self.statistics)
-            if self.epoch > epoch:
+            behind.difference_update(reader for reader, position in message.positions.items() if position.epoch > epoch)
+            if not behind:
                 epoch = self.epoch
-                if _left_out(self.statistics) != _left_out(warned_of):  # the same files again are not worth a line each epoch
+                behind = {reader for reader, position in self._positions.items() if position.epoch == epoch}
+                if _left_out(self.statistics) != _left_out(warned_of):  # otherwise the same files again
                     warned_of = self.statistics
                     logger.warning("Process %d, epochs 0 to %d: %s", self.rank, epoch - 1, self.statistics)
             if message.batch is not None:
@@ -117,7 +115,7 @@ class BatchStream:
             raise UserError(f"process {self.rank} found no clip at all: {self.statistics}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The position behind the last batch that was given out: plain numbers and strings, fit for JSON."""
+        """The position after the last batch, for JSON."""
         return {
             "data": self._identity(),
             "layout": self._layout(),
@@ -127,26 +125,26 @@ class BatchStream:
         }
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go to the position that all processes of a run had together.
+        """Set the position that all processes of a run had together.
 
-        With as many processes and workers as then, the batches are the very ones that would have come. With others, the clips of an epoch
+        With as many processes and workers as then, exactly the batches that would have followed come. With others, the clips of an epoch
         are divided into other batches, but each still comes exactly once.
 
         Args:
-            states: what `state_dict` gave in each of the processes, in the order of their ranks.
+            states: `state_dict` of each process, by rank.
 
         Raises:
-            UserError: if the states belong to other data, another seed or other settings of how it is read; what differs is named.
+            UserError: if they belong to other data, another seed or other settings of how it is read.
         """
         mine, older = self._identity(), "positions" not in states[0]
-        if older:  # of a version that kept positions for each worker, and knew sources by the names of their files alone
+        if older:  # kept positions for each worker, and knew sources by the names of their files alone
             del mine["sources"]
         then = {name: value for state in states for name, value in state["data"].items() if name in mine and value != mine[name]}
         if then:
             different = "; ".join(f"{name} ({value} then, {mine[name]} now)" for name, value in then.items())
             raise UserError(
-                f"this position belongs to another stream: {different}. Begin another run, in another folder (its `init_from` may be this "
-                "one's model or checkpoint), or restore what it was"
+                f"this position belongs to another stream: {different}. Restore that, or begin another run in another folder (its `model` "
+                "may be a checkpoint of this one)"
             )
         if older:
             epoch = min(state["epoch"] for state in states)
@@ -155,7 +153,7 @@ class BatchStream:
             return
         positions = {int(reader): Position(*values) for state in states for reader, values in state["positions"].items()}
         if missing := [reader for reader in self._positions if reader not in positions]:
-            raise UserError(f"the positions of the shard readers {missing} are missing: give the states of all processes of the run")
+            raise UserError(f"the positions of the shard readers {missing} are missing: give the states of all processes")
         self._positions = {reader: positions[reader] for reader in self._positions}
         if [state["layout"] for state in states] == [self._layout() | {"rank": rank} for rank in range(self.world_size)]:
             self._turn = states[self.rank]["turn"]
@@ -165,11 +163,12 @@ class BatchStream:
             self._turn, self.statistics = 0, sum(totals if self.rank == 0 else [], ReadStatistics())
 
     def _messages(self) -> Iterator[Message | UserError]:
-        """What the workers send, in turns, in an order that does not depend on which is faster."""
+        """What the workers send, in turns, whichever is faster."""
         readers, workers = sorted(self._positions), max(1, self.num_workers)
         given = [readers[worker::workers] for worker in range(workers)]
+        shared = SharedTensors(self.num_workers)
         worker = Worker(
-            *(self.readers, self._positions, given, self._turn, self.statistics),
+            *(self.readers, self._positions, given, self._turn, self.statistics, shared),
             *(self.batch_size, self.collate, self.epochs, self.settings),
         )
         if self.num_workers == 0:
@@ -182,46 +181,45 @@ class BatchStream:
             pin_memory=self.pin_memory,
             collate_fn=_unchanged,
             worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # of the workers' seeds, which nothing draws from: the run's own random state stays as it is
+            generator=torch.Generator(),  # of the workers' seeds, so that the run's random state stays as it is
         )
         others = set(multiprocessing.active_children())
-        with _signals_held_back():
-            messages = iter(loader)
+        with _signals_blocked():
+            batches = iter(loader)
         started = set(multiprocessing.active_children()) - others
-        # Where this process ends by an exception, Python sends SIGTERM to its children, which these do not receive, and waits for them.
+        # If this process ends by an exception, Python sends its children SIGTERM, which these block, and waits for them.
         kill = multiprocessing.util.Finalize(None, _kill, (started,), exitpriority=100)
         try:
-            yield from messages
-        except (ConnectionError, EOFError) as error:
-            raise RuntimeError("a worker was killed while it sent a batch: perhaps the memory does not suffice for so many") from error
+            yield from batches
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # which hold the iterator too
+            if isinstance(error, (ConnectionError, EOFError)):
+                raise RuntimeError("a worker was killed while it sent a batch, perhaps for lack of memory") from error
+            raise
         finally:
-            messages._shutdown_workers()  # type: ignore[attr-defined]  # by itself PyTorch does it later, and would take those killed here for a failure
+            del batches  # the last reference: PyTorch ends the workers
             kill()  # those that did not end: a read may hang
 
     def _check_enough_shards(self, shards: int) -> None:
-        workers, advice = self.world_size * max(1, self.num_workers), "write the sources as more and smaller shards with prepare_shards.py"
-        if shards < self.world_size:
-            raise UserError(f"an epoch has {shards} shards for {self.world_size} processes, so some would have nothing to read: {advice}")
-        if self.settings.shard_readers < workers:
-            raise UserError(
-                f"shard_readers is {self.settings.shard_readers}, but {self.world_size} processes with {self.num_workers} workers each "
-                f"need {workers} at least"
-            )
-        if self.settings.shard_readers % self.world_size and self.rank == 0:
+        readers, processes, workers = self.settings.shard_readers, self.world_size, self.world_size * max(1, self.num_workers)
+        all_workers, advice = f"{processes} processes with {self.num_workers} workers each", "write smaller shards with `sslam prepare`"
+        if shards < processes:
+            raise UserError(f"an epoch has {shards} shards for {processes} processes, too few: {advice}")
+        if readers < workers:
+            raise UserError(f"shard_readers is {readers}, but {all_workers} need {workers} at least")
+        if self.rank == 0 and readers % processes:
             logger.warning(
-                "shard_readers is %d, which %d processes cannot share out evenly, so some will be further ahead of others with each epoch: "
-                "choose a multiple of the number of processes",
-                *(self.settings.shard_readers, self.world_size),
+                f"shard_readers is {readers}, which cannot be divided evenly among {processes} processes, so some get ahead of others: "
+                "choose a multiple"
             )
-        if shards < workers and self.rank == 0:
+        if self.rank == 0 and shards < workers:
             logger.warning(
-                "An epoch has %d shards for %d processes with %d workers each, so in each epoch %d workers have nothing to do (and no clip "
-                "is lost): use fewer, or %s",
-                *(shards, self.world_size, self.num_workers, workers - shards, advice),
+                f"An epoch has {shards} shards for {all_workers}, so in each epoch {workers - shards} workers have nothing to do: use "
+                f"fewer, or {advice}"
             )
 
     def _identity(self) -> dict[str, Any]:
-        """Whatever decides which clips come in which order. Its differences make a position meaningless."""
+        """What decides which clips come in which order: a position is valid only for the same."""
         return {
             "seed": self.readers.seed,
             "sources": [[source.signature, source.weight] for source in self.sources],
@@ -235,27 +233,26 @@ class BatchStream:
 
 
 def _left_out(statistics: ReadStatistics) -> tuple:
-    """What a warning would say anew."""
+    """Changes when a warning has something new to say."""
     return statistics.examples, statistics.rows, bool(statistics.too_short), bool(statistics.short_ends)
 
 
 def _unchanged(message: Any) -> Any:
-    """In place of PyTorch's own collation, which would take apart what workers send."""
+    """Instead of PyTorch's own collation, which would take messages apart."""
     return message
 
 
 def _start_worker(_: int) -> None:
     import fsspec.asyn
 
-    fsspec.asyn.reset_lock()  # a lock that another thread held at the moment of the fork would never open
+    fsspec.asyn.reset_lock()  # a lock that another thread held at the moment of the fork would never be released
 
 
 @contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Processes started in here never receive SIGINT and SIGTERM.
+def _signals_blocked() -> Iterator[None]:
+    """Processes started in here never receive SIGINT and SIGTERM, since they inherit the mask.
 
-    Both often go to a whole group of processes, but it is the run that decides what to do, and its workers end with it. The mask is
-    inherited, so there is not even a first moment in which a worker could be hit.
+    Both are often sent to a whole group of processes, but the run decides what to do, and its workers end with it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
@@ -265,10 +262,7 @@ def _signals_held_back() -> Iterator[None]:
 
 
 def _kill(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:
-    if multiprocessing.util.is_exiting():  # PyTorch would complain of each worker that ends
+    if multiprocessing.util.is_exiting():  # PyTorch would report each worker that ends
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:
         worker.kill()
-
-
-__all__ = ["BatchStream"]

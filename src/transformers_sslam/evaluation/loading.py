@@ -1,49 +1,91 @@
-"""A classifier as programs load it, for scoring: with everything that can be wrong said in one sentence."""
+"""Models for inference: loading, device, batches of clips, and a hash."""
 
-from typing import Any
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
-from transformers import AutoFeatureExtractor
+from tqdm.auto import tqdm
+from transformers import AutoFeatureExtractor, BatchFeature
 
-from ..allocator import keep_freed_memory
+from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
-from ..modeling_sslam import SSLAMForAudioClassification
-from .pooling import best_device
+from ..modeling_sslam import SSLAMForAudioClassification, SSLAMPreTrainedModel
+from ..publishing.conversion import resolve_model
 
 
-def load_classifier(
-    model: str, dtype: str = "float32", device: str | None = None
-) -> tuple[SSLAMForAudioClassification, SSLAMFeatureExtractor]:
-    """A classifier, on its device, and its feature extractor.
+Model = TypeVar("Model", bound=SSLAMPreTrainedModel)
+
+
+class Clips(Protocol):
+    """Waveforms `(samples,)` by number: a list, or what decodes them when asked, as `audio.cache.Waveforms`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> np.ndarray: ...
+
+
+def load_model(cls: type[Model], model: str, dtype: str = "float32", device: str | None = None) -> tuple[Model, SSLAMFeatureExtractor]:
+    """A model of class `cls`, on its device, and its feature extractor.
 
     Args:
-        model: folder or Hub id.
+        model: folder, Hub id, or an official checkpoint, which is converted into the cache first.
         dtype: of the weights.
-        device: the accelerator of this machine, or else its CPU, where freed memory is then kept (`allocator`), by default.
+        device: by default [`best_device`].
 
     Raises:
-        UserError: (a `ValueError`) if they cannot be loaded, the classifier was never trained, or the device cannot be used.
+        UserError: if they cannot be loaded, weights are missing, or the device cannot be used.
     """
-    refused = f"{model} cannot be loaded as a SSLAM classifier with its feature extractor"
-    with as_user_error(refused):
-        extractor = AutoFeatureExtractor.from_pretrained(model)
+    failed = f"{model} cannot be loaded as a {cls.__name__} with its feature extractor"
+    with as_user_error(failed):
+        source = resolve_model(model)
+        extractor = AutoFeatureExtractor.from_pretrained(source)
         if not isinstance(extractor, SSLAMFeatureExtractor):
-            raise UserError(f"{refused}: it has a {type(extractor).__name__}")
+            raise UserError(f"{failed}: it has a {type(extractor).__name__}")
         try:
-            loaded: Any = SSLAMForAudioClassification.from_pretrained(model, dtype=getattr(torch, dtype), output_loading_info=True)
+            loaded: Any = cls.from_pretrained(source, dtype=getattr(torch, dtype), output_loading_info=True)
         except RuntimeError as error:  # weights of other sizes than the configuration's
-            raise UserError(f"{refused}: {error}") from error
-    classifier, loading = loaded
-    if loading["missing_keys"]:
-        raise UserError(f"{model} holds no classifier ({min(loading['missing_keys'])} is missing): give one that was fine-tuned")
-    place = device or best_device()
-    if str(place) == "cpu":
-        keep_freed_memory()
+            raise UserError(f"{failed}: {error}") from error
+    network, loading = loaded
+    if missing := loading["missing_keys"]:
+        lacking = f"({min(missing)} is missing, and {len(missing) - 1} more)"
+        if cls is SSLAMForAudioClassification:
+            raise UserError(f"{model} has no trained classifier {lacking}: give a fine-tuned model")
+        raise UserError(f"{model} does not fill the encoder {lacking}: give a whole checkpoint")
     try:
-        return classifier.to(place), extractor
+        return network.to(device or best_device()), extractor
     except (RuntimeError, AssertionError) as error:  # unknown, not there, or torch was built without it
         raise UserError(f"device is {device!r}, which cannot be used: {error}") from error
 
 
-__all__ = ["load_classifier"]
+def input_batches(
+    model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, waveforms: Clips, batch_size: int, description: str, **options: Any
+) -> Iterator[tuple[range, BatchFeature]]:
+    """Batches of `waveforms` at the extractor's rate, as the clips' numbers and the model's inputs on its device.
+
+    `description` is of the progress bar; `options` are the extractor's.
+    """
+    for start in tqdm(range(0, len(waveforms), batch_size), desc=description, unit="batch"):
+        clips = range(start, min(start + batch_size, len(waveforms)))
+        options |= {"sampling_rate": extractor.sampling_rate, "return_tensors": "pt", "device": model.device}
+        yield clips, extractor([waveforms[i] for i in clips], **options)
+
+
+def best_device() -> torch.device:
+    """The accelerator, or else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def hash_model(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, **more: Any) -> str:
+    """Hash of all that decides a model's outputs for a clip: configuration, extractor, weights, and `more`."""
+    config = {name: getattr(model.config, name) for name in inspect.get_annotations(SSLAMConfig)}  # without what every model has, as labels
+    about = {"config": config, "extractor": extractor.to_dict(), **more}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]

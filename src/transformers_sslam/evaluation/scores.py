@@ -1,4 +1,4 @@
-"""Scores of labelled clips: what they are worth, and the file that keeps them."""
+"""Scores of labelled clips: the metrics of an evaluation, and the file that keeps them."""
 
 import logging
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import write_atomically
-from .metrics import Accuracy, MeanAveragePrecision, MeanRocAuc, d_prime
+from .metrics import accuracy, d_prime, mean_over_classes
 
 
 logger = logging.getLogger(__name__)
@@ -17,45 +17,38 @@ logger = logging.getLogger(__name__)
 def evaluate_predictions(
     scores: np.ndarray, targets: np.ndarray, classes: list[str], multi_label: bool, confidence: float | None = 0.95
 ) -> dict[str, Any]:
-    """Accuracy, or mean average precision where a clip may have several classes.
+    """Accuracy, or mean average precision where a clip may have several classes (`multi_label`).
 
     Args:
-        scores: `(clips, classes)`, logits or what orders clips and classes as they do.
+        scores: `(clips, classes)`, logits or others, of which the order within and across clips matters.
         targets: `(clips, classes)`, 0 or 1.
-        classes: their names.
-        multi_label: whether a clip may have several.
-        confidence: of the bootstrap interval over clips; `None` for none.
+        confidence: of the intervals over clips; `None` for none.
 
     Raises:
-        UserError: (a `ValueError`) if the scores are not finite.
+        UserError: if the scores are not finite.
     """
     if not np.isfinite(scores).all():
         raise UserError("the model's outputs are NaN or infinite, so the training has diverged: lower learning_rate")
     if multi_label:
-        return MeanAveragePrecision().compute(
-            predictions=scores, references=targets.astype(np.int64), class_names=classes, confidence=confidence
-        )
-    return Accuracy().compute(predictions=scores.argmax(-1), references=targets.argmax(-1), confidence=confidence)
+        return mean_over_classes("average_precision", scores, targets, classes, confidence=confidence)
+    return accuracy(scores.argmax(-1), targets.argmax(-1), confidence)
 
 
 def evaluate_tags(scores: np.ndarray, targets: np.ndarray, classes: list[str]) -> dict[str, Any]:
-    """Mean average precision and, where a class has clips with and without it, mean ROC AUC and d-prime; see [`evaluate_predictions`]."""
+    """Mean average precision and, if a class has clips with and without it, mean ROC AUC and d-prime; see [`evaluate_predictions`]."""
     metrics = evaluate_predictions(scores, targets, classes, multi_label=True)
     if not (targets.any(0) & ~targets.all(0)).any():
-        logger.warning("no class has clips with and without it, so there is no ROC AUC, and no d-prime")
+        logger.warning("no class has clips with and without it, so ROC AUC and d-prime are undefined")
         return metrics
-    found = MeanRocAuc().compute(predictions=scores, references=targets.astype(np.int64), class_names=classes)
+    found = mean_over_classes("roc_auc", scores, targets, classes)
     of_auc = ("mean_roc_auc", "mean_roc_auc_interval", "roc_auc", "roc_auc_interval", "classes_without_negatives")
     metrics |= {name: found[name] for name in of_auc}
-    for suffix in ("", "_interval"):  # an increasing function of the AUC, so of its bounds too: no second bootstrap
+    for suffix in ("", "_interval"):  # d-prime increases with the AUC, so its bounds are those of the AUC's bounds
         metrics[f"d_prime{suffix}"] = d_prime(np.array(found[f"mean_roc_auc{suffix}"])).tolist()
     return metrics
 
 
 def save_scores(folder: Path, logits: np.ndarray, targets: np.ndarray, classes: list[str], names: list[str]) -> None:
-    """Write `scores.npz`: `logits` and `targets`, `(clips, classes)`, the `classes`, and the clips' `names`, where they are known."""
+    """Write `scores.npz`: `logits` and `targets`, `(clips, classes)`, `classes`, and the clips' `names`, where known."""
     with write_atomically(folder / "scores.npz", "wb") as file:
         np.savez(file, logits=logits, targets=targets, classes=classes, names=names)
-
-
-__all__ = ["evaluate_predictions", "evaluate_tags", "save_scores"]

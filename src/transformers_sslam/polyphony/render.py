@@ -1,4 +1,4 @@
-"""Mixtures of single sounds: who is mixed where and how loud is planned first, from a seed alone, and then rendered.
+"""Mixtures of single sounds: planned first, from a seed alone, and then rendered.
 
 ```python
 sounds = [sound for i, (waveform, label) in enumerate(zip(waveforms, labels)) if (sound := find_sound(waveform, i, label, settings))]
@@ -8,20 +8,17 @@ for mixture in plan_mixtures(sounds, settings, num_events=[1, 4, 14], clips=100,
 
 The rules, in frames of 10 ms:
 
-- A frame of a source *sounds* if it is at most `sounding_db` below the source's loudest frame. Its *sound* reaches from the first such
-  frame to the last, pauses included; what lies before and after, and a last incomplete frame, is left out.
+- A frame of a source *sounds* if it is at most `sounding_db` below the source's loudest frame. A *sound* lasts from the first such frame
+  to the last, pauses included.
 - An *event* is one whole sound or, of one longer than `event_seconds`, a window that begins with a sounding frame, uniform among those
-  that leave room for the window, and is trimmed at its end. It enters the mixture as it is, without fades, times a constant gain.
-- Gains: each event's level is uniform in `level_db`, in dB of full scale. The level is the RMS of the event's loudest 100 ms (of all of a
-  shorter one), about what a sound level meter shows at its fast setting: over the whole event, ticks with pauses would count as faint.
-  So many events are louder than few, as they are in life. A mixture that exceeds full scale is scaled down as a whole, and its gains
-  and levels with it.
-- Onsets, `overlap: together`: an instant is uniform in the clip, and each event is laid so that one of its sounding frames, uniform among
-  those with which the whole event lies in the clip, begins at that instant. For 10 ms all events sound at once. `overlap: anywhere`: each
-  event's onset is uniform among those with which it lies in the clip.
-- Sounds: an event's class is uniform among the classes, its sound uniform among the class's; no sound comes twice in a mixture, and no
-  class does if `repeat_classes` is false.
-- The clip is digitally silent where no event sounds.
+  that leave room for the window, and is trimmed at its end. It is added without fades, times a constant gain.
+- Gains: the level of each event, the RMS of its loudest 100 ms, is uniform in `level_db`, in dB of full scale. (Over the whole event,
+  ticks with pauses would count as faint.) A mixture that exceeds full scale is scaled down, its gains and levels with it.
+- Onsets, `overlap: together`: an instant is uniform in the clip, and each event is placed so that one of its sounding frames, uniform
+  among those with which the whole event lies in the clip, begins at that instant.
+  `overlap: anywhere`: the onset of each event is uniform among those with which it lies in the clip.
+- Sounds: the class of an event is uniform among the classes, its sound uniform among those of the class; no sound comes twice in a
+  mixture, and no class does if `repeat_classes` is false.
 """
 
 import math
@@ -39,25 +36,25 @@ from ..settings import setting
 Overlap = Literal["together", "anywhere"]
 
 FRAMES_PER_SECOND = 100
-LEVEL_FRAMES = 10  # of the window whose loudest place is an event's level
-SILENT_DB = -60.0  # of full scale: a source whose loudest frame is fainter is taken for silence
+LEVEL_FRAMES = 10  # length of the window whose largest RMS is the level of an event
+SILENT_DB = -60.0  # of full scale: a source whose loudest frame is below it is silent
 FULL_SCALE = 1 - 2**-15  # the largest sample of 16 bits
 
 
 @dataclass(frozen=True)
 class MixtureSettings:
-    """The rules of mixing.
+    """Rules of mixing.
 
     Raises:
-        UserError: (a `ValueError`) if a value is out of range.
+        UserError: if a value is out of range.
     """
 
-    sampling_rate: int = setting("in Hz; sources at other rates are resampled", 16_000)
-    clip_seconds: float = setting("length of a mixture", 10.0)
-    event_seconds: float = setting("of longer sounds a window of this length is taken; at most half a clip", 5.0)
-    sounding_db: float = setting("a frame sounds if it is at most so far below its source's loudest", 40.0)
+    sampling_rate: int = setting("sampling rate in Hz; sources at other rates are resampled", 16_000)
+    clip_seconds: float = setting("length of a mixture in seconds", 10.0)
+    event_seconds: float = setting("longest event in seconds, at most half of clip_seconds; a longer sound is cut to it", 5.0)
+    sounding_db: float = setting("largest difference in dB of a sounding frame from the loudest of its source", 40.0)
     level_db: list[float] = setting("range of an event's level, the RMS of its loudest 100 ms, in dB of full scale", [-35.0, -25.0])
-    overlap: Overlap = setting("whether there is an instant at which all events sound, or any onset will do", "together")
+    overlap: Overlap = setting("together: at one instant all events sound; anywhere: their onsets are independent", "together")
     repeat_classes: bool = setting("whether a mixture may have several events of a class", True)
 
     def __post_init__(self):
@@ -65,8 +62,7 @@ class MixtureSettings:
             raise UserError(f"sampling_rate is {self.sampling_rate}, but must be at least 1000 Hz")
         if not 1 / FRAMES_PER_SECOND <= self.event_seconds <= self.clip_seconds / 2 < math.inf:
             raise UserError(
-                f"event_seconds is {self.event_seconds:g}, but must lie between 0.01 and half of clip_seconds, {self.clip_seconds / 2:g}: "
-                "only then any instant of the clip can be common to all events"
+                f"event_seconds is {self.event_seconds:g}, but must lie between 0.01 and half of clip_seconds, {self.clip_seconds / 2:g}"
             )
         if not 0 < self.sounding_db < math.inf:
             raise UserError(f"sounding_db is {self.sounding_db}, but must be a number of dB above 0")
@@ -87,64 +83,40 @@ class MixtureSettings:
 
 @dataclass(frozen=True)
 class Sound:
-    """A single sound within its source.
+    """A single sound within its source."""
 
-    Attributes:
-        source: index of its waveform.
-        label: its class.
-        start: sample of the source with which it begins.
-        power: `(frames,)`, mean square of each frame.
-        sounding: `(frames,)`, bool; true at both ends.
-    """
-
-    source: int
-    label: str
-    start: int
-    power: np.ndarray
-    sounding: np.ndarray
+    source: int  # index of its waveform
+    label: str  # its class
+    start: int  # its first sample in the source
+    power: np.ndarray  # `(frames,)`, mean square of each frame
+    sounding: np.ndarray  # `(frames,)`, bool; true at both ends
 
 
 @dataclass(frozen=True)
 class Event:
-    """A stretch of a source in a mixture: `gain * waveforms[source][source_start : source_start + num_samples]`, added from `onset` on.
-
-    Attributes:
-        source: index of its waveform.
-        label: its class.
-        source_start: sample of the source with which it begins.
-        num_samples: its length.
-        onset: sample of the mixture with which it begins.
-        gain: factor.
-        level_db: RMS of its loudest 100 ms in the mixture, in dB of full scale.
-    """
+    """A part of a source in a mixture: `gain * waveforms[source][source_start : source_start + num_samples]`, added from `onset` on."""
 
     source: int
-    label: str
+    label: str  # its class
     source_start: int
     num_samples: int
     onset: int
     gain: float
-    level_db: float
+    level_db: float  # RMS of its loudest 100 ms in the mixture, in dB of full scale
 
     @property
     def offset(self) -> int:
-        """The sample of the mixture behind its last."""
+        """The sample of the mixture after its last."""
         return self.onset + self.num_samples
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A clip to be rendered.
-
-    Attributes:
-        num_samples: its length.
-        events: by onset.
-        instant: sample from which on all events sound for a frame; `None` where such an instant was not asked for.
-    """
+    """A planned clip."""
 
     num_samples: int
-    events: tuple[Event, ...]
-    instant: int | None
+    events: tuple[Event, ...]  # by onset
+    instant: int | None  # sample from which all events sound for a frame; `None` with `overlap: anywhere`
 
     @property
     def labels(self) -> list[str]:
@@ -153,18 +125,18 @@ class Mixture:
 
     @property
     def max_overlap(self) -> int:
-        """The largest number of events that are under way at once, pauses within them included."""
-        return max(sum(event.onset <= start < event.offset for event in self.events) for start in (event.onset for event in self.events))
+        """The largest number of simultaneous events, pauses within them included."""
+        return max(sum(event.onset <= latest.onset < event.offset for event in self.events) for latest in self.events)
 
 
 def find_sound(waveform: np.ndarray, source: int, label: str, settings: MixtureSettings) -> Sound | None:
-    """Where a source sounds, or `None` if it is silent: shorter than a frame, or never louder than -60 dB of full scale.
+    """The sound of a source, `(samples,)`, or `None` if it is silent: shorter than a frame, or never above -60 dB of full scale.
 
     Args:
-        waveform: `(samples,)`, at `settings.sampling_rate`.
-        source: the index by which `render` will find it.
+        waveform: at `settings.sampling_rate`.
+        source: its index in the waveforms that [`render`] takes.
         label: its class.
-        settings: what counts as sounding.
+        settings: the threshold of a sounding frame.
     """
     frame = settings.frame
     frames = waveform[: len(waveform) // frame * frame].reshape(-1, frame)
@@ -179,10 +151,7 @@ def find_sound(waveform: np.ndarray, source: int, label: str, settings: MixtureS
 def plan_mixtures(
     sounds: Sequence[Sound], settings: MixtureSettings, num_events: Sequence[int], clips: int, seed: int, split: str
 ) -> list[Mixture]:
-    """`clips` mixtures for each number of events, those numbers in turn.
-
-    A mixture follows from the sounds, the rules, the seed, the split's name, its number of events and its own number alone: to ask for more
-    clips, or for other numbers of events, changes none of the others.
+    """`clips` mixtures for each number of events, those numbers in turn. Other mixtures do not change one.
 
     Raises:
         UserError: if there are fewer sounds than events or, where no class may repeat, fewer classes.
@@ -195,14 +164,10 @@ def plan_mixtures(
 
 
 def plan_mixture(sounds: Sequence[Sound], settings: MixtureSettings, num_events: int, generator: np.random.Generator) -> Mixture:
-    """One mixture, by the rules above.
-
-    Raises:
-        UserError: as `plan_mixtures`.
-    """
+    """One mixture, by the rules above. Raises as `plan_mixtures`."""
     length = settings.num_samples
     instant = int(generator.integers(length - settings.frame + 1)) if settings.overlap == "together" else None
-    events = [_lay(sound, instant, settings, generator) for sound in _choose(sounds, num_events, settings.repeat_classes, generator)]
+    events = [_place(sound, instant, settings, generator) for sound in _choose(sounds, num_events, settings.repeat_classes, generator)]
     return Mixture(length, tuple(sorted(events, key=lambda event: (event.onset, event.source))), instant)
 
 
@@ -211,16 +176,15 @@ def render(mixture: Mixture, waveforms: Sequence[np.ndarray] | Mapping[int, np.n
 
     Args:
         mixture: as planned.
-        waveforms: `waveforms[event.source]` is `(samples,)`; a list, a dictionary or `Waveforms`.
+        waveforms: `waveforms[event.source]` is `(samples,)`.
 
     Returns:
-        `(samples,)`, float32, and the mixture with the gains that it has: those planned, all of them smaller by one factor if the sum
-        would have exceeded full scale.
+        `(samples,)`, float32, and the mixture with its final gains: all smaller by one factor if the sum would have exceeded full scale.
     """
     total = np.zeros(mixture.num_samples)
     for event in mixture.events:
-        stretch = waveforms[event.source][event.source_start : event.source_start + event.num_samples]
-        total[event.onset : event.offset] += event.gain * stretch.astype(np.float64)
+        part = waveforms[event.source][event.source_start : event.source_start + event.num_samples]
+        total[event.onset : event.offset] += event.gain * part.astype(np.float64)
     peak = np.abs(total).max()
     if peak > FULL_SCALE:
         factor = float(FULL_SCALE / peak)
@@ -233,15 +197,13 @@ def _choose(sounds: Sequence[Sound], count: int, repeat_classes: bool, generator
     """Different sounds: each time a class, uniform among those that have one left, and one of its sounds."""
     classes = {sound.label for sound in sounds}
     if count < 1:
-        raise UserError(f"a mixture of {count} events was asked for, but it has at least 1")
+        raise UserError(f"a mixture of {count} events is not possible: num_events must be at least 1")
     if count > len(sounds):
-        raise UserError(
-            f"a mixture of {count} events needs as many different sounds, but there are {len(sounds)}: add some, or mix fewer (num_events)"
-        )
+        raise UserError(f"a mixture of {count} events needs as many different sounds, but there are {len(sounds)}: lower num_events")
     if not repeat_classes and count > len(classes):
         raise UserError(
-            f"a mixture of {count} events of different classes was asked for, but there are {len(classes)} classes: allow repeat_classes, "
-            "or mix fewer (num_events)"
+            f"a mixture of {count} events of different classes needs as many classes, but there are {len(classes)}: set repeat_classes, "
+            "or lower num_events"
         )
     left: dict[str, list[Sound]] = {label: [] for label in sorted(classes)}
     for sound in sounds:
@@ -255,8 +217,8 @@ def _choose(sounds: Sequence[Sound], count: int, repeat_classes: bool, generator
     return chosen
 
 
-def _lay(sound: Sound, instant: int | None, settings: MixtureSettings, generator: np.random.Generator) -> Event:
-    """A sound, or a window of it, somewhere in the clip."""
+def _place(sound: Sound, instant: int | None, settings: MixtureSettings, generator: np.random.Generator) -> Event:
+    """An event of a sound, or of a window of it, at a random onset and level."""
     frame = settings.frame
     longest = int(settings.event_seconds * settings.sampling_rate) // frame
     first, end = 0, len(sound.sounding)
@@ -268,7 +230,7 @@ def _lay(sound: Sound, instant: int | None, settings: MixtureSettings, generator
     latest = settings.num_samples - length
     if instant is None:
         onset = int(generator.integers(latest + 1))
-    else:  # not empty: as no event is longer than half a clip, its first or its last frame can always begin at the instant
+    else:  # never empty: an event lasts at most half a clip, so its first or last frame can begin at the instant
         onsets = instant - frame * sounding
         onset = int(generator.choice(onsets[(onsets >= 0) & (onsets <= latest)]))
     lowest, highest = settings.level_db

@@ -1,0 +1,102 @@
+"""The command `sslam`: one table of jobs, each a settings class and a function.
+
+`sslam` lists the commands, `sslam COMMAND --help` the settings of one. `python -m transformers_sslam` is the same, which
+`accelerate launch -m transformers_sslam pretrain ...` needs.
+"""
+
+import importlib
+import sys
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import AudioDecodingError, UserError
+
+
+class Command(NamedTuple):
+    """A job of the command line.
+
+    Attributes:
+        module: of this package, with the function `run(settings) -> None`, which does the job and prints its results.
+        settings: name of the settings class in that module.
+        help: what it does, in a few words.
+        extra: the optional dependencies that it needs, if any.
+    """
+
+    module: str
+    settings: str
+    help: str
+    extra: str = "train"
+
+
+COMMANDS = {
+    "tag": Command("recordings.tag", "TagSettings", "label recordings of any length with a classifier", "audio"),
+    "finetune": Command("finetuning.run", "FineTuningSettings", "train a classifier on labelled clips"),
+    "evaluate": Command("evaluation.classifier", "EvaluationSettings", "evaluate a classifier on labelled clips, with intervals"),
+    "probe": Command("finetuning.linear_protocol", "LinearProtocolSettings", "evaluate the frozen features of an encoder"),
+    "pretrain": Command("pretraining.loop", "PreTrainingSettings", "pre-train an encoder on unlabelled audio"),
+    "prepare": Command("audio.shards", "ShardSettings", "write audio as shuffled Parquet shards, which are read fast"),
+    "mix": Command("polyphony.benchmark", "BenchmarkSettings", "make a benchmark of overlapping sounds from single ones"),
+    "convert": Command("publishing.conversion", "ConversionSettings", "convert an official SSLAM or EAT checkpoint", ""),
+    "export": Command("publishing.onnx_export", "ExportSettings", "export a model to ONNX and compare it with PyTorch", "onnx"),
+    "card": Command("publishing.cards", "CardSettings", "write the model card of a saved model", ""),
+    "publish": Command("publishing.hub", "PublicationSettings", "push a saved model to the Hugging Face Hub", ""),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: its name and flags; by default those of this process.
+
+    Returns:
+        The exit status: 0 if it succeeded, 1 if the job failed, 2 if the command or its settings are wrong.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(importlib.import_module(__package__).__version__)
+        return 0
+    name, *words = arguments
+    if name not in COMMANDS:
+        return _fail("sslam", f"there is no command {name}: choose one of {', '.join(COMMANDS)}", 2)
+    command, prog = COMMANDS[name], f"sslam {name}"
+    try:
+        module = importlib.import_module(f".{command.module}", __package__)
+        settings_module = importlib.import_module(".settings", __package__)
+    except ModuleNotFoundError as error:
+        package = f"'transformers-sslam[{command.extra}]'" if command.extra else "transformers-sslam"
+        return _fail(prog, f"{error.name} is not installed, which {name} needs: pip install {package}", 2)
+    words = ["--help" if word == "-h" else word for word in words]
+    try:
+        settings = settings_module.parse_settings(getattr(module, command.settings), words, prog=prog, description=command.help)
+    except UserError as error:
+        return _fail(prog, str(error), 2)
+    except SystemExit as end:  # after --help or --print_config
+        return int(end.code or 0)
+    try:
+        module.run(settings)
+    except (UserError, AudioDecodingError, FloatingPointError, OSError) as error:
+        return _fail(prog, str(error), 1)
+    return 0
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    recipes = textwrap.wrap(", ".join(sorted(file.stem for file in (Path(__file__).parent / "recipes").glob("*.yaml"))), 100)
+    return "\n".join(
+        [
+            "usage: sslam COMMAND [--config RECIPE_OR_FILE] [--setting value ...]",
+            *("", *lines, "", "sslam COMMAND --help lists the settings of a command. Recipes for --config, beside YAML files of your own:"),
+            *(f"  {line}" for line in recipes),
+        ]
+    )
+
+
+def _fail(prog: str, message: str, status: int) -> int:
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,1 @@
+"""Fine-tuning of classifiers on labelled clips."""

@@ -1,0 +1,100 @@
+"""The clips of a fine-tuning run, in up to three parts: training, validation and test."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..audio.labels import LabelReader
+from ..audio.layouts import open_splits
+from ..audio.rows import (
+    LabelledRows,
+    check_apart,
+    check_has_labels,
+    choose_classes,
+    hash_rows,
+    read_rows,
+    select_folds,
+    select_split,
+)
+from ..audio.sources import Source
+from ..errors import UserError
+from .settings import FineTuningSettings
+from .stream import ColumnTargets, LabelledPart, TableTargets, keep_clips_per_class
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The data of a run.
+
+    Attributes:
+        parts: `"training"`, and `"validation"` and `"test"` where the settings have them.
+        classes: their names.
+        multi_label: whether a clip may have several of them.
+        digest: hash of the clips and their labels; `None` for a stream.
+    """
+
+    parts: dict[str, LabelledPart]
+    classes: list[str]
+    multi_label: bool
+    digest: str | None = None
+
+
+def open_training_data(settings: FineTuningSettings) -> TrainingData:
+    """Open all parts. Labels are read, audio is not.
+
+    Raises:
+        UserError: if the data do not hold what the settings ask for.
+    """
+    if settings.streaming:
+        return _open_stream(settings)
+    rows = select_rows(settings)
+    digest = hash_rows(*rows.values())
+    if settings.clips_per_class is not None:
+        chosen = keep_clips_per_class(rows["training"].labels, settings.clips_per_class, settings.seed)
+        rows["training"] = rows["training"].select(chosen)
+    classes = choose_classes(rows["training"].labels)
+    encoded = {name: part.encode(classes) for name, part in rows.items()}
+    parts = {name: LabelledPart(Source(rows[name].sources.rows, "clips"), TableTargets(labels), labels) for name, labels in encoded.items()}
+    return TrainingData(parts, classes, rows["training"].labels.multi_label, digest)
+
+
+def select_rows(settings: FineTuningSettings) -> dict[str, LabelledRows]:
+    """The rows of each part, by split or by fold."""
+    splits = open_splits(settings.data_dir, settings.layout, subset=settings.subset)
+    rows = {}
+    for name, chosen in settings.parts.items():
+        column = settings.fold_column
+        part = select_split(splits, chosen) if column is None else select_folds(splits, column, chosen)
+        rows[name] = read_rows(part, settings.label_column, settings.label_separator)
+        if name != "training":
+            check_has_labels(rows[name].labels)
+    check_apart({f"the {name} part": part.sources for name, part in rows.items()})
+    return rows
+
+
+def check_rows(settings: FineTuningSettings) -> None:
+    """Check that the rows of a run can be selected, and that no part has classes that training lacks. Nothing is decoded.
+
+    Raises:
+        UserError: if not.
+    """
+    rows = select_rows(settings)
+    for part in rows.values():
+        part.encode(choose_classes(rows["training"].labels))
+
+
+def _open_stream(settings: FineTuningSettings) -> TrainingData:
+    """All parts as streams, whose classes the data set must declare."""
+    splits = open_splits(settings.data_dir, settings.layout, subset=settings.subset, streaming=True)
+    reader = LabelReader.of(select_split(splits, settings.train_split), settings.label_column, settings.label_separator)
+    if reader.classes is None:
+        raise UserError(
+            f"the column {settings.label_column!r} of {settings.data_dir} does not declare its classes (a ClassLabel does), and a stream "
+            "cannot be searched for them: set streaming to false"
+        )
+    targets = ColumnTargets(reader, reader.classes)
+    chosen: dict[str, Any] = {name: select_split(splits, split) for name, split in settings.parts.items()}
+    parts = {name: LabelledPart(Source(rows, "clips", root=settings.data_dir), targets) for name, rows in chosen.items()}
+    return TrainingData(parts, list(reader.classes), reader.multi_label)
+
+
+__all__ = ["TrainingData", "check_rows", "open_training_data", "select_rows"]

@@ -1,0 +1,83 @@
+"""The feature extractor and the classifier that a fine-tuning run begins with."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioClassification
+
+from ..audio.normalization import normalization_fields
+from ..configuration_sslam import ENCODER_FIELDS, SSLAMConfig
+from ..errors import UserError, as_user_error
+from ..feature_extraction_sslam import SSLAMFeatureExtractor
+from ..modeling_sslam import SSLAMForAudioClassification
+from .settings import FineTuningSettings
+
+
+def build_extractor(settings: FineTuningSettings, origin: str | None = None) -> SSLAMFeatureExtractor:
+    """The feature extractor of the checkpoint `origin`, or a new one that fits the model, with the length and statistics that are set."""
+    with as_user_error("the feature extractor cannot be made" if origin is None else f"model {settings.model} cannot be read"):
+        if origin is None:
+            config = SSLAMConfig(**settings.model_config)
+            fields: dict[str, Any] = {"num_mel_bins": config.num_mel_bins, "pad_to_multiple_of": config.patch_size}
+        else:
+            config, extractor = AutoConfig.from_pretrained(origin), AutoFeatureExtractor.from_pretrained(origin)
+            if not isinstance(extractor, SSLAMFeatureExtractor):
+                raise UserError(f"{origin} has a {type(extractor).__name__}, so it is not a SSLAM checkpoint")
+            fields = extractor.to_dict()
+        fields |= normalization_fields(settings.normalization)
+        fields |= {} if settings.max_length is None else {"max_length": settings.max_length}
+        extractor = SSLAMFeatureExtractor(**fields)
+    if extractor.max_length > (longest := settings.model_config.get("max_length", config.max_length)):
+        raise UserError(f"max_length is {extractor.max_length}, but the model's positions end at {longest} frames: take less")
+    return extractor
+
+
+def build_model(
+    settings: FineTuningSettings, extractor: SSLAMFeatureExtractor, classes: list[str], multi_label: bool, origin: str | None = None
+) -> SSLAMForAudioClassification:
+    """A classifier for these classes, from the checkpoint `origin` or with random weights, in float32, with the extractor's padding value.
+
+    A frozen encoder drops paths, patches and activations only where `model_config` says so, as the published linear protocol does:
+    otherwise its features are always the same. A classifier of other classes gives its encoder, and its head is replaced.
+
+    Raises:
+        UserError: if the checkpoint does not fit `model_config`.
+    """
+    drops = ("drop_path_rate", "patch_drop_rate", "hidden_dropout_prob", "attention_probs_dropout_prob") if settings.freeze_encoder else ()
+    changes = {
+        **dict.fromkeys(drops, 0.0),
+        **settings.model_config,
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: i for i, name in enumerate(classes)},
+        "problem_type": "multi_label_classification" if multi_label else "single_label_classification",
+    }
+    if settings.attn_implementation is not None:
+        changes["attn_implementation"] = settings.attn_implementation
+    with as_user_error("the model cannot be made" if origin is None else f"model {settings.model} cannot be read"):
+        model = SSLAMForAudioClassification(SSLAMConfig(**changes)) if origin is None else _load(settings, origin, classes, changes)
+    model.config.padding_value = extractor.scaled_padding_value
+    model.sslam.requires_grad_(not settings.freeze_encoder)
+    return model
+
+
+def _load(settings: FineTuningSettings, origin: str, classes: list[str], changes: dict[str, Any]) -> SSLAMForAudioClassification:
+    config = AutoConfig.from_pretrained(origin)
+    for name in ENCODER_FIELDS & settings.model_config.keys():  # a recipe's sizes must not silently make another network of a checkpoint
+        if settings.model_config[name] != getattr(config, name, None):
+            raise UserError(
+                f"model_config.{name} is {settings.model_config[name]}, but {settings.model} has {getattr(config, name, None)}: with "
+                "`model` leave the sizes out, for example by --model_config {}"
+            )
+    model, loading = AutoModelForAudioClassification.from_pretrained(
+        origin, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **changes
+    )
+    new = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+    if missing := sorted(name for name in new if name.startswith(model.base_model_prefix)):
+        raise UserError(f"{origin} does not fill the encoder ({missing[0]} and {len(missing) - 1} more): does model_config fit it?")
+    if [config.id2label[i] for i in range(config.num_labels)] != classes:  # as many as before, but not the same
+        torch.nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
+        torch.nn.init.zeros_(model.classifier.bias)
+    return model
+
+
+__all__ = ["build_extractor", "build_model"]

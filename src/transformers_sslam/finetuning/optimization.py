@@ -1,0 +1,51 @@
+"""Learning rates by layer, and the loss for soft targets."""
+
+import re
+
+import torch
+from torch import nn
+
+from ..modeling_sslam import SSLAMForAudioClassification
+
+
+def layer_index(name: str, num_layers: int) -> int:
+    """The layer of a classifier's parameter: 0 in the embeddings, 1 to `num_layers` in the blocks, one more in the head."""
+    if block := re.search(r"\.layers\.(\d+)\.", name):
+        return int(block[1]) + 1
+    return 0 if ".embeddings." in name else num_layers + 1
+
+
+def layer_decay_groups(model: SSLAMForAudioClassification, learning_rate: float, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Parameter groups for an optimiser: the learning rate decreases from the head to the embeddings, and tensors with one axis (biases,
+    norms) have no weight decay (BEiT, arXiv 2106.08254; fine-tuning recipes of SSLAM).
+
+    The rate of layer `i` of `n` is `learning_rate * layer_decay ** (n + 1 - i)`: the head's is `learning_rate`, that of patch embedding,
+    CLS and first norm `layer_decay ** (n + 1)` of it.
+
+    Returns:
+        Groups with `params`, `lr`, `weight_decay` and, for information, `layer`.
+    """
+    num_layers = model.config.num_hidden_layers
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer, decays = layer_index(name, num_layers), parameter.ndim > 1
+        rate = learning_rate * layer_decay ** (num_layers + 1 - layer)
+        empty = {"params": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0, "layer": layer}
+        groups.setdefault((layer, decays), empty)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def classification_loss(logits: torch.Tensor, targets: torch.Tensor, kind: str) -> torch.Tensor:
+    """Mean over clips of the loss against targets that may be mixtures.
+
+    Args:
+        logits: `(batch, classes)`.
+        targets: `(batch, classes)`, in [0, 1].
+        kind: `"cross_entropy"`, or `"binary_cross_entropy"`, which is the mean over classes too.
+    """
+    logits = logits.float()
+    if kind == "cross_entropy":
+        return nn.functional.cross_entropy(logits, targets)
+    return nn.functional.binary_cross_entropy_with_logits(logits, targets)

@@ -1,0 +1,261 @@
+"""One fine-tuning run: a SSLAM classifier, pre-trained or from scratch, trained on labelled clips with Transformers' `Trainer`."""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from transformers import EarlyStoppingCallback, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
+
+from ..audio.cache import WaveformCache
+from ..audio.clips import ReadStatistics
+from ..audio.normalization import compute_normalization
+from ..checkpoints import checkpoints
+from ..errors import UserError, as_user_error
+from ..evaluation.scores import evaluate_predictions, save_scores
+from ..feature_extraction_sslam import SSLAMFeatureExtractor
+from ..files import describe_files, verify, write_json
+from ..loading_sslam import flatten_patch_projection_moments
+from ..publishing.cards import as_text, public_name, write_model_card
+from ..publishing.conversion import resolve_model
+from .data import TrainingData, open_training_data
+from .model import build_extractor, build_model
+from .optimization import layer_decay_groups
+from .output import MODEL_FILES, RESULTS, SETTINGS, comparable, find_checkpoint, locked_folder, save_settings
+from .settings import FineTuningSettings
+from .stream import LabelledPart, LabelledStream
+from .trainer import EpochBatches, StreamTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
+    """Train, evaluate the test part once at the end, and save the model with its feature extractor, code, card, settings and results.
+
+    A run that was interrupted resumes from its last whole checkpoint: the same run, bit for bit on a CPU. The last weights are kept or,
+    with `load_best_model_at_end`, those that were best on the validation part. Runs over several folds or seeds are
+    `repeat_fine_tuning`'s.
+
+    Returns:
+        What `results.json` holds: metrics of the test part, those of the validation part at each evaluation, class names, numbers of
+        clips that could be read, the unreadable files by cause (of a stream: how often one was read), seconds. Beside it, `scores.npz` has
+        `logits` and `targets`, `(clips, classes)`, of the test part, the `classes`, and the clips' `names` unless it was streamed.
+
+    Raises:
+        UserError: (a `ValueError`) if settings contradict each other, the data do not hold what they ask for, or another run uses the
+            folder.
+    """
+    start = time.perf_counter()
+    arguments = settings.training_arguments()
+    if arguments.fp16 and arguments.device.type == "cpu":
+        raise UserError("fp16 is true, which needs a GPU: on a CPU set bf16 and use_cpu")
+    with locked_folder(settings) as output:
+        origin = None if settings.model is None else resolve_model(settings.model)
+        extractor = build_extractor(settings, origin)
+        data = open_training_data(settings)
+        if data.multi_label and settings.label_smoothing_factor:
+            raise UserError("label_smoothing_factor is set, but it spreads one label over all classes, and these clips have several")
+        about = {"settings": comparable(settings), "data": data.digest}
+        resumed_from = find_checkpoint(settings, about)
+        if arguments.process_index == 0:
+            save_settings(settings, output / SETTINGS)
+        streams = _Streams(settings, arguments, data, extractor)
+        set_seed(settings.seed)
+        model = build_model(arguments, extractor, data.classes, data.multi_label, origin)
+        layer_decay = 1.0 if origin is None else settings.layer_decay
+        trainer = _build_trainer(settings, arguments, data, streams, model, about, layer_decay)
+        if resumed_from is not None:
+            logger.info(f"resuming from {resumed_from}")
+            trainer.resume_from(resumed_from)
+        ready, cpu_ready = time.perf_counter(), time.process_time()
+        try:
+            trainer.train(resume_from_checkpoint=None if resumed_from is None else str(resumed_from))
+        finally:
+            trainer.train_batches.close()
+        seconds = {
+            "training": round(time.perf_counter() - ready, 1),
+            "training_cpu": round(time.process_time() - cpu_ready, 1),
+        }
+        _check_weights(trainer)
+        trainer.save_model(_internal_call=True)  # before the evaluation, so that an error there does not cost the training
+        metrics = _evaluate(trainer, data, output) if "test" in data.parts else {}
+        read = {name: sum(gather_object([stream.statistics]), ReadStatistics()) for name, stream in streams.opened.items()}
+        unreadable = {name: data.parts[name].unreadable(statistics) for name, statistics in read.items()}
+        history = trainer.state.log_history
+        results = {
+            "metrics": metrics,
+            "validation": [entry for entry in history if "eval_loss" in entry] if "validation" in data.parts else [],
+            "best_step": trainer.state.best_global_step if arguments.load_best_model_at_end else None,
+            "classes": data.classes,
+            "data": data.digest,
+            "clips": {name: _count(data.parts[name], unreadable[name]) for name in read},
+            "unreadable": unreadable,
+            "training_loss": [entry["loss"] for entry in history if "loss" in entry],
+            "steps": trainer.state.global_step,
+            "parameters": model.num_parameters(),
+            "resumed": resumed_from is not None,
+            "seconds": {**seconds, "total": round(time.perf_counter() - start, 1)},
+        }
+        if trainer.is_world_process_zero():  # the results last: where they are, the run is finished
+            write_model_card(output, describe_results(settings, results))
+            results["files"] = describe_files(output, [name for name in MODEL_FILES if (output / name).exists()])
+            write_json(output / RESULTS, results)
+            for folder in checkpoints(output):
+                shutil.rmtree(folder)
+        if arguments.push_to_hub:
+            trainer.push_to_hub()
+        return results
+
+
+class _Streams:
+    """Opens the stream of each part of the data; a computed normalisation is written into the extractor first.
+
+    Attributes:
+        opened: the last stream of each part.
+    """
+
+    def __init__(self, settings: FineTuningSettings, arguments: FineTuningSettings, data: TrainingData, extractor: SSLAMFeatureExtractor):
+        clips = {name: part.source.num_rows or 0 for name, part in data.parts.items()}
+        memory = {name: settings.memory_gb * count / max(1, sum(clips.values())) for name, count in clips.items()}
+        self.caches = {name: WaveformCache(clips[name], memory[name]) if memory[name] else None for name in clips}
+        self.data, self.arguments, self.opened = data, arguments, dict[str, LabelledStream]()
+        self.options: dict[str, Any] = {
+            "extractor": extractor,
+            "features": settings.features,
+            "device": arguments.device,
+            "max_unreadable": settings.max_unreadable,
+            "rank": arguments.process_index,
+            "world_size": arguments.world_size,
+            "num_workers": arguments.dataloader_num_workers,
+            "pin_memory": arguments.dataloader_pin_memory and arguments.device.type == "cuda",
+        }
+        training = self._open(
+            "training",
+            batch_size=arguments.per_device_train_batch_size,
+            augmentation=settings.augmentation,
+            label_smoothing=settings.label_smoothing_factor,
+            balanced=settings.class_balanced,
+            clips_per_epoch=settings.clips_per_epoch,
+            last_batch="drop" if arguments.dataloader_drop_last else "fill",
+            seed=settings.seed if settings.data_seed is None else settings.data_seed,
+        )
+        if settings.normalization == "computed":
+            extractor.mean, extractor.std = compute_normalization(
+                training.sources, training.readers.windows, extractor, num_workers=training.num_workers, cache=self.caches["training"]
+            )
+
+    def _open(self, name: str, **options: Any) -> LabelledStream:
+        self.opened[name] = LabelledStream(self.data.parts[name], cache=self.caches[name], **self.options, **options)
+        return self.opened[name]
+
+    def evaluation(self, part: LabelledPart) -> LabelledStream:
+        """Each clip of a part once, in the order of its shards."""
+        name = next(name for name, other in self.data.parts.items() if other is part)
+        batch_size = self.arguments.per_device_eval_batch_size
+        return self._open(name, batch_size=batch_size, last_batch="keep", shuffle_rows=1, epochs=1)
+
+
+def _build_trainer(
+    settings: FineTuningSettings,
+    arguments: FineTuningSettings,
+    data: TrainingData,
+    streams: _Streams,
+    model: Any,
+    about: dict[str, Any],
+    layer_decay: float,
+) -> StreamTrainer:
+    def compute_metrics(found: Any) -> dict[str, float]:
+        return _numbers(evaluate_predictions(found.predictions, found.label_ids, data.classes, data.multi_label, None))
+
+    groups = layer_decay_groups(model, settings.learning_rate, settings.weight_decay, layer_decay)
+    with as_user_error(f"optim is {settings.optim!r}, which cannot be used"):
+        optimizer_class, options = StreamTrainer.get_optimizer_cls_and_kwargs(arguments, model)
+        optimizer = optimizer_class(groups, **options)
+    optimizer.register_load_state_dict_post_hook(flatten_patch_projection_moments)  # of runs that an earlier version began
+    # The clips of an epoch, to the nearest whole number of updates; a whole run on a stream counts as one epoch.
+    clips = settings.clips_per_epoch or data.parts["training"].source.num_rows
+    update = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    updates = settings.max_steps if clips is None else max(1, round(clips / update))
+    patience = settings.early_stopping_patience
+    try:
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(f"report_to is {settings.report_to!r}, which cannot be used: {error}") from error
+    with as_user_error("Trainer rejects these settings"):
+        return StreamTrainer(
+            model=model,
+            args=arguments,
+            loss=("binary_cross_entropy" if data.multi_label else "cross_entropy") if settings.loss == "auto" else settings.loss,
+            train_batches=EpochBatches(streams.opened["training"], updates * arguments.gradient_accumulation_steps),
+            open_stream=streams.evaluation,
+            about=about,
+            eval_dataset=data.parts.get("validation", data.parts.get("test")),
+            processing_class=streams.options["extractor"],
+            compute_metrics=compute_metrics,
+            callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+            optimizers=(optimizer, None),
+        )
+
+
+def _check_weights(trainer: Any) -> None:
+    """Check that training has not diverged and, where the best weights are wanted, that they were loaded."""
+    if trainer.args.load_best_model_at_end:
+        best = trainer.state.best_model_checkpoint
+        if best is None or (problem := verify(best)):
+            raise UserError(
+                "load_best_model_at_end is true, but "
+                + (f"{best} is damaged: {problem}" if best else "no checkpoint was evaluated: change eval_steps or eval_delay")
+            )
+    if not all(weights.isfinite().all() for weights in trainer.model.parameters()):
+        raise UserError("the training has diverged, its weights are NaN or infinite, and nothing was saved: lower learning_rate")
+
+
+def _count(part: LabelledPart, unreadable: dict[str, Any]) -> int | None:
+    """Number of clips of a table without those that could not be read."""
+    return None if part.labels is None else len(part.labels) - sum(map(len, unreadable.values()))
+
+
+def _evaluate(trainer: StreamTrainer, data: TrainingData, output: Path) -> dict[str, Any]:
+    """Metrics of the test part; its scores are written beside the model."""
+    found: Any = trainer.predict(data.parts["test"])  # type: ignore[arg-type]
+    metrics = evaluate_predictions(found.predictions, found.label_ids, data.classes, data.multi_label)
+    if trainer.is_world_process_zero():
+        names = data.parts["test"].clip_names()
+        rows = trainer.evaluated_rows if names else []
+        save_scores(output, found.predictions, found.label_ids, data.classes, [names[row] for row in rows])
+    if silent := metrics.get("classes_without_positives"):
+        logger.warning(f"no test clip has {', '.join(silent)}: the mean average precision leaves these classes out")
+    return {**metrics, "loss": found.metrics["test_loss"]}
+
+
+def describe_results(settings: FineTuningSettings, results: dict[str, Any]) -> str:
+    """What the run did and found, as Markdown for the model card."""
+    name = settings.model and public_name(settings.model)  # a folder of this machine by its name alone, for cards go to the Hub
+    origin = "trained from scratch" if name is None else f"fine-tuned from `{name}`"
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in _numbers(results["metrics"]).items())
+    table = f"| test clips | |\n|-|-|\n{rows}\n\n" if rows else ""
+    clips = {part: count or "streamed" for part, count in results["clips"].items()}
+    tested = f"tested on {clips['test']} others" if "test" in clips else "not tested"
+    validated = f"validated on {clips['validation']}, " if "validation" in clips else ""
+    found = [files for causes in results["unreadable"].values() for files in causes.values()]
+    unreadable = sum(files if isinstance(files, int) else len(files) for files in found)  # of a stream: each time that one was met
+    best = results["best_step"]
+    weights = "the weights after its last step" if best is None else f"the weights after step {best}, the best on the validation clips"
+    return (
+        f"A SSLAM audio classifier, {origin} on {clips['training']} clips of `{Path(settings.data_dir).resolve().name}`, {validated}and "
+        f"{tested}; {unreadable} files could not be read and were left out{', counted each time' if settings.streaming else ''}. One run, "
+        f"{weights}. `settings.yaml` holds its settings, `results.json` the numbers in full.\n\n"
+        f"{table}Classes: {', '.join(map(as_text, results['classes']))}."
+    )
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if isinstance(value, float)}
+
+
+__all__ = ["describe_results", "fine_tune"]

@@ -1,0 +1,102 @@
+"""Parts of the pre-training objective that have no weights: its output, errors, statistics, and the teacher's decay."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class SSLAMForPreTrainingOutput(ModelOutput):
+    """
+    Clips are the batch and, with mixtures, the mixed batch behind it; views are `num_views` for each clip, one clip after the other.
+
+    Args:
+        loss: to minimise: `local_loss + global_loss + source_retention_loss`.
+        local_loss: squared errors of the decoder's outputs, over `sqrt(hidden_size)`, summed over masked patches and channels of all views,
+            divided by `sample_size`.
+        global_loss: squared errors of CLS, over `sqrt(hidden_size)`, summed over channels and over views (or their mean, see
+            `config.global_loss_reduction`), times `config.global_loss_weight`.
+        source_retention_loss: as `local_loss`, but over the views of the mixed half, and also divided by the `sample_size` of both halves;
+            times `config.source_retention_loss_weight`, 2. `None` without mixtures or with a weight of 0.
+        loss_sum: `loss * sample_size`, with its gradient. To divide by the samples of all devices together, as the published runs did, take
+            the sum of `loss_sum` over devices, divided by the sum of `sample_size`.
+        sample_size: masked patches of all views of both halves.
+        target_std: standard deviation of the local targets over the masked patches of all views, the mean over channels. It falls towards
+            0 when the teacher's outputs collapse to a constant.
+        prediction_std: the same of the decoder's outputs.
+        content_share: variance of the unmixed clips' local targets over clips at a fixed patch position, divided by their total variance.
+            Towards 0 the targets have collapsed to codes of their positions, which `target_std` cannot see. Mixed clips are left out where
+            they repeat unmixed ones. NaN for a batch of one clip.
+        predictions: (this and all below with `output_targets=True`) `(views, masked patches, hidden_size)`, the decoder's outputs.
+        cls_predictions: `(views, hidden_size)`, the student's CLS.
+        local_targets: `(views, masked patches, hidden_size)`.
+        global_targets: `(clips, hidden_size)`.
+        source_retention_targets: `(views of the mixed half, masked patches, hidden_size)`, or `None`.
+        bool_masked_pos: `(batch * num_views, patches)`, the masks, as given or as drawn.
+        unmixed_span_starts: the spans, as given or as drawn, or `None`.
+        mixed_input_values: `(batch, frames, num_mel_bins)`, the mixtures, or `None`.
+    """
+
+    loss: torch.Tensor | None = None
+    local_loss: torch.Tensor | None = None
+    global_loss: torch.Tensor | None = None
+    source_retention_loss: torch.Tensor | None = None
+    loss_sum: torch.Tensor | None = None
+    sample_size: int | None = None
+    target_std: torch.Tensor | None = None
+    prediction_std: torch.Tensor | None = None
+    content_share: torch.Tensor | None = None
+    predictions: torch.Tensor | None = None
+    cls_predictions: torch.Tensor | None = None
+    local_targets: torch.Tensor | None = None
+    global_targets: torch.Tensor | None = None
+    source_retention_targets: torch.Tensor | None = None
+    bool_masked_pos: torch.Tensor | None = None
+    unmixed_span_starts: torch.Tensor | None = None
+    mixed_input_values: torch.Tensor | None = None
+
+
+class Targets(NamedTuple):
+    """The teacher's targets: for all clips, and for the mixed ones the average of their two sources' local targets."""
+
+    local: torch.Tensor  # (clips, patches, hidden_size)
+    overall: torch.Tensor  # (clips, hidden_size)
+    retained: torch.Tensor | None  # (mixed clips, patches, hidden_size), not normalised again
+
+
+def ema_decay(step: int, start: float, end: float, anneal_end_step: int) -> float:
+    """Decay of the teacher's moving average at update `step`, which counts from 1: linear from `start` to `end`, then constant."""
+    return start + (end - start) * min(step, anneal_end_step) / anneal_end_step
+
+
+def squared_error(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Squared error times `1 / sqrt(width)`, summed over everything, in float32."""
+    return nn.functional.mse_loss(predictions.float(), targets, reduction="sum") * predictions.shape[-1] ** -0.5
+
+
+@torch.no_grad()
+def channel_std(values: torch.Tensor) -> torch.Tensor:
+    """Standard deviation over all vectors of (..., width): unbiased for each channel, `sqrt(var + 1e-6)`, their mean."""
+    return (variance_over_rows(values.float().flatten(0, -2)) + 1e-6).sqrt().mean()
+
+
+@torch.no_grad()
+def content_share(targets: torch.Tensor) -> torch.Tensor:
+    """Variance over clips at a fixed patch position, divided by the total variance, of (clips, patches, width). NaN for one clip."""
+    if len(targets) == 1:
+        return targets.new_full((), torch.nan)
+    return variance_over_rows(targets).mean() / variance_over_rows(targets.flatten(0, 1)).mean()
+
+
+def variance_over_rows(values: torch.Tensor) -> torch.Tensor:
+    """Unbiased variance over the first axis, in two passes: `Tensor.var` takes three times as long there on a CPU. Equal rows have exactly
+    0."""
+    centred = values - values[:1]
+    centred -= centred.mean(0)
+    return centred.square_().sum(0) / (len(values) - 1)
+
+
+__all__ = ["SSLAMForPreTrainingOutput", "Targets", "channel_std", "content_share", "ema_decay", "squared_error"]

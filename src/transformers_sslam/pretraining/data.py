@@ -1,0 +1,84 @@
+"""The clips of a run: those it trains on, those of its validation loss, and the scale of their log-mels."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from accelerate import Accelerator
+
+from ..audio.batches import ClipStream, DataSettings
+from ..audio.normalization import compute_normalization
+from ..errors import UserError, as_user_error
+from ..feature_extraction_sslam import SSLAMFeatureExtractor
+from .checkpoints import find_checkpoint
+from .settings import PreTrainingSettings
+
+
+Batch = dict[str, Any]
+
+
+def open_stream(
+    settings: PreTrainingSettings,
+    data: DataSettings,
+    extractor: SSLAMFeatureExtractor,
+    accelerator: Accelerator,
+    num_workers: int = 0,
+    epochs: int | None = None,
+) -> ClipStream:
+    """This process's part of the batches."""
+    return ClipStream(
+        data,
+        extractor,
+        device=accelerator.device,
+        batch_size=settings.per_device_train_batch_size,
+        seed=settings.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=num_workers,
+        pin_memory=accelerator.device.type == "cuda" and num_workers > 0,
+        epochs=epochs,
+    )
+
+
+def open_training_clips(settings: PreTrainingSettings, extractor: SSLAMFeatureExtractor, accelerator: Accelerator) -> ClipStream:
+    """Batches without end. With `normalization` "computed", the extractor takes mean and standard deviation of the recordings: those that
+    the checkpoint to resume from has, or else computed here."""
+    with as_user_error("data"):
+        clips = open_stream(settings, settings.data, extractor, accelerator, settings.dataloader_num_workers)
+        if settings.normalization != "computed":
+            return clips
+        if (checkpoint := find_checkpoint(settings, accelerator)) is not None:
+            saved = SSLAMFeatureExtractor.from_pretrained(checkpoint)
+            extractor.mean, extractor.std = saved.mean, saved.std
+        else:
+            extractor.mean, extractor.std = compute_normalization(
+                clips.sources,
+                clips.readers.windows,
+                extractor,
+                settings=settings.data,
+                seed=settings.seed,
+                num_workers=settings.dataloader_num_workers,
+            )
+        return clips
+
+
+def read_validation_clips(
+    settings: PreTrainingSettings, extractor: SSLAMFeatureExtractor, accelerator: Accelerator, inputs: Sequence[str]
+) -> list[Batch]:
+    """`inputs` of the first clips of an epoch, an equal number for each process; empty without `validation`."""
+    if settings.validation is None:
+        return []
+    batches: list[Batch] = []
+    missing = -(-settings.validation_clips // accelerator.num_processes)
+    with as_user_error("validation"):
+        stream: Iterable[Batch] = open_stream(settings, settings.validation, extractor, accelerator, epochs=1)
+        for batch in stream:
+            batches.append({name: batch[name][:missing] for name in inputs})
+            missing -= len(batches[-1]["input_values"])
+            if not missing:
+                break
+    if not batches:
+        raise UserError(f"validation: there is no clip for process {accelerator.process_index}: give more, or use fewer devices")
+    return batches
+
+
+__all__ = ["open_training_clips", "read_validation_clips"]

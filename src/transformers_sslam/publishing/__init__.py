@@ -1,0 +1,1 @@
+"""Models in and out: official checkpoints, ONNX, model cards, the Hub."""

@@ -1,1 +1,0 @@
-"""Training: the pre-training loop, fine-tuning, their settings, and the steps of studies."""
