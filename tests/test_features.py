@@ -224,11 +224,16 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("array", ["patches", "mean", "lengths", "manifest"])
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    ("array", "damage"),
+    [
+        (array, damage)
+        for array in ("patches", "mean", "lengths", "manifest")
+        for damage in DAMAGE
+        if array != "manifest" or damage not in ("zeros", "NaN", "longer")  # which are damages of arrays
+    ],
+)
 def test_damaged_features_are_computed_again_with_a_warning(damage, array, model, extractor, tmp_path, calls, caplog):
-    if array == "manifest" and damage in ("zeros", "NaN", "longer"):
-        pytest.skip("of arrays")
     whole = encode_clips(model, extractor, CLIPS, tmp_path)
     expected = {name: np.array(getattr(whole, name)) for name in ("patches", "mean", "lengths")}
     (file,) = tmp_path.glob(f"*/{array}.*")
