@@ -386,15 +386,18 @@ def test_two_processes_have_the_metrics_of_one_over_the_same_clips(settings, tmp
     """Each of two processes trains with half of the batch, and evaluates half of the clips; both keep the same model."""
     program = tmp_path / "two.py"
     program.write_text(
-        "import hashlib, json, sys\n"
-        "import yaml\n"
+        "import json, os, sys\n"
+        "from pathlib import Path\n"
         "from accelerate import PartialState\n"
+        "from transformers_sslam.distributed import leave_process_group\n"
         "from transformers_sslam.finetuning.run import fine_tune\n"
         "from transformers_sslam.finetuning.settings import FineTuningSettings\n"
         "from transformers_sslam.settings import read_settings\n"
         "results = fine_tune(read_settings(FineTuningSettings, sys.argv[1]))\n"
         "open(f'{sys.argv[2]}/{PartialState().process_index}.json', 'w').write(json.dumps(results['metrics']))\n"
-        "PartialState().destroy_process_group()\n"  # as the program does: its threads may abort a process that just ends
+        "leave_process_group()\n"  # as the command does
+        "names = [Path(f'/proc/self/task/{thread}/comm').read_text() for thread in os.listdir('/proc/self/task')]\n"
+        "assert not any('gloo' in name for name in names), names\n"
     )
     two = changed(settings, tmp_path / "two", ddp_backend="gloo", per_device_train_batch_size=4, max_steps=4)
     write_settings(two, tmp_path / "two.yaml")

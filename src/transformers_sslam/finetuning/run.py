@@ -15,6 +15,7 @@ import sys
 from accelerate import PartialState
 
 from ..allocator import keep_freed_memory
+from ..distributed import leave_process_group
 from .repeats import format_runs, repeat_fine_tuning
 from .settings import FineTuningSettings
 from .training import fine_tune
@@ -38,7 +39,7 @@ def run(settings: FineTuningSettings) -> None:
     except KeyboardInterrupt:
         print("stopped: the same command resumes this run from its last checkpoint, and does not repeat finished ones", file=sys.stderr)
         raise SystemExit(130) from None
-    PartialState().destroy_process_group()  # whose threads may abort a process that just ends
+    leave_process_group()
     if main:
         print(format_runs(summary))
         print(f"\n{summary['seconds']:.0f} s; models and results in {settings.output_dir}, the table's numbers in summary.json there")

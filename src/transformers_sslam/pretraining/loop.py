@@ -27,6 +27,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..allocator import keep_freed_memory
 from ..attention_sslam import CPU_HALF_PRECISION_ATTENTION
 from ..checkpoints import checkpoint_folder, checkpoints, sweep_leftovers
+from ..distributed import leave_process_group
 from ..errors import UserError, as_user_error
 from ..files import lock
 from ..loading_sslam import flatten_patch_projection_moments
@@ -61,8 +62,11 @@ def run(settings: PreTrainingSettings) -> None:
     if trainer.accelerator.device.type == "cpu":
         keep_freed_memory()
     trainer.run()
-    if trainer.stop.received is not None and trainer.step < settings.max_steps:
-        raise SystemExit(128 + trainer.stop.received)
+    stopped_by = trainer.stop.received if trainer.step < settings.max_steps else None
+    del trainer
+    leave_process_group()
+    if stopped_by is not None:
+        raise SystemExit(128 + stopped_by)
 
 
 class PreTrainer:
