@@ -5,14 +5,14 @@ import threading
 import numpy as np
 import pytest
 
-from transformers_sslam.audio import cache
+from transformers_sslam.audio import ahead, cache
 from transformers_sslam.audio.cache import Waveforms
 from transformers_sslam.errors import AudioDecodingError, UserError
 
 
 def test_a_slow_clip_does_not_let_the_others_pile_up(monkeypatch):
     decoded, progress = [], threading.Event()
-    monkeypatch.setattr(cache.os, "cpu_count", lambda: 3)  # 4 threads
+    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 3)  # 4 threads
 
     def decode(source: dict, sampling_rate: int) -> np.ndarray:
         if source["path"] == "0":
@@ -24,7 +24,7 @@ def test_a_slow_clip_does_not_let_the_others_pile_up(monkeypatch):
     held: list[int] = []
     monkeypatch.setattr(cache, "decode_clip", decode)
     waveforms = Waveforms([{"path": str(i)} for i in range(500)], 16_000)
-    assert held[0] < cache.CLIPS_AHEAD * 4
+    assert held[0] < ahead.TASKS_AHEAD * 4
     assert [int(waveform[0]) for waveform in waveforms] == list(range(500))
 
 

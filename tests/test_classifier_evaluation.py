@@ -93,6 +93,11 @@ def test_a_fine_tuned_model_has_the_metrics_of_its_own_run(tmp_path):
     )
     assert results["metrics"] == {name: value for name, value in tuned["metrics"].items() if name != "loss"}
     assert (results["classes"], results["clips"]) == (["cat", "dog"], 6)
+    assert {name: results[name] for name in ("per_class", "confusion_matrix")} == {
+        name: tuned[name] for name in ("per_class", "confusion_matrix")
+    }
+    assert np.sum(results["confusion_matrix"], axis=1).tolist() == [3, 3]
+    assert all((tmp_path / folder / "confusion_matrix.png").stat().st_size > 5000 for folder in ("model", "evaluation"))
     own, again = (np.load(tmp_path / folder / "scores.npz") for folder in ("model", "evaluation"))
     np.testing.assert_allclose(again["logits"], own["logits"], atol=1e-6)
     for name in ("targets", "classes", "names"):
@@ -232,5 +237,9 @@ def test_the_command(tmp_path, capsys):
     assert main(arguments) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("sslam evaluate: error: there is no split 'test', only train")
     assert main([*arguments, "--test-split", "train"]) == 0
-    accuracy = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["accuracy"]
-    assert f"| accuracy | {accuracy:.4f} [" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    printed = capsys.readouterr().out
+    assert f"| accuracy | {results['metrics']['accuracy']:.4f} [" in printed
+    assert "| class | clips | recall | precision |" in printed
+    assert f"| owl | 1 | {results['per_class']['owl']['recall']:.2f} [" in printed
+    assert f"confusion matrix: {tmp_path / 'out' / 'confusion_matrix.png'}" in printed

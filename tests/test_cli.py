@@ -1,7 +1,9 @@
 """The command `sslam`: what it lists, what it answers to a mistake, and that nothing is loaded that a command does not need."""
 
+import runpy
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ def test_the_version_is_told(capsys):
 
 def test_an_unknown_command_is_named_with_the_known_ones(capsys):
     assert cli.main(["train"]) == 2
-    assert "there is no command train: choose one of tag, finetune" in capsys.readouterr().err
+    assert "there is no command train: choose one of tag, embed, finetune" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -57,15 +59,28 @@ def test_a_mistake_of_the_user_ends_in_one_line_and_status_1(tmp_path, capsys):
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("command", [[sys.executable, "-m", "transformers_sslam"], [str(Path(sys.executable).with_name("sslam"))]])
-def test_the_module_and_the_installed_command_are_the_same(command):
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("usage: sslam COMMAND")
+def test_the_module_and_the_installed_command_are_the_same(monkeypatch, capsys):
+    (command,) = metadata.distribution("transformers-sslam").entry_points.select(group="console_scripts", name="sslam")
+    assert command.load() is cli.main
+    assert Path(sys.executable).with_name("sslam").is_file()
+    monkeypatch.setattr(sys, "argv", ["sslam"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_module("transformers_sslam", run_name="__main__")
+    assert capsys.readouterr().out.startswith("usage: sslam COMMAND")
 
 
-def test_listing_the_commands_loads_no_transformers():
-    code = "import sys\nfrom transformers_sslam import cli\nsys.exit('datasets' in sys.modules or 'jsonargparse' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_importing_the_package_and_listing_the_commands_is_cheap():
+    """Nothing of training or conversion is imported, nor any of its dependencies that Transformers does not import by itself."""
+    program = (
+        "import sys\n"
+        "from transformers_sslam import cli\n"
+        "cli.main([])\n"
+        "folders = ('audio', 'evaluation', 'finetuning', 'polyphony', 'pretraining', 'publishing', 'recordings')\n"
+        "print([name for name in sys.modules if name in {'datasets', 'evaluate', 'jsonargparse', 'tensorboard'}\n"
+        "       or name.startswith('transformers_sslam.') and (name.count('.') > 1 or name.split('.')[1] in folders)])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import FIXTURES
 from hub_server import HubServer, Repository
+from processes import Fork
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, AutoModelForPreTraining
 
@@ -236,14 +237,16 @@ def test_every_reference_checkpoint_converts(reference, tmp_path):
 HUB_ID = "ta012/SSLAM_pretrain"
 IN_A_PROCESS = """
 import os, sys, time
+import huggingface_hub
 from transformers_sslam.publishing import conversion
+huggingface_hub.constants.HF_HOME = sys.argv[2]
 write = conversion._write
 def counted(*arguments):
     print("converting", flush=True)
-    time.sleep(float(sys.argv[2]))
+    time.sleep(float(sys.argv[3]))
     write(*arguments)
 conversion._write = counted
-if sys.argv[3:]:
+if sys.argv[4:]:
     conversion._verify = lambda *_: os.kill(os.getpid(), 9)
 print(conversion.convert_to_cache(sys.argv[1]))
 """
@@ -282,9 +285,10 @@ def hub(tmp_path, monkeypatch):
         yield server
 
 
-def start_conversion(source: Path, home: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", IN_A_PROCESS, str(source), *words]
-    return subprocess.Popen(command, env={**os.environ, "HF_HOME": str(home)}, stdout=subprocess.PIPE, text=True)
+def start_conversion(source: Path, home: Path, log: Path, *words: str) -> Fork:
+    program = log.with_suffix(".py")
+    program.write_text(IN_A_PROCESS)
+    return Fork([program, source, home, *words], log, errors=log.with_suffix(".errors"))
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -351,9 +355,7 @@ def test_a_damaged_copy_in_the_cache_is_converted_again(tmp_path, cache, convers
 
 def test_a_killed_conversion_leaves_nothing_that_is_believed(tmp_path, cache):
     source = save_hub_folder(tmp_path / "hub")
-    killed = start_conversion(source, cache.parent, "0", "kill")
-    killed.communicate()
-    assert killed.returncode == -9
+    assert start_conversion(source, cache.parent, tmp_path / "log", "0", "kill").wait() == -9
     assert [path for path in cache.iterdir() if not path.name.startswith(".")] == []
     folder = convert_to_cache(source)
     assert [path for path in cache.iterdir() if path.suffix != ".lock"] == [folder]
@@ -361,9 +363,10 @@ def test_a_killed_conversion_leaves_nothing_that_is_believed(tmp_path, cache):
 
 def test_of_two_processes_one_converts_and_the_other_waits(tmp_path):
     source = save_hub_folder(tmp_path / "hub")
-    both = [start_conversion(source, tmp_path / "home", "1") for _ in range(2)]
-    lines = sorted(process.communicate()[0].split() for process in both)
-    assert [process.returncode for process in both] == [0, 0]
+    logs = [tmp_path / name for name in ("one", "other")]
+    both = [start_conversion(source, tmp_path / "home", log, "1") for log in logs]
+    assert [process.wait() for process in both] == [0, 0]
+    lines = sorted(log.read_text().split() for log in logs)
     (folder,) = lines[0]
     assert lines[1] == ["converting", folder]
 

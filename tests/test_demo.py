@@ -175,7 +175,7 @@ def test_a_stereo_file_of_another_rate_is_scored_as_its_mono_mix(demo, tmp_path,
     [
         ("text.wav", "text.wav cannot be read as audio"),
         ("nowhere.wav", "nowhere.wav is not there"),
-        ("short.wav", "short.wav cannot be classified: clip 0 has 320 samples, but one frame takes 400"),
+        ("short.wav", "short.wav cannot be classified: the audio has 320 samples, but one frame takes 400"),
     ],
 )
 def test_a_file_that_cannot_be_classified_is_refused_in_one_sentence(demo, tmp_path, monkeypatch, file, reason):

@@ -160,7 +160,7 @@ def test_a_key_of_the_data_replaces_their_reading(model, extractor, tmp_path):
     encode_clips(model, extractor, Closed(CLIPS), tmp_path, data_key=hash_waveforms(CLIPS))
 
 
-def test_memory_holds_one_batch_of_clips(model, extractor, tmp_path):
+def test_memory_holds_a_batch_of_clips_and_the_next_one(model, extractor, tmp_path):
     alive, most = set(), 0
 
     class Decoding:
@@ -176,7 +176,7 @@ def test_memory_holds_one_batch_of_clips(model, extractor, tmp_path):
             return clip
 
     assert len(encode_clips(model, extractor, Decoding(), tmp_path, batch_size=3)) == 12
-    assert most <= 3 + 1
+    assert most <= 2 * 3 + 1  # the next batch is prepared in the background
 
 
 def test_a_run_that_ends_early_leaves_nothing_that_looks_whole(model, extractor, tmp_path):

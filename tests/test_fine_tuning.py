@@ -1,12 +1,13 @@
 """Fine-tuning: the real program on made-up sounds, what it saves, and how it refuses what cannot work."""
 
 import json
+import logging
 import os
 import runpy
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -15,6 +16,8 @@ import soundfile
 import torch
 import yaml
 from conftest import FIXTURES, noise
+from huggingface_hub import ModelCard
+from processes import Fork
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
@@ -26,7 +29,7 @@ from transformers_sslam.finetuning import training
 from transformers_sslam.finetuning.model import build_extractor, build_model
 from transformers_sslam.finetuning.run import fine_tune, run
 from transformers_sslam.finetuning.settings import FineTuningSettings
-from transformers_sslam.finetuning.training import describe_results
+from transformers_sslam.finetuning.training import describe_results, reported_results
 from transformers_sslam.publishing.conversion import convert_checkpoint
 from transformers_sslam.settings import read_settings
 
@@ -86,7 +89,7 @@ def settings(folder, tmp_path) -> FineTuningSettings:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+def finished(tmp_path_factory) -> tuple[Path, SimpleNamespace]:
     """What the program leaves after eight epochs over train/ with class folders, one file of which is no audio."""
     root = tmp_path_factory.mktemp("finished")
     for split, clips in (("train", 16), ("test", 5)):
@@ -102,8 +105,9 @@ def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     flags = ["--data_dir", root / "clips", "--output_dir", root / "model", "--max_unreadable", "0.1"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(root / "cache")}
-    command = [sys.executable, SCRIPT, "--config", root / "recipe.yaml", *flags]
-    return root / "model", subprocess.run(command, env=environment, capture_output=True, text=True)
+    out, err = root / "out", root / "err"
+    code = Fork([SCRIPT, "--config", root / "recipe.yaml", *flags], out, environment, errors=err).wait()
+    return root / "model", SimpleNamespace(returncode=code, stdout=out.read_text(), stderr=err.read_text())
 
 
 def test_the_program_learns_and_reports(finished):
@@ -113,12 +117,55 @@ def test_the_program_learns_and_reports(finished):
     assert len(results["training_loss"]) == 8
     assert results["training_loss"][-1] < 0.7 * results["training_loss"][0]
     assert results["metrics"]["accuracy"] == 1.0
-    assert "| accuracy | loss |" in process.stdout
-    assert "| 1.0000 | " in process.stdout
+    assert "| accuracy [95 % over clips] | loss |" in process.stdout
+    assert "| 1.0000 [0.7225, 1.0000] | " in process.stdout  # Wilson's interval of 10 of 10
     assert results["clips"] == {"training": 32, "test": 10}
     assert results["classes"] == ["hiss", "hum"]
     assert results["steps"] == 32
     assert results["seconds"]["total"] >= results["seconds"]["training"] > 0
+
+
+def test_the_program_shows_progress_as_a_table(finished):
+    """No bar where the output is a file, but the time left. The learning rate is the head's."""
+    _, process = finished
+    lines = process.stdout.splitlines()
+    titles = next(i for i, line in enumerate(lines) if "training loss" in line)
+    assert lines[titles].split() == ["epoch", "step", "training", "loss", "learning", "rate", "time", "left"]
+    rows = [line.split() for line in lines[titles + 1 : titles + 9]]
+    assert [row[:2] for row in rows] == [[f"{epoch}/8", f"{4 * epoch}/32"] for epoch in range(1, 9)]
+    assert rows[0][3] == "1.50e-03"  # the fourth of 4 steps of warm-up, which begins at 0
+    assert rows[-1][4] == "00:00"
+    assert "step/s" not in process.stdout + process.stderr
+    assert "a classifier of 2 classes, from random weights, on cpu: 33 training clips, 10 test clips" in process.stderr
+
+
+def test_each_class_has_its_results_and_errors_are_drawn(finished):
+    output, process = finished
+    results = json.loads((output / "results.json").read_text())
+    assert results["confusion_matrix"] == [[5, 0], [0, 5]]
+    assert results["per_class"]["hum"]["clips"] == 5
+    assert results["per_class"]["hum"]["recall_interval"] == pytest.approx([0.5655, 1.0], abs=1e-4)
+    assert "| hum | 5 | 1.00 [0.57, 1.00] | 1.00 [0.57, 1.00] |" in process.stdout
+    assert f"confusion matrix: {output / 'confusion_matrix.png'}" in process.stdout
+    assert (output / "confusion_matrix.png").stat().st_size > 5000
+
+
+def test_the_card_names_data_results_and_that_there_is_no_licence(finished):
+    output, _ = finished
+    card = ModelCard.load(output / "README.md")
+    assert (card.data.license, card.data.base_model, card.data.datasets) == (None, None, ["clips"])
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.dataset_type, result.dataset_split) == ("clips", "audiofolder", "test")
+    assert (result.metric_type, result.metric_value) == ("accuracy", 1.0)
+    assert result.metric_name == "accuracy, 95 % interval [0.7225, 1] (one run, 10 clips)"
+    assert "## Licence\n\nNo licence was chosen for these weights." in card.text
+
+
+def test_an_interval_that_is_undefined_does_not_cost_the_card(settings):
+    results = {"clips": {"test": 1}, "metrics": {"mean_average_precision": 0.5, "mean_average_precision_interval": [np.nan, np.nan]}}
+    (reported,) = reported_results(settings, results)
+    assert (reported.metric_value, reported.interval, reported.note) == (0.5, None, "one run, 1 clips")
+    assert reported_results(settings, {"metrics": {}}) == []
 
 
 def test_an_unreadable_file_is_left_out_by_name(finished):
@@ -188,6 +235,11 @@ def test_several_labels_a_clip_give_average_precision(settings, tmp_path):
     assert results["clips"] == {"training": 5, "test": 4}
     assert results["metrics"]["classes_without_positives"] == ["drum"]
     assert set(results["metrics"]["average_precision"]) == {"hiss", "hum"}
+    assert [result["clips"] for result in results["per_class"].values()] == [0, 2, 2]
+    assert results["per_class"]["hum"]["average_precision"] == results["metrics"]["average_precision"]["hum"]
+    assert not (Path(settings.output_dir) / "confusion_matrix.png").exists()
+    (reported,) = ModelCard.load(Path(settings.output_dir) / "README.md").data.eval_results
+    assert (reported.metric_type, reported.dataset_split) == ("mAP", "fold 2")
     config = SSLAMConfig.from_pretrained(settings.output_dir)
     assert config.problem_type == "multi_label_classification"
 
@@ -241,7 +293,7 @@ def test_results_of_another_run_do_not_stay_beside_a_new_model(settings, monkeyp
         fine_tune(replace(settings, seed=1, overwrite_output_dir=True))
     left = {path.name for path in Path(settings.output_dir).iterdir()}
     assert "model.safetensors" in left
-    assert not left & {"results.json", "scores.npz", "README.md"}
+    assert not left & {"results.json", "scores.npz", "README.md", "confusion_matrix.png"}
     with pytest.raises(UserError, match="holds a model already"):
         fine_tune(settings)
 
@@ -313,6 +365,20 @@ def test_a_checkpoint_gives_encoder_and_feature_extractor(settings, checkpoint):
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
     for name, weight in SSLAMModel.from_pretrained(checkpoint).state_dict().items():
         assert torch.equal(model.sslam.state_dict()[name], weight), name
+
+
+def test_a_head_that_is_replaced_by_design_looks_like_no_error(settings, tmp_path, caplog):
+    ten = SSLAMConfig(**TINY, id2label={i: f"class {i}" for i in range(10)})
+    SSLAMForAudioClassification(ten).save_pretrained(tmp_path / "ten")
+    caplog.set_level("INFO")
+    logging.getLogger("transformers").addHandler(caplog.handler)  # it does not propagate
+    try:
+        build_model(
+            replace(settings, model=str(tmp_path / "ten"), model_config={}), SSLAMFeatureExtractor(), ["a"], False, str(tmp_path / "ten")
+        )
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert caplog.messages == ["the head is new: 1 classes, other than the checkpoint's; the encoder is the checkpoint's"]
 
 
 def test_a_classifier_of_other_classes_gives_its_encoder(settings, tmp_path):
@@ -622,6 +688,7 @@ def test_scores_of_a_run_in_half_precision_are_not_rounded_to_it(settings):
 
 def test_a_card_names_where_a_model_came_from_without_the_folders_of_this_machine(settings, checkpoint):
     results = fine_tune(replace(settings, model=str(checkpoint), model_config={}))
+    assert ModelCard.load(Path(settings.output_dir) / "README.md").data.base_model == [checkpoint.name]
     card = describe_results(replace(settings, model=str(checkpoint)), results)
     assert f"fine-tuned from `{checkpoint.name}`" in card
     assert "fine-tuned from `someone/sslam`" in describe_results(replace(settings, model="someone/sslam"), results)

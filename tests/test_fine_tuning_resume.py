@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 from conftest import noise
+from processes import Fork, run_on_two
 from safetensors.torch import load_file
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
@@ -122,27 +123,32 @@ def interrupt(settings: FineTuningSettings, monkeypatch, update: int, while_savi
 # --- kill -9
 
 
-def launch(folder: Path, settings: FineTuningSettings) -> subprocess.Popen:
+def launch(folder: Path, settings: FineTuningSettings, forked: bool = False) -> subprocess.Popen | Fork:
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder.parent / f"{folder.name}.yaml"
     write_settings(settings, recipe)
-    log = open(folder.parent / f"{folder.name}.log", "a")  # noqa: SIM115  # the process keeps it
+    words, path = [SCRIPT, "--config", recipe], folder.parent / f"{folder.name}.log"
     environment = {**ON_CPU, "HF_DATASETS_CACHE": str(folder.parent / "cache")}
-    return subprocess.Popen([sys.executable, str(SCRIPT), "--config", str(recipe)], stdout=log, stderr=log, env=environment)
+    if forked:
+        return Fork(words, path, environment)
+    log = open(path, "a")  # noqa: SIM115  # the process keeps it
+    return subprocess.Popen([sys.executable, *words], stdout=log, stderr=log, env=environment)
 
 
-def finish(folder: Path, settings: FineTuningSettings) -> None:
-    code = launch(folder, settings).wait(timeout=500)
+def finish(folder: Path, settings: FineTuningSettings, forked: bool = False) -> None:
+    code = launch(folder, settings, forked).wait(timeout=500)
     assert code == 0, (folder.parent / f"{folder.name}.log").read_text()[-3000:]
 
 
-def kill_at_random_moments(settings: FineTuningSettings, tmp_path: Path, workers: int, kills: int, updates: int) -> None:
+def kill_at_random_moments(
+    settings: FineTuningSettings, tmp_path: Path, workers: int, kills: int, updates: int, forked: bool = False
+) -> None:
     changes = {"save_steps": 2, "dataloader_num_workers": workers, "eval_strategy": "steps", "eval_steps": 7, "max_steps": updates}
     whole, killed = (changed(settings, tmp_path / name, **changes) for name in ("whole", "killed"))
     finish(tmp_path / "whole", whole)
     chance, deaths, folder = random.Random(workers), 0, tmp_path / "killed"
     while deaths < kills:
-        process = launch(folder, killed)
+        process = launch(folder, killed, forked)
         before = [path.name for path in checkpoints(folder)]
         while process.poll() is None and [path.name for path in checkpoints(folder)][-1:] in ([], before[-1:]):
             time.sleep(0.02)
@@ -152,12 +158,12 @@ def kill_at_random_moments(settings: FineTuningSettings, tmp_path: Path, workers
         family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
         for member in family:
             member.kill()
-        psutil.wait_procs(family)
         process.wait()
+        psutil.wait_procs(family)
         deaths += 1
         assert not (folder / "results.json").exists()
     assert deaths == kills, (tmp_path / "killed.log").read_text()[-3000:]
-    finish(folder, killed)
+    finish(folder, killed, forked)
     assert len(outcome(folder)[0]) == updates
     assert outcome(folder) == outcome(tmp_path / "whole")
     assert json.loads((folder / "results.json").read_text())["resumed"]
@@ -165,7 +171,7 @@ def kill_at_random_moments(settings: FineTuningSettings, tmp_path: Path, workers
 
 
 def test_a_run_that_is_killed_ends_as_one_that_is_not(settings, tmp_path):
-    kill_at_random_moments(settings, tmp_path, workers=2, kills=2, updates=60)
+    kill_at_random_moments(settings, tmp_path, workers=2, kills=2, updates=60, forked=True)
 
 
 @pytest.mark.slow
@@ -282,13 +288,13 @@ def test_a_finished_run_that_is_damaged_is_not_taken_for_finished(settings, dama
 
 def test_a_second_run_in_the_same_folder_is_rejected(settings):
     with lock(settings.output_dir), pytest.raises(UserError, match="another process writes to"):
-        subprocess_error(settings)
+        error_of_another_process(settings)
 
 
-def subprocess_error(settings: FineTuningSettings) -> None:
+def error_of_another_process(settings: FineTuningSettings) -> None:
     """Raise what another process says of these settings."""
     folder = Path(settings.output_dir)
-    assert launch(folder, settings).wait(timeout=200) == 1
+    assert launch(folder, settings, forked=True).wait(timeout=200) == 1
     raise UserError((folder.parent / f"{folder.name}.log").read_text())
 
 
@@ -329,7 +335,7 @@ def test_balanced_draws_follow_from_the_seed(settings):
     assert drawn[:50] != drawn[50:100]
     rare = labels.names.index("rare")
     assert np.mean(labels.indices()[drawn] == rare) == pytest.approx(0.5, abs=0.06)  # of 800 draws; 9 of 33 clips are
-    assert len(set(rows(3)[:400])) > 25
+    assert len(set(drawn[:400])) > 25
 
 
 def test_an_epoch_of_so_many_clips_takes_others_each_time_until_all_had_their_turn(settings):
@@ -401,11 +407,8 @@ def test_two_processes_have_the_metrics_of_one_over_the_same_clips(settings, tmp
     )
     two = changed(settings, tmp_path / "two", ddp_backend="gloo", per_device_train_batch_size=4, max_steps=4)
     write_settings(two, tmp_path / "two.yaml")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**ON_CPU, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, *torchrun, str(program), str(tmp_path / "two.yaml"), str(tmp_path)]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stderr[-3000:]
+    run_on_two([program, tmp_path / "two.yaml", tmp_path], tmp_path / "log", environment)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     scores = np.load(tmp_path / "two" / "scores.npz")

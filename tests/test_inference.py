@@ -8,6 +8,8 @@ import torch
 from conftest import noise, speech_like, tiny_config
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from transformers_sslam.batching_sslam import compute_batches, prepare_batches
+from transformers_sslam.tasks_sslam import Embedding
 from transformers_sslam.windows_sslam import Windowing
 
 
@@ -59,14 +61,14 @@ def test_parts_may_be_offloaded(part, tmp_path):
     [(50, [0]), (100, [0]), (101, [0, 1]), (140, [0, 40]), (180, [0, 40, 80]), (190, [0, 40, 80, 90])],
 )
 def test_windows_cover_a_recording_and_the_last_ends_with_it(samples, starts):
-    assert Windowing(length=100, hop=40, frames=1, step=None, sampling_rate=RATE).starts(samples) == starts
+    assert Windowing(length=100, hop=40, frames=1, grid=None, sampling_rate=RATE).starts(samples) == starts
 
 
 @pytest.mark.parametrize(
     ("frames", "starts"), [(1, [0]), (64, [0]), (65, [0, 1]), (80, [0, 1]), (81, [0, 2]), (96, [0, 2]), (97, [0, 2, 3]), (113, [0, 2, 4])]
 )
 def test_on_the_grid_of_frame_embeddings_the_last_window_holds_the_last_frame(frames, starts):
-    windowing = Windowing(length=WINDOW, hop=2 * STEP, frames=64, step=STEP, sampling_rate=RATE)
+    windowing = Windowing(length=WINDOW, hop=2 * STEP, frames=64, grid=STEP, sampling_rate=RATE)
     assert [start / STEP for start in windowing.starts((frames - 1) * 160 + 400)] == starts
 
 
@@ -86,18 +88,22 @@ def test_each_window_is_scored_as_a_clip_of_its_own(batch_size):
     assert scores.std(0).max() > 0.01
 
 
-@pytest.mark.parametrize("size", [1, 159, 1000, WINDOW, WINDOW + 1, 10**6])
+@pytest.mark.parametrize("size", [7, 159, 1000, WINDOW, WINDOW + 1, 10**6])
 @pytest.mark.parametrize("hop", [0.16, 0.64, 1.5])  # overlapping, side by side, with gaps
 @pytest.mark.parametrize("seconds", [0.3, WINDOW / RATE, 2.0])
 def test_blocks_of_any_size_give_what_the_whole_gives(size, hop, seconds):
     waveform, model = recording(seconds), classifier()
-    options = {"hop": hop, "batch_size": 3, "embeddings": hop < 1}
+    options = {"hop": hop, "batch_size": 3}
     whole = model.score_over_time(waveform, EXTRACTOR, **options)
     blocks = model.score_over_time(in_blocks(waveform, size), EXTRACTOR, **options)
     np.testing.assert_array_equal(blocks.scores, whole.scores)
     np.testing.assert_array_equal(blocks.starts, whole.starts)
-    np.testing.assert_array_equal(blocks.embeddings, whole.embeddings)
     assert blocks.duration == whole.duration == len(waveform) / RATE
+    for per in ("clip", "window", *(("step",) if hop < 1 else ())):
+        options = {"per": per, "hop": None if per == "clip" else hop, "batch_size": 3}
+        whole, blocks = (model.sslam.encode([audio], EXTRACTOR, **options)[0] for audio in (waveform, in_blocks(waveform, size)))
+        for one, other in zip(whole, blocks):
+            np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
@@ -161,12 +167,15 @@ def test_a_configuration_for_tuples_does_not_matter():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gives_float32_scores_close_to_the_full_ones(dtype):
+def test_half_precision_gives_float32_results_close_to_the_full_ones(dtype):
     waveform, model = recording(2.0), classifier(initializer_range=0.1)
-    full = model.score_over_time(waveform, EXTRACTOR, hop=0.64, embeddings=True)
-    half = model.to(dtype).score_over_time(waveform, EXTRACTOR, hop=0.64, embeddings=True)
-    assert (half.scores.dtype, half.embeddings.dtype) == (np.float32, np.float32)
+    full, vectors = model.score_over_time(waveform, EXTRACTOR, hop=0.64), model.sslam.encode([waveform], EXTRACTOR)
+    half = model.to(dtype).score_over_time(waveform, EXTRACTOR, hop=0.64)
+    assert half.scores.dtype == np.float32
     np.testing.assert_allclose(half.scores, full.scores, atol=0.02)
+    half = model.sslam.encode([waveform], EXTRACTOR)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, vectors, atol=0.05, rtol=0.05)
 
 
 def test_the_training_flags_are_as_they_were_between_batches_and_afterwards():
@@ -185,37 +194,88 @@ def test_the_training_flags_are_as_they_were_between_batches_and_afterwards():
     assert not model.sslam._forward_hooks
 
 
-# --- frame embeddings
+# --- embeddings over time
 
 
-def test_frame_embeddings_are_means_over_the_windows_that_hold_them():
+def over_time(model, waveform, **options):
+    return model.sslam.encode([waveform], EXTRACTOR, **options)[0]
+
+
+def test_time_steps_are_means_over_the_windows_that_hold_them():
     waveform, model = recording(3.0), classifier()
-    heard = model.score_over_time(waveform, EXTRACTOR, hop=0.32, embeddings=True, batch_size=2)
-    assert heard.embeddings.shape == (19, 32)  # 298 frames
+    steps = over_time(model, waveform, per="step", hop=0.32, batch_size=2)
+    assert steps.vectors.shape == (19, 32)  # 298 frames
+    assert steps.starts.tolist() == pytest.approx([i * 0.16 for i in range(19)])
+    assert steps.ends.tolist() == pytest.approx([*((i + 1) * 0.16 for i in range(18)), 3.0])
     sums, counts = np.zeros((40, 32)), np.zeros((40, 1))
     for start in (0, 2, 4, 6, 8, 10, 12, 14, 15):  # steps; 298 frames end within the last window, 240 + 58
-        steps = alone(model, waveform[start * STEP : start * STEP + WINDOW])[1]
-        sums[start : start + 4] += steps
+        window = waveform[start * STEP : start * STEP + WINDOW]
+        found = alone(model, window, padding="longest", return_attention_mask=True)[1]
+        sums[start : start + 4] += found
         counts[start : start + 4] += 1
-    np.testing.assert_allclose(heard.embeddings, (sums / np.maximum(counts, 1))[:19], atol=1e-5)
-    assert heard.embeddings.std(0).max() > 0.1
+    np.testing.assert_allclose(steps.vectors, (sums / np.maximum(counts, 1))[:19], atol=1e-5)
+    assert steps.vectors.std(0).max() > 0.1
 
 
 def test_windows_side_by_side_have_the_embeddings_of_each_alone():
     waveform, model = recording(2.0), classifier()
-    heard = model.score_over_time(waveform, EXTRACTOR, hop=0.64, embeddings=True)
-    np.testing.assert_allclose(heard.embeddings[4:8], alone(model, waveform[4 * STEP : 4 * STEP + WINDOW])[1], atol=1e-5)
+    steps = over_time(model, waveform, per="step", hop=0.64)
+    np.testing.assert_allclose(steps.vectors[4:8], alone(model, waveform[4 * STEP : 4 * STEP + WINDOW])[1], atol=1e-5)
 
 
-def test_of_a_padded_recording_only_what_sounds_has_embeddings():
+def test_of_a_short_recording_only_what_sounds_has_embeddings_and_padding_is_masked():
     waveform, model = noise(0.3), classifier()  # 28 frames: two steps
-    heard = model.score_over_time(waveform, EXTRACTOR, hop=0.64, embeddings=True)
-    np.testing.assert_allclose(heard.embeddings, alone(model, waveform)[1][:2], atol=1e-6)
+    steps = over_time(model, waveform, per="step", hop=0.64)
+    expected = alone(model, waveform, padding="longest", return_attention_mask=True)[1]
+    np.testing.assert_allclose(steps.vectors, expected[:2], atol=1e-5)
+    assert (steps.starts.tolist(), steps.ends.tolist()) == ([0.0, 0.16], [0.16, 0.3])
 
 
-def test_embeddings_come_as_soon_as_no_later_window_adds_to_them():
-    batches = list(classifier().score_windows(recording(4.0), EXTRACTOR, hop=0.32, batch_size=3, embeddings=True))
-    assert [len(batch.embeddings) for batch in batches] == [5, 6, 6, 8]  # up to the steps 4, 10 and 16, where the latest window begins
+def test_time_steps_come_as_soon_as_no_later_window_adds_to_them():
+    model, extractor = classifier().sslam, EXTRACTOR
+    task = Embedding(model.config, extractor, Windowing.of_model(model.config, extractor, hop=0.32, per="step"), per="step")
+    read = []
+
+    def results():
+        for batch in prepare_batches(task.windows("a", recording(4.0)), task.features, 1):
+            read.append(batch)
+            yield from compute_batches([batch], lambda inputs: task.compute(model, inputs))
+
+    counts = {}
+    for _ in task.rows(results()):
+        counts[len(read)] = counts.get(len(read), 0) + 1
+    assert list(counts.values()) == [1, *[2] * 10, 4]  # up to where the latest window begins; of the last window all
+
+
+def test_windows_have_their_times_and_the_vectors_of_clips_of_their_own():
+    waveform, model = recording(1.6), classifier()
+    windows = over_time(model, waveform, per="window", hop=0.5, batch_size=2)
+    assert windows.starts.tolist() == pytest.approx([0, 0.5, (len(waveform) - WINDOW) / RATE])
+    assert (windows.ends - windows.starts).tolist() == pytest.approx([WINDOW / RATE] * 3)
+    torch.testing.assert_close(
+        windows.vectors, model.sslam.encode([waveform[s : s + WINDOW] for s in (0, 8000, len(waveform) - WINDOW)], EXTRACTOR)
+    )
+
+
+@pytest.mark.parametrize("per", ["clip", "step"])
+def test_any_layers_may_be_taken_and_are_concatenated(per):
+    waveform, model = noise(0.655), classifier()
+    with torch.inference_mode():
+        hidden = model.sslam(**EXTRACTOR(waveform, sampling_rate=RATE, return_tensors="pt"), output_hidden_states=True).hidden_states
+    grids = [hidden[layer][0, 1:].unflatten(0, (4, 8)) for layer in (0, 1, 2)]
+    expected = torch.cat([grid.mean((0, 1)) if per == "clip" else grid.mean(1) for grid in grids], dim=-1)
+    options = {"per": per, "pooling": "mean", "layers": [0, 1, -1], **({"hop": 0.64} if per == "step" else {})}
+    found = over_time(model, waveform, **options)
+    torch.testing.assert_close(found if per == "clip" else found.vectors, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_cls_token_and_all_patches_of_a_step_may_be_taken():
+    waveform, model = noise(0.655), classifier()
+    with torch.inference_mode():
+        tokens = model.sslam(**EXTRACTOR(waveform, sampling_rate=RATE, return_tensors="pt")).last_hidden_state[0]
+    torch.testing.assert_close(over_time(model, waveform, pooling="cls"), tokens[0], atol=1e-5, rtol=1e-5)
+    found = over_time(model, waveform, per="step", pooling="patches", hop=0.64).vectors
+    torch.testing.assert_close(found, tokens[1:].reshape(4, 8 * 32), atol=1e-5, rtol=1e-5)
 
 
 # --- memory
@@ -331,8 +391,6 @@ def test_no_clip_has_no_vector():
         ({"hop": 0.0}, "hop is 0.0 s"),
         ({"hop": float("nan")}, "hop is nan s"),
         ({"hop": -1.0}, "hop is -1.0 s"),
-        ({"hop": 1.0, "embeddings": True}, "hop is 1.0 s, but with frame embeddings it must be a multiple of 0.16 s"),
-        ({"hop": 0.8, "embeddings": True}, "no longer than a window, 0.64 s"),
         ({"window": 1.0}, "window is 1.0 s, but must be a positive multiple of 0.16 s"),
         ({"window": 0.0}, "window is 0.0 s"),
         ({"window": 3.2}, "a window of 3.2 s gives 320 frames .* up to 256"),
@@ -350,10 +408,30 @@ def test_arguments_out_of_range_are_refused_before_any_audio_is_read(options, me
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per": "step", "hop": 1.0}, "hop is 1.0 s, but for time steps it must be a multiple of 0.16 s"),
+        ({"per": "step", "hop": 0.8}, "no longer than a window, 0.64 s"),
+        ({"hop": 0.64}, "hop is 0.64 s, but windows of a whole clip do not overlap"),
+        ({"per": "second"}, "per is 'second', but one of 'clip', 'window', 'step' is expected"),
+        ({"pooling": "max"}, "pooling is 'max'"),
+        ({"pooling": "patches"}, "all patches are kept of a time step only"),
+        ({"per": "step", "pooling": "cls"}, "the CLS token belongs to no time step"),
+        ({"layers": []}, r"layers is \[\], but numbers from -3 to 2"),
+        ({"layers": [3]}, r"layers is \[3\]"),
+        ({"layers": [-4]}, r"layers is \[-4\]"),
+    ],
+)
+def test_embeddings_that_cannot_be_made_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SSLAMModel(tiny_config()).encode([noise(1.0)], EXTRACTOR, **options)
+
+
+@pytest.mark.parametrize(
     ("audio", "message"),
     [
-        (np.zeros(0, dtype=np.float32), "the audio is empty"),
-        ([], "the audio is empty"),
+        (np.zeros(0, dtype=np.float32), "the audio has 0 samples"),
+        ([], "the audio has 0 samples"),
         (noise(0.02), "320 samples"),
         (np.zeros((2, 16_000), dtype=np.float32), r"shape \(2, 16000\)"),
         ([0.1, 0.2], "is a float"),
@@ -378,7 +456,7 @@ def test_regression_has_no_scores(config):
 def test_scores_that_are_not_finite_are_an_error():
     model = classifier()
     model.classifier.weight.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="begin between 0.00 and 0.34 s are not finite"):
+    with pytest.raises(FloatingPointError, match="the audio, from sample 0 on, is not finite"):
         list(model.score_windows(noise(1.0), EXTRACTOR))
 
 
@@ -412,9 +490,11 @@ def test_an_extractor_longer_than_the_model_is_refused():
 def test_windows_overlap_by_half_unless_told_otherwise(frames, seconds):
     extractor = SSLAMFeatureExtractor(max_length=frames)
     model = SSLAMForAudioClassification(tiny_config(num_labels=3, max_length=1024)).eval()
-    batches = list(model.score_windows(recording(4 * frames / 100), extractor, embeddings=True))
-    starts = np.concatenate([batch.starts for batch in batches])
-    assert np.diff(starts)[:-1] == pytest.approx(seconds)
+    for starts in (
+        np.concatenate([batch.starts for batch in model.score_windows(recording(4 * frames / 100), extractor)]),
+        model.sslam.encode([recording(4 * frames / 100)], extractor, per="window")[0].starts,
+    ):
+        assert np.diff(starts)[:-1] == pytest.approx(seconds)
 
 
 def test_batches_are_padded_to_whole_patches_of_any_size():
@@ -429,5 +509,5 @@ def test_batches_are_padded_to_whole_patches_of_any_size():
 def test_vectors_that_are_not_finite_are_refused():
     model = SSLAMModel(tiny_config()).eval()
     model.layers[1].mlp.fc2.bias.data[0] = torch.nan
-    with pytest.raises(FloatingPointError, match="the vector of clip 0 is not finite"):
+    with pytest.raises(FloatingPointError, match="clip 0, from sample 0 on, is not finite"):
         model.encode([noise(0.5)], EXTRACTOR)

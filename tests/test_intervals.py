@@ -14,6 +14,7 @@ from transformers_sslam.evaluation.intervals import (
     resampled_rows,
     summarize,
     summarize_difference,
+    widen_by_clips,
 )
 
 
@@ -161,3 +162,26 @@ def test_logit_interval_of_a_value_without_logit_is_an_error(value):
         logit_interval(np.array(value), np.array([0.9, 1.0]), 0.95)
     with pytest.raises(ValueError, match="confidence is 95"):
         logit_interval(np.array(0.5), np.array([0.9, 1.0]), 95)
+
+
+def test_folds_that_agree_are_not_certain():
+    """Four folds of 20 correct clips of 20: "square and add" of Wilson's [0.839, 1]."""
+    wilson = proportion_interval(20, 20)
+    summary = widen_by_clips(summarize([1.0] * 4), [1.0] * 4, [wilson] * 4, [1, 2, 3, 4])
+    assert (summary.mean, summary.std, summary.count) == (1.0, 0.0, 4)
+    assert (summary.low, summary.high) == pytest.approx((1 - (1 - 0.838875) / 2, 1.0), abs=1e-6)
+    seeds = widen_by_clips(summarize([1.0] * 3), [1.0] * 3, [wilson] * 3, ["same clips"] * 3)
+    assert (seeds.low, seeds.high) == pytest.approx((0.838875, 1.0), abs=1e-6)  # three seeds are no more clips
+    one = widen_by_clips(summarize([1.0]), [1.0], [wilson], [1])
+    assert (one.low, one.high) == pytest.approx((0.838875, 1.0), abs=1e-6)
+
+
+def test_folds_that_differ_keep_their_own_interval_within_what_is_possible():
+    values = [0.5, 0.9, 1.0]
+    summary = summarize(values)
+    assert summary.high > 1
+    widened = widen_by_clips(summary, values, [proportion_interval(round(1000 * value), 1000) for value in values], [1, 2, 3])
+    assert (widened.low, widened.high) == (summary.low, 1.0)
+    seeds = [1.0, 0.9, 0.9, 0.8]  # two seeds of two folds
+    widened = widen_by_clips(summarize([0.95, 0.85]), seeds, [(value - 0.1, value) for value in seeds], [1, 1, 2, 2])
+    assert widened.low == pytest.approx(max(0.0, min(summarize([0.95, 0.85]).low, 0.9 - 0.1 / 2**0.5)))

@@ -1,6 +1,5 @@
 """Checkpoints written when the patch projection was a convolution, and the authors' weights: loaded by every way there is."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -176,9 +175,3 @@ def test_official_weights_need_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers_sslam", None)
     with pytest.raises(ImportError, match="pip install transformers-sslam"):
         SSLAMModel.from_official("ta012/SSLAM_pretrain")
-
-
-def test_conversion_is_imported_only_when_it_is_asked_for():
-    program = "import sys, transformers_sslam; print([name for name in sys.modules if 'sslam.publishing' in name])"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"

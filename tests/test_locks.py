@@ -1,13 +1,13 @@
 """Two processes and one folder: the second is rejected at once, or waits where both want the same; a killed process leaves no lock."""
 
-import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import noise, tiny_config
+from processes import Fork
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
 from transformers_sslam.errors import UserError
@@ -28,13 +28,16 @@ HOLD = "import sys, time; from transformers_sslam.files import lock\nwith lock(s
 
 
 @pytest.fixture
-def hold():
+def hold(tmp_path):
     """Starts processes that hold the lock of a path."""
-    started = []
+    started, program, log = [], tmp_path / "hold.py", tmp_path / "hold.log"
+    program.write_text(HOLD)
 
-    def start(path: Path) -> subprocess.Popen:
-        started.append(subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True))
-        assert started[-1].stdout.readline() == "1\n"
+    def start(path: Path) -> Fork:
+        started.append(Fork([program, path], log))
+        while log.read_text() != "1\n" * len(started):
+            assert started[-1].poll() is None, log.read_text()
+            time.sleep(0.02)
         return started[-1]
 
     yield start
@@ -79,7 +82,7 @@ def pretrain(sounds: Path, output: Path) -> Path:
 @pytest.mark.parametrize("work", [tag, prepare_shards, pretrain])
 def test_a_second_process_is_rejected_at_once_until_the_first_is_killed(hold, sounds, tmp_path, work):
     output = tmp_path / "output"
-    locked = output.with_suffix(".csv") if work is tag else output
+    locked = output.with_suffix(".parts") if work is tag else output
     (tmp_path / "link").symlink_to(tmp_path)  # the same place under another name
     first = hold(tmp_path / "link" / locked.name)
     with pytest.raises(UserError, match=f"another process writes to {locked}: wait for it, or choose another output"):

@@ -226,9 +226,34 @@ def test_invalid_intervals_are_errors(arguments, message):
         mean_over_classes("roc_auc", [[0.1], [0.2]], [[0], [1]], **arguments)
 
 
+@pytest.mark.parametrize(
+    ("masked", "message"), [(np.ma.masked_array([[0.1], [0.2]], [[0], [1]]), "a masked array"), ([[1j], [2j]], "complex")]
+)
+def test_masked_and_complex_arrays_are_errors(masked, message):
+    for scores, targets, name in ((masked, [[0], [1]], "scores"), ([[0.1], [0.2]], masked, "targets")):
+        with pytest.raises(ValueError, match=f"{name} are {message}"):
+            mean_over_classes("roc_auc", scores, targets)
+    column = np.ma.asarray(masked)[:, 0] if np.ma.isMaskedArray(masked) else np.array(masked)[:, 0]
+    with pytest.raises(ValueError, match=f"references are {message}"):
+        accuracy([0, 1], column)
+
+
 def test_auc_of_classes_of_one_kind_alone_is_an_error():
     with pytest.raises(ValueError, match="no class has a positive and a negative clip, so mean_roc_auc is undefined"):
         mean_over_classes("roc_auc", [[0.1, 0.2]], [[0, 1]])
+
+
+@pytest.mark.parametrize(("metric", "trials"), [("average_precision", (20, 5)), ("roc_auc", (5, 5))])
+def test_a_ranking_without_an_error_is_not_certain(metric, trials):
+    """20 clips have the first class, 5 the second: Wilson's intervals of so many trials."""
+    targets = np.repeat([[1, 0], [0, 1]], [20, 5], axis=0)
+    found = mean_over_classes(metric, targets + 0.0, targets, ["a", "b"], resamples=50)
+    assert found[metric] == {"a": 1.0, "b": 1.0}
+    lows = [stats.binomtest(n, n).proportion_ci(method="wilson").low for n in (*trials, sum(trials))]
+    assert found[f"{metric}_interval"]["a"] == pytest.approx([lows[0], 1.0])
+    assert found[f"{metric}_interval"]["b"] == pytest.approx([lows[1], 1.0])
+    assert found[f"mean_{metric}_interval"] == pytest.approx([lows[2], 1.0])
+    assert lows[1] == pytest.approx(0.5655, abs=1e-4)
 
 
 @pytest.mark.parametrize("metric", ["average_precision", "roc_auc"])

@@ -16,6 +16,7 @@ from transformers_sslam.errors import UserError
 from transformers_sslam.publishing.cards import (
     ReportedResult,
     as_text,
+    describe_origin,
     generate_model_card,
     is_description,
     public_name,
@@ -194,6 +195,44 @@ def test_the_card_of_a_training_run_can_hold_numbers(folder):
     assert front_matter(folder).data.eval_results is None
 
 
+def test_a_trained_model_inherits_the_licence_of_its_base_and_names_it(folder, tmp_path_factory):
+    base = tmp_path_factory.mktemp("models") / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Base\n")
+    write_model_card(folder, "Trained.", origin=describe_origin(str(base), ["someone/clips", "/home/me/my sounds"]))
+    card = front_matter(folder)
+    assert (card.data.license, card.data.base_model, card.data.datasets) == ("cc-by-4.0", ["base"], ["someone/clips", "my-sounds"])
+    assert "cc-by-4.0, as the card of `base` says, from which training started." in card.text
+    assert "/home/me" not in card.content
+    other = "license: other\nlicense_name: mine\nlicense_link: https://example.org\n"
+    (base / "README.md").write_text(f"---\n{other}---\n")
+    assert describe_origin(str(base), [])["license_name"] == "mine"
+    write_model_card(folder, "Trained.", origin=describe_origin(str(base), []))
+    assert other in front_matter(folder).content
+
+
+@pytest.mark.parametrize("card", [None, "# No front matter", "---\nlicense: [\n---\n", "---\nlicense: other\n---\n", "---\n- a\n---\n"])
+def test_without_a_licence_of_the_base_the_card_says_so(card, folder, tmp_path_factory):
+    base = tmp_path_factory.mktemp("models") / "base"
+    base.mkdir()
+    if card is not None:
+        (base / "README.md").write_text(card)
+    for model in (str(base), None, str(folder / "config.json"), "someone/unknown"):
+        origin = describe_origin(model, ["clips"])
+        assert "license" not in origin
+        assert origin["license_text"].startswith("No licence was chosen")
+        write_model_card(folder, "Trained.", origin=origin)
+        assert front_matter(folder).data.base_model == {str(base): ["base"], None: None}.get(
+            model, [model and model.removeprefix(f"{folder}/")]
+        )
+
+
+def test_names_of_data_cannot_break_the_front_matter(folder):
+    write_model_card(folder, "Trained.", origin=describe_origin("a\n---\n<script>", ["x: y\n- z", "![x](http://y)", "a..b//c--d", "  "]))
+    data = front_matter(folder).data
+    assert (data.base_model, data.datasets) == (["a-script"], ["x-y-z", "x-http/y", "a-b/c-d"])
+
+
 def test_names_in_the_table_of_results_are_one_line_without_markup(folder):
     describe(folder, results=[{**RESULT, "metric_value": 1, "dataset_name": "a\n| b <i>", "note": "![x](y)"}])
     generate_model_card(folder)
@@ -212,6 +251,7 @@ def test_a_results_file_of_a_training_run_describes_no_model(folder):
     ("fields", "sentence"),
     [
         ({"licence": "mit"}, "the file has the unknown field 'licence'; there are name, title"),
+        ({"metrics": {}}, "it holds the results of a run; a training run has written its card"),
         ({"title": 3}, "'title' expected str"),
         ({"limits": "none"}, "'limits' expected a list"),
         ({"citation": ["beats"]}, "no citation 'beats': choose from sslam, eat"),

@@ -14,13 +14,16 @@ import torch
 import transformers
 from conftest import noise
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 from transformers import TrainingArguments
 
-from transformers_sslam import SSLAMForAudioClassification
+from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
 from transformers_sslam.attention_sslam import CPU_HALF_PRECISION_ATTENTION
 from transformers_sslam.checkpoints import checkpoints
 from transformers_sslam.errors import UserError
-from transformers_sslam.finetuning import training
+from transformers_sslam.finetuning import progress, training
+from transformers_sslam.finetuning.progress import ProgressTable
 from transformers_sslam.finetuning.run import fine_tune
 from transformers_sslam.finetuning.settings import DEFAULTS, MACHINE_SETTINGS, UNSUPPORTED, FineTuningSettings
 from transformers_sslam.finetuning.trainer import StreamTrainer, _RunState
@@ -294,6 +297,69 @@ def test_another_optimizer_has_the_same_groups(settings, trainers):
     assert isinstance(optimizer, torch.optim.SGD)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.02}
     assert {group["layer"] for group in optimizer.param_groups} == {0, 1, 2, 3}
+
+
+# --- what a run shows
+
+
+def test_the_learning_rate_shown_is_that_of_the_head(settings, trainers):
+    """5e-5 is logged as 5e-5 at its peak, though the embeddings learn at 0.65 ** 3 of it."""
+    fine_tune(replace(settings, learning_rate=5e-5, layer_decay=0.65, model=str(saved(settings)), model_config={}, warmup_steps=4))
+    history = trainers[0].state.log_history
+    assert [entry["learning_rate"] for entry in history if "loss" in entry][:5] == pytest.approx([0, 1.25e-5, 2.5e-5, 3.75e-5, 5e-5])
+    assert trainers[0].optimizer.param_groups[0]["initial_lr"] == pytest.approx(0.65**3 * 5e-5)
+
+
+def test_tensorboard_shows_the_learning_rate_of_the_head_and_a_line_says_where(settings, caplog):
+    caplog.set_level("INFO")
+    fine_tune(replace(settings, report_to="tensorboard", max_steps=2, warmup_steps=0, lr_scheduler_type="constant"))
+    assert f"curves of losses, metrics and learning rate: tensorboard --logdir {settings.output_dir}" in caplog.messages
+    (folder,) = {file.parent for file in Path(settings.output_dir).glob("runs/*/events*")}
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.value for event in events.Scalars("train/learning_rate")] == pytest.approx([1e-2, 1e-2])
+    assert {"train/loss", "eval/loss", "eval/accuracy"} <= set(events.Tags()["scalars"])
+
+
+def test_a_validation_part_is_evaluated_each_epoch_by_default(settings, capsys):
+    defaults = {"eval_strategy": None, "eval_steps": None, "logging_strategy": "epoch", "save_steps": 0.05}
+    results = fine_tune(replace(settings, **defaults, max_steps=4))
+    assert [entry["epoch"] for entry in results["validation"]] == [1, 2]  # 16 clips in batches of 8
+    titles, *rows = (line for line in capsys.readouterr().out.splitlines() if line)
+    assert titles.split() == ["epoch", "step", *["training", "loss", "validation", "loss", "accuracy", "learning", "rate", "time", "left"]]
+    for row, entry, loss in zip(rows, results["validation"], results["training_loss"], strict=True):
+        epoch, _, *numbers = row.split()
+        assert epoch == f"{entry['epoch']:g}/2"
+        assert numbers[:3] == [f"{loss:.4f}", f"{entry['eval_loss']:.4f}", f"{entry['eval_accuracy']:.4f}"]
+
+
+def test_the_best_model_of_each_epoch_needs_no_other_setting(settings, trainers):
+    defaults = {"eval_strategy": None, "eval_steps": None, "save_steps": 0.05}
+    results = fine_tune(replace(settings, **defaults, load_best_model_at_end=True))
+    best = min(results["validation"], key=lambda entry: entry["eval_loss"])
+    assert results["best_step"] == best["step"]
+    assert len(results["validation"]) == 4
+
+
+def test_a_split_called_validation_that_is_not_used_is_told(settings, caplog):
+    caplog.set_level("INFO")
+    fine_tune(replace(settings, validation_split=None, eval_strategy=None, eval_steps=None, max_steps=1))
+    assert sum("the split 'validation' is not used: with --validation_split validation" in message for message in caplog.messages) == 1
+
+
+def test_a_resumed_bar_starts_where_the_run_is(settings, monkeypatch):
+    bars = []
+    monkeypatch.setattr(progress, "tqdm", lambda **options: bars.append(options) or tqdm(**options))
+    state = SimpleNamespace(global_step=6, max_steps=8, is_world_process_zero=True)
+    ProgressTable("validation", "accuracy").on_train_begin(settings.training_arguments(), state, None)
+    assert (bars[0]["initial"], bars[0]["total"], bars[0]["disable"]) == (6, 8, True)
+
+
+def saved(settings: FineTuningSettings) -> Path:
+    """An encoder with its feature extractor, of the sizes that the settings have."""
+    folder = Path(settings.output_dir).parent / "checkpoint"
+    SSLAMModel(SSLAMConfig(**settings.model_config)).save_pretrained(folder)
+    SSLAMFeatureExtractor(max_length=settings.max_length).save_pretrained(folder)
+    return folder
 
 
 # --- arguments

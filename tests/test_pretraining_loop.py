@@ -22,6 +22,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -31,6 +32,7 @@ from transformers_sslam import SSLAMForPreTraining, SSLAMModel
 
 
 soundfile = pytest.importorskip("soundfile")
+from processes import Fork, run_on_two  # noqa: E402
 from test_conversion import cache, save_pretrained_fairseq  # noqa: E402, F401  # the first is a fixture
 
 from transformers_sslam.attention_sslam import CPU_HALF_PRECISION_ATTENTION  # noqa: E402
@@ -197,6 +199,8 @@ def test_stage_2_starts_from_stage_1_with_decoder_and_teacher(sounds, tmp_path):
     second.run()
     card = (tmp_path / "2" / "model" / "README.md").read_text()
     assert "Pre-trained from `model` on" in card
+    assert "hours of audio seen" in card
+    assert (ModelCard(card).data.base_model, ModelCard(card).data.datasets) == (["model"], [sounds.name])
     assert str(tmp_path) not in card
 
 
@@ -571,6 +575,20 @@ def test_a_teacher_moves_unless_the_step_was_skipped(sounds, tmp_path):
     assert all(torch.allclose(difference, torch.tensor(-0.9), atol=2e-2) for difference in teachers[0])
 
 
+def test_the_log_tells_the_time_left_the_hours_seen_and_where_the_curves_are(sounds, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run = trainer(sounds, tmp_path, max_steps=4, save_steps=100, report_to="tensorboard")
+    laps = iter([(7.0, 0.0), (3.0, 0.0)])  # seconds of two steps each
+    run.log.lap = lambda: next(laps, (1.0, 0.0))
+    run.run()
+    curves = f"curves of loss, speed and hours of audio seen: tensorboard --logdir {tmp_path}"
+    assert f"Each step is logged in {tmp_path / 'metrics.jsonl'}; {curves}" in caplog.messages
+    assert list(tmp_path.glob("sslam/events*"))
+    lines = [message for message in caplog.messages if message.startswith("step ")]
+    assert [line.split("  ")[0] for line in lines] == ["step 2/4, 00:07 left", "step 4/4, 00:00 left"]
+    assert all(", 0.00 h of audio seen, " in line for line in lines)
+
+
 def test_skipped_steps_are_left_out_of_means_and_counted_over_a_resumption(sounds, tmp_path, monkeypatch):
     logged = []
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append((step, values)))
@@ -580,7 +598,7 @@ def test_skipped_steps_are_left_out_of_means_and_counted_over_a_resumption(sound
     first.run()
     assert (first.step, first.skipped, first.skipped_in_a_row) == (5, 2, 2)
     assert [(step, values["skipped_steps"]) for step, values in logged] == [(4, 1), (5, 2)]
-    assert logged[1][1]["hours_of_audio"] == pytest.approx(5 * 4 * 64 / 360_000)  # frames of 10 ms
+    assert logged[1][1]["hours_of_audio_seen"] == pytest.approx(5 * 4 * 64 / 360_000)  # frames of 10 ms
     assert logged[0][1]["loss"] == pytest.approx(np.mean([line["loss"] for line in metrics(tmp_path)[:3]]))
     second = trainer(sounds, tmp_path, max_steps=8, save_steps=4, logging_steps=4)
     second.run()
@@ -733,9 +751,11 @@ def test_operations_of_a_clip_are_those_of_the_published_model():
 # --- processes: killed, and several of them
 
 
-def launch(folder: Path, settings: dict, processes: int) -> subprocess.Popen:
+def launch(folder: Path, settings: dict, processes: int, forked: bool = False) -> subprocess.Popen | Fork:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    if forked:
+        return Fork([SCRIPT, "--config", folder / "recipe.yaml"], folder / "log", ON_CPU)
     log = open(folder / "log", "a")  # noqa: SIM115  # the process keeps it
     program = [str(SCRIPT)] if processes > 1 else ["-m", "transformers_sslam", "pretrain"]  # the same in two ways
     command = [*on_processes(processes), *program, "--config", str(folder / "recipe.yaml")]
@@ -748,12 +768,12 @@ def on_processes(count: int) -> list[str]:
     return [sys.executable, *(torchrun if count > 1 else [])]
 
 
-def finish(folder: Path, settings: dict, processes: int) -> None:
-    code = launch(folder, settings, processes).wait(timeout=500)
+def finish(folder: Path, settings: dict, processes: int, forked: bool = False) -> None:
+    code = launch(folder, settings, processes, forked).wait(timeout=500)
     assert code == 0, (folder / "log").read_text()[-3000:]
 
 
-def kill_at_random_moments(sounds, tmp_path, processes: int, workers: int, kills: int, steps: int) -> None:
+def kill_at_random_moments(sounds, tmp_path, processes: int, workers: int, kills: int, steps: int, forked: bool = False) -> None:
     """However often a run is killed, its losses are those of an uninterrupted run, to the last bit, and each checkpoint is whole."""
     changes = {
         "dataloader_num_workers": workers,
@@ -768,7 +788,7 @@ def kill_at_random_moments(sounds, tmp_path, processes: int, workers: int, kills
     settings = recipe(sounds, killed, **changes)
     deaths = 0
     while deaths < kills:
-        process = launch(killed, settings, processes)
+        process = launch(killed, settings, processes, forked)
         seen = _progress(killed)
         while process.poll() is None and _progress(killed) == seen:
             time.sleep(0.02)
@@ -781,12 +801,12 @@ def kill_at_random_moments(sounds, tmp_path, processes: int, workers: int, kills
             assert verify(folder) is None
             SSLAMForPreTraining.from_pretrained(folder)
     assert deaths == kills, (killed / "log").read_text()[-3000:]
-    finish(killed, settings, processes)
+    finish(killed, settings, processes, forked)
     assert metrics(killed) == metrics(whole)
     assert same_weights(killed / "model", whole / "model")
 
 
-def kill_with_all_it_started(process: subprocess.Popen) -> None:
+def kill_with_all_it_started(process: subprocess.Popen | Fork) -> None:
     """`kill -9` of a program, its ranks and their readers. (torchrun gives each rank a session of its own.)"""
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
@@ -802,7 +822,7 @@ def _progress(folder: Path) -> int:
 
 
 def test_a_killed_run_resumes_bit_for_bit(sounds, tmp_path):
-    kill_at_random_moments(sounds, tmp_path, processes=1, workers=0, kills=2, steps=40)
+    kill_at_random_moments(sounds, tmp_path, processes=1, workers=0, kills=2, steps=40, forked=True)
 
 
 @pytest.mark.slow
@@ -831,9 +851,7 @@ def test_two_processes_hold_the_same_model_and_share_the_clips(sounds, tmp_path)
         "state = hashlib.sha256(b''.join(t.numpy().tobytes() for t in run.model.state_dict().values())).hexdigest()\n"
         "open(f'{sys.argv[2]}/{run.accelerator.process_index}.json', 'w').write(json.dumps([state, names]))\n"
     )
-    command = [*on_processes(2), str(program), json.dumps(settings), str(tmp_path)]
-    outcome = subprocess.run(command, capture_output=True, text=True, env=ON_CPU)
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    run_on_two([program, json.dumps(settings), tmp_path], tmp_path / "log", ON_CPU)
     (first, names), (second, other_names) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     counts = Counter(Path(name).name for name in names + other_names)
@@ -860,9 +878,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(sounds, tmp_path)
         "open(f'{sys.argv[2]}/{run.accelerator.process_index}.json', 'w').write(json.dumps(run.step))\n"
     )
     settings = recipe(sounds, tmp_path / "run", per_device_train_batch_size=3, save_steps=100, max_steps=50)
-    command = [*on_processes(2), str(program), json.dumps(settings), str(tmp_path)]
-    outcome = subprocess.run(command, capture_output=True, text=True, env=ON_CPU)
-    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    run_on_two([program, json.dumps(settings), tmp_path], tmp_path / "log", ON_CPU)
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [2, 2]
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-00000002"]
 

@@ -226,6 +226,15 @@ def test_folds_count_as_runs_and_seeds_only_where_there_is_one_partition():
     assert (summarize_gain(values[:1], others[:1]).count, summarize_gain(values[:1], others[:1]).mean) == (1, pytest.approx(0.5))
 
 
+def test_folds_without_an_error_have_an_interval_over_clips():
+    summary = summarize_runs(np.ones((4, 3)), [20] * 4)  # each fold: Wilson's [0.8389, 1]
+    assert (summary.mean, summary.high) == (1, 1)
+    assert summary.low == pytest.approx(1 - (4 * 0.16113**2) ** 0.5 / 4, abs=1e-4)
+    assert summarize_runs(np.array([[0.2], [0.8]]), [1000] * 2) == replace(
+        summarize_runs(np.array([[0.2], [0.8]])), low=0.0, high=1.0
+    )  # t's interval is wider, and leaves [0, 1]
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [

@@ -94,9 +94,19 @@ def environment(server: HubServer, tmp_path: Path) -> dict[str, str]:
     return {**os.environ, **hub_settings, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-def run_command(server: HubServer, tmp_path: Path, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "transformers_sslam", "publish", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(server, tmp_path), cwd=tmp_path)
+@pytest.fixture
+def command(server, api, monkeypatch, capsys):
+    """Runs `sslam publish` and gives what it printed."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+    def run(*arguments) -> str:
+        code = main(["publish", *map(str, arguments)])
+        printed = capsys.readouterr()
+        assert code == 0, printed.err
+        return printed.out
+
+    return run
 
 
 def load_back(server: HubServer, tmp_path: Path, how: str) -> dict:
@@ -107,12 +117,11 @@ def load_back(server: HubServer, tmp_path: Path, how: str) -> dict:
     return json.loads(run.stdout.partition("RESULT")[2])
 
 
-def test_what_is_published_loads_from_there_with_the_package_and_without(server, folder, model, tmp_path):
+def test_what_is_published_loads_from_there_with_the_package_and_without(server, command, folder, model, tmp_path):
     before = contents(folder)
-    run = run_command(server, tmp_path, "--model", folder, "--repo_id", REPOSITORY)
-    assert run.returncode == 0, run.stderr
-    assert f"published: {server.url}/{REPOSITORY}" in run.stdout
-    assert "stays here: checkpoint-3/, training_args.bin" in run.stdout
+    out = command("--model", folder, "--repo_id", REPOSITORY)
+    assert f"published: {server.url}/{REPOSITORY}" in out
+    assert "stays here: checkpoint-3/, training_args.bin" in out
     assert contents(folder) == before
 
     remote = server.repositories[REPOSITORY].branches["main"]
@@ -140,16 +149,13 @@ def test_what_is_published_loads_from_there_with_the_package_and_without(server,
         torch.testing.assert_close(torch.tensor(result["pooled"]), pooled, atol=1e-6, rtol=1e-6)
 
 
-def test_a_dry_run_lists_sizes_and_sends_nothing(server, folder, tmp_path):
-    run = run_command(server, tmp_path, "--model", folder, "--repo_id", REPOSITORY, "--dry_run")
-    assert run.returncode == 0, run.stderr
-    listed = {
-        name: int(size.replace(",", "")) for size, name in re.findall(r"^ *([\d,]+) bytes  (\S+\.\S+)$", run.stdout, flags=re.MULTILINE)
-    }
+def test_a_dry_run_lists_sizes_and_sends_nothing(server, command, folder):
+    out = command("--model", folder, "--repo_id", REPOSITORY, "--dry_run")
+    listed = {name: int(size.replace(",", "")) for size, name in re.findall(r"^ *([\d,]+) bytes  (\S+\.\S+)$", out, flags=re.MULTILINE)}
     assert sorted(listed) == PUBLISHED
     assert listed["model.safetensors"] == (folder / "model.safetensors").stat().st_size
-    assert f"nothing was sent to {REPOSITORY}" in run.stdout
-    assert "note: the card names no licence" in run.stdout
+    assert f"nothing was sent to {REPOSITORY}" in out
+    assert "note: the card names no licence" in out
     assert server.writes == []
     assert server.repositories == {}
 

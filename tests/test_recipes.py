@@ -142,3 +142,14 @@ def test_the_command_in_the_recipe_for_eight_devices_is_accepted():
     words = ["--per_device_train_batch_size", "6", "--model_config.global_loss_weight", "2"]
     settings = pretraining_recipe("pretrain_base_stage1", *words)
     assert (settings.per_device_train_batch_size, settings.model_config) == (6, {"global_loss_weight": 2})
+
+
+def test_the_small_recipe_takes_statistics_of_ones_own_recordings_by_one_flag():
+    """Its stage 2 takes those of stage 1, whatever they are."""
+    first = read_settings(PreTrainingSettings, "pretrain_tiny_stage1")
+    assert (first.normalization, first.feature_extractor) == ("esc50", {"max_length": 512})
+    second = read_settings(PreTrainingSettings, "pretrain_tiny_stage2")
+    assert (second.normalization, second.feature_extractor) == ("model", {"max_length": 512})
+    for name in ("pretrain_tiny_stage1", "pretrain_tiny_stage2"):
+        words = ["--config", name, "--data_dir", "somewhere", "--normalization", "computed"]
+        assert parse_settings(PreTrainingSettings, words).normalization == "computed"

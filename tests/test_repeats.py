@@ -94,11 +94,24 @@ def test_the_summary_is_that_of_the_runs_results(series):
         assert found["count"] == 3
         assert found["std"] == pytest.approx(np.std(folds, ddof=1), rel=1e-9)
         low, high = scipy.stats.t.interval(0.95, 2, np.mean(folds), scipy.stats.sem(folds)) if found["std"] else (values[0],) * 2
+        if metric == "accuracy":  # every run takes one clip of three: an interval over folds alone would have no width
+            assert set(values) == {1 / 3}
+            one_of_three = scipy.stats.binomtest(1, 3).proportion_ci(method="wilson")
+            low, high = (1 / 3 + (end - 1 / 3) / 3**0.5 for end in (one_of_three.low, one_of_three.high))
         assert (found["low"], found["high"]) == pytest.approx((low, high), rel=1e-9)
     assert summary["metrics"]["loss"]["std"] > 0
     assert summary["seconds"] == pytest.approx(sum(result["seconds"]["total"] for result in results.values()))
     assert json.loads((Path(settings.output_dir) / "summary.json").read_text()) == summary
     assert yaml.safe_load((Path(settings.output_dir) / "series.yaml").read_text())["seeds"] == [0, 1]
+
+
+def test_results_by_class_are_those_of_all_runs(series):
+    settings, summary = series
+    output = Path(settings.output_dir)
+    matrices = [json.loads((output / name / "results.json").read_text())["confusion_matrix"] for name in RUNS]
+    assert summary["confusion_matrix"] == np.sum(matrices, axis=0).tolist()
+    assert [result["clips"] for result in summary["per_class"].values()] == [6, 12]  # three folds by two seeds
+    assert (output / "confusion_matrix.png").stat().st_size > 5000
 
 
 def test_the_table_has_a_line_for_each_run_and_one_for_all():
@@ -112,6 +125,9 @@ def test_the_table_has_a_line_for_each_run_and_one_for_all():
     assert lines[6:] == ["two leaves out dog, of which it has no clip"]
     single = {"accuracy": {"runs": {"": 0.5}, **summarize([0.5]).to_dict()}}
     assert format_runs({"metrics": single, "classes_without_positives": {}}).splitlines()[0::2] == ["| accuracy |", "| 0.5000 |"]
+    single["accuracy"] |= {"low": 0.25, "high": 0.75}
+    lines = format_runs({"metrics": single, "classes_without_positives": {}}).splitlines()
+    assert lines[0::2] == ["| accuracy [95 % over clips] |", "| 0.5000 [0.2500, 0.7500] |"]
 
 
 def test_without_evaluation_there_is_no_table(copy, tmp_path):

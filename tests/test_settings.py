@@ -217,8 +217,8 @@ def test_a_settings_file_cut_at_any_length_or_of_another_kind_ends_in_a_clear_er
     file = tmp_path / "settings.yaml"
     write_settings(read("--model.depth", "2", "--folds", "1", "2"), file)
     whole = file.read_bytes()
-    contents = [whole[:length] for length in range(len(whole))] + [b"", b"7", b"- 1", b"a", b"\xff", b"\0", b"[[[["]
-    contents += [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(len(whole))]
+    contents = [whole[:length] for length in range(0, len(whole), 3)] + [b"", b"7", b"- 1", b"a", b"\xff", b"\0", b"[[[["]
+    contents += [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(0, len(whole), 2)]
     for content in contents:
         file.write_bytes(content)
         with contextlib.suppress(UserError):

@@ -31,6 +31,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "tag": Command("recordings.tag", "TagSettings", "label recordings of any length with a classifier", "audio"),
+    "embed": Command("recordings.embed", "EmbedSettings", "embed recordings of any length with an encoder", "audio"),
     "finetune": Command("finetuning.run", "FineTuningSettings", "train a classifier on labelled clips"),
     "evaluate": Command("evaluation.classifier", "EvaluationSettings", "evaluate a classifier on labelled clips, with intervals"),
     "probe": Command("finetuning.linear_protocol", "LinearProtocolSettings", "evaluate the frozen features of an encoder"),

@@ -11,7 +11,7 @@ class UserError(ValueError):
     """A mistake of the user. Commands print its one sentence without a traceback."""
 
 
-CAUSES = ("missing", "empty", "unreadable", "truncated", "damaged", "not finite", "too short", "out of scale")
+CAUSES = ("missing", "empty", "unreadable", "truncated", "damaged", "not finite", "too short", "out of scale", "changed")
 
 
 class AudioDecodingError(ValueError):

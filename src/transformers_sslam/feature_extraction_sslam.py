@@ -219,12 +219,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             )
         if len(clip) == 0:
             raise ValueError(f"{name} is empty: leave it out")
-        peak = clip.abs().max().item()  # read where the clip lies, before it is sent to a device that would be waited for
-        if peak > LARGEST_PLAUSIBLE_AMPLITUDE:
-            raise ValueError(
-                f"{name} has a peak of {peak:g}, but samples lie in [-1, 1]: integers stored as floats must be divided by their full scale "
-                "(32768 for 16 bits)"
-            )
+        check_peak(clip, name)
         least = frame_geometry(self.sampling_rate)[0]
         if len(clip) < least:
             raise ValueError(
@@ -331,6 +326,16 @@ def as_float_samples(samples, name: str) -> torch.Tensor:
     if not samples.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinite samples: repair it or leave it out")
     return samples
+
+
+def check_peak(samples: torch.Tensor, name: str) -> None:
+    """Raise a ValueError, with `name`, if samples were never scaled to [-1, 1]."""
+    # Read where they lie, before they are sent to a device that would be waited for.
+    if len(samples) and (peak := samples.abs().max().item()) > LARGEST_PLAUSIBLE_AMPLITUDE:
+        raise ValueError(
+            f"{name} has a peak of {peak:g}, but samples lie in [-1, 1]: integers stored as floats must be divided by their full scale "
+            "(32768 for 16 bits)"
+        )
 
 
 def _whole_number(name: str, value: int) -> int:

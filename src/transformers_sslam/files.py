@@ -105,16 +105,10 @@ def write_folder_atomically(path: str | Path, manifest: bool = False) -> Iterato
     """An empty folder beside `path` to write into, which gets this name once every file in it is on the disk, replacing one of that name,
     or is deleted after an error.
 
-    Parents are created, and what killed processes of this machine have left is deleted. `manifest` adds what [`verify`] reads.
+    Parents are created. `manifest` adds what [`verify`] reads.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mine = f".{path.name}.{socket.gethostname()}."
-    for leftover in path.parent.iterdir():  # not `glob`: a name may hold its wildcards
-        pid = leftover.name.removeprefix(mine).removesuffix(UNFINISHED)
-        if leftover.name == f"{mine}{pid}{UNFINISHED}" and pid.isdecimal() and (int(pid) == os.getpid() or not _is_running(int(pid))):
-            shutil.rmtree(leftover, ignore_errors=True)
-    unfinished = path.with_name(f"{mine}{os.getpid()}{UNFINISHED}")
+    unfinished = name_unfinished(path)
     unfinished.mkdir()
     try:
         yield unfinished
@@ -122,6 +116,18 @@ def write_folder_atomically(path: str | Path, manifest: bool = False) -> Iterato
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def name_unfinished(path: Path) -> Path:
+    """A name beside `path` for what this process writes before it takes that name. Parents are created, and what killed processes of this
+    machine have left under such names is deleted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mine = f".{path.name}.{socket.gethostname()}."
+    for leftover in path.parent.iterdir():  # not `glob`: a name may hold its wildcards
+        pid = leftover.name.removeprefix(mine).removesuffix(UNFINISHED)
+        if leftover.name == f"{mine}{pid}{UNFINISHED}" and pid.isdecimal() and (int(pid) == os.getpid() or not _is_running(int(pid))):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    return path.with_name(f"{mine}{os.getpid()}{UNFINISHED}")
 
 
 def _is_running(pid: int) -> bool:

@@ -1,26 +1,24 @@
-"""Methods that models inherit: vectors of many clips of any lengths, and scores of windows that slide over a recording of any length.
+"""Methods that models inherit: embeddings of many clips of any lengths, and scores of windows that slide over a recording.
 
 Memory grows with neither. A model is in eval mode while it computes, and as it was afterwards.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Number
+from functools import partial
+from itertools import chain, groupby, islice
+from numbers import Number
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from .batching_sslam import Windows, check_batch_size, compute_batches, prepare_batches
 from .configuration_sslam import SSLAMConfig
-from .fbank import frame_geometry, num_frames
 from .feature_extraction_sslam import SSLAMFeatureExtractor
-from .windows_sslam import Audio, MergedSteps, Samples, Windowing, check_frames, checked_blocks, cut_into_windows
-
-
-BATCHES_SORTED_TOGETHER = 16  # of clips to encode; all that a lazy sequence of clips has in memory at a time
+from .tasks_sslam import Embedding, Per, Pooling, Row, Scoring, Task, first_device
+from .windows_sslam import Audio, Samples, Windowing, checked_blocks
 
 
 class WindowScores(NamedTuple):
@@ -29,13 +27,10 @@ class WindowScores(NamedTuple):
     Attributes:
         starts: `(windows,)`, where each begins, in seconds.
         scores: `(windows, classes)`, float32, in [0, 1]: sigmoid of tags, otherwise softmax over classes.
-        embeddings: on request `(steps, hidden_size)`, float32, one every 160 ms: those that no later window adds to. All batches'
-            together, in their order, are the recording's.
     """
 
     starts: np.ndarray
     scores: np.ndarray
-    embeddings: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,6 @@ class ScoresOverTime:
         duration: of the recording in seconds.
         sampling_rate: of the recording in Hz.
         classes: their names.
-        embeddings: on request `(steps, hidden_size)`, one every 160 ms from the recording's start.
     """
 
     scores: np.ndarray
@@ -58,7 +52,6 @@ class ScoresOverTime:
     duration: float
     sampling_rate: int
     classes: list[str]
-    embeddings: np.ndarray | None = None
 
     @property
     def edges(self) -> np.ndarray:
@@ -67,107 +60,81 @@ class ScoresOverTime:
         return np.concatenate(([0.0], (centres[1:] + centres[:-1]) / 2, [self.duration]))
 
 
-class _Piece(NamedTuple):
-    """A clip, or a part of one that is too long: its samples, the frames they hold, and the number of the clip."""
+class EmbeddingsOverTime(NamedTuple):
+    """Vectors of a clip's windows or time steps.
 
-    samples: torch.Tensor
-    frames: int
-    clip: int
+    Attributes:
+        vectors: `(n, width)`, float32.
+        starts, ends: `(n,)`, in seconds.
+    """
+
+    vectors: torch.Tensor
+    starts: np.ndarray
+    ends: np.ndarray
 
 
-class SSLAMInferenceMixin(nn.Module):
-    """What the mixins share."""
+class SSLAMEncodingMixin(nn.Module):
+    """`encode`, for an encoder."""
 
     config: SSLAMConfig
 
-    def _features(self, feature_extractor: SSLAMFeatureExtractor, clips: list[torch.Tensor], frames: int, **options: Any) -> Any:
-        """Log-mels of so many frames on the device of the first weights that lie on one: offloaded weights do not."""
-        device = next((weights.device for weights in self.parameters() if weights.device.type != "meta"), torch.device("cpu"))
-        rate = feature_extractor.sampling_rate
-        return feature_extractor(clips, sampling_rate=rate, padding=frames, return_tensors="pt", device=device, **options)
+    def encode(
+        self,
+        clips: Sequence[Audio],
+        feature_extractor: SSLAMFeatureExtractor,
+        *,
+        per: Per = "clip",
+        layers: Sequence[int] = (-1,),
+        pooling: Pooling | None = None,
+        window: float | None = None,
+        hop: float | None = None,
+        batch_size: int = 16,
+    ) -> torch.Tensor | list[EmbeddingsOverTime]:
+        """Embeddings of clips, or of their windows or time steps, each as if the clip had been encoded alone.
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        """Eval mode without gradients; afterwards every module is in the mode in which it was."""
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            for module in training:
-                module.training = True
-
-    def _not_finite(self, what: str) -> FloatingPointError:
-        dtype = next(self.parameters()).dtype
-        return FloatingPointError(f"{what} not finite: the model is damaged, or its dtype {dtype} is too narrow for it; try float32")
-
-
-class SSLAMEncodingMixin(SSLAMInferenceMixin):
-    """`encode`, for an encoder."""
-
-    def encode(self, clips: Sequence[Samples], feature_extractor: SSLAMFeatureExtractor, *, batch_size: int = 16) -> torch.Tensor:
-        """One vector a clip, as the model pools, each as if the clip had been encoded alone.
-
-        Clips are read once, in their order, and sorted by length within each 16 batches, so that a sequence that decodes them when asked
-        stays lazy. Padding is masked. A clip longer than the extractor's `max_length` is cut into pieces of that length without overlap,
-        the last one shorter: its vector is their mean, weighted by their frames.
+        Clips are read once, in their order, and a sequence that decodes them when asked stays lazy. Padding is masked. Of a clip longer
+        than a window there is the mean over windows that do not overlap, weighted by their frames; the last one is shorter. Of a time step
+        there is the mean over the windows that hold it.
 
         Args:
-            clips: waveforms `(samples,)` of any lengths, floats in [-1, 1], at the extractor's rate: a list, or anything that has a
-                length and returns them by number.
+            clips: waveforms `(samples,)` of any lengths, floats in [-1, 1], at the extractor's rate, or iterables of a long recording's
+                successive blocks: a list, or anything that has a length and returns them by number.
             feature_extractor: the model's.
-            batch_size: clips at a time.
+            per: a vector for each `"clip"`, for each `"window"`, or for each time `"step"` of 160 ms.
+            layers: whose outputs are taken, and concatenated: -1 for the last one, 0 for the input of the first.
+            pooling: `"mean"` of the patches, the `"cls"` token or, of a time step, all its `"patches"`, from low to high frequencies,
+                concatenated. By default as the model pools (`config.classifier_pooling`), and of a time step the mean.
+            window: length of a window in seconds, a multiple of 0.16; by default the extractor's `max_length`.
+            hop: seconds from one window's start to the next one's; by default half a window. The last window ends where the clip does
+                or, for time steps, holds its last frame.
+            batch_size: windows at a time.
 
         Returns:
-            `(clips, hidden_size)`, float32, on the CPU.
+            `(clips, width)`, float32, on the CPU; for windows and time steps a list with vectors and their times for each clip. `width` is
+            `hidden_size` times the number of layers, and 8 times that with `"patches"`.
 
         Raises:
-            ValueError: if the extractor's length does not fit the model, or it rejects a clip, whose number the message has.
+            ValueError: if an argument is out of range, or a clip is not a finite mono waveform; the message has its number.
             FloatingPointError: if a vector is not finite.
         """
-        _check_batch_size(batch_size)
-        check_frames(self.config, feature_extractor, feature_extractor.max_length, "the feature extractor's max_length")
-        total = torch.zeros(len(clips), self.config.hidden_size)
-        weights = torch.zeros(len(clips), 1)
-
-        def flush(pieces: list[_Piece]) -> None:
-            pieces.sort(key=lambda piece: piece.frames)
-            for first in range(0, len(pieces), batch_size):
-                batch = pieces[first : first + batch_size]
-                pooled = self._encode_batch(batch, feature_extractor)
-                rows, frames = torch.tensor([piece.clip for piece in batch]), torch.tensor([[float(piece.frames)] for piece in batch])
-                total.index_add_(0, rows, pooled * frames)
-                weights.index_add_(0, rows, frames)
-
-        pending: list[_Piece] = []
-        for i in range(len(clips)):
-            for piece in _pieces(feature_extractor, clips[i], i):
-                pending.append(piece)
-                if len(pending) == batch_size * BATCHES_SORTED_TOGETHER:
-                    flush(pending)
-                    pending = []
-        flush(pending)
-        if not total.isfinite().all():
-            raise self._not_finite(f"the vector of clip {int((~total.isfinite()).any(1).nonzero()[0])} is")
-        return total / weights
-
-    def _encode_batch(self, batch: list[_Piece], feature_extractor: SSLAMFeatureExtractor) -> torch.Tensor:
-        """`(pieces, hidden_size)`, float32, on the CPU, of pieces sorted by their frames."""
-        unit = math.lcm(self.config.patch_size, feature_extractor.pad_to_multiple_of)
-        frames = _padded_frames(batch[0].frames, batch[-1].frames, unit, feature_extractor.max_length)
-        with self._inference():
-            inputs = self._features(feature_extractor, [piece.samples for piece in batch], frames, return_attention_mask=True)
-            mask = inputs.pop("attention_mask")
-            # Attention is faster without a mask.
-            outputs = self(**inputs, attention_mask=None if mask.all() else mask, return_dict=True)
-            return outputs.pooler_output.float().cpu()
+        check_batch_size(batch_size)
+        windowing = Windowing.of_model(self.config, feature_extractor, hop=hop, window=window, per=per)
+        task = Embedding(self.config, feature_extractor, windowing, per, layers, pooling)
+        windows = chain.from_iterable(task.windows(f"clip {i}", _checked_clip(feature_extractor, clips[i], i)) for i in range(len(clips)))
+        found = [list(rows) for _, rows in _by_recording(task, self, windows, batch_size)]
+        if per == "clip":
+            return torch.stack([values for [(_, _, values)] in found]) if found else torch.zeros(0, task.width)
+        over_time = []
+        for rows in found:
+            starts, ends, vectors = zip(*rows)
+            over_time.append(EmbeddingsOverTime(torch.stack(vectors), np.array(starts), np.array(ends)))
+        return over_time
 
 
-class SSLAMScoringMixin(SSLAMInferenceMixin):
+class SSLAMScoringMixin(nn.Module):
     """`score_windows` and `score_over_time`, for a classifier."""
 
-    sslam: Any
+    config: SSLAMConfig
 
     def score_windows(
         self,
@@ -177,7 +144,6 @@ class SSLAMScoringMixin(SSLAMInferenceMixin):
         hop: float | None = None,
         window: float | None = None,
         batch_size: int = 8,
-        embeddings: bool = False,
         sampling_rate: int | None = None,
     ) -> Iterator[WindowScores]:
         """Score windows that slide over a recording, each as if it were a clip of its own, a batch at a time.
@@ -186,20 +152,15 @@ class SSLAMScoringMixin(SSLAMInferenceMixin):
         holds one batch and the samples that its windows span, if the recording comes in blocks and what is yielded is not kept. Between
         batches the model is as it was: threads may share one in eval mode.
 
-        Frame embeddings are the mean over the frequency patches of the last hidden state. Where windows overlap they are averaged; steps
-        without sound are left out. All windows then begin on their grid, so the last one ends up to 160 ms after the recording, padded.
-
         Compile a model for this by `model.compile()`: these methods do not use the forward pass of what `torch.compile(model)` returns.
 
         Args:
             audio: `(samples,)`, floats in [-1, 1], mono, at the extractor's rate; or an iterable of successive blocks of one, of any
-                lengths, such as `audio.decode.read_blocks` gives.
+                lengths, such as `audio.read_blocks` gives.
             feature_extractor: the model's.
-            hop: seconds from one window's start to the next one's; by default half a window, so that each moment is in two. With
-                `embeddings` a multiple of 0.16 s, and no longer than a window.
+            hop: seconds from one window's start to the next one's; by default half a window, so that each moment is in two.
             window: seconds, a multiple of 0.16; by default as many frames as the extractor gives. Its last frame needs 15 ms more.
             batch_size: windows at a time.
-            embeddings: whether to give frame embeddings too.
             sampling_rate: of the audio in Hz, if it shall be checked.
 
         Raises:
@@ -207,22 +168,20 @@ class SSLAMScoringMixin(SSLAMInferenceMixin):
                 short or out of scale.
             FloatingPointError: if scores are not finite.
         """
-        _check_batch_size(batch_size)
-        kind, labels = self.config.problem_type, self.config.num_labels
-        if kind == "regression" or (
-            labels == 1 and kind != "multi_label_classification"
-        ):  # one label alone means regression, as in training
-            raise ValueError(
-                f"config.problem_type is {kind!r} with {labels} labels, which is not a choice between classes: scores are of "
-                "'single_label_classification' with two classes or more, or of 'multi_label_classification'"
-            )
+        check_batch_size(batch_size)
         if sampling_rate not in (None, feature_extractor.sampling_rate):
             raise ValueError(
                 f"sampling_rate is {sampling_rate} Hz, but the model takes {feature_extractor.sampling_rate} Hz: resample the audio first, "
-                "for example by reading it with transformers_sslam.audio.decode.read_blocks"
+                "for example by reading it with transformers_sslam.audio.read_blocks"
             )
-        windowing = Windowing.of_model(self.config, feature_extractor, hop, window, embeddings)
-        return self._score_windows(audio, feature_extractor, windowing, batch_size)
+        windowing = Windowing.of_model(self.config, feature_extractor, hop=hop, window=window)
+        task = Scoring(self.config, feature_extractor, windowing)
+        return self._score_windows(task, audio, batch_size)
+
+    def _score_windows(self, task: Scoring, audio: Audio, batch_size: int) -> Iterator[WindowScores]:
+        for _, rows in _by_recording(task, self, task.windows("the audio", audio), batch_size):
+            while batch := list(islice(rows, batch_size)):
+                yield WindowScores(np.array([row.start for row in batch]), torch.stack([row.values for row in batch]).numpy())
 
     def score_over_time(
         self,
@@ -232,7 +191,6 @@ class SSLAMScoringMixin(SSLAMInferenceMixin):
         hop: float | None = None,
         window: float | None = None,
         batch_size: int = 8,
-        embeddings: bool = False,
         sampling_rate: int | None = None,
     ) -> ScoresOverTime:
         """All that [`score_windows`] yields for a recording, in one piece; arguments and errors are the same."""
@@ -244,65 +202,30 @@ class SSLAMScoringMixin(SSLAMInferenceMixin):
                 samples += len(block)
                 yield block
 
-        options: dict[str, Any] = {"hop": hop, "window": window, "batch_size": batch_size, "embeddings": embeddings}
+        options: dict[str, Any] = {"hop": hop, "window": window, "batch_size": batch_size}
         batches = list(self.score_windows(counted(), feature_extractor, sampling_rate=sampling_rate, **options))
         starts, scores = (np.concatenate([getattr(batch, name) for batch in batches]) for name in ("starts", "scores"))
-        merged = np.concatenate([batch.embeddings for batch in batches if batch.embeddings is not None]) if embeddings else None
-        length = Windowing.of_model(self.config, feature_extractor, hop, window, embeddings).length
-        return ScoresOverTime(scores, starts, length / rate, samples / rate, rate, self.config.class_names, merged)
-
-    def _score_windows(
-        self, audio: Audio, feature_extractor: SSLAMFeatureExtractor, windowing: Windowing, batch_size: int
-    ) -> Iterator[WindowScores]:
-        rate = windowing.sampling_rate
-        merged = None if windowing.step is None else MergedSteps(self.config.hidden_size)
-        for starts, windows, is_last in cut_into_windows(checked_blocks(audio, rate), windowing, batch_size):
-            with self._inference():
-                inputs = self._features(feature_extractor, windows, windowing.frames)
-                outputs = self(**inputs, output_hidden_states=merged is not None, return_dict=True)
-                logits = outputs.logits.float()
-                is_tags = self.config.problem_type == "multi_label_classification"
-                scores = (logits.sigmoid() if is_tags else logits.softmax(1)).cpu().numpy()
-                if not np.isfinite(scores).all():
-                    raise self._not_finite(f"scores of windows that begin between {starts[0] / rate:.2f} and {starts[-1] / rate:.2f} s are")
-                finished = None
-                if merged is not None and windowing.step is not None:
-                    grid = self.sslam.frame_embeddings(outputs.hidden_states[-1]).float().mean(2).cpu().numpy()
-                    for start, window, steps in zip(starts, windows, grid):
-                        sounding = -(-num_frames(len(window), rate) // self.config.patch_size)
-                        merged.add(start // windowing.step, steps[:sounding])
-                    finished = merged.take(all_of_them=is_last)
-            yield WindowScores(np.array(starts) / rate, scores, finished)
+        length = Windowing.of_model(self.config, feature_extractor, hop=hop, window=window).length
+        return ScoresOverTime(scores, starts, length / rate, samples / rate, rate, self.config.class_names)
 
 
-def _pieces(feature_extractor: SSLAMFeatureExtractor, clip: Samples, index: int) -> Iterator[_Piece]:
-    """Each frame of the clip is in one piece."""
-    rate, most = feature_extractor.sampling_rate, feature_extractor.max_length
-    if np.ndim(clip) == 0:
+def _by_recording(task: Task, model: nn.Module, windows: Windows, batch_size: int) -> Iterator[tuple[Any, Iterator[Row]]]:
+    """Each recording's rows, as they are computed."""
+    features = partial(task.features, device=first_device(model))
+    batches = prepare_batches(windows, features, batch_size, task.sorted_batches)
+    results: Iterator[Any] = compute_batches(batches, partial(task.compute, model))
+    for recording, found in groupby(results, key=lambda result: result[0].recording):
+        yield recording, task.rows(found)
+
+
+def _checked_clip(feature_extractor: SSLAMFeatureExtractor, clip: Audio, index: int) -> Audio:
+    """A clip, or the blocks of one. A ValueError about an array has its number among the clips."""
+    if (isinstance(clip, Samples) and clip.ndim) or isinstance(clip, Sequence):
+        return feature_extractor._check_clip(clip, index, None)
+    if isinstance(clip, (Samples, Number, Mapping)):
         what = "single number" if isinstance(clip, Number | Samples) else type(clip).__name__
         raise ValueError(f"clip {index} is a {what}: give a list of 1-D arrays, also for one clip")
-    samples = feature_extractor._check_clip(clip, index, None)  # here, where its number among all clips is known
-    frame, shift = frame_geometry(rate)
-    for first in range(0, num_frames(len(samples), rate), most):
-        piece = samples[first * shift : (first + most - 1) * shift + frame]
-        yield _Piece(piece, num_frames(len(piece), rate), index)
+    return clip
 
 
-def _padded_frames(shortest: int, longest: int, unit: int, most: int) -> int:
-    """Frames that a batch is padded to, a multiple of `unit`: four lengths an octave, so that a compiled model meets few shapes.
-
-    A batch whose clips all fill the same number of time steps is padded to that number: it needs no mask over tokens, and data of one
-    length have one shape anyway.
-    """
-    if -(-shortest // unit) == -(-longest // unit):
-        return -(-longest // unit) * unit
-    bucket = unit * max(1, 2 ** max(0, (longest - 1).bit_length() - 3) // unit)
-    return min(most, -(-longest // bucket) * bucket)
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if not isinstance(batch_size, Integral) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size!r}, but must be a whole number of at least 1")
-
-
-__all__ = ["SSLAMEncodingMixin", "SSLAMScoringMixin", "ScoresOverTime", "WindowScores"]
+__all__ = ["EmbeddingsOverTime", "SSLAMEncodingMixin", "SSLAMScoringMixin", "ScoresOverTime", "WindowScores"]

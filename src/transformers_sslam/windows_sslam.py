@@ -1,17 +1,17 @@
-"""Windows that slide over a recording, which is one array or arrives in blocks: cut in memory that does not grow with its length."""
+"""Windows over a recording, which is one array or arrives in blocks: cut in memory that does not grow with its length."""
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Real
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
 
 from .configuration_sslam import SSLAMConfig
 from .fbank import frame_geometry, num_frames
-from .feature_extraction_sslam import SSLAMFeatureExtractor, as_float_samples
+from .feature_extraction_sslam import SSLAMFeatureExtractor, as_float_samples, check_peak
 
 
 Samples = np.ndarray | torch.Tensor
@@ -27,21 +27,35 @@ class Windowing:
         length: of a window.
         hop: from one window's start to the next one's.
         frames: of a window's log-mel.
-        step: of the grid of frame embeddings (160 ms), on which all windows then begin; `None`: the last one begins anywhere.
+        grid: all windows begin on its multiples, so that the last one may reach beyond the recording; `None`: the last one ends with it.
         sampling_rate: in Hz.
     """
 
     length: int
     hop: int
     frames: int
-    step: int | None
+    grid: int | None
     sampling_rate: int
 
     @classmethod
     def of_model(
-        cls, config: SSLAMConfig, feature_extractor: SSLAMFeatureExtractor, hop: float | None, window: float | None, embeddings: bool
+        cls,
+        config: SSLAMConfig,
+        feature_extractor: SSLAMFeatureExtractor,
+        *,
+        hop: float | None = None,
+        window: float | None = None,
+        per: Literal["clip", "window", "step"] = "window",
     ) -> Self:
-        """The windows that `score_windows` is asked for, checked."""
+        """The windows that a user asks for, checked.
+
+        Args:
+            config, feature_extractor: the model's.
+            hop: seconds; by default half a window, and of a whole clip a window.
+            window: seconds; by default the extractor's `max_length`.
+            per: what there is a result for: each window, each time step of the model (160 ms), or the whole clip, which is then cut into
+                windows that do not overlap.
+        """
         rate, size = feature_extractor.sampling_rate, config.patch_size
         frame, shift = frame_geometry(rate)
         step, frames = size * shift, feature_extractor.max_length
@@ -52,29 +66,33 @@ class Windowing:
             frames = round(window * rate / step) * size
             if frames < size or abs(frames * shift - window * rate) > 1:
                 raise ValueError(f"window is {window} s, but must be a positive multiple of {step / rate:g} s, the model's time step")
-        check_frames(
-            config, feature_extractor, frames, "the feature extractor's max_length" if window is None else f"a window of {window:g} s"
-        )
+        name = "the feature extractor's max_length" if window is None else f"a window of {window:g} s"
+        check_frames(config, feature_extractor, frames, name)
+        length = (frames - 1) * shift + frame
+        if per == "clip":
+            if hop is not None:
+                raise ValueError(f"hop is {hop} s, but windows of a whole clip do not overlap: leave it out")
+            return cls(length, frames * shift, frames, frames * shift, rate)
         hop = max(1, frames // size // 2) * step / rate if hop is None else hop
-        if embeddings and (round(hop * rate) % step or round(hop * rate) > frames * shift):
+        if per == "step" and (round(hop * rate) % step or round(hop * rate) > frames * shift):
             raise ValueError(
-                f"hop is {hop} s, but with frame embeddings it must be a multiple of {step / rate:g} s, the time from one to the next, and "
-                f"no longer than a window, {frames * shift / rate:g} s"
+                f"hop is {hop} s, but for time steps it must be a multiple of {step / rate:g} s, the length of one, and no longer than a "
+                f"window, {frames * shift / rate:g} s"
             )
-        return cls((frames - 1) * shift + frame, round(hop * rate), frames, step if embeddings else None, rate)
+        return cls(length, round(hop * rate), frames, step if per == "step" else None, rate)
 
     def last_start(self, samples: int) -> int:
         """Where the last window begins: so that it ends where the recording does, or, on the grid, so that it holds the last frame."""
-        if self.step is None:
+        if self.grid is None:
             return max(0, samples - self.length)
         shift = frame_geometry(self.sampling_rate)[1]
         left = num_frames(samples, self.sampling_rate) - self.frames
-        return max(0, -(-left * shift // self.step) * self.step)
+        return max(0, -(-left * shift // self.grid) * self.grid)
 
-    def starts(self, samples: int, first: int = 0) -> list[int]:
-        """Where the windows of a recording of so many samples begin, from the one at `first` on: every `hop`, and the last one."""
+    def starts(self, samples: int) -> list[int]:
+        """Where the windows of a recording of so many samples begin: every `hop`, and the last one."""
         last = self.last_start(samples)
-        return [*range(first, last, self.hop), last]
+        return [*range(0, last, self.hop), last]
 
 
 def check_frames(config: SSLAMConfig, feature_extractor: SSLAMFeatureExtractor, frames: int, name: str) -> None:
@@ -100,59 +118,61 @@ def checked_blocks(audio: Audio, sampling_rate: int) -> Iterator[torch.Tensor]:
         for first in range(0, len(block), LARGEST_BLOCK):
             part = block[first : first + LARGEST_BLOCK]
             end = begin + len(part)
-            yield as_float_samples(part, f"the audio between {begin / sampling_rate:.2f} and {end / sampling_rate:.2f} s").clone()
+            name = f"the audio between {begin / sampling_rate:.2f} and {end / sampling_rate:.2f} s"
+            samples = as_float_samples(part, name).clone()
+            check_peak(samples, name)
+            yield samples
             begin = end
 
 
-def cut_into_windows(
-    blocks: Iterable[torch.Tensor], windowing: Windowing, batch_size: int
-) -> Iterator[tuple[list[int], list[torch.Tensor], bool]]:
-    """Batches of windows: where they begin, their samples, and whether a batch is the last, as soon as a batch's samples are there.
+def cut_into_windows(blocks: Iterable[torch.Tensor], windowing: Windowing) -> Iterator[tuple[int, torch.Tensor]]:
+    """Windows: where each begins, and its samples, as soon as they are there.
 
     Held are the samples from the earliest window that may still come to the end of the last block.
     """
     held: list[torch.Tensor] = []
     first = samples = start = 0  # of what is held; of the recording so far; of the next window
-    span = batch_size * windowing.hop
-
-    def batch(starts: list[int]) -> tuple[list[int], list[torch.Tensor]]:
-        held[:] = [torch.cat(held)]
-        return starts, [held[0][s - first : s - first + windowing.length] for s in starts]
-
     for block in blocks:
         held.append(block)
         samples += len(block)
-        while start + span - windowing.hop < windowing.last_start(samples):
-            yield *batch([*range(start, start + span, windowing.hop)]), False
-            start += span
-            # The last window may begin before the next regular one, wherever the recording ends.
-            kept = min(start, windowing.last_start(samples))
-            held, first = [held[0][kept - first :]], kept
-    if samples == 0:
-        raise ValueError("the audio is empty: give at least one frame, 25 ms")
-    yield *batch(windowing.starts(samples, start)), True
+        if start >= windowing.last_start(samples):
+            continue
+        held = [torch.cat(held)]
+        while start < windowing.last_start(samples):
+            yield start, held[0][start - first : start - first + windowing.length]
+            start += windowing.hop
+        # The last window may begin before the next regular one, wherever the recording ends.
+        kept = min(start, windowing.last_start(samples))
+        held, first = [held[0][kept - first :]], kept
+    if num_frames(samples, windowing.sampling_rate) == 0:
+        least = frame_geometry(windowing.sampling_rate)[0]
+        raise ValueError(f"the audio has {samples} samples, but one frame takes {least} (25 ms): leave it out, or pad it with zeros")
+    start = windowing.last_start(samples)
+    # On the grid it may be longer by less than a frame's shift, which adds no frame: so it ends where the recording does.
+    yield start, torch.cat(held)[start - first :]
 
 
 class MergedSteps:
     """Means of frame embeddings over all windows that hold them, from the first step that a later window may still add to."""
 
-    def __init__(self, hidden_size: int):
+    def __init__(self) -> None:
         self.first = 0  # step of the first row
         self.latest = 0  # step at which the latest window begins
-        self.sums, self.counts = np.zeros((0, hidden_size), dtype=np.float32), np.zeros((0, 1), dtype=np.float32)
+        self.sums, self.counts = torch.zeros(0), torch.zeros(0, 1)
 
-    def add(self, start: int, steps: np.ndarray) -> None:
-        """A window's `(steps, hidden_size)`, the first of which is the recording's step `start`."""
-        missing = max(0, start + len(steps) - self.first - len(self.sums))
-        self.sums, self.counts = (np.pad(array, ((0, missing), (0, 0))) for array in (self.sums, self.counts))
+    def add(self, start: int, steps: torch.Tensor) -> None:
+        """A window's `(steps, width)`, the first of which is the recording's step `start`."""
+        missing = max(0, start + len(steps) - self.first - len(self.counts))
+        self.sums = torch.cat((self.sums.view(-1, steps.shape[1]), steps.new_zeros(missing, steps.shape[1])))
+        self.counts = torch.cat((self.counts, torch.zeros(missing, 1)))
         rows = slice(start - self.first, start - self.first + len(steps))
         self.sums[rows] += steps
         self.counts[rows] += 1
         self.latest = start
 
-    def take(self, all_of_them: bool) -> np.ndarray:
-        """`(steps, hidden_size)`, the means that are final, which are then no longer held."""
-        final = len(self.sums) if all_of_them else self.latest + 1 - self.first  # windows begin in order, each at least a step later
+    def take(self, all_of_them: bool) -> torch.Tensor:
+        """`(steps, width)`, the means that are final, which are then no longer held."""
+        final = len(self.sums) if all_of_them else self.latest + 1 - self.first  # a later window begins at least a step later
         means = self.sums[:final] / self.counts[:final]
         self.sums, self.counts, self.first = self.sums[final:], self.counts[final:], self.first + final
         return means

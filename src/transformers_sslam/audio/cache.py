@@ -3,23 +3,21 @@
 import logging
 import mmap
 import multiprocessing
-import os
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from ..errors import AudioDecodingError, UserError
 from ..fbank import num_frames
+from .ahead import map_ahead
 from .decode import check_scale, load_waveform
 from .paths import source_name
 
 
 logger = logging.getLogger(__name__)
-
-CLIPS_AHEAD = 2  # decoded by each thread before they are needed
 
 
 class WaveformCache:
@@ -86,23 +84,13 @@ class Waveforms:
         self.kept: list[int] = []
         self.unreadable: dict[str, list[str]] = defaultdict(list)
         self._cache = WaveformCache(len(sources), memory_gb)
-        for i, decoding in enumerate(tqdm(self._decode_all(), total=len(sources), desc=description, unit="clip")):
+        decoded = map_ahead(partial(decode_clip, sampling_rate=sampling_rate), sources)
+        for i, decoding in enumerate(tqdm(decoded, total=len(sources), desc=description, unit="clip")):
             try:
                 self._cache.put(i, decoding.result())
                 self.kept.append(i)
             except AudioDecodingError as error:
                 self.unreadable[error.cause].append(source_name(sources[i]))
-
-    def _decode_all(self) -> Iterator[Future]:
-        """In the order of the sources. `Executor.map` would decode them all before the first is used."""
-        threads = min(32, (os.cpu_count() or 1) + 1)
-        ahead: deque[Future] = deque()
-        with ThreadPoolExecutor(threads) as pool:  # decoders and resampler run outside Python's lock
-            for source in self.sources:
-                ahead.append(pool.submit(decode_clip, source, self.sampling_rate))
-                if len(ahead) >= CLIPS_AHEAD * threads:
-                    yield ahead.popleft()
-            yield from ahead
 
     def __len__(self) -> int:
         return len(self.kept)

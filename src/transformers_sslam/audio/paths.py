@@ -116,10 +116,17 @@ def _walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int, int
         seen.add((state.st_dev, state.st_ino))
         with os.scandir(os.path.join(root, folder)) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
-        folders += [os.path.join(folder, entry.name) for entry in reversed(entries) if entry.is_dir()]
+        folders += [os.path.join(folder, entry.name) for entry in reversed(entries) if _is_folder(entry)]
         for entry in entries:
-            if entry.name.lower().endswith(suffixes) and not entry.name.startswith("._") and not entry.is_dir():
+            if entry.name.lower().endswith(suffixes) and not entry.name.startswith("._") and not _is_folder(entry):
                 yield os.path.join(folder, entry.name), *_identity(entry, state.st_dev)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _identity(entry: os.DirEntry, device: int) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from ..modeling_sslam import SSLAMForAudioClassification
 from ..reports import markdown_table
 from ..settings import setting, settings_dict
 from .loading import best_device, input_batches, load_model
+from .per_class import PICTURE, class_table, results_by_class
 from .scores import evaluate_predictions, evaluate_tags, save_scores
 
 
@@ -42,7 +43,7 @@ class EvaluationSettings(LabelledDataSettings):
     dtype: Literal["float32", "float16", "bfloat16"] = setting(
         "precision of the encoder; weights and the classifier's head stay in float32, because rounded logits tie", "float32"
     )
-    output_dir: str = setting("folder for results.json and scores.npz of one evaluation, whose next run replaces them", "runs/evaluation")
+    output_dir: str = setting("folder for results.json, scores.npz and confusion_matrix.png, replaced by the next run", "runs/evaluation")
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,7 +61,11 @@ def run(settings: EvaluationSettings) -> None:
     for kind, which in (("positives", "no clip"), ("negatives", "every clip")):
         if left_out := results["metrics"].get(f"classes_without_{kind}"):
             print(f"\nleft out, because {which} has them: {', '.join(left_out)}")
+    print("\n" + class_table(results["per_class"]))
+    picture = Path(settings.output_dir) / PICTURE
     print(f"\nevery number is in {Path(settings.output_dir) / 'results.json'}, the logits in scores.npz there")
+    if picture.exists():
+        print(f"confusion matrix: {picture}")
 
 
 def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
@@ -69,7 +74,8 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
     Clips of several labels are ranked by the softmax of the logits if the model's classes are exclusive.
 
     Returns:
-        What `results.json` holds: settings, metrics, class names, number of clips, unreadable files by cause.
+        What `results.json` holds: settings, metrics, class names, number of clips, unreadable files by cause, results by class and, of
+        exclusive classes, the confusion matrix, which is also drawn as `confusion_matrix.png`.
 
     Raises:
         UserError: if the model cannot be used, the folder holds another run, or the clips lack what was asked for or have other labels
@@ -87,12 +93,15 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
     with torch.autocast(model.device.type, dtype=getattr(torch, settings.dtype), enabled=settings.dtype != "float32"):
         logits = _logits(model, extractor, waveforms, settings.per_device_eval_batch_size)
     save_scores(output, logits, targets, classes, [rows.name(i) for i in range(len(rows))])
+    multi_label = rows.labels.multi_label
+    metrics = _metrics(model, logits, targets, classes, multi_label)
     results = {
         "settings": settings_dict(settings),
-        "metrics": _metrics(model, logits, targets, classes, rows.labels.multi_label),
+        "metrics": metrics,
         "classes": classes,
         "clips": len(rows),
         "unreadable": dict(waveforms.unreadable),
+        **results_by_class(logits, targets, classes, metrics, multi_label, output),
     }
     write_json(output / "results.json", results)
     return results

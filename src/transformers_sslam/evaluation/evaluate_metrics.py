@@ -12,11 +12,21 @@ from typing import Any, ClassVar
 import datasets
 import evaluate
 
+from .events import EventMetric, collar_f1, psds, segment_f1
 from .metrics import accuracy, mean_over_classes
 
 
 SCORES = datasets.Features({"predictions": datasets.List(datasets.Value("float64")), "references": datasets.List(datasets.Value("int64"))})
 INDICES = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+
+EVENTS = datasets.Features(
+    {
+        "predictions": datasets.List(datasets.List(datasets.Value("float64"))),
+        "references": datasets.List(
+            {"onset": datasets.Value("float64"), "offset": datasets.Value("float64"), "label": datasets.Value("string")}
+        ),
+    }
+)
 
 
 class PackagedMetric(evaluate.Metric):
@@ -55,3 +65,34 @@ class MeanRocAuc(PackagedMetric):
 
     inputs = SCORES
     function = staticmethod(partial(mean_over_classes, "roc_auc"))
+
+
+def _over_recordings(metric: Callable[..., EventMetric], predictions, references, durations, **options) -> dict[str, Any]:
+    scores = {f"{i}": recording for i, recording in enumerate(predictions)}
+    truth = {f"{i}": [(event["onset"], event["offset"], event["label"]) for event in events] for i, events in enumerate(references)}
+    return metric(
+        scores=scores, ground_truth=truth, durations={f"{i}": seconds for i, seconds in enumerate(durations)}, **options
+    ).to_dict()
+
+
+class PolyphonicSoundDetectionScore(PackagedMetric):
+    """PSDS of scores `(steps, classes)` a recording, and its events `{"onset", "offset", "label"}`; `durations` in the same order, other
+    arguments and the result as of [`events.psds`].
+    """
+
+    inputs = EVENTS
+    function = staticmethod(partial(_over_recordings, psds))
+
+
+class CollarF1(PackagedMetric):
+    """Collar-based F1; inputs as of [`PolyphonicSoundDetectionScore`], other arguments and the result as of [`events.collar_f1`]."""
+
+    inputs = EVENTS
+    function = staticmethod(partial(_over_recordings, collar_f1))
+
+
+class SegmentF1(PackagedMetric):
+    """Segment-based F1; inputs as of [`PolyphonicSoundDetectionScore`], other arguments and the result as of [`events.segment_f1`]."""
+
+    inputs = EVENTS
+    function = staticmethod(partial(_over_recordings, segment_f1))

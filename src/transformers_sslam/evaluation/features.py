@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import BatchFeature
 
 from .. import __version__
 from ..errors import UserError
@@ -135,7 +134,7 @@ def hash_waveforms(waveforms: Clips) -> str:
 
 
 @torch.inference_mode()
-def _encode_batch(model: SSLAMModel, inputs: BatchFeature) -> dict[str, torch.Tensor]:
+def _encode_batch(model: SSLAMModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     tokens = model(**inputs).last_hidden_state.float()
     cls, patches = tokens[:, 0], tokens[:, 1:]
     mask = inputs["attention_mask"].bool()

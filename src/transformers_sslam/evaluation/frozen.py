@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -51,6 +51,7 @@ class FrozenSettings(LabelledDataSettings, ProbeSettings):
     seeds: list[int] = setting(f"random seeds of attentive and prototype probes, untrained networks and {PUBLISHED_LINEAR}", [0, 1, 2])
     output_dir: str = setting("folder for results.json, which holds every number", "runs/probe")
     cache_dir: str = setting("folder for frozen features, which are kept from run to run and never deleted", "runs/features")
+    dtype: Literal["float32", "float16", "bfloat16"] = setting("precision of the encoder", "float32")
     patch_dtype: PatchDtype = setting("precision of the patch tokens in cache_dir", "float16")
     per_device_eval_batch_size: int = setting("clips in a forward pass", 16)
 
@@ -134,7 +135,7 @@ def evaluate_frozen(
     """
     if PUBLISHED_LINEAR in settings.probes and published_linear is None:
         raise UserError(f"{PUBLISHED_LINEAR} is a training run: use `sslam probe`, or give evaluate_frozen a function that runs it")
-    model, extractor = load_model(SSLAMModel, settings.model, device=settings.device)
+    model, extractor = load_model(SSLAMModel, settings.model, settings.dtype, settings.device)
     if settings.max_length is not None:
         extractor.max_length = settings.max_length
     task = read_task(settings, extractor.sampling_rate)
@@ -142,13 +143,14 @@ def evaluate_frozen(
     values = _probe_features(settings, task, model, extractor, names) if names else {}
     if PUBLISHED_LINEAR in settings.probes and published_linear is not None:
         values[PUBLISHED_LINEAR] = {"trained": published_linear(task.partitions)}
+    clips = [len(part.evaluation) for part in task.partitions] if task.targets.ndim == 1 else None
     return {
         "settings": settings_dict(settings),
         "metric": "accuracy" if task.targets.ndim == 1 else "mean_average_precision",
         "classes": task.classes,
         "clips": {part.name: {"training": len(part.train), "evaluation": len(part.evaluation)} for part in task.partitions},
         "unreadable": task.waveforms.unreadable,
-        "probes": {name: _describe(values[name]) for name in settings.probes},
+        "probes": {name: _describe(values[name], clips) for name in settings.probes},
     }
 
 
@@ -177,14 +179,14 @@ def _probe_features(
         for seed in settings.seeds:
             torch.manual_seed(seed)
             untrained: Any = SSLAMModel(model.config)
-            by_seed.append(run(untrained.to(model.device), compared, [seed]))
+            by_seed.append(run(untrained.to(model.device, model.dtype), compared, [seed]))
         for name in compared:
             results[name]["untrained"] = np.concatenate([values[name] for values in by_seed], axis=1)
     return results
 
 
-def _describe(values: Values) -> dict[str, Any]:
-    described: dict[str, Any] = {who: {"values": v.tolist(), "summary": summarize_runs(v).to_dict()} for who, v in values.items()}
+def _describe(values: Values, clips: Sequence[int] | None) -> dict[str, Any]:
+    described: dict[str, Any] = {who: {"values": v.tolist(), "summary": summarize_runs(v, clips).to_dict()} for who, v in values.items()}
     if "untrained" in values:
         described["gain"] = {"summary": summarize_gain(values["trained"], values["untrained"]).to_dict()}
     return described

@@ -1,7 +1,7 @@
 """Confidence intervals: over runs, which vary with the training, and by the bootstrap over clips, for one trained model."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,30 @@ def summarize_difference(values: Sequence[float], others: Sequence[float], confi
     if len(values) != len(others):
         raise ValueError(f"there are {len(values)} values and {len(others)} others: give pairs of the same fold or seed")
     return summarize(np.asarray(values, dtype=np.float64) - np.asarray(others, dtype=np.float64), confidence)  # type: ignore[arg-type]
+
+
+def widen_by_clips(summary: Summary, values: Sequence[float], intervals: Sequence[tuple[float, float]], folds: Sequence[Any]) -> Summary:
+    """A summary of a metric in [0, 1] whose interval is at least as wide as that over clips, and stays between 0 and 1.
+
+    Student's t knows only how much folds differ: where they happen to agree, as in four folds of 20 correct clips of 20, its interval would
+    have no width. Intervals of the folds combine to one of their mean by "square and add" (MOVER; Zou and Donner, Statistics in Medicine
+    27, 2008): the distances of its ends from the mean are the roots of the sums of squares, divided by the number of folds. Of one run, it
+    is the run's own.
+
+    Args:
+        summary: of the values, by Student's t.
+        values: `(runs,)`, in [0, 1].
+        intervals: `(runs, 2)`, over the clips of each.
+        folds: what each was tested on, as of [`independent_values`]. Seeds of one fold share its clips: their distances are averaged.
+    """
+    below, above = (
+        independent_values([abs(value - interval[end]) for value, interval in zip(values, intervals, strict=True)], folds) for end in (0, 1)
+    )
+    if len(set(folds)) == 1:  # all values are on the same clips
+        low, high = summary.mean - sum(below) / len(below), summary.mean + sum(above) / len(above)
+    else:
+        low, high = (summary.mean + sign * sum(side**2 for side in sides) ** 0.5 / len(sides) for sign, sides in ((-1, below), (1, above)))
+    return replace(summary, low=max(0.0, float(np.fmin(summary.low, low))), high=min(1.0, float(np.fmax(summary.high, high))))
 
 
 def format_summary(summary: Summary, scale: float = 100, decimals: int = 1) -> str:

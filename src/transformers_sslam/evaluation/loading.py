@@ -9,11 +9,13 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoFeatureExtractor, BatchFeature
+from transformers import AutoFeatureExtractor
 
+from ..audio.ahead import in_background
+from ..batching_sslam import Span, prepare_batches
 from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
-from ..feature_extraction_sslam import SSLAMFeatureExtractor
+from ..feature_extraction_sslam import SSLAMFeatureExtractor, as_float_samples
 from ..modeling_sslam import SSLAMForAudioClassification, SSLAMPreTrainedModel
 from ..publishing.conversion import resolve_model
 
@@ -64,15 +66,15 @@ def load_model(cls: type[Model], model: str, dtype: str = "float32", device: str
 
 def input_batches(
     model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, waveforms: Clips, batch_size: int, description: str, **options: Any
-) -> Iterator[tuple[range, BatchFeature]]:
-    """Batches of `waveforms` at the extractor's rate, as the clips' numbers and the model's inputs on its device.
-
-    `description` is of the progress bar; `options` are the extractor's.
-    """
-    for start in tqdm(range(0, len(waveforms), batch_size), desc=description, unit="batch"):
-        clips = range(start, min(start + batch_size, len(waveforms)))
-        options |= {"sampling_rate": extractor.sampling_rate, "return_tensors": "pt", "device": model.device}
-        yield clips, extractor([waveforms[i] for i in clips], **options)
+) -> Iterator[tuple[range, dict[str, torch.Tensor]]]:
+    """Batches of `waveforms` at the extractor's rate, as the clips' numbers and the model's inputs on its device, which are made in the
+    background while the model computes. `description` is of the progress bar; `options` are the extractor's."""
+    options |= {"sampling_rate": extractor.sampling_rate, "return_tensors": "pt", "device": model.device}
+    clips = ((i, as_float_samples(waveforms[i], f"clip {i}")) for i in range(len(waveforms)))
+    windows = ((Span(i, 0, len(clip)), clip) for i, clip in clips)
+    batches = prepare_batches(windows, lambda samples: dict(extractor(samples, **options)), batch_size)
+    for batch in tqdm(in_background(batches), total=-(-len(waveforms) // batch_size), desc=description, unit="batch"):
+        yield range(batch.spans[0][1].recording, batch.spans[-1][1].recording + 1), batch.inputs
 
 
 def best_device() -> torch.device:

@@ -33,7 +33,7 @@ def accuracy(predictions: np.ndarray, references: np.ndarray, confidence: float 
     Raises:
         ValueError: if there is no clip, the two differ in shape, or `confidence` does not lie between 0 and 1.
     """
-    predictions, references = np.asarray(predictions), np.asarray(references)
+    predictions, references = _plain_array(predictions, "predictions"), _plain_array(references, "references")
     if predictions.shape != references.shape or predictions.ndim != 1 or len(predictions) == 0:
         raise ValueError(
             f"predictions have shape {predictions.shape} and references {references.shape}, but both must be (clips,), with at least one"
@@ -61,6 +61,10 @@ def mean_over_classes(
     few positives, because a positive clip drawn twice supports itself. In simulations with 50 classes of 8 positives, 95 % intervals of the
     mean contained the expected value in 96 % (logit) and 76 % (percentile) of the cases, with 100 positives in 93 % and 92 %. Average
     precision itself rises as positives become fewer (0.419 at 8, 0.375 in the limit): compare models on the same clips.
+
+    Where a class is ranked without an error, every resample has the same value. The interval is then Wilson's, as for a proportion of as
+    many trials as there are positives (of ROC AUC: positives or negatives, whichever are fewer); of the mean, as many as all classes have
+    together, at most one for each clip.
 
     Args:
         scores: `(clips, classes)`, of which only the order within a class matters.
@@ -100,11 +104,18 @@ def mean_over_classes(
     with np.errstate(invalid="ignore"):  # a resample without any class has no mean
         means = np.where(defined, replicates, 0).sum(1) / defined.sum(1)
 
-    def interval(values: np.ndarray, replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return percentile_interval(replicates, confidence) if metric == "roc_auc" else logit_interval(values, replicates, confidence)
+    def interval(values: np.ndarray, replicates: np.ndarray, counts: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if metric == "roc_auc":
+            low, high, undefined = percentile_interval(replicates, confidence)
+        else:
+            low, high, undefined = logit_interval(values, replicates, confidence)
+        for i in np.flatnonzero(np.isin(values, (0, 1)) & (low == high)):
+            low[i], high[i] = proportion_interval(round(values[i] * counts[i]), counts[i], confidence)
+        return low, high, undefined
 
-    low, high, undefined = interval(values.mean(), means)
-    lows, highs, undefined_by_class = interval(values, replicates)
+    counts = [min(len(getattr(ranking, kind)) for kind in kinds) for ranking in rankings.values()]
+    (low,), (high,), (undefined,) = interval(values.mean(keepdims=True), means[:, None], [min(sum(counts), clips)])
+    lows, highs, undefined_by_class = interval(values, replicates, counts)
     return result | {
         f"mean_{metric}_interval": [float(low), float(high)],
         f"{metric}_interval": dict(zip(rankings, np.stack((lows, highs), axis=1).tolist())),
@@ -166,7 +177,7 @@ class Ranking(NamedTuple):
 
 def rank_classes(scores: np.ndarray, targets: np.ndarray) -> list[Ranking]:
     """A ranking of each class. Arguments and errors as of `average_precision`."""
-    scores, targets = np.asarray(scores), np.asarray(targets)
+    scores, targets = _plain_array(scores, "scores"), _plain_array(targets, "targets")
     if len(scores) == 0:
         raise ValueError("there is no clip to evaluate: give at least one")
     if scores.ndim != 2 or scores.shape != targets.shape:
@@ -184,6 +195,15 @@ def resampled_weights(clips: int, resamples: int, seed: int) -> Iterator[np.ndar
     rows = resampled_rows(clips, resamples, seed)
     while block := [np.bincount(row, minlength=clips) for row in islice(rows, max(1, WEIGHTS_AT_ONCE // clips))]:
         yield np.stack(block)
+
+
+def _plain_array(values: Any, name: str) -> np.ndarray:
+    if np.ma.isMaskedArray(values):
+        raise ValueError(f"{name} are a masked array, but a plain one is expected: leave out the clips that are masked")
+    array = np.asarray(values)
+    if np.iscomplexobj(array):
+        raise ValueError(f"{name} are complex numbers, but real ones are expected")
+    return array
 
 
 def _rank(falling: np.ndarray, positive: np.ndarray) -> Ranking:

@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import UserError
 from ..settings import setting
 from .features import Features
-from .intervals import Summary, summarize, summarize_difference
+from .intervals import Summary, proportion_interval, summarize, summarize_difference, widen_by_clips
 from .loading import best_device
 from .metrics import mean_over_classes
 from .pooling import AttentivePooling, HeadSettings, PrototypePooling, TrainedHead
@@ -216,9 +216,18 @@ def score(scores: np.ndarray, targets: np.ndarray) -> float:
     return mean_over_classes("average_precision", scores, targets, confidence=None)["mean_average_precision"]
 
 
-def summarize_runs(values: np.ndarray) -> Summary:
-    """Of `values: (partitions, seeds)`, over independent runs: partitions (means over seeds), or the seeds of a single one."""
-    return summarize(_runs(values))
+def summarize_runs(values: np.ndarray, clips: Sequence[int] | None = None) -> Summary:
+    """Of `values: (partitions, seeds)`, over independent runs: partitions (means over seeds), or the seeds of a single one.
+
+    Of accuracies, with the number of evaluated `clips` of each partition, the interval is at least that over clips, see
+    [`widen_by_clips`].
+    """
+    summary = summarize(_runs(values))
+    if clips is None:
+        return summary
+    found = [(value, count, fold) for fold, (row, count) in enumerate(zip(values.tolist(), clips, strict=True)) for value in row]
+    intervals = [proportion_interval(round(value * count), count) for value, count, _ in found]
+    return widen_by_clips(summary, [value for value, _, _ in found], intervals, [fold for _, _, fold in found])
 
 
 def summarize_gain(values: np.ndarray, others: np.ndarray) -> Summary:

@@ -1,5 +1,6 @@
 """The clips of a fine-tuning run, in up to three parts: training, validation and test."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,9 @@ from ..audio.sources import Source
 from ..errors import UserError
 from .settings import FineTuningSettings
 from .stream import ColumnTargets, LabelledPart, TableTargets, keep_clips_per_class
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,10 @@ def open_training_data(settings: FineTuningSettings) -> TrainingData:
     """
     if settings.streaming:
         return _open_stream(settings)
-    rows = select_rows(settings)
+    splits = open_splits(settings.data_dir, settings.layout, subset=settings.subset)
+    if settings.fold_column is None and settings.validation_split is None and "validation" in splits:
+        logger.info("the split 'validation' is not used: with --validation_split validation it is evaluated after each epoch")
+    rows = select_rows(settings, splits)
     digest = hash_rows(*rows.values())
     if settings.clips_per_class is not None:
         chosen = keep_clips_per_class(rows["training"].labels, settings.clips_per_class, settings.seed)
@@ -57,9 +64,9 @@ def open_training_data(settings: FineTuningSettings) -> TrainingData:
     return TrainingData(parts, classes, rows["training"].labels.multi_label, digest)
 
 
-def select_rows(settings: FineTuningSettings) -> dict[str, LabelledRows]:
-    """The rows of each part, by split or by fold."""
-    splits = open_splits(settings.data_dir, settings.layout, subset=settings.subset)
+def select_rows(settings: FineTuningSettings, splits: dict[str, Any] | None = None) -> dict[str, LabelledRows]:
+    """The rows of each part, by split or by fold; of `splits`, if they are open already."""
+    splits = splits or open_splits(settings.data_dir, settings.layout, subset=settings.subset)
     rows = {}
     for name, chosen in settings.parts.items():
         column = settings.fold_column

@@ -1,5 +1,8 @@
 """The feature extractor and the classifier that a fine-tuning run begins with."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +14,9 @@ from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMForAudioClassification
 from .settings import FineTuningSettings
+
+
+logger = logging.getLogger(__name__)
 
 
 def build_extractor(settings: FineTuningSettings, origin: str | None = None) -> SSLAMFeatureExtractor:
@@ -68,16 +74,34 @@ def _load(settings: FineTuningSettings, origin: str, classes: list[str], changes
                 f"model_config.{name} is {settings.model_config[name]}, but {settings.model} has {getattr(config, name, None)}: with "
                 "`model` leave the sizes out, for example by --model_config {}"
             )
-    model, loading = AutoModelForAudioClassification.from_pretrained(
-        origin, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **changes
-    )
+    with _without_report():
+        model, loading = AutoModelForAudioClassification.from_pretrained(
+            origin, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **changes
+        )
     new = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
     if missing := sorted(name for name in new if name.startswith(model.base_model_prefix)):
         raise UserError(f"{origin} does not fill the encoder ({missing[0]} and {len(missing) - 1} more): does model_config fit it?")
     if [config.id2label[i] for i in range(config.num_labels)] != classes:  # as many as before, but not the same
         torch.nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
         torch.nn.init.zeros_(model.classifier.bias)
+        logger.info(f"the head is new: {len(classes)} classes, other than the checkpoint's; the encoder is the checkpoint's")
     return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without Transformers' report of weights that are missing or have another shape: it looks like an error where a head is replaced by
+    design, and what else is missing is an error here."""
+    reports = logging.getLogger("transformers.modeling_utils")
+
+    def passes(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    reports.addFilter(passes)
+    try:
+        yield
+    finally:
+        reports.removeFilter(passes)
 
 
 __all__ = ["build_extractor", "build_model"]

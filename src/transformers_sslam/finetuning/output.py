@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from ..audio.rows import hash_rows
 from ..checkpoints import checkpoints, latest_whole_checkpoint, sweep_unsealed
 from ..errors import UserError, as_user_error
+from ..evaluation.per_class import PICTURE
 from ..files import DamagedFileError, lock, read_json, verify, verify_files, write_text
 from ..settings import dump_yaml, read_settings
 from .data import select_rows
@@ -39,7 +40,7 @@ def locked_folder(settings: FineTuningSettings) -> Iterator[Path]:
             others, finished = differences(settings), read_results(output) is not None
             if settings.overwrite_output_dir and (finished or others):
                 (output / RESULTS).unlink(missing_ok=True)  # first: without it the run counts as not finished
-                for name in (*MODEL_FILES, SETTINGS, "README.md"):
+                for name in (*MODEL_FILES, SETTINGS, PICTURE, "README.md"):
                     (output / name).unlink(missing_ok=True)
                 for folder in checkpoints(output):
                     shutil.rmtree(folder)

@@ -1,16 +1,19 @@
 """The same fine-tuning over folds and seeds, and a summary of its runs."""
 
 import logging
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 
 from ..audio.layouts import open_splits
 from ..audio.rows import fold_values
 from ..errors import UserError
-from ..evaluation.intervals import Summary, format_summary, independent_values, summarize
+from ..evaluation.intervals import Summary, format_summary, independent_values, summarize, widen_by_clips
+from ..evaluation.per_class import pool_results, replace_picture
 from ..files import write_json
 from ..reports import markdown_table
 from .data import check_rows
@@ -54,7 +57,8 @@ def repeat_fine_tuning(settings: FineTuningSettings) -> dict[str, Any]:
     Returns:
         What `summary.json` holds: for each metric the values by run, their mean, standard deviation and 95 % interval (Student's t over
         folds, each the mean of its seeds, which are tested on the same clips; over seeds, where there are no folds. Folds share training
-        clips, so the interval is somewhat too narrow), and the seconds of all runs.
+        clips, so the interval is somewhat too narrow; it is at least as wide as that over clips, see [`widen_by_clips`]), the results by
+        class and the confusion matrix over all runs, see [`pool_results`], and the seconds of all runs.
 
     Raises:
         UserError: see [`fine_tune`].
@@ -70,17 +74,27 @@ def repeat_fine_tuning(settings: FineTuningSettings) -> dict[str, Any]:
     for metric, value in next(iter(results.values()))["metrics"].items():
         if isinstance(value, float):
             values = {run: result["metrics"][metric] for run, result in results.items()}
-            independent = independent_values(list(values.values()), [str(run.test_folds) for run in runs.values()])
-            metrics[metric] = {"runs": values, **summarize(independent).to_dict()}
+            folds = [str(run.test_folds) for run in runs.values()]
+            over_folds = summarize(independent_values(list(values.values()), folds))
+            intervals = [result["metrics"].get(f"{metric}_interval") for result in results.values()]
+            if all(interval and None not in interval for interval in intervals):  # the loss has none
+                over_folds = widen_by_clips(over_folds, list(values.values()), intervals, folds)
+            metrics[metric] = {"runs": values, **over_folds.to_dict()}
+    pooled = pool_results(list(results.values()))
     silent = {run: found for run, result in results.items() if (found := result["metrics"].get("classes_without_positives"))}
     summary = {
         "metrics": metrics,
         "classes_without_positives": silent,
         "seconds": sum(result["seconds"]["total"] for result in results.values()),
+        "per_class": pooled.get("per_class", {}),
+        "confusion_matrix": pooled.get("confusion_matrix"),
     }
     if PartialState().is_main_process:
         save_settings(settings, Path(settings.output_dir) / "series.yaml")
         write_json(Path(settings.output_dir) / "summary.json", summary)
+        if len(runs) > 1:  # a single run has drawn its own
+            matrix = pooled.get("confusion_matrix")
+            replace_picture(Path(settings.output_dir), matrix and np.array(matrix), next(iter(results.values()))["classes"])
     return summary
 
 
@@ -102,8 +116,13 @@ def format_runs(summary: dict[str, Any]) -> str:
     rows = [[run, *(f"{values['runs'][run]:.4f}" for values in metrics.values())] for run in runs]
     names = [field.name for field in fields(Summary)]
     totals = [format_summary(Summary(**{name: values[name] for name in names}), scale=1, decimals=4) for values in metrics.values()]
-    if len(runs) == 1:
-        return markdown_table(list(metrics), [rows[0][1:]])
+    if len(runs) == 1:  # its interval is over clips
+        cells = [
+            f"{values['mean']:.4f}" + (f" [{values['low']:.4f}, {values['high']:.4f}]" if math.isfinite(values["low"]) else "")
+            for values in metrics.values()
+        ]
+        titles = [f"{name} [95 % over clips]" if math.isfinite(values["low"]) else name for name, values in metrics.items()]
+        return markdown_table(titles, [cells])
     table = markdown_table(["run", *metrics], [*rows, ["mean ± std [95 %]", *totals]])
     left_out = [
         f"{run} leaves out {', '.join(classes)}, of which it has no clip" for run, classes in summary["classes_without_positives"].items()

@@ -11,18 +11,21 @@ An interrupted run resumes, if the same command is given again, from its last ch
 
 import logging
 import sys
+from pathlib import Path
 
+import transformers
 from accelerate import PartialState
 
 from ..allocator import keep_freed_memory
 from ..distributed import leave_process_group
+from ..evaluation.per_class import PICTURE, class_table
 from .repeats import format_runs, repeat_fine_tuning
 from .settings import FineTuningSettings
 from .training import fine_tune
 
 
 def run(settings: FineTuningSettings) -> None:
-    """Run all folds and seeds, and print a table of their metrics.
+    """Run all folds and seeds, and print tables of their metrics and of the classes.
 
     Raises:
         UserError: see [`repeat_fine_tuning`].
@@ -32,6 +35,7 @@ def run(settings: FineTuningSettings) -> None:
     main = PartialState().is_main_process
     logging.basicConfig(level=logging.INFO if main else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request to the Hub
+    transformers.logging.disable_progress_bar()  # of loading and saving: those of training and evaluation are others
     if device.type == "cpu":
         keep_freed_memory()
     try:
@@ -41,7 +45,11 @@ def run(settings: FineTuningSettings) -> None:
         raise SystemExit(130) from None
     leave_process_group()
     if main:
-        print(format_runs(summary))
+        print("\n" + format_runs(summary))
+        if summary["per_class"]:
+            print("\n" + class_table(summary["per_class"]))
+        if (picture := Path(settings.output_dir) / PICTURE).exists():
+            print(f"\nconfusion matrix: {picture}")
         print(f"\n{summary['seconds']:.0f} s; models and results in {settings.output_dir}, the table's numbers in summary.json there")
 
 

@@ -100,6 +100,9 @@ class RecipeArguments(TrainingArguments):
     )
     do_train: bool = setting("always true: to evaluate an existing model use `sslam evaluate`", True)
     do_eval: bool = setting("whether to evaluate the test part at the end; without, it is not needed", True)
+    eval_strategy: str | None = setting(  # type: ignore[assignment]
+        "when to evaluate the validation part during training: epoch, steps or no; null: each epoch, if there is one", None
+    )
     early_stopping_patience: int | None = setting(
         "stop after so many evaluations of the validation part without a better metric_for_best_model; null: never", None
     )
@@ -155,6 +158,10 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
             arguments.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if getattr(self, "activation_checkpointing", False) is None:  # the newer name: the older one alone gives a warning
             arguments.activation_checkpointing = bool(self.gradient_checkpointing)
+        if self.eval_strategy is None:
+            arguments.eval_strategy = "epoch" if "validation" in self.parts else "no"
+        if self.load_best_model_at_end and self.save_strategy == DEFAULTS["save_strategy"] and arguments.eval_strategy == "epoch":
+            arguments.save_strategy = "epoch"  # the best model must have been saved when it was evaluated
         arguments.ignore_data_skip = True  # the stream itself resumes at its position
         arguments.restore_callback_states_from_checkpoint = True  # early stopping resumes its count
         if self.lr_scheduler_kwargs == MIN_LR and not self.lr_scheduler_type.endswith("with_min_lr"):
@@ -234,7 +241,7 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
                 raise UserError(f"{name} is {value!r}, but cannot be set here: {why}")
         if not self.do_train:
             raise UserError("do_train is false, but this command trains: to evaluate an existing model use `sslam evaluate`")
-        if not self.do_eval and self.eval_strategy != "no" and "validation" not in self.parts:
+        if not self.do_eval and self.eval_strategy not in ("no", None) and "validation" not in self.parts:
             raise UserError(f"do_eval is false, but eval_strategy is {self.eval_strategy!r}: leave one out, or give a validation part")
         if not self.do_eval and (self.test_folds or self.cross_validate):
             raise UserError("do_eval is false, but test_folds or cross_validate are set, which choose what to evaluate on")

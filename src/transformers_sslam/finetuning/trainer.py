@@ -93,6 +93,11 @@ class StreamTrainer(Trainer):
         self.loss_sum += torch.stack((loss.detach().float(), torch.ones_like(loss, dtype=torch.float32)))
         return (loss, outputs) if return_outputs else loss
 
+    def _get_learning_rate(self) -> float:
+        """The highest rate of all parameter groups, that of the head: Trainer's own is the first group's, the lowest layer's."""
+        scheduler: Any = self.lr_scheduler
+        return max(scheduler.get_last_lr())
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """The mean loss since the last line, also where a resumed run has not computed all of it: Trainer's own starts again at 0."""
         if "loss" in logs:
@@ -109,10 +114,21 @@ class StreamTrainer(Trainer):
         model: Any = self.model
         model.eval()
         found: list[tuple[list[int], np.ndarray, np.ndarray]] = []
-        for batch in tqdm(dataloader, desc=description, unit="batch", disable=self.args.disable_tqdm or not self.is_local_process_zero()):
-            with self.accelerator.autocast():
-                logits = model(input_values=batch["input_values"].to(self.args.device)).logits
-            found.append((batch["rows"], logits.float().cpu().numpy(), batch["labels"].cpu().numpy()))
+        clips = dataloader.part.source.num_rows
+        bar = tqdm(
+            desc=description,
+            total=clips and -(-clips // self.args.world_size),
+            unit="clip",
+            leave=False,
+            dynamic_ncols=True,
+            disable=self.args.disable_tqdm or not self.is_local_process_zero() or None,  # `None`: unless the output is a file
+        )
+        with bar:
+            for batch in dataloader:
+                with self.accelerator.autocast():
+                    logits = model(input_values=batch["input_values"].to(self.args.device)).logits
+                found.append((batch["rows"], logits.float().cpu().numpy(), batch["labels"].cpu().numpy()))
+                bar.update(len(batch["rows"]))
         found = gather_object(found)
         rows = [row for rows, _, _ in found for row in rows]
         order = np.argsort(rows, kind="stable")

@@ -1,13 +1,15 @@
 """One fine-tuning run: a SSLAM classifier, pre-trained or from scratch, trained on labelled clips with Transformers' `Trainer`."""
 
 import logging
+import math
+import shlex
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..audio.cache import WaveformCache
@@ -15,16 +17,18 @@ from ..audio.clips import ReadStatistics
 from ..audio.normalization import compute_normalization
 from ..checkpoints import checkpoints
 from ..errors import UserError, as_user_error
+from ..evaluation.per_class import results_by_class
 from ..evaluation.scores import evaluate_predictions, save_scores
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import describe_files, verify, write_json
 from ..loading_sslam import flatten_patch_projection_moments
-from ..publishing.cards import as_text, public_name, write_model_card
+from ..publishing.cards import ReportedResult, as_text, describe_origin, public_name, write_model_card
 from ..publishing.conversion import resolve_model
 from .data import TrainingData, open_training_data
 from .model import build_extractor, build_model
 from .optimization import layer_decay_groups
 from .output import MODEL_FILES, RESULTS, SETTINGS, comparable, find_checkpoint, locked_folder, save_settings
+from .progress import ProgressTable
 from .settings import FineTuningSettings
 from .stream import LabelledPart, LabelledStream
 from .trainer import EpochBatches, StreamTrainer
@@ -42,8 +46,9 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
 
     Returns:
         What `results.json` holds: metrics of the test part, those of the validation part at each evaluation, class names, numbers of
-        clips that could be read, the unreadable files by cause (of a stream: how often one was read), seconds. Beside it, `scores.npz` has
-        `logits` and `targets`, `(clips, classes)`, of the test part, the `classes`, and the clips' `names` unless it was streamed.
+        clips that could be read, the unreadable files by cause (of a stream: how often one was read), seconds, and of the test part the
+        results by class and the confusion matrix (see [`results_by_class`]). Beside it, `scores.npz` has `logits` and `targets`,
+        `(clips, classes)`, of the test part, the `classes`, and the clips' `names` unless it was streamed.
 
     Raises:
         UserError: (a `ValueError`) if settings contradict each other, the data do not hold what they ask for, or another run uses the
@@ -68,6 +73,7 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
         model = build_model(arguments, extractor, data.classes, data.multi_label, origin)
         layer_decay = 1.0 if origin is None else settings.layer_decay
         trainer = _build_trainer(settings, arguments, data, streams, model, about, layer_decay)
+        _announce(settings, arguments, data)
         if resumed_from is not None:
             logger.info(f"resuming from {resumed_from}")
             trainer.resume_from(resumed_from)
@@ -82,7 +88,7 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
         }
         _check_weights(trainer)
         trainer.save_model(_internal_call=True)  # before the evaluation, so that an error there does not cost the training
-        metrics = _evaluate(trainer, data, output) if "test" in data.parts else {}
+        metrics, by_class = _evaluate(trainer, data, output) if "test" in data.parts else ({}, {})
         read = {name: sum(gather_object([stream.statistics]), ReadStatistics()) for name, stream in streams.opened.items()}
         unreadable = {name: data.parts[name].unreadable(statistics) for name, statistics in read.items()}
         history = trainer.state.log_history
@@ -99,9 +105,15 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
             "parameters": model.num_parameters(),
             "resumed": resumed_from is not None,
             "seconds": {**seconds, "total": round(time.perf_counter() - start, 1)},
+            **by_class,
         }
         if trainer.is_world_process_zero():  # the results last: where they are, the run is finished
-            write_model_card(output, describe_results(settings, results))
+            write_model_card(
+                output,
+                describe_results(settings, results),
+                results=reported_results(settings, results),
+                origin=describe_origin(settings.model, [settings.data_dir]),
+            )
             results["files"] = describe_files(output, [name for name in MODEL_FILES if (output / name).exists()])
             write_json(output / RESULTS, results)
             for folder in checkpoints(output):
@@ -187,7 +199,7 @@ def _build_trainer(
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(f"report_to is {settings.report_to!r}, which cannot be used: {error}") from error
     with as_user_error("Trainer rejects these settings"):
-        return StreamTrainer(
+        trainer = StreamTrainer(
             model=model,
             args=arguments,
             loss=("binary_cross_entropy" if data.multi_label else "cross_entropy") if settings.loss == "auto" else settings.loss,
@@ -200,6 +212,19 @@ def _build_trainer(
             callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
             optimizers=(optimizer, None),
         )
+    trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
+    metric = "mean_average_precision" if data.multi_label else "accuracy"
+    trainer.add_callback(ProgressTable("validation" if "validation" in data.parts else "test", metric))
+    return trainer
+
+
+def _announce(settings: FineTuningSettings, arguments: FineTuningSettings, data: TrainingData) -> None:
+    """Log what is trained on, and where curves can be seen."""
+    clips = ", ".join(f"{'streamed' if part.labels is None else len(part.labels)} {name} clips" for name, part in data.parts.items())
+    start = "from random weights" if settings.model is None else f"from {settings.model}"
+    logger.info(f"a classifier of {len(data.classes)} classes, {start}, on {arguments.device.type}: {clips}")
+    if "tensorboard" in arguments.report_to:
+        logger.info(f"curves of losses, metrics and learning rate: tensorboard --logdir {shlex.quote(settings.output_dir)}")
 
 
 def _check_weights(trainer: Any) -> None:
@@ -220,25 +245,25 @@ def _count(part: LabelledPart, unreadable: dict[str, Any]) -> int | None:
     return None if part.labels is None else len(part.labels) - sum(map(len, unreadable.values()))
 
 
-def _evaluate(trainer: StreamTrainer, data: TrainingData, output: Path) -> dict[str, Any]:
-    """Metrics of the test part; its scores are written beside the model."""
+def _evaluate(trainer: StreamTrainer, data: TrainingData, output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics of the test part, and its results by class; scores and confusion matrix are written beside the model."""
     found: Any = trainer.predict(data.parts["test"])  # type: ignore[arg-type]
     metrics = evaluate_predictions(found.predictions, found.label_ids, data.classes, data.multi_label)
     if trainer.is_world_process_zero():
         names = data.parts["test"].clip_names()
         rows = trainer.evaluated_rows if names else []
         save_scores(output, found.predictions, found.label_ids, data.classes, [names[row] for row in rows])
+    drawn = output if trainer.is_world_process_zero() else None
+    by_class = results_by_class(found.predictions, found.label_ids, data.classes, metrics, data.multi_label, drawn)
     if silent := metrics.get("classes_without_positives"):
         logger.warning(f"no test clip has {', '.join(silent)}: the mean average precision leaves these classes out")
-    return {**metrics, "loss": found.metrics["test_loss"]}
+    return {**metrics, "loss": found.metrics["test_loss"]}, by_class
 
 
 def describe_results(settings: FineTuningSettings, results: dict[str, Any]) -> str:
     """What the run did and found, as Markdown for the model card."""
     name = settings.model and public_name(settings.model)  # a folder of this machine by its name alone, for cards go to the Hub
     origin = "trained from scratch" if name is None else f"fine-tuned from `{name}`"
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in _numbers(results["metrics"]).items())
-    table = f"| test clips | |\n|-|-|\n{rows}\n\n" if rows else ""
     clips = {part: count or "streamed" for part, count in results["clips"].items()}
     tested = f"tested on {clips['test']} others" if "test" in clips else "not tested"
     validated = f"validated on {clips['validation']}, " if "validation" in clips else ""
@@ -247,15 +272,36 @@ def describe_results(settings: FineTuningSettings, results: dict[str, Any]) -> s
     best = results["best_step"]
     weights = "the weights after its last step" if best is None else f"the weights after step {best}, the best on the validation clips"
     return (
-        f"A SSLAM audio classifier, {origin} on {clips['training']} clips of `{Path(settings.data_dir).resolve().name}`, {validated}and "
+        f"A SSLAM audio classifier, {origin} on {clips['training']} clips of `{public_name(settings.data_dir)}`, {validated}and "
         f"{tested}; {unreadable} files could not be read and were left out{', counted each time' if settings.streaming else ''}. One run, "
         f"{weights}. `settings.yaml` holds its settings, `results.json` the numbers in full.\n\n"
-        f"{table}Classes: {', '.join(map(as_text, results['classes']))}."
+        f"Classes: {', '.join(map(as_text, results['classes']))}."
     )
+
+
+def reported_results(settings: FineTuningSettings, results: dict[str, Any]) -> list[ReportedResult]:
+    """Accuracy, or mean average precision, on the test part, for the card's `model-index` and its table."""
+    kinds = {"accuracy": ("accuracy", "accuracy"), "mean_average_precision": ("mAP", "mean average precision")}
+    part = settings.test_split if settings.fold_column is None else f"{settings.fold_column} {', '.join(map(str, settings.test_folds))}"
+    return [
+        ReportedResult(
+            task_type="audio-classification",
+            dataset_type=settings.layout,
+            dataset_name=public_name(settings.data_dir),
+            dataset_split=part,
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(results["metrics"][name], 4),
+            interval=[round(end, 4) for end in interval] if all(map(math.isfinite, interval)) else None,
+            note=f"one run, {results['clips']['test'] or 'streamed'} clips",
+        )
+        for name, (kind, title) in kinds.items()
+        if (interval := results["metrics"].get(f"{name}_interval"))
+    ]
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
-__all__ = ["describe_results", "fine_tune"]
+__all__ = ["describe_results", "fine_tune", "reported_results"]

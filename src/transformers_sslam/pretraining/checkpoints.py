@@ -21,7 +21,7 @@ from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import read_json, verify
 from ..modeling_sslam_pretraining import SSLAMForPreTraining
-from ..publishing.cards import public_name, write_model_card
+from ..publishing.cards import describe_origin, public_name, write_model_card
 from ..publishing.hub import add_remote_code
 from ..settings import write_settings
 from .settings import PreTrainingSettings
@@ -178,11 +178,15 @@ class RunCheckpoints:
         self.model.save_pretrained(folder)
         self.extractor.save_pretrained(folder)
         write_settings(settings, folder / "settings.yaml")
-        sources = ", ".join(f"`{source.name}`" for source in settings.data.sources)
+        names = [public_name(source.name) for source in settings.data.sources]
+        sources = ", ".join(f"`{name}`" for name in names)
         hours = clips_seen * self.extractor.max_length / 360_000  # frames of 10 ms
         start = "from scratch" if settings.model is None else f"from `{public_name(settings.model)}`"
-        text = f"Pre-trained {start} on {sources}, {settings.stage_name}: {steps} steps, {clips_seen} clips, {hours:.1f} hours of input. "
-        write_model_card(folder, text + "`settings.yaml` holds every setting. Student, decoder and teacher are kept.")
+        text = (
+            f"Pre-trained {start} on {sources}, {settings.stage_name}: {steps} steps, {clips_seen} clips, {hours:.1f} hours of audio seen. "
+        )
+        text += "`settings.yaml` holds every setting. Student, decoder and teacher are kept."
+        write_model_card(folder, text, origin=describe_origin(settings.model, names))
         add_remote_code(folder)
         return folder
 

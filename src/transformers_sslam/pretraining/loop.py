@@ -10,6 +10,7 @@ counts, and changes nothing. What steps compute is read when a line is logged.
 import contextlib
 import logging
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -145,7 +146,8 @@ class PreTrainer:
                 sweep_leftovers(self.output_dir)
             self._resume()
             self._start_logs()
-            bar = tqdm(total=self.settings.max_steps, initial=self.step, unit="step", disable=not main or not os.isatty(2))
+            hidden = not main or not os.isatty(2)
+            bar = tqdm(total=self.settings.max_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=hidden)
             with self.stop, bar, logging_redirect_tqdm(), self.log.open(self.step, self.clips_seen):
                 self._loop(bar)
             if main and self.step == self.settings.max_steps:
@@ -253,6 +255,13 @@ class PreTrainer:
                 *(settings.stage_name, accelerator.num_processes, accelerator.device.type),
                 *(self.model.num_parameters(only_trainable=True) / 1e6, self.log.flops_per_clip, self.log.peak),
             )
+            logger.info("Each step is logged in %s%s", self.log.path, self._where_curves_are())
+
+    def _where_curves_are(self) -> str:
+        """How to see what TensorBoard has, if it is among the trackers."""
+        if not any(tracker.name == "tensorboard" for tracker in self.accelerator.trackers):
+            return ""
+        return f"; curves of loss, speed and hours of audio seen: tensorboard --logdir {shlex.quote(str(self.output_dir))}"
 
     def _log(self) -> None:
         """Write a line about the steps since the last one, and check whether the run should stop."""

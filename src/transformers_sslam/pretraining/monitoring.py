@@ -13,6 +13,7 @@ from typing import TextIO
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 from transformers.utils import ModelOutput
 
 from ..configuration_sslam import SSLAMConfig
@@ -188,7 +189,7 @@ class TrainingLog:
         speed = {
             "learning_rate": learning_rate,
             "clips_per_second": rate,
-            "hours_of_audio": clips_seen * self.hours_per_clip,
+            "hours_of_audio_seen": clips_seen * self.hours_per_clip,
             "flops_utilisation": rate * self.flops_per_clip / (self.peak * self.accelerator.num_processes),
             "memory_gib": peak_memory(self.accelerator.device) / 2**30,
             "data_wait_fraction": waited / seconds,
@@ -198,10 +199,11 @@ class TrainingLog:
         for number, row in enumerate(rows, step - len(rows) + 1):
             self._write_line(number, {name: value if math.isfinite(value) else None for name, value in zip(STATISTICS, row)})
         if self.accelerator.is_main_process:
+            left = tqdm.format_interval((max_steps - step) * seconds / len(rows))  # at the speed since the last line
             logger.info(
-                f"step {step}/{max_steps}  loss {means['loss']:.4f} (local {means['local_loss']:.4f}, global {means['global_loss']:.4f}, "
-                f"retention {means['source_retention_loss']:.4f})  target_std {means['target_std']:.3f}, content_share "
-                f"{means['content_share']:.3f}  {rate:.1f} clips/s, {speed['hours_of_audio']:.1f} h of audio, "
+                f"step {step}/{max_steps}, {left} left  loss {means['loss']:.4f} (local {means['local_loss']:.4f}, global "
+                f"{means['global_loss']:.4f}, retention {means['source_retention_loss']:.4f})  target_std {means['target_std']:.3f}, "
+                f"content_share {means['content_share']:.3f}  {rate:.1f} clips/s, {speed['hours_of_audio_seen']:.2f} h of audio seen, "
                 f"{speed['flops_utilisation']:.0%} of the matrix peak, {speed['memory_gib']:.1f} GiB, waited "
                 f"{speed['data_wait_fraction']:.0%} for data"
             )

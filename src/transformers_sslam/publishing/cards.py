@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import EvalResult
+from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.repocard_data import CardData, eval_results_to_model_index
 
@@ -126,6 +126,8 @@ def read_description(path: str | Path) -> ModelDescription:
     """
     with as_user_error(f"{path} does not describe a model (see transformers_sslam.publishing.cards)"):
         values = read_json(path)
+        if isinstance(values, dict) and "metrics" in values:
+            raise ValueError("it holds the results of a run; a training run has written its card, README.md beside it, by itself")
         _check_fields(ModelDescription, values, "the file")
         results = values.get("results", [])
         for i, result in enumerate(results):
@@ -281,7 +283,9 @@ def generate_model_card(folder: str | Path, model_id: str | None = None) -> Path
     return _write(Path(folder), read_description(Path(folder) / "results.json"), model_id)
 
 
-def write_model_card(folder: str | Path, text: str, title: str | None = None, results: Sequence[ReportedResult] = ()) -> None:
+def write_model_card(
+    folder: str | Path, text: str, title: str | None = None, results: Sequence[ReportedResult] = (), origin: dict[str, Any] | None = None
+) -> None:
     """Write `README.md` beside a model that was just saved.
 
     Args:
@@ -289,9 +293,59 @@ def write_model_card(folder: str | Path, text: str, title: str | None = None, re
         text: Markdown: origin of the weights, training data, result. Names from data go through [`as_text`].
         title: heading and name; by default the model's class.
         results: numbers for the `model-index` and a table.
+        origin: licence, base model and data sets: see [`describe_origin`].
     """
     title = title or _class_name(_read_configuration(Path(folder) / "config.json"))
-    _write(Path(folder), ModelDescription(name=title, title=title, summary=text, results=list(results)), PLACEHOLDER)
+    _write(Path(folder), ModelDescription(name=title, title=title, summary=text, results=list(results), **origin or {}), PLACEHOLDER)
+
+
+NO_LICENCE = (
+    "No licence was chosen for these weights. Choose one before you publish them, as `license:` at the top of this file; the licences of "
+    "the training data, and of a model that training started from, may limit the choice."
+)
+
+
+def describe_origin(model: str | None, datasets: Sequence[str]) -> dict[str, Any]:
+    """Licence, base model and data sets of a trained model, as fields of [`ModelDescription`].
+
+    Args:
+        model: what training started from: a Hub id, a folder or a file, of which the card names the last part of the path; or `None`.
+            The licence is that of its card, which is read from the folder or the Hub, if there is one.
+        datasets: Hub ids or paths of the training data, named likewise.
+    """
+    origin: dict[str, Any] = {
+        "base_model": _identifiers([model] if model else []),
+        "datasets": _identifiers(datasets),
+        "license_text": NO_LICENCE,
+    }
+    base = _card_of(model) if model else None
+    if base is None or not base.get("license"):
+        return origin
+    names = ("license", "license_name", "license_link")
+    inherited = {name: str(base.get(name)) for name in names if base.get(name)}
+    if inherited["license"] == "other" and len(inherited) < len(names):
+        return origin
+    of = as_text(inherited.get("license_name", inherited["license"]))
+    text = f"{of}, as the card of `{public_name(str(model))}` says, from which training started. The training data keep their own licences."
+    return {**origin, **inherited, "license_text": text}
+
+
+def _card_of(model: str) -> CardData | None:
+    """The front matter of a model's card; `None` if there is no card, or it cannot be read: a card is no reason to end a training run."""
+    path = Path(model) / "README.md" if Path(model).is_dir() else model
+    try:
+        return ModelCard.load(path).data if Path(path).suffix == ".md" or not Path(model).exists() else None
+    except Exception:  # of the network, the YAML parser, or the front matter's checks
+        return None
+
+
+def _identifiers(models_or_data: Sequence[str]) -> list[str] | None:
+    """Names in the form of a Hub id, the only one that the front matter may hold; a folder by its name alone."""
+    found = []
+    for name in models_or_data:
+        parts = [re.sub(r"([^\w.]|\.{2})+", "-", part, flags=re.ASCII).strip("-.") for part in public_name(name).split("/")]
+        found.append("/".join([part for part in parts if part][-2:]))
+    return list(dict.fromkeys(filter(None, found))) or None
 
 
 def _class_name(config: dict[str, Any]) -> str:

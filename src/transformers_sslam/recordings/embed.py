@@ -1,0 +1,98 @@
+"""Embeddings of every recording of a folder or a list, for search, clustering or a classifier. Started again, a run is resumed.
+
+```bash
+sslam embed --model model_cards/sslam-tiny-esc10 --inputs recordings --output embeddings.parquet              # a vector for each file
+sslam embed --model MODEL --inputs archive --output embeddings.parquet --per window --window 10.24 --hop 5.12
+sslam embed --model MODEL --inputs archive --output embeddings.parquet --per step --layers 6 12 --pooling patches
+```
+
+The output has the columns path, start and end (seconds) and vector; `load_dataset("parquet", data_files="embeddings.parquet")` reads it.
+What each vector is, and how to get the same ones in Python, is said at `SSLAMModel.encode`. Recordings that cannot be used are listed in
+`embeddings.unusable.csv`, and tried again by the next run.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..configuration_sslam import SSLAMConfig
+from ..feature_extraction_sslam import SSLAMFeatureExtractor
+from ..modeling_sslam import SSLAMModel
+from ..reports import spreadsheet_cell
+from ..settings import setting
+from ..tasks_sslam import Embedding
+from ..windows_sslam import Windowing
+from .parts import Parts
+from .processing import RecordingsSettings, Summary, process, report
+
+
+@dataclass(kw_only=True)
+class EmbedSettings(RecordingsSettings):
+    """Embeddings of recordings"""
+
+    per: Literal["clip", "window", "step"] = setting("a vector for each file, each window, or each time step of 160 ms", "clip")
+    layers: list[int] = setting("layers whose outputs are taken, and concatenated; -1: the last, 0: the input of the first", [-1])
+    pooling: Literal["mean", "cls", "patches"] | None = setting(
+        "mean of the patches, the CLS token, or all patches of a time step, concatenated; null: as the model pools, or the mean of a step",
+        None,
+    )
+
+    model_class: ClassVar = SSLAMModel
+    suffixes: ClassVar = (".parquet",)
+
+    def task(self, config: SSLAMConfig, extractor: SSLAMFeatureExtractor) -> Embedding:
+        """Vectors of each file, window or time step."""
+        windowing = Windowing.of_model(config, extractor, hop=self.hop, window=self.window, per=self.per)
+        return Embedding(config, extractor, windowing, self.per, tuple(self.layers), self.pooling)
+
+
+def run(settings: EmbedSettings) -> None:
+    """Embed, and print the counts."""
+    report(embed_files, settings)
+
+
+def embed_files(settings: EmbedSettings) -> Summary:
+    """Embeddings of all recordings of `settings.inputs`. See [`process`] for what is raised."""
+    return process(settings, _write)
+
+
+def _write(parts: Parts, paths: list[str], output: Path, task: Embedding) -> None:
+    """The output, and a list of the recordings that it lacks."""
+    vectors = parts.schema.field("values").type
+    schema = pa.schema([("path", pa.string()), ("start", pa.float64()), ("end", pa.float64()), ("vector", vectors)])
+    unusable: list[tuple] = []
+    with parts.replace(output) as file, pq.ParquetWriter(file, schema) as writer:
+        held: list[pa.Table] = []
+        rows = 0
+        for path, entry, tables in parts.read(paths):
+            if entry.error is not None:
+                unusable.append((path, entry.cause, entry.error))
+                continue
+            for table in tables:
+                names = pa.repeat(pa.scalar(_utf8(path)), len(table))
+                held.append(pa.Table.from_arrays([names, table["start"], table["end"], table["values"]], schema=schema))
+                rows += len(table)
+                if rows >= parts.rows_at_once:
+                    writer.write_table(pa.concat_tables(held).combine_chunks())
+                    held, rows = [], 0
+        writer.write_table(pa.concat_tables([*held, schema.empty_table()]).combine_chunks())
+    listed = output.with_suffix(".unusable.csv")
+    if unusable:
+        with parts.replace(listed) as file, file.open("w", encoding="utf-8", newline="") as text:
+            csv.writer(text, lineterminator="\n").writerows([("path", "cause", "error"), *map(_cells, unusable)])
+    elif listed.exists():
+        parts.check_output(listed)
+        listed.unlink()
+
+
+def _cells(row: tuple[str, ...]) -> list[str]:
+    return [spreadsheet_cell(_utf8(text)) for text in row]
+
+
+def _utf8(text: str) -> str:
+    """Names of files need not be."""
+    return text.encode(errors="backslashreplace").decode()

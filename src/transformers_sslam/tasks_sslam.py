@@ -1,0 +1,237 @@
+"""What is computed of recordings: scores, or embeddings. Windows, their log-mels, the model's part, and what follows for a recording."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from torch import nn
+
+from .batching_sslam import Span, Windows
+from .configuration_sslam import SSLAMConfig
+from .fbank import num_frames
+from .feature_extraction_sslam import SSLAMFeatureExtractor
+from .windows_sslam import Audio, MergedSteps, Windowing, checked_blocks, cut_into_windows
+
+
+Per = Literal["clip", "window", "step"]
+Pooling = Literal["mean", "cls", "patches"]
+Inputs = dict[str, torch.Tensor]
+
+
+class Row(NamedTuple):
+    """A result for a part of a recording: from `start` to `end`, in seconds, `values (width,)`, float32."""
+
+    start: float
+    end: float
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is computed of recordings.
+
+    Attributes:
+        config, extractor: of the model.
+        windowing: how recordings are cut.
+    """
+
+    config: SSLAMConfig
+    extractor: SSLAMFeatureExtractor
+    windowing: Windowing
+
+    masks_padding: ClassVar[bool] = False
+
+    @property
+    def sorted_batches(self) -> int:
+        """See [`prepare_batches`]."""
+        return 1
+
+    @property
+    def width(self) -> int:
+        """Of a row's values."""
+        raise TypeError(f"{type(self).__name__} computes nothing by itself: use Scoring or Embedding")
+
+    def windows(self, recording: Any, audio: Audio) -> Windows:
+        """The windows of a recording `(samples,)`, or of its blocks. `ValueError` as soon as it is not a finite mono waveform."""
+        for start, samples in cut_into_windows(checked_blocks(audio, self.windowing.sampling_rate), self.windowing):
+            yield Span(recording, start, len(samples)), samples
+
+    def features(self, samples: list[torch.Tensor], device: torch.device | str = "cpu") -> Inputs:
+        """A model's inputs on its device, of a batch of windows."""
+        options: dict[str, Any] = {"sampling_rate": self.windowing.sampling_rate, "return_tensors": "pt", "device": device}
+        inputs = self.extractor(samples, padding=self._frames(samples), return_attention_mask=self.masks_padding, **options)
+        if self.masks_padding and inputs["attention_mask"].all():
+            del inputs["attention_mask"]  # attention is faster without
+        return dict(inputs)
+
+    def compute(self, model: Any, inputs: Inputs) -> torch.Tensor:
+        """The results of a batch of windows, float32, on the CPU."""
+        raise TypeError(f"{type(self).__name__} computes nothing by itself: use Scoring or Embedding")
+
+    def rows(self, results: Iterable[tuple[Span, torch.Tensor]]) -> Iterator[Row]:
+        """What follows of the results of all windows of one recording; by default each window's own."""
+        rate = self.windowing.sampling_rate
+        for span, values in results:
+            yield Row(span.start / rate, (span.start + span.length) / rate, values)
+
+    def _frames(self, samples: list[torch.Tensor]) -> int:
+        return self.windowing.frames
+
+
+@dataclass(frozen=True)
+class Scoring(Task):
+    """Scores `(classes,)` of each window in [0, 1]: sigmoid of tags, otherwise softmax over classes."""
+
+    def __post_init__(self):
+        kind, labels = self.config.problem_type, self.config.num_labels
+        if kind == "regression" or (labels == 1 and kind != "multi_label_classification"):  # one label means regression, as in training
+            raise ValueError(
+                f"config.problem_type is {kind!r} with {labels} labels, which is not a choice between classes: scores are of "
+                "'single_label_classification' with two classes or more, or of 'multi_label_classification'"
+            )
+
+    @property
+    def width(self) -> int:
+        return len(self.config.class_names)
+
+    def compute(self, model: Any, inputs: Inputs) -> torch.Tensor:
+        with inference(model):
+            logits = model(**inputs, return_dict=True).logits.float()
+            is_tags = self.config.problem_type == "multi_label_classification"
+            return (logits.sigmoid() if is_tags else logits.softmax(1)).cpu()
+
+
+@dataclass(frozen=True)
+class Embedding(Task):
+    """Vectors of each clip, window, or time step of 160 ms.
+
+    Attributes:
+        per: which of these.
+        layers: whose outputs are taken, and concatenated: -1 for the last one, 0 for the input of the first.
+        pooling: of patches: their mean; the CLS token instead; or, of a time step, all patches concatenated. `None`: as the model pools,
+            and of a time step the mean.
+    """
+
+    per: Per = "clip"
+    layers: Sequence[int] = (-1,)
+    pooling: Pooling | None = None
+
+    masks_padding: ClassVar[bool] = True
+
+    def __post_init__(self):
+        depth = self.config.num_hidden_layers
+        for name, value, kinds in (("per", self.per, get_args(Per)), ("pooling", self.pooling, (None, *get_args(Pooling)))):
+            if value not in kinds:
+                raise ValueError(f"{name} is {value!r}, but one of {', '.join(map(repr, kinds))} is expected")
+        if not self.layers or any(isinstance(layer, bool) or not -depth - 1 <= layer <= depth for layer in self.layers):
+            raise ValueError(
+                f"layers is {list(self.layers)}, but numbers from {-depth - 1} to {depth} are expected: 0 for the input of the first "
+                "layer, -1 for the output of the last one"
+            )
+        if self.pooling in (("cls",) if self.per == "step" else ("patches",)):
+            what = "the CLS token belongs to no time step" if self.pooling == "cls" else "all patches are kept of a time step only"
+            raise ValueError(f"pooling is {self.pooling!r} and per is {self.per!r}, but {what}: set one of them to another value")
+
+    @property
+    def sorted_batches(self) -> int:
+        return 16 if self.per == "clip" else 1
+
+    @property
+    def width(self) -> int:
+        patches = self.config.num_frequency_patches if self.pooling == "patches" else 1
+        return len(self.layers) * patches * self.config.hidden_size
+
+    def _frames(self, samples: list[torch.Tensor]) -> int:
+        if self.per != "clip":
+            return self.windowing.frames
+        frames = [num_frames(len(window), self.windowing.sampling_rate) for window in samples]
+        unit = math.lcm(self.config.patch_size, self.extractor.pad_to_multiple_of)
+        return _padded_frames(min(frames), max(frames), unit, self.windowing.frames)
+
+    def compute(self, model: Any, inputs: Inputs) -> torch.Tensor:
+        with inference(model):
+            inner = any(layer not in (-1, self.config.num_hidden_layers) for layer in self.layers)
+            outputs = model(**inputs, output_hidden_states=inner, return_dict=True)
+            tokens = [outputs.hidden_states[layer] if inner else outputs.last_hidden_state for layer in self.layers]
+            mask = inputs.get("attention_mask")
+            return torch.cat([self._pool(model, one.float(), mask) for one in tokens], dim=-1).cpu()
+
+    def _pool(self, model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """`(batch, 1 + patches, hidden_size)` -> `(batch, width)`, or `(batch, steps, width)`."""
+        if self.per != "step" and (self.pooling or self.config.classifier_pooling) == "cls":
+            return tokens[:, 0]
+        patches = model.frame_embeddings(tokens)  # (batch, time, frequency, hidden_size)
+        if self.per == "step":
+            return patches.flatten(2) if self.pooling == "patches" else patches.mean(2)
+        steps = patches.mean(2)
+        if mask is None:
+            return steps.mean(1)
+        sounding = mask.bool().unflatten(1, (-1, self.config.patch_size)).any(-1)[..., None]
+        return torch.where(sounding, steps, 0).sum(1) / sounding.sum(1)
+
+    def rows(self, results: Iterable[tuple[Span, torch.Tensor]]) -> Iterator[Row]:
+        if self.per == "window":
+            return super().rows(results)
+        return self._mean(results) if self.per == "clip" else self._steps(results)
+
+    def _mean(self, results: Iterable[tuple[Span, torch.Tensor]]) -> Iterator[Row]:
+        """The mean of a clip's windows, weighted by their frames."""
+        rate, total, count, samples = self.windowing.sampling_rate, torch.zeros(()), 0, 0
+        for span, values in results:
+            frames = num_frames(span.length, rate)
+            total, count, samples = total + frames * values, count + frames, span.start + span.length
+        if count:
+            yield Row(0.0, samples / rate, total / count)
+
+    def _steps(self, results: Iterable[tuple[Span, torch.Tensor]]) -> Iterator[Row]:
+        """The mean of each time step over the windows that hold it, as soon as no later window adds to it."""
+        rate, merged, samples = self.windowing.sampling_rate, MergedSteps(), 0
+        step: Any = self.windowing.grid
+
+        def finished(all_of_them: bool = False) -> Iterator[Row]:
+            first = merged.first
+            for i, values in enumerate(merged.take(all_of_them), first):
+                yield Row(i * step / rate, min((i + 1) * step, samples) / rate, values)
+
+        for span, steps in results:
+            samples = span.start + span.length
+            sounding = -(-num_frames(span.length, rate) // self.config.patch_size)
+            merged.add(span.start // step, steps[:sounding])
+            yield from finished()
+        yield from finished(all_of_them=True)
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module is in the mode in which it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def first_device(model: nn.Module) -> torch.device:
+    """Of the first weights that lie on one: offloaded weights do not."""
+    return next((weights.device for weights in model.parameters() if weights.device.type != "meta"), torch.device("cpu"))
+
+
+def _padded_frames(shortest: int, longest: int, unit: int, most: int) -> int:
+    """Frames that a batch is padded to, a multiple of `unit`: four lengths an octave, so that a compiled model meets few shapes.
+
+    A batch whose clips all fill the same number of time steps is padded to that number: it needs no mask over tokens, and data of one
+    length have one shape anyway.
+    """
+    if -(-shortest // unit) == -(-longest // unit):
+        return -(-longest // unit) * unit
+    bucket = unit * max(1, 2 ** max(0, (longest - 1).bit_length() - 3) // unit)
+    return min(most, -(-longest // bucket) * bucket)
+
+
+__all__ = ["Embedding", "Inputs", "Per", "Pooling", "Row", "Scoring", "Task", "first_device", "inference"]
