@@ -1,7 +1,7 @@
 """What the small model of this repository hears, and the start of a pre-training, on sounds that are made up here.
 
 python scripts/demo.py                        # under a minute on 2 CPU cores, no network, no data needed
-python scripts/demo.py --file recording.wav   # and on your own recording, of any length, rate and number of channels
+python scripts/demo.py --file recording.wav   # your own recording alone, of any length, rate and number of channels
 """
 
 import argparse
@@ -237,13 +237,13 @@ from transformers import pipeline
 from transformers_sslam.audio import load_waveform
 print(pipeline("audio-classification", model="{checkpoint}")(load_waveform("{sounds / "rain.wav"}")))
 
-Your own recording: make demo FILE=recording.wav. Training on your own sounds: README.md.""")
+Your own recording: make demo FILE=recording.wav. Training on your own sounds: docs/fine_tuning.md.""")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/demo"), help="for sounds, pictures and the pre-training")
-    parser.add_argument("--file", type=Path, help="a recording of yours to classify as well")
+    parser.add_argument("--file", type=Path, help="a recording of yours to classify, and nothing else")
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of a SSLAM classifier, with its feature extractor")
     arguments = parser.parse_args()
     folder, file, checkpoint = arguments.folder, arguments.file, arguments.model
@@ -258,13 +258,14 @@ def main() -> None:
     classify = pipeline("audio-classification", model=model, feature_extractor=extractor)
     print(f"Model: {checkpoint}, {model.num_parameters():,} parameters, {model.num_labels} classes")
 
-    steps = itertools.count(1)
     if file is not None and recording is not None:
-        print(f"\n{next(steps)}. Classifying {file}, in windows", flush=True)
+        print(f"\nClassifying {file}, in windows", flush=True)
         try:
             score_recording(model, extractor, recording, folder / "file_scores.png", file.name)
         except ValueError as error:  # too short, or out of scale
             sys.exit(f"error: {file} cannot be classified: {error}")
+        return
+    steps = itertools.count(1)
     print(f"\n{next(steps)}. Making up a sound of each of {len(SOUNDS)} kinds, and classifying it", flush=True)
     classify_sounds(classify, folder / "sounds")
     print(f"\n{next(steps)}. Classifying a made-up recording in which sounds follow each other and overlap, in windows", flush=True)

@@ -29,17 +29,21 @@ def generator(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def augmented(values: torch.Tensor, labels: torch.Tensor, changes: AugmentationSettings, draws: np.random.Generator):
+    batch = augment_batch({"input_values": values, "labels": labels}, changes, draws)
+    return batch["input_values"], batch["labels"]
+
+
 # --- waveforms
 
 
 def test_roll_keeps_every_sample_and_gain_stays_near_one():
     clip = noise(0.1)
-    rolled = augment_waveform(clip, settings(roll=True), generator(3))
-    shift = int(np.flatnonzero(rolled == clip[0])[0])
+    rolled, shift = augment_waveform(clip, settings(roll=True), generator(3))
     assert shift > 0
     np.testing.assert_array_equal(np.roll(clip, shift), rolled)
     draws = generator()
-    gains = [augment_waveform(clip, settings(gain=10.0), draws)[5] / clip[5] for _ in range(2000)]
+    gains = [augment_waveform(clip, settings(gain=10.0), draws)[0][5] / clip[5] for _ in range(2000)]
     assert np.mean(gains) == pytest.approx(1, abs=0.01)
     assert np.std(gains) == pytest.approx((1 / 84) ** 0.5, abs=0.005)  # Beta(10, 10) has variance 1 / (4 * 21)
 
@@ -47,14 +51,16 @@ def test_roll_keeps_every_sample_and_gain_stays_near_one():
 def test_rolls_reach_every_place():
     clip = np.arange(8, dtype=np.float32)
     draws = generator()
-    assert {int(augment_waveform(clip, settings(roll=True), draws)[0]) for _ in range(200)} == set(range(8))
+    assert {int(augment_waveform(clip, settings(roll=True), draws)[0][0]) for _ in range(200)} == set(range(8))
 
 
 def test_without_augmentation_nothing_changes():
     clip, values, targets = noise(0.1), torch.randn(3, 16, 8), torch.eye(3)
-    np.testing.assert_array_equal(augment_waveform(clip, NO_AUGMENTATION, generator()), clip)
-    augmented, same_targets = augment_batch(values, targets, NO_AUGMENTATION, generator())
-    assert torch.equal(augmented, values)
+    unchanged, shift = augment_waveform(clip, NO_AUGMENTATION, generator())
+    np.testing.assert_array_equal(unchanged, clip)
+    assert shift == 0
+    same_values, same_targets = augmented(values, targets, NO_AUGMENTATION, generator())
+    assert torch.equal(same_values, values)
     assert torch.equal(same_targets, targets)
 
 
@@ -64,15 +70,15 @@ def test_without_augmentation_nothing_changes():
 def test_mixup_shares_log_mels_and_targets_alike():
     values = torch.tensor([[[4.0, 8.0]], [[0.0, 2.0]], [[10.0, -2.0]]])  # three clips of one frame and two bins
     targets = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    mixed, mixed_targets = mixup(values, targets, torch.tensor([0.25, 1.0, 0.5]), torch.tensor([1, 2, 0]))
-    assert mixed.tolist() == [[[1.0, 3.5]], [[0.0, 2.0]], [[7.0, 3.0]]]
-    assert mixed_targets.tolist() == [[0.25, 0.75], [0.0, 1.0], [1.0, 0.5]]
+    mixed = mixup({"input_values": values, "labels": targets}, torch.tensor([0.25, 1.0, 0.5]), torch.tensor([1, 2, 0]))
+    assert mixed["input_values"].tolist() == [[[1.0, 3.5]], [[0.0, 2.0]], [[7.0, 3.0]]]
+    assert mixed["labels"].tolist() == [[0.25, 0.75], [0.0, 1.0], [1.0, 0.5]]
 
 
 def test_mixup_takes_so_many_clips_and_shares_of_the_beta_distribution():
     clips = 1500
     values, targets = torch.arange(clips).float().view(-1, 1, 1), torch.eye(clips)
-    mixed, mixed_targets = augment_batch(values, targets, settings(mixup_alpha=0.8, mixup_probability=0.6), generator())
+    mixed, mixed_targets = augmented(values, targets, settings(mixup_alpha=0.8, mixup_probability=0.6), generator())
     shares = mixed_targets.diagonal().double()
     assert (shares < 1).double().mean() == pytest.approx(0.6, abs=0.04)
     shares = shares[shares < 1]
@@ -88,7 +94,7 @@ def test_mixup_takes_so_many_clips_and_shares_of_the_beta_distribution():
 def test_both_clips_of_a_mixture_are_hidden():
     values = torch.rand(64, 40, 20) + 1
     changes = settings(mixup_alpha=0.8, mixup_probability=1.0, time_mask=0.5, frequency_mask=0.5)
-    mixed = augment_batch(values, torch.eye(64), changes, generator())[0]
+    mixed = augmented(values, torch.eye(64), changes, generator())[0]
     hidden = mixed == 0
     assert 0.1 < hidden.float().mean() < 0.9
     assert mixed[~hidden].min() >= 1  # were clips hidden before they are mixed, some cells would be shares of one alone
@@ -97,7 +103,7 @@ def test_both_clips_of_a_mixture_are_hidden():
 def test_inputs_are_not_changed():
     values, targets = torch.randn(4, 32, 16), torch.eye(4)
     before = values.clone(), targets.clone()
-    augment_batch(values, targets, AugmentationSettings(noise=0.1), generator())
+    augmented(values, targets, AugmentationSettings(noise=0.1), generator())
     assert torch.equal(values, before[0])
     assert torch.equal(targets, before[1])
 
@@ -106,7 +112,7 @@ def test_inputs_are_not_changed():
 
 
 def test_noise_is_uniform_up_to_a_bound_that_each_clip_draws():
-    noisy = augment_batch(torch.zeros(2000, 16, 16), torch.ones(2000, 1), settings(noise=0.1), generator())[0].flatten(1)
+    noisy = augmented(torch.zeros(2000, 16, 16), torch.ones(2000, 1), settings(noise=0.1), generator())[0].flatten(1)
     bounds = noisy.max(1).values
     assert 0 <= noisy.min() < noisy.max() < 0.1
     assert bounds.mean() == pytest.approx(0.05, abs=0.003)

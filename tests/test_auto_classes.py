@@ -21,10 +21,17 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModel,
     AutoModelForAudioClassification,
+    AutoModelForAudioFrameClassification,
     pipeline,
 )
 
-from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from transformers_sslam import (
+    SSLAMConfig,
+    SSLAMFeatureExtractor,
+    SSLAMForAudioClassification,
+    SSLAMForAudioFrameClassification,
+    SSLAMModel,
+)
 from transformers_sslam.publishing.hub import add_remote_code
 
 
@@ -46,6 +53,25 @@ for folder in sys.argv[2:]:
         result |= {"model": type(classifier).__name__, "logits": classifier(**inputs).logits.tolist()}
         result["scores"] = pipeline("audio-classification", model=folder, **trust)(clip)
     results.append(result)
+print("RESULT" + json.dumps(results))
+"""
+DETECTOR_WITHOUT_PACKAGE = """
+import json, sys
+sys.modules["transformers_sslam"] = None
+import numpy as np, torch
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioFrameClassification
+trust, clip, results = {"trust_remote_code": True}, np.load(sys.argv[1]), []
+for folder in sys.argv[2:]:
+    extractor = AutoFeatureExtractor.from_pretrained(folder, **trust)
+    model = AutoModelForAudioFrameClassification.from_pretrained(folder, **trust).eval()
+    with torch.inference_mode():
+        outputs = model(**extractor(clip, sampling_rate=16_000, return_tensors="pt"))
+    encoder = AutoModel.from_pretrained(folder, **trust)
+    results.append({
+        "model": type(model).__name__, "logits": outputs.logits.tolist(), "clip_logits": outputs.clip_logits.tolist(),
+        "events": model.detect(clip, extractor),
+        "same_encoder": all(torch.equal(tensor, encoder.state_dict()[name]) for name, tensor in model.sslam.state_dict().items()),
+    })
 print("RESULT" + json.dumps(results))
 """
 
@@ -116,10 +142,10 @@ def test_the_pipeline_runs_in_half_precision(folder, dtype):
     assert {score["label"]: score["score"] for score in half} == pytest.approx(scores, abs=0.02)
 
 
-def run_without_package(tmp_path, *folders: Path) -> list[dict]:
+def run_without_package(tmp_path, *folders: Path, program: str = WITHOUT_PACKAGE) -> list[dict]:
     np.save(tmp_path / "clip.npy", noise(1.0))
     script = tmp_path / "without_package.py"
-    script.write_text(WITHOUT_PACKAGE)
+    script.write_text(program)
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     command = [sys.executable, script, tmp_path / "clip.npy", *folders]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
@@ -146,6 +172,44 @@ def test_a_classifier_loads_where_the_package_is_not_installed(folder, classifie
         ]
         torch.testing.assert_close(torch.tensor(result["logits"]), logits, atol=1e-6, rtol=1e-6)
         assert {score["label"] for score in result["scores"]} == set(NAMES)
+
+
+@pytest.fixture
+def detector() -> SSLAMForAudioFrameClassification:
+    names = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
+    model = SSLAMForAudioFrameClassification(tiny_config(**names, steps_per_second=25, frame_pooling="attention")).eval()
+    for layer in (model.frame_classifier, model.time_attention, model.frequency_attention):
+        torch.nn.init.normal_(layer.weight)
+    return model
+
+
+@pytest.fixture
+def detector_folder(detector, tmp_path):
+    detector.save_pretrained(tmp_path / "detector")
+    SSLAMFeatureExtractor(max_length=128).save_pretrained(tmp_path / "detector")
+    return tmp_path / "detector"
+
+
+def test_auto_classes_know_a_detector(detector_folder, detector):
+    loaded = AutoModelForAudioFrameClassification.from_pretrained(detector_folder)
+    assert type(loaded) is SSLAMForAudioFrameClassification
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in detector.state_dict().items())
+    assert type(AutoModel.from_pretrained(detector_folder)) is SSLAMModel
+
+
+def test_a_detector_finds_events_where_the_package_is_not_installed(detector_folder, detector, tmp_path):
+    add_remote_code(detector_folder)
+    extractor = SSLAMFeatureExtractor(max_length=128)
+    with torch.inference_mode():
+        outputs = detector(**extractor(noise(1.0), sampling_rate=16_000, return_tensors="pt"))
+    (result,) = run_without_package(tmp_path, detector_folder, program=DETECTOR_WITHOUT_PACKAGE)
+    assert (result["model"], result["same_encoder"]) == ("SSLAMForAudioFrameClassification", True)
+    torch.testing.assert_close(torch.tensor(result["logits"]), outputs.logits, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(torch.tensor(result["clip_logits"]), outputs.clip_logits, atol=1e-6, rtol=1e-6)
+    events = detector.detect(noise(1.0), extractor)
+    assert events
+    assert [event[:3] for event in result["events"]] == [list(event[:3]) for event in events]
+    assert [event[3] for event in result["events"]] == pytest.approx([event.score for event in events], abs=1e-6)
 
 
 def test_code_beside_a_model_does_not_displace_the_package(folder):

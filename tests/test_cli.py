@@ -30,7 +30,7 @@ def test_the_version_is_told(capsys):
 
 def test_an_unknown_command_is_named_with_the_known_ones(capsys):
     assert cli.main(["train"]) == 2
-    assert "there is no command train: choose one of tag, embed, finetune" in capsys.readouterr().err
+    assert "there is no command train: choose one of tag, detect, embed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -57,6 +57,15 @@ def test_a_mistake_of_the_user_ends_in_one_line_and_status_1(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("sslam tag: error: ")
     assert "Traceback" not in error
+
+
+def test_ctrl_c_while_a_command_is_imported_ends_in_one_line(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert cli.main(["tag", "--model", "x"]) == 130
+    assert capsys.readouterr().err == "sslam tag: stopped\n"
 
 
 def test_the_module_and_the_installed_command_are_the_same(monkeypatch, capsys):

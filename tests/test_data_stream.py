@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import tarfile
@@ -334,6 +335,10 @@ def test_a_position_of_another_stream_is_rejected(kinds, folder: Path, tmp_path:
     states = [open_stream(kinds["folder"], rank=rank, world_size=2).state_dict() for rank in range(2)]
     with pytest.raises(UserError, match=r"another stream: seed \(0 then, 1 now\)"):
         open_stream(kinds["folder"], seed=1).load_state_dict(states)
+    with pytest.raises(UserError, match=r"another stream: the weight of .* \(1 then, 2 now\)"):
+        open_stream({**kinds["folder"], "weight": 2}).load_state_dict(states)
+    with pytest.raises(UserError, match="another stream: there were 1 sources then, and there are 2 now"):
+        open_stream(kinds["folder"], {**kinds["parquet"], "name": "second"}).load_state_dict(states)
     with pytest.raises(UserError, match=r"shard_readers \(64 then, 32 now\)"):
         open_stream(kinds["folder"], settings={"shard_readers": 32}).load_state_dict(states)
     with pytest.raises(UserError, match=r"positions of the shard readers \[1, 3, .* are missing: give the states of all processes"):
@@ -344,12 +349,12 @@ def test_a_position_of_another_stream_is_rejected(kinds, folder: Path, tmp_path:
     file = tmp_path / "moved" / "part0" / "00.wav"
     data = file.read_bytes()
     file.write_bytes(data + b"\0")
-    with pytest.raises(UserError, match="another stream: sources"):
+    with pytest.raises(UserError, match="another stream: the recordings of .* have changed, by their names or sizes"):
         open_stream(moved).load_state_dict(states)
     file.write_bytes(data)
     open_stream(moved).load_state_dict(states)
     file.rename(file.with_stem("99"))
-    with pytest.raises(UserError, match="another stream: sources"):
+    with pytest.raises(UserError, match="another stream: the recordings of .* have changed, by their names or sizes"):
         open_stream(moved).load_state_dict(states)
 
 
@@ -371,7 +376,9 @@ def test_audio_replaced_between_two_parts_of_a_run_is_noticed(kinds, folder: Pat
     if kind == "parquet":
         write_parquet(folder, tmp_path / "other", rows_per_group=5)
         shutil.copy(tmp_path / "other" / "0.parquet", replaced)
-    with pytest.raises(UserError, match="another stream: sources"):
+    with pytest.raises(
+        UserError, match="another stream: the recordings of .* have changed(, by their names or sizes| .10 shards then, 9 now.)"
+    ):
         open_stream(settings).load_state_dict([state])
 
 
@@ -627,7 +634,7 @@ def test_five_percent_of_damaged_files_are_left_out_counted_and_named(tmp_path: 
         assert statistics.samples == 95 * epochs * 4800
         assert statistics.unreadable == {cause: count * epochs for cause, count in unreadable.items()}
         assert {Path(text.split(".wav")[0]).name for text in statistics.examples} == {"020", "040", "060", "080", "099"}
-    assert "Process 0, epochs 0 to 0: " in caplog.text
+    assert re.search(r"(?<!: )Up to the end of epoch 0, and the start of the next, which fills the last batch: 100 recordings", caplog.text)
     assert "2 unreadable" in caplog.text
     assert "080.wav" in caplog.text
 

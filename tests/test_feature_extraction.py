@@ -44,7 +44,8 @@ def test_cutting_is_warned_about_once_whatever_the_lengths(caplog):
     for seconds in (0.6, 0.7, 0.8):
         extractor(noise(seconds), sampling_rate=16_000)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "more than 48 frames" in caplog.text
+    assert "more than 48 frames (10 ms each) are cut to the first 0.48 s" in caplog.text
+    assert "`score_over_time` of a classifier or `sslam tag`" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,8 @@ def spoilt(value: float) -> np.ndarray:
         (np.zeros(0, np.float32), "clip 0 is empty"),
         ([], "raw_speech is empty"),
         ([noise(0.5), np.zeros(399, np.float32)], "clip 1 has 399 samples.*400"),
-        (np.zeros((16_000, 2), np.float32), r"clip 0 has 2 samples.*\(samples, channels\)"),
+        (np.zeros((16_000, 2), np.float32), r"16000 clips of 2 samples.*\(samples, channels\)"),
+        (noise(0.01), r"clip 0 has 160 samples, but one frame takes 400 \(25 ms at 16000 Hz\): leave it out or pad it with zeros$"),
         (np.zeros((2, 16_000), np.float32), r"\(2, 16000\).*two channels"),
         ([np.zeros((2, 16_000), np.float32)], r"clip 0 has shape \(2, 16000\).*mix several channels down"),
         (np.zeros((0, 16_000), np.float32), r"shape \(0, 16000\), which holds no clip"),

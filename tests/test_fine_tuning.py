@@ -17,6 +17,7 @@ import torch
 import yaml
 from conftest import FIXTURES, noise
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from processes import Fork
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
@@ -332,7 +333,7 @@ def augmentation_seeds(monkeypatch) -> list[tuple[int, ...]]:
 
     def record(waveform, settings, generator):
         seeds.append(tuple(generator.bit_generator.seed_seq.entropy)[2:])  # behind what tells this use from others
-        return waveform
+        return waveform, 0
 
     monkeypatch.setattr("transformers_sslam.finetuning.stream.augment_waveform", record)
     return seeds
@@ -497,7 +498,7 @@ def test_each_clip_is_augmented_once_an_epoch_with_a_seed_of_its_own(settings, m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data_dir": "nowhere"}, "there is no folder nowhere, but the layout audiofolder expects"),
+        ({"data_dir": "nowhere"}, "there is no folder nowhere: check the path"),
         ({"fold_column": "part"}, "there is no column 'part', only audio, label, fold"),
         ({"train_folds": []}, "no fold of the column 'fold' was chosen, so there is no clip: give some of 1, 2"),
         ({"test_folds": [2, 7]}, "the column 'fold' has no fold 7, only 1, 2"),
@@ -544,6 +545,26 @@ def test_a_run_that_diverged_is_no_success(settings, evaluate):
     with pytest.raises(UserError, match="diverged.*lower learning_rate"):
         fine_tune(replace(settings, do_eval=evaluate, learning_rate=1e30, warmup_steps=0.0, max_steps=4, **folds))
     assert not (Path(settings.output_dir) / "model.safetensors").exists()
+
+
+def test_few_updates_and_few_clips_of_a_class_are_warned_about(settings, tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows = [("hum", 1)] * 5 + [("hiss", 1)] * 4 + [("hum", 2), ("hiss", 2)]
+    fine_tune(replace(settings, data_dir=str(write_folder(tmp_path / "rows", rows)), max_steps=-1, num_train_epochs=2.0))
+    few = "the run has only 4 updates, 2 an epoch: for more, lower per_device_train_batch_size (4), or raise num_train_epochs (2)"
+    assert few in caplog.messages
+    assert "these classes have fewer than 5 training clips, and will hardly be learnt: hiss" in caplog.messages
+    assert "evaluating 2 test clips" in caplog.messages
+
+
+@pytest.mark.parametrize("error", [OfflineModeIsEnabled("offline"), HTTPError("no route")])
+def test_a_hub_that_cannot_be_reached_is_one_sentence_before_the_training(settings, monkeypatch, error):
+    def unreachable(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", unreachable)
+    with pytest.raises(UserError, match=r"^push_to_hub is true, but the Hub cannot be used \((offline|no route)\): train without it, then"):
+        fine_tune(replace(settings, push_to_hub=True))
 
 
 def test_a_class_without_evaluation_clip_is_told(settings, tmp_path, caplog):
@@ -651,7 +672,7 @@ def test_the_program_prints_an_error_without_traceback(tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert stopped.value.code == 1
-    assert capsys.readouterr().err.startswith(f"sslam finetune: error: there is no folder {tmp_path / 'nowhere'}, but")
+    assert capsys.readouterr().err.startswith(f"sslam finetune: error: there is no folder {tmp_path / 'nowhere'}: check the path")
 
 
 def test_the_program_says_how_to_resume_when_it_is_stopped(settings, monkeypatch, capsys):

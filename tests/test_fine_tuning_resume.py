@@ -1,6 +1,7 @@
 """Fine-tuning that is interrupted resumes as the same run, bit for bit; what is not the same run is never taken for it."""
 
 import json
+import logging
 import os
 import random
 import subprocess
@@ -226,7 +227,10 @@ def test_without_a_whole_checkpoint_nothing_is_trained(settings, tmp_path, monke
 
 def test_checkpoints_of_other_settings_or_data_are_named(settings, clips, monkeypatch):
     interrupt(settings, monkeypatch, 4)
-    with pytest.raises(UserError, match="of a run with other learning_rate, per_device_train_batch_size: choose another"):
+    with pytest.raises(
+        UserError,
+        match="of a run with other learning_rate, per_device_train_batch_size: choose another .*--model .*checkpoint-3 and another",
+    ):
         fine_tune(replace(settings, learning_rate=2e-3, per_device_train_batch_size=4))
     path = clips / "train" / "rare" / "04.wav"
     before = path.stat()
@@ -236,6 +240,17 @@ def test_checkpoints_of_other_settings_or_data_are_named(settings, clips, monkey
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
     with pytest.raises(UserError, match="a checkpoint of a run with other data: choose another output_dir"):
         fine_tune(settings)
+
+
+def test_a_run_that_too_many_unreadable_files_stopped_resumes_with_a_larger_limit(settings, monkeypatch, caplog):
+    interrupt(replace(settings, save_steps=0.25), monkeypatch, 4)
+    caplog.set_level("INFO")
+    logging.getLogger("transformers").addHandler(caplog.handler)  # it does not propagate
+    try:
+        assert fine_tune(replace(settings, save_steps=0.25, max_unreadable=0.5))["resumed"]
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "do not match" not in caplog.text  # a fraction of the steps is no other number than that of the checkpoint
 
 
 def test_one_checkpoint_is_kept_only_behind_a_whole_one(settings, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Windows over long recordings, frame embeddings over time, and many clips: each as if alone, in memory that does not grow."""
 
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -393,7 +394,7 @@ def test_no_clip_has_no_vector():
         ({"hop": -1.0}, "hop is -1.0 s"),
         ({"window": 1.0}, "window is 1.0 s, but must be a positive multiple of 0.16 s"),
         ({"window": 0.0}, "window is 0.0 s"),
-        ({"window": 3.2}, "a window of 3.2 s gives 320 frames .* up to 256"),
+        ({"window": 3.2}, "a window of 3.2 s gives 320 frames .* up to 256, 2.56 s, is expected"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": float("nan")}, "batch_size is nan, but must be a whole number"),
         ({"batch_size": "8"}, "batch_size is '8'"),
@@ -420,6 +421,7 @@ def test_arguments_out_of_range_are_refused_before_any_audio_is_read(options, me
         ({"layers": []}, r"layers is \[\], but numbers from -3 to 2"),
         ({"layers": [3]}, r"layers is \[3\]"),
         ({"layers": [-4]}, r"layers is \[-4\]"),
+        ({"sampling_rate": 44_100}, "sampling_rate is 44100 Hz, but the model takes 16000 Hz"),
     ],
 )
 def test_embeddings_that_cannot_be_made_are_refused(options, message):
@@ -466,6 +468,10 @@ def test_scores_that_are_not_finite_are_an_error():
         ([noise(1.0), noise(0.02)], "clip 1 has 320 samples"),
         (noise(1.0), "clip 0 is a single number"),
         ([{"array": noise(1.0)}], "clip 0 is a dict: give a list of 1-D arrays"),
+        ("rain.wav", "clips is a str, but a list of waveforms is expected.*load_waveform"),
+        (Path("rain.wav"), "clips is a PosixPath, but a list"),
+        ((noise(1.0) for _ in range(2)), "clips is a generator, but a list .* make a list of what a generator yields"),
+        ([noise(1.0), "rain.wav"], "clip 1 is the path 'rain.wav', not a waveform: read it with transformers_sslam.audio.load_waveform"),
         ([noise(1.0), np.full(8000, np.nan, dtype=np.float32)], "clip 1 holds NaN"),
         ([noise(1.0), np.ma.masked_less(noise(1.0), 0)], "clip 1 is a masked array"),
     ],

@@ -153,7 +153,7 @@ def test_so_many_clips_of_each_class_are_kept_by_the_seed():
 @pytest.mark.parametrize(
     ("labelled", "message"),
     [
-        (rows("a", "a", "b"), "clips_per_class is 2, but the class b has 1 training clips"),
+        (rows("a", "a", "b"), "clips_per_class is 2, but the class b has only 1 of the training clips"),
         (rows(["a", "b"], ["a"], multi_label=True), "clips_per_class is 2, but these clips may have several classes"),
     ],
 )

@@ -109,6 +109,121 @@ def test_events_with_impossible_times_are_named(onset, offset):
         read_rows(rows, "label")
 
 
+def test_events_of_one_class_that_overlap_or_touch_are_joined_and_counted(caplog):
+    cells = [
+        [event("dog", 3.0, 4.0), event("cat", 0.0, 9.0), event("dog", 0.0, 2.0), event("dog", 4.0, 5.0), event("dog", 0.5, 1.0)],
+        [event("dog", 5.0, 6.0), event("dog", 1.0, 5.0), event("dog", 2.0, 3.0), event("cat", 2.0, 2.5)],
+        [event("dog", 5.0, 6.0), event("dog", 6.1, 7.0)],
+    ]
+    labels = read_rows(table(cells, EVENTS), "label").labels
+    assert labels.events(0) == [Event("dog", 3.0, 5.0), Event("cat", 0.0, 9.0), Event("dog", 0.0, 2.0)]
+    assert labels.events(1) == [Event("dog", 1.0, 6.0), Event("cat", 2.0, 2.5)]
+    assert labels.events(2) == [Event("dog", 5.0, 6.0), Event("dog", 6.1, 7.0)]
+    assert list(labels) == [["dog", "cat"], ["dog", "cat"], ["dog"]]
+    assert labels.num_events == 7
+    assert "4 events of the column 'label' overlap or touch one of their class and are joined with it: 7 are left" in caplog.text
+
+
+def test_joined_events_cover_what_the_given_ones_cover():
+    generator = np.random.default_rng(0)
+    cells = []
+    for _ in range(200):
+        onsets, lengths = generator.integers(0, 40, 12) / 4, generator.integers(1, 12, 12) / 4
+        cells.append([event("abc"[k % 3], onset, onset + length) for k, (onset, length) in enumerate(zip(onsets, lengths))])
+    labels = read_rows(table(cells, EVENTS), "label").labels
+    for i, given in enumerate(cells):
+        for label in "abc":
+            covered = np.zeros(60, bool)
+            for one in given:
+                if one["label"] == label:
+                    covered[int(4 * one["onset"]) : int(4 * one["offset"])] = True
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], covered, [0]]).astype(int)))
+            found = sorted((4 * onset, 4 * offset) for name, onset, offset in labels.events(i) if name == label)
+            assert [edge for times in found for edge in times] == edges.tolist()
+
+
+def test_an_event_without_times_is_a_weak_label():
+    cells = [[event("dog", None, None), event("cat", 1.0, 2.0)], [event("cat", None, None)], [], [event("dog", 0.0, 1.0)]]
+    labels = read_rows(table(cells, EVENTS), "label").labels
+    assert list(labels) == [["dog", "cat"], ["cat"], [], ["dog"]]
+    assert [labels.has_times(i) for i in range(4)] == [False, False, True, True]
+    assert labels.select([3, 1]).has_times(0)
+    assert not labels.select([3, 1]).has_times(1)
+    with pytest.raises(ValueError, match="the labels of clip 1 have no times"):
+        labels.events(1)
+    assert not read_rows(table(["a"]), "label").labels.has_times(0)
+    np.testing.assert_array_equal(labels.step_targets(0, 0.5, 3), np.full((3, 2), -100))
+    np.testing.assert_array_equal(labels.step_targets(2, 0.5, 3), np.zeros((3, 2)))
+    np.testing.assert_array_equal(read_rows(table(["a", "b"]), "label").labels.step_targets(0, 0.5, 3), np.full((3, 2), -100))
+    stream = table(cells, EVENTS).to_iterable_dataset()
+    reader = LabelReader.of(stream, "label")
+    assert [reader(row) for row in stream] == list(labels)
+    last = [reader.read_row(row) for row in stream][3]
+    assert (last.events(0), last.has_times(0)) == (labels.events(3), True)
+
+
+SOFT = List({"label": Value("string"), "onset": Value("float64"), "offset": Value("float64"), "value": Value("float32")})
+
+
+def soft_event(label: str, onset: float, offset: float, value: float | None) -> dict:
+    return event(label, onset, offset) | {"value": value}
+
+
+def test_soft_labels_are_targets_and_above_one_half_events():
+    cells = [
+        [soft_event("car", 0, 1, 0.25), soft_event("car", 1, 2, 0.75), soft_event("car", 2, 3, 1.0), soft_event("bird", 0, 2, 0.5)],
+        [soft_event("car", 0, 2, None)],
+    ]
+    labels = read_rows(table(cells, SOFT), "label").labels
+    assert list(labels) == [["car"], ["car"]]
+    assert [labels.events(i) for i in range(2)] == [[Event("car", 1.0, 3.0)], [Event("car", 0.0, 2.0)]]
+    np.testing.assert_allclose(labels.step_targets(0, 1.0, 4), [[0.25, 0.5], [0.75, 0.5], [1, 0], [0, 0]])
+    np.testing.assert_allclose(labels.step_targets(0, 2.0, 1), [[0.5, 0.5]])
+    np.testing.assert_allclose(labels.encode(["car"]).step_targets(0, 1.0, 3), [[0.25], [0.75], [1]])
+    assert labels.encode(["car"]).events(0) == labels.events(0)
+    for wrong in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UserError, match="0.wav has an event of value .*, but a value is from 0 to 1"):
+            read_rows(table([[soft_event("car", 0, 1, wrong)]], SOFT), "label")
+    with pytest.raises(UserError, match="1.wav has events of one class .* that overlap, with different values, at 0.5 s"):
+        read_rows(table([cells[1], [soft_event("car", 0, 1, 0.5), soft_event("car", 0.5, 2, 1)]], SOFT), "label")
+
+
+def brute_force(given: list[Event], classes: list[str], step: float, steps: int, start: float, shift: float, duration: float | None):
+    """Targets by counting moments, 10,000 a second: each is rolled, and then looked up in the events."""
+    rate = 10_000
+    targets = np.zeros((steps, len(classes)))
+    moments = (np.arange(round(steps * step * rate)) + 0.5) / rate
+    times = moments - shift if duration is None else np.where(moments < duration, (moments - shift) % duration, -1e9)
+    times = times + start
+    for code, label in enumerate(classes):
+        heard = np.zeros(len(times), bool)
+        for name, onset, offset in given:
+            heard |= (name == label) & (times >= onset) & (times < offset)
+        targets[:, code] = heard.reshape(steps, -1).mean(1)
+    return targets
+
+
+@pytest.mark.parametrize("duration", [None, 10.0, 7.3])
+@pytest.mark.parametrize(("start", "shift"), [(0.0, 0.0), (2.5, 0.0), (0.0, 3.3), (0.0, -3.3), (1.7, 6.1), (0.0, 23.45)])
+@pytest.mark.parametrize("step", [0.16, 0.04, 1.0])
+def test_step_targets_are_the_covered_fractions(step, start, shift, duration):
+    generator = np.random.default_rng(1)
+    onsets, lengths = generator.integers(0, 9_000, 9) / 1000, generator.integers(1, 4_000, 9) / 1000
+    cells = [event("abc"[k % 3], onset, onset + length) for k, (onset, length) in enumerate(zip(onsets, lengths))]
+    labels = read_rows(table([[event("a", 0, 1)], cells], EVENTS), "label").labels.encode(["a", "b", "c"])
+    steps = int(10 / step)
+    targets = labels.step_targets(1, step, steps, shift, duration, start)
+    assert (targets.dtype, targets.shape) == (np.float32, (steps, 3))
+    assert targets.any() == (duration is not None or shift < 20)
+    given = [Event(**one) for one in cells]
+    np.testing.assert_allclose(targets, brute_force(given, ["a", "b", "c"], step, steps, start, shift, duration), atol=1e-6)
+
+
+def test_a_step_that_is_wholly_covered_has_target_one():
+    labels = read_rows(table([[event("a", 0.0, 0.1), event("a", 0.1, 0.3), event("a", 0.3, 10.0)]], EVENTS), "label").labels
+    np.testing.assert_array_equal(labels.step_targets(0, 0.04, 251)[:, 0], [*[1.0] * 250, 0.0])
+
+
 def test_lists_of_something_else_are_no_events():
     with pytest.raises(UserError, match="but an event needs label, onset and offset"):
         read_rows(table([[{"label": "a", "start": 1.0}]]), "label")

@@ -8,21 +8,23 @@ import torch
 from conftest import tiny_config
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForAudioClassification, AutoModelForPreTraining, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForAudioClassification,
+    AutoModelForAudioFrameClassification,
+    AutoModelForPreTraining,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
-from transformers_sslam import SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel
+from transformers_sslam import SSLAMForAudioClassification, SSLAMForAudioFrameClassification, SSLAMForPreTraining, SSLAMModel
 from transformers_sslam.loading_sslam import flatten_patch_projection_moments
 
 
 CARD = Path(__file__).parents[1] / "model_cards" / "sslam-tiny-esc10"
-LOADERS = [
-    SSLAMModel,
-    SSLAMForAudioClassification,
-    SSLAMForPreTraining,
-    AutoModel,
-    AutoModelForAudioClassification,
-    AutoModelForPreTraining,
-]
+CLASSES = [SSLAMModel, SSLAMForAudioClassification, SSLAMForAudioFrameClassification, SSLAMForPreTraining]
+AUTO_CLASSES = [AutoModel, AutoModelForAudioClassification, AutoModelForAudioFrameClassification, AutoModelForPreTraining]
 
 
 def log_mels(batch: int = 2) -> torch.Tensor:
@@ -42,7 +44,7 @@ def make_former(folder: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.fixture(params=[SSLAMModel, SSLAMForAudioClassification, SSLAMForPreTraining])
+@pytest.fixture(params=CLASSES)
 def former(request, tmp_path) -> tuple[PreTrainedModel, Path]:
     """A model, and the folder in which a former version saved it."""
     model = request.param(tiny_config(num_labels=3, num_views=2, unmixed_span_length=32)).eval()
@@ -61,7 +63,7 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.equal(actual[name], tensor), name
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", CLASSES + AUTO_CLASSES)
 def test_a_former_checkpoint_loads_in_every_class(former, loader):
     model, folder = former
     loaded, info = loader.from_pretrained(folder, output_loading_info=True)
@@ -154,7 +156,7 @@ def test_a_trainer_resumes_from_a_former_checkpoint(tmp_path):
 # --- the authors' weights
 
 
-@pytest.mark.parametrize("model_class", [SSLAMModel, SSLAMForAudioClassification, SSLAMForPreTraining])
+@pytest.mark.parametrize("model_class", CLASSES)
 def test_official_weights_are_converted_into_the_cache_and_loaded(model_class, tmp_path, monkeypatch):
     expected, asked = SSLAMModel(tiny_config()), []
     expected.save_pretrained(tmp_path)

@@ -10,7 +10,14 @@ import torch
 from conftest import noise, tiny_config
 from huggingface_hub import ModelCard
 
-from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel
+from transformers_sslam import (
+    SSLAMConfig,
+    SSLAMFeatureExtractor,
+    SSLAMForAudioClassification,
+    SSLAMForAudioFrameClassification,
+    SSLAMForPreTraining,
+    SSLAMModel,
+)
 from transformers_sslam.cli import main
 from transformers_sslam.errors import UserError
 from transformers_sslam.publishing.cards import (
@@ -182,6 +189,26 @@ def test_a_card_has_the_sections_that_are_filled_and_no_other(folder):
     assert "7 classes. Input: mono audio at 16000 Hz" in text
     assert "log-mels of 512 frames" in text
     assert (front_matter(folder).data.license, front_matter(folder).data.datasets) == ("mit", ["me/clips"])
+
+
+def test_the_card_of_a_detector_shows_how_to_find_events(tmp_path, monkeypatch, capsys):
+    """The Hub has no task for event detection: the card names the nearest one, and what the model is for in its tags."""
+    names = ["bird", "rain", "siren"]
+    config = tiny_config(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}, steps_per_second=12.5)
+    SSLAMForAudioFrameClassification(config).save_pretrained(tmp_path / "model")
+    SSLAMFeatureExtractor(max_length=128).save_pretrained(tmp_path / "model")
+    write_model_card(tmp_path / "model", "Trained on mixtures.", title="Mine")
+    card = front_matter(tmp_path / "model")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "audio-classification")
+    assert card.data.tags == ["audio", "sslam", "sound-event-detection"]
+    assert "SSLAMForAudioFrameClassification: 2 blocks, width 32, 4 heads, 3 classes, 12.5 time steps per second. Input" in card.text
+    soundfile.write(tmp_path / "clip.wav", noise(1.0), 16_000)
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    found: dict = {}
+    exec(program.replace("PATH_OR_ID", "model"), found)
+    assert type(found["model"]) is SSLAMForAudioFrameClassification
+    assert capsys.readouterr().out.splitlines()[-1] == str(found["model"].detect(found["waveform"], found["extractor"]))
 
 
 def test_the_card_of_a_training_run_can_hold_numbers(folder):

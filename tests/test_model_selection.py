@@ -119,9 +119,14 @@ def test_validation_needs_no_test_part(settings):
     assert (len(results["validation"]), results["metrics"]) == (8, {})
 
 
-def test_early_stopping_ends_the_run_after_so_many_evaluations_without_a_better_one(worst):
+def test_early_stopping_ends_the_run_after_so_many_evaluations_without_a_better_one(worst, caplog):
+    caplog.set_level("INFO")
     results = fine_tune(replace(worst, early_stopping_patience=2))
     assert results["steps"] == results["best_step"] + 2 < 8
+    epoch = results["best_step"] / 2
+    assert (
+        f"stopped early after epoch {epoch + 1:.4g}; the weights are those after epoch {epoch:.4g}, with the best loss" in caplog.messages
+    )
 
 
 class Killed(BaseException):

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor
 
-from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
+from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForAudioFrameClassification, SSLAMPreTrainedModel
 from transformers_sslam.cli import main
 from transformers_sslam.errors import UserError
 
@@ -38,7 +38,7 @@ CLASSES = ['a "dog"', "Käuzchen", "rain, heavy"]
 
 @dataclass
 class Exported:
-    model: SSLAMForAudioClassification
+    model: SSLAMPreTrainedModel
     source: Path
     folder: Path
     differences: dict = field(default_factory=dict)
@@ -50,11 +50,15 @@ class Exported:
 
 
 def save_classifier(folder: Path, pooling: str, **config) -> SSLAMForAudioClassification:
+    return save(SSLAMForAudioClassification, folder, classifier_pooling=pooling, problem_type="multi_label_classification", **config)
+
+
+def save(model_class: type[SSLAMPreTrainedModel], folder: Path, **config) -> SSLAMPreTrainedModel:
     """Random, and with weights so large that a wrong position, mask or pooling shows in the logits."""
     torch.manual_seed(0)
     labels = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
-    sizes = {"num_hidden_layers": 1, "initializer_range": 0.3, "classifier_pooling": pooling, "problem_type": "multi_label_classification"}
-    model = SSLAMForAudioClassification(tiny_config(**{**sizes, **labels, **config}))
+    sizes = {"num_hidden_layers": 1, "initializer_range": 0.3}
+    model = model_class(tiny_config(**{**sizes, **labels, **config}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -100,6 +104,18 @@ def encoder(tmp_path_factory) -> Exported:
     return exported
 
 
+@pytest.fixture(scope="module", params=[6.25, 25], ids=["160 ms", "40 ms"])
+def detector(request, tmp_path_factory) -> Exported:
+    """Event detection, a mask, attention over frequency."""
+    folder = tmp_path_factory.mktemp("detector")
+    options = {"steps_per_second": request.param, "frame_pooling": "attention", "event_detection": {"threshold": {CLASSES[1]: 0.25}}}
+    model = save(SSLAMForAudioFrameClassification, folder / "source", **options)
+    exported = Exported(model, folder / "source", folder / "onnx")
+    with noted(exported.remarks):
+        exported.differences = export_onnx(exported.source, exported.folder, with_mask=True)
+    return exported
+
+
 def log_mels(batch: int, frames: int) -> torch.Tensor:
     return torch.randn(batch, frames, 128, generator=torch.Generator().manual_seed(7))
 
@@ -122,6 +138,17 @@ def test_the_classifier_gives_torchs_logits_for_padded_clips(classifier, batch, 
     (logits,) = classifier.run(**{name: tensor.numpy() for name, tensor in inputs.items()})
     with torch.inference_mode():
         assert difference(logits, classifier.model(**inputs).logits) < 1e-4
+
+
+@pytest.mark.parametrize(("batch", "frames"), SHAPES)
+def test_the_detector_gives_torchs_logits_of_steps_and_clips(detector, batch, frames):
+    inputs = {"input_values": log_mels(batch, frames), "attention_mask": mask_of([frames - 5 * i for i in range(batch)], frames)}
+    logits, clip_logits = detector.run(**{name: tensor.numpy() for name, tensor in inputs.items()})
+    assert logits.shape == (batch, frames // detector.model.config.frames_per_step, 3)
+    with torch.inference_mode():
+        expected = detector.model(**inputs)
+    assert difference(logits, expected.logits) < 1e-4
+    assert difference(clip_logits, expected.clip_logits) < 1e-4
 
 
 def test_what_lies_in_the_padding_changes_nothing(classifier):
@@ -196,6 +223,30 @@ def test_the_file_says_what_to_feed_and_what_the_classes_are(classifier):
     assert [entry.version for entry in model.opset_import if entry.domain == ""] == [20]
     assert [node.name for node in model.graph.input] == ["input_values", "attention_mask"]
     assert [node.name for node in model.graph.output] == ["logits"]
+
+
+def test_the_file_of_a_detector_says_when_steps_begin_and_how_they_become_events(detector):
+    model = onnx.load(detector.folder / "model.onnx")
+    onnx.checker.check_model(model)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["model_class"] == "SSLAMForAudioFrameClassification"
+    assert float(metadata["steps_per_second"]) == detector.model.config.steps_per_second
+    assert json.loads(metadata["event_detection"]) == {"threshold": {CLASSES[1]: 0.25}}
+    assert list(json.loads(metadata["id2label"]).values()) == CLASSES
+    assert "problem_type" not in metadata
+    assert [node.name for node in model.graph.output] == ["logits", "clip_logits"]
+    assert json.loads((detector.folder / "config.json").read_text())["architectures"] == ["SSLAMForAudioFrameClassification"]
+    assert list(detector.differences) == [(1, 16), (3, 80), (5, 144), (2, 128)]
+    assert 0 < max(detector.differences.values()) < 1e-5
+    assert detector.remarks == []
+
+
+def test_the_encoder_of_a_detector_can_be_exported(detector, tmp_path):
+    export_onnx(detector.source, tmp_path / "onnx", encoder_only=True)
+    values = log_mels(2, 48)
+    (hidden, _) = Exported(detector.model, detector.source, tmp_path / "onnx").run(input_values=values.numpy())
+    with torch.inference_mode():
+        assert difference(hidden, detector.model.sslam(values).last_hidden_state) < 1e-4
 
 
 def test_an_encoder_has_no_classes(encoder):

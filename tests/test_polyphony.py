@@ -24,7 +24,16 @@ from transformers_sslam.cli import main
 from transformers_sslam.errors import UserError
 from transformers_sslam.polyphony import benchmark as polyphonic_benchmark
 from transformers_sslam.polyphony.benchmark import BenchmarkSettings, make_benchmark
-from transformers_sslam.polyphony.render import FULL_SCALE, Mixture, MixtureSettings, find_sound, plan_mixture, plan_mixtures, render
+from transformers_sslam.polyphony.render import (
+    FULL_SCALE,
+    Mixture,
+    MixtureSettings,
+    find_sound,
+    plan_background,
+    plan_mixture,
+    plan_mixtures,
+    render,
+)
 from transformers_sslam.settings import read_settings
 
 
@@ -217,8 +226,9 @@ def test_more_events_than_sounds_or_classes_are_rejected(sounds):
         plan_mixtures(sounds, SHORT, [25], 1, 0, "train")
     with pytest.raises(UserError, match="4 events of different classes needs as many classes, but there are 3"):
         plan_mixtures(sounds, replace(SHORT, repeat_classes=False), [4], 1, 0, "train")
-    with pytest.raises(UserError, match="a mixture of 0 events is not possible"):
-        plan_mixtures(sounds, SHORT, [0], 1, 0, "train")
+    with pytest.raises(UserError, match="a mixture of -1 events is not possible"):
+        plan_mixture(sounds, SHORT, -1, np.random.default_rng(0))
+    assert plan_mixture(sounds, SHORT, 0, np.random.default_rng(0)).events == ()
 
 
 # The benchmark
@@ -314,6 +324,72 @@ def test_labels_are_those_of_what_was_mixed_and_the_mixture_is_the_sum_of_its_so
             assert row["labels"] == sorted({CLASSES.index(metadata[event["source"]]["label"]) for event in row["events"]})
             assert row["num_events"] == len(row["events"]) == len({event["source"] for event in row["events"]})
             assert row["max_overlap"] == under_way.max() == under_way[round(row["instant"] * RATE)] == row["num_events"]
+
+
+@pytest.fixture(scope="module")
+def below(tmp_path_factory) -> Path:
+    """Backgrounds of each fold: one that is longer than a mixture, one that is shorter."""
+    root = tmp_path_factory.mktemp("below")
+    for fold in (1, 2):
+        (root / f"{fold}").mkdir()
+        for i, seconds in enumerate((3.0, 0.7)):
+            soundfile.write(root / f"{fold}" / f"{i}.wav", 0.1 * noise(seconds, seed=10 * fold + i), RATE, subtype="FLOAT")
+    return root
+
+
+def backgrounds(below: Path, test: int = 2) -> dict[str, list]:
+    return {f"{split}_backgrounds": [{"kind": "folder", "path": str(below / f"{i}")}] for split, i in (("train", 1), ("test", test))}
+
+
+def test_backgrounds_lie_below_the_events_at_the_level_that_is_written_down(folder: Path, below: Path, tmp_path: Path):
+    rules = replace(SHORT, background_db=[-50.0, -40.0], level_db=[-30.0, -30.0])
+    settings = benchmark_settings(folder, tmp_path / "mixed", mixing=rules, num_events=[1, 2], train_clips=8, **backgrounds(below))
+    make_benchmark(settings)
+    splits = datasets.load_dataset(str(tmp_path / "mixed")).cast_column("audio", datasets.Audio(decode=False))
+    starts = set()
+    for split, fold in (("train", "1"), ("test", "2")):
+        for row in splits[split]:
+            waveform = load_waveform(row["audio"], RATE).astype(np.float64)
+            for event in row["events"]:
+                source = load_waveform(folder / event["source"], RATE)
+                start, onset, length = event["source_start_sample"], event["onset_sample"], event["num_samples"]
+                waveform[onset : onset + length] -= event["gain"] * source[start : start + length]
+            name, first = row["background"], row["background_start_sample"]
+            assert name.startswith(f"{fold}/")
+            recording = load_waveform(below / name, RATE)
+            expected = row["background_gain"] * np.resize(recording[first : first + 32_000], 32_000)
+            np.testing.assert_allclose(waveform, expected, rtol=0, atol=3.2e-5)
+            assert 10 * np.log10(np.mean(expected**2)) == pytest.approx(row["background_db"], abs=1e-3)
+            assert -50 <= row["background_db"] <= -40
+            starts.add((name, first))
+    assert len(starts) > 10
+    with (tmp_path / "mixed" / "sources.csv").open() as stream:
+        below_events = [row for row in csv.DictReader(stream) if row["file"].startswith("1/")]
+    assert sum(int(row["backgrounds"]) for row in below_events) == 16
+    assert "uniform in -50 to -40 dB" in (tmp_path / "mixed" / "README.md").read_text()
+
+
+def test_backgrounds_of_both_splits_are_kept_apart(folder: Path, below: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="train and test share 2 file"):
+        make_benchmark(benchmark_settings(folder, tmp_path / "mixed", **backgrounds(below, test=1)))
+    with pytest.raises(UserError, match="train_backgrounds or test_backgrounds is empty"):
+        benchmark_settings(folder, tmp_path / "mixed", train_backgrounds=backgrounds(below)["train_backgrounds"])
+
+
+def test_a_silent_background_is_not_raised_to_the_level():
+    silence = plan_background([np.zeros(40_000, np.float32)], SHORT, np.random.default_rng(0))
+    assert (silence.gain, silence.level_db) == (1.0, -np.inf)
+
+
+def test_classes_choose_the_sounds(folder: Path, tmp_path: Path):
+    chosen = sorted(CLASSES)[:2]
+    report = make_benchmark(benchmark_settings(folder, tmp_path / "mixed", classes=chosen, num_events=[2]))
+    assert report["classes"] == chosen
+    rows = list(csv.DictReader((folder / "metadata.csv").open()))
+    for split, fold in (("train", "1"), ("test", "2")):
+        assert report["sources"][split] == sum(row["label"] in chosen and row["fold"] == fold for row in rows)
+    with pytest.raises(UserError, match="classes has wolf, but no train source has such a label"):
+        make_benchmark(benchmark_settings(folder, tmp_path / "none", classes=["wolf"]))
 
 
 def test_the_same_seed_gives_the_same_bytes_in_another_process_and_another_seed_others(folder: Path, benchmark, tmp_path: Path):

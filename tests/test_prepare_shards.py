@@ -344,3 +344,49 @@ def test_the_command_writes_prints_and_rejects(recordings: Path, tmp_path: Path,
     assert "kind is 'folders', but a source is one of " in capsys.readouterr().err
     assert main(words) == 2
     assert "exactly one of data_dir and sources is expected" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_in_one_line_and_the_same_command_resumes(recordings: Path, tmp_path: Path, capsys, monkeypatch):
+    words = ["prepare", "--output_dir", str(tmp_path / "shards"), "--data_dir", str(recordings), "--clips_per_shard", "8"]
+    words += ["--clips_per_group", "4"]
+    write, written = shards.write_shard, []
+
+    def interrupted(*args):
+        if written:
+            raise KeyboardInterrupt
+        written.append(write(*args))
+        return written[-1]
+
+    monkeypatch.setattr(shards, "write_shard", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 130
+    assert capsys.readouterr().err.endswith("stopped: the same command resumes after the last whole shard\n")
+    monkeypatch.setattr(shards, "write_shard", write)
+    assert main(words) == 0
+    assert f"3 shards, {RECORDINGS - 3} clips" in capsys.readouterr().out
+
+
+def test_shards_that_prepare_has_not_finished_name_the_way_out(recordings: Path, tmp_path: Path, monkeypatch, caplog):
+    write, allowed = shards.write_shard, []
+
+    def dying(*args):
+        if not allowed:
+            raise OSError("full")
+        return write(*allowed.pop(), *args[1:])
+
+    monkeypatch.setattr(shards, "write_shard", dying)
+    for count, warned in ((0, False), (1, True)):
+        folder = tmp_path / str(count)
+        allowed[:] = [(folder / "shard-00000.parquet",)] * count
+        with pytest.raises(OSError, match="full"):
+            prepare(settings(folder, recordings))
+        if warned:
+            Source.open(SourceSettings("parquet", str(folder)))
+            assert (
+                f"prepare has not finished {folder}: only its present shards are read. For all of them, give the same command again"
+                in caplog.text
+            )
+        else:
+            with pytest.raises(UserError, match="prepare has not finished a shard in .*0 yet: give the same command again"):
+                Source.open(SourceSettings("parquet", str(folder)))

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -480,6 +481,40 @@ def test_a_run_whose_model_or_clips_have_changed_is_rejected(sounds, tmp_path):
         trainer(sounds, tmp_path, seed=9).run()
 
 
+def test_changed_recordings_are_counted_in_the_message(sounds, tmp_path):
+    clips = shutil.copytree(sounds, tmp_path / "clips")
+    trainer(clips, tmp_path / "run", max_steps=3).run()
+    (clips / "00.wav").unlink()
+    with pytest.raises(UserError, match=r"another stream: the recordings of clips have changed \(12 files then, 11 now\)\. Restore that"):
+        trainer(clips, tmp_path / "run").run()
+
+
+def test_a_loss_far_above_the_first_is_warned_about(sounds, tmp_path, caplog):
+    run = trainer(sounds, tmp_path, max_steps=6, save_steps=100)
+    write, losses = run.log.write, iter([5.0, 49.0, 51.0])
+    run.log.write = lambda *args: ({**(found := write(*args))[0], "loss": next(losses)}, found[1])
+    with caplog.at_level("WARNING"):
+        run.run()
+    warnings = [record.getMessage() for record in caplog.records if "diverged" in record.getMessage()]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("The mean loss since the last line is 51, more than 10 times that of the first line, 5: ")
+
+
+@pytest.mark.parametrize(("end", "logged"), [(8, False), (9, True)])
+def test_a_run_that_ends_before_the_decay_of_the_teacher_does_says_so(sounds, tmp_path, caplog, end, logged):
+    with caplog.at_level("INFO"):
+        trainer(sounds, tmp_path, model_config={**MODEL, "ema_anneal_end_step": end})
+    assert ("max_steps is 8, but the teacher's decay rises until step 9" in caplog.text) == logged
+
+
+def test_computing_the_normalization_is_announced(sounds, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        run = trainer(sounds, tmp_path, normalization="computed")
+    before, after = [record.getMessage() for record in caplog.records if record.name.endswith("pretraining.data")]
+    assert before == "Computing mean and standard deviation of the log-mels, of at most 10000 clips"
+    assert after == f"Their mean is {run.extractor.mean:.3f}, and their standard deviation {run.extractor.std:.3f}"
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (None, 0)])
 def test_a_run_that_a_signal_stopped_does_not_end_like_a_finished_one(sounds, tmp_path, number, status, monkeypatch):
     """`stage 1 && stage 2` must not start from half of a stage 1."""
@@ -597,9 +632,9 @@ def test_skipped_steps_are_left_out_of_means_and_counted_over_a_resumption(sound
     interrupted_after(first, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     first.run()
     assert (first.step, first.skipped, first.skipped_in_a_row) == (5, 2, 2)
-    assert [(step, values["skipped_steps"]) for step, values in logged] == [(4, 1), (5, 2)]
-    assert logged[1][1]["hours_of_audio_seen"] == pytest.approx(5 * 4 * 64 / 360_000)  # frames of 10 ms
-    assert logged[0][1]["loss"] == pytest.approx(np.mean([line["loss"] for line in metrics(tmp_path)[:3]]))
+    assert [(step, values["progress/skipped_steps"]) for step, values in logged] == [(4, 1), (5, 2)]
+    assert logged[1][1]["progress/hours_of_audio_seen"] == pytest.approx(5 * 4 * 64 / 360_000)  # frames of 10 ms
+    assert logged[0][1]["loss/loss"] == pytest.approx(np.mean([line["loss"] for line in metrics(tmp_path)[:3]]))
     second = trainer(sounds, tmp_path, max_steps=8, save_steps=4, logging_steps=4)
     second.run()
     assert second.skipped == 2
@@ -694,7 +729,7 @@ def test_a_full_disk_is_told_and_former_checkpoints_stay(sounds, tmp_path, monke
     ("changes", "message"),
     [
         ({"warmup_steps": 8}, "warmup_steps is 8.*max_steps, 8"),
-        ({"warmup_steps": 0.95, "max_steps": 10}, "warmup_steps is 0.95.*max_steps, 10"),
+        ({"warmup_steps": 0.95, "max_steps": 10}, "warmup_steps is 0.95.*max_steps, 10: set it too, for example --warmup_steps 0.1"),
         ({"bf16": True, "fp16": True}, "bf16 and fp16 are both true"),
         ({"lr_scheduler_kwargs": {"min_rl": 0.0}}, "no setting lr_scheduler_kwargs.min_rl: did you mean lr_scheduler_kwargs.min_lr"),
         ({"lr_scheduler_kwargs": {"min_lr": 1.0}}, "min_lr is 1.0, but must lie between 0 and learning_rate, 0.001"),

@@ -206,6 +206,11 @@ def test_a_run_holds_each_partition_and_each_seed_that_matters(marked, labels):
     assert run_probe("linear_mean", marked, labels, partitions, [0, 1, 2]).shape == (2, 1)
 
 
+def test_a_bar_names_the_probe_and_the_network(marked, labels, capsys):
+    run_probe("linear_mean", marked, labels, hold_out_each(["a", "b"] * (len(labels) // 2)), network="untrained network 2")
+    assert "probe linear_mean, untrained network 2: 100%" in capsys.readouterr().err
+
+
 def test_the_score_is_accuracy_or_mean_average_precision():
     generator = np.random.default_rng(0)
     scores, tags = generator.random((40, 3)), generator.integers(0, 2, (40, 3))

@@ -129,8 +129,9 @@ def test_what_is_published_loads_from_there_with_the_package_and_without(server,
     assert {"configuration_sslam.py", "feature_extraction_sslam.py", "modeling_sslam.py", "modeling_sslam_pretraining.py"} <= set(CODE)
     assert all(remote[name] == (PACKAGE / name).read_bytes() for name in CODE)
     assert all(remote[name] == before[name] for name in ("model.safetensors", "results.json"))
-    auto_classes = {"AutoConfig", "AutoModel", "AutoModelForAudioClassification", "AutoModelForPreTraining"}
-    assert json.loads(remote["config.json"])["auto_map"].keys() == auto_classes
+    models = ("AudioClassification", "AudioFrameClassification", "PreTraining")
+    auto_classes = ["AutoConfig", "AutoModel", *(f"AutoModelFor{task}" for task in models)]
+    assert sorted(json.loads(remote["config.json"])["auto_map"]) == auto_classes
     assert json.loads(remote["preprocessor_config.json"])["auto_map"].keys() == {"AutoFeatureExtractor"}
     card = ModelCard(remote["README.md"].decode())
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "audio-classification")
@@ -374,6 +375,7 @@ def test_names_of_classes_are_published_as_they_are(folder):
     """Changed in one of the two dictionaries they would no longer name the same class."""
     names = {"0": "http://example.org/x?y=1", "1": "/home/me/rain"}
     labels = {"id2label": names, "label2id": {**{name: int(i) for i, name in names.items()}}}
+    labels["event_detection"] = {"threshold": {"/home/me/rain": 0.5, "Secretary bird": 0.25}}
     (folder / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), **labels}))
     results = {"by_class": {"password": {"ap": 0.5}, "key": 0.25}}  # of a class, not of a credential
     (folder / "results.json").write_text(json.dumps(results))

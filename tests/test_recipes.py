@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from transformers_sslam import SSLAMConfig
 from transformers_sslam.audio.layouts import LAYOUTS
-from transformers_sslam.audio.published import SPASS_SCENES
+from transformers_sslam.audio.published_events import SPASS_SCENES
 from transformers_sslam.finetuning.settings import FineTuningSettings
 from transformers_sslam.pretraining.settings import PreTrainingSettings
 from transformers_sslam.settings import parse_settings, read_settings, recipe_names
@@ -26,6 +27,7 @@ SCHEDULES = {
 }
 FIFTY_EPOCHS = {"finetune_spass": 0.1, "finetune_urban_sed": 0.1, "finetune_idmt_desed": 0.1, "linear_spass": 0.0}
 PUBLISHED = [*SCHEDULES, *FIFTY_EPOCHS]
+EVENTS = ["finetune_audioset_strong", "finetune_desed", "finetune_urban_sed_events"]
 
 SHARED = {"lr_scheduler_kwargs": {"min_lr": 1e-6}, "weight_decay": 0.05, "layer_decay": 0.65, "model_config": {"drop_path_rate": 0.1}}
 SHARED_AUGMENTATION = {
@@ -62,7 +64,24 @@ def test_every_recipe_is_accepted_and_names_a_layout(name):
 
 def test_every_recipe_of_a_published_data_set_is_checked_here():
     layouts = {name: yaml.safe_load((RECIPES / f"{name}.yaml").read_text()).get("layout", "audiofolder") for name in FINE_TUNING}
-    assert {name for name, layout in layouts.items() if layout not in ("audiofolder", "parquet", "hub")} == set(PUBLISHED)
+    assert {name for name, layout in layouts.items() if layout not in ("audiofolder", "parquet", "hub")} == {*PUBLISHED, *EVENTS}
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_recipes_of_events_have_steps_of_40_ms_and_little_mixup(name):
+    settings = recipe(name)
+    assert (settings.task, settings.label_column, settings.model_config["steps_per_second"]) == ("events", "events", 25)
+    augmentation = settings.augmentation
+    assert (augmentation.mixup_probability, augmentation.time_mask, augmentation.frequency_mask) == (0.3, 0, 0)
+    assert SSLAMConfig(**settings.model_config).frames_per_step == 4
+
+
+def test_audioset_strong_is_trained_as_pretrained_sed_is():
+    """30 epochs of 100,000 clips, batches of 256, 5,000 steps of warm-up, 7e-5 to 2e-7, balanced (Schmid et al., arXiv 2409.09546)."""
+    settings = recipe("finetune_audioset_strong")
+    assert (settings.num_train_epochs, settings.clips_per_epoch, settings.per_device_train_batch_size) == (30, 100_000, 256)
+    assert (settings.learning_rate, settings.warmup_steps, settings.class_balanced) == (7e-5, 5000, True)
+    assert (settings.lr_scheduler_type, settings.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr": 2e-7})
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -288,7 +288,7 @@ def test_a_summary_counts_hours_and_causes():
     summary = Summary(finished=2, skipped=3, audio_seconds=7200.0, run_seconds=60.0)
     summary.unusable.update(["truncated", "empty", "empty"])
     assert str(summary) == "2 recordings processed (2.00 h, 120 x real time), 3 finished before, 3 not usable (2 empty, 1 truncated)"
-    assert str(Summary()) == "0 recordings processed (0.00 h, 0 x real time), 0 finished before, 0 not usable"
+    assert str(Summary(skipped=2)) == "0 recordings processed, 2 finished before, 0 not usable"  # no speed of nothing
 
 
 # --- killed and resumed

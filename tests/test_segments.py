@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
-from transformers_sslam.recordings.segments import Segment, best_labels, join_windows
+from transformers_sslam.events_sslam import Event
+from transformers_sslam.recordings.segments import best_labels, join_windows
 
 
 CLASSES = ["dog", "rain", "sea"]
 
 
-def joined(windows: list[tuple[float, float]], *scores: list[float], top_k: int = 3, threshold: float = 0.5) -> list[Segment]:
+def joined(windows: list[tuple[float, float]], *scores: list[float], top_k: int = 3, threshold: float = 0.5) -> list[Event]:
     """Segments of windows `(start, end)` with the scores of each class."""
     starts, ends = np.array(windows, dtype=np.float64).T
     by_class = np.zeros((len(windows), len(CLASSES)), dtype=np.float32)
@@ -17,7 +18,7 @@ def joined(windows: list[tuple[float, float]], *scores: list[float], top_k: int 
     return join_windows(starts, ends, by_class, CLASSES, top_k, threshold)
 
 
-def rounded(segments: list[Segment]) -> list[tuple]:
+def rounded(segments: list[Event]) -> list[tuple]:
     return [(*segment[:3], round(segment.score, 5)) for segment in segments]
 
 

@@ -136,7 +136,7 @@ def test_groups_in_lists_and_dictionaries_are_built():
         ("--mode slow", "mode is slow, but one of 'fast', 'exact' is expected"),
         ("--group.gain -1", "gain is -1.0, but must be at least 0"),
         ("--steps.a 3", "there is no setting steps.a"),
-        ("steps", "'steps' stands without a name: write --name value"),
+        ("steps", "'steps' stands without a name: write --NAME steps (required: --data_dir); a recipe is given as --config RECIPE"),
         ("steps=3", "'steps=3' stands without a name: write --steps 3"),
         ("--config nope", "config is 'nope', but there is no such file or recipe: recipes are demo_pretrain, "),
     ],

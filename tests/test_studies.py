@@ -333,3 +333,56 @@ def test_a_study_in_miniature(study, shared, tmp_path):
     else:
         assert set(results["precision"]["fine-tuned"]) == {"unmixed", "mixed", "both", "retention"}
         assert (tmp_path / "out" / "precision.png").is_file()
+
+
+def test_the_study_of_events_compares_all_methods_on_the_same_mixtures(tmp_path):
+    study = load_script("events")
+    lines = ["file_name,label,fold"]
+    (tmp_path / "sounds").mkdir()
+    for fold in FOLDS:
+        for i, label in enumerate(("hum", "hiss") * 3):
+            tone = np.sin(np.arange(12_000) * (0.1 + 0.001 * (10 * fold + i))) if label == "hum" else noise(0.75, seed=10 * fold + i)
+            soundfile.write(tmp_path / "sounds" / f"{fold}-{i}.wav", 0.3 * tone, 16_000)
+            lines.append(f"{fold}-{i}.wav,{label},{fold}")
+    (tmp_path / "sounds" / "metadata.csv").write_text("\n".join(lines))
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "below.wav", 0.01 * noise(4.0, seed=name == "test"), 16_000)
+    encoder = SSLAMForPreTraining(SSLAMConfig(**SIZES))
+    encoder.save_pretrained(tmp_path / "encoder")
+    SSLAMFeatureExtractor(max_length=256).save_pretrained(tmp_path / "encoder")
+    settings = study.StudySettings(
+        data_dir=str(tmp_path / "sounds"),
+        model=str(tmp_path / "encoder"),
+        output_dir=str(tmp_path / "study"),
+        fold_column="fold",
+        train_folds=[1, 2],
+        test_folds=[3],
+        train_backgrounds=[{"kind": "folder", "path": str(tmp_path / "train")}],
+        test_backgrounds=[{"kind": "folder", "path": str(tmp_path / "test")}],
+        finetuning={"num_train_epochs": 1, "per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True},
+        steps_per_second=[12.5],
+        num_events=[1, 2],
+        train_clips=6,
+        test_clips=4,
+        tuning_clips=8,
+        clip_seconds=2.575,
+    )
+    table = study.run(settings)
+    results = json.loads((tmp_path / "study" / "results.json").read_text())["methods"]
+    assert list(results) == [
+        "detector, pre-trained, 80 ms",
+        "detector, from scratch, 80 ms",
+        *(f"tagging, pre-trained, windows of {window:g} s" for window in study.TAGGING_WINDOWS),
+        "log-mel statistics, linear",
+    ]
+    for found in results.values():
+        low, high = found["metrics"]["segment_f1_interval"]
+        assert 0 <= low <= found["metrics"]["segment_f1"] <= high <= 1
+        assert set(found["by_overlap"]) <= {"1", "2"}
+        assert f"{found['metrics']['psds2']:.3f}" in table
+    assert results["log-mel statistics, linear"]["metrics"]["segment_f1"] > 0.9  # a hum and a hiss are told apart by them
+    model = tmp_path / "study" / "detector-pre-trained-12.5" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    assert study.run(settings) == table
+    assert model.stat().st_mtime_ns == before

@@ -597,3 +597,28 @@ cli.main({arguments})
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("sslam tag: error: ")
     assert "tags.parts was written with hop = 2.56, but hop is 2.0 now" in said
+
+
+def test_a_run_that_computes_nothing_says_what_the_output_is_written_from(recordings, tmp_path, capsys):
+    for unusable in ("broken.wav", "short.wav"):
+        (recordings / unusable).unlink()
+    arguments = ["tag", "--model", str(SMALL_MODEL), "--inputs", str(recordings), "--output", str(tmp_path / "tags.csv"), "--device", "cpu"]
+    assert main(arguments) == 0
+    assert "is written from" not in capsys.readouterr().out
+    assert main([*arguments, "--threshold", "0.5"]) == 0
+    assert capsys.readouterr().out == (
+        "0 recordings processed, 3 finished before, 0 not usable\n"
+        f"{tmp_path / 'tags.csv'} is written from the results in {tmp_path / 'tags.parts'}; nothing was computed\n"
+    )
+
+
+def test_a_run_without_a_usable_recording_writes_the_causes_and_fails(tmp_path, capsys):
+    (tmp_path / "broken.wav").write_text("no audio")
+    arguments = ["tag", "--model", str(SMALL_MODEL), "--inputs", str(tmp_path / "broken.wav"), "--output", str(tmp_path / "tags.jsonl")]
+    arguments += ["--device", "cpu"]
+    for _ in range(2):
+        assert main(arguments) == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith("sslam tag: error: no recording can be used: ")
+        assert [line["cause"] for line in lines(tmp_path / "tags.jsonl")] == ["unreadable"]
+    (tmp_path / "broken.wav").write_bytes(encoded(noise(2.0)))
+    assert main(arguments) == 0

@@ -1,14 +1,23 @@
 """SSLAM, self-supervised audio transformers for overlapping sounds, in Transformers.
 
 Importing the package registers its classes, so that `AutoModel`, `AutoFeatureExtractor`, `AutoModelForAudioClassification`,
-`AutoModelForPreTraining` and `pipeline("audio-classification")` know what to do with a SSLAM checkpoint.
+`AutoModelForAudioFrameClassification`, `AutoModelForPreTraining` and `pipeline("audio-classification")` know what to do with a SSLAM
+checkpoint.
 """
 
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, AutoModelForPreTraining
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForAudioClassification,
+    AutoModelForAudioFrameClassification,
+    AutoModelForPreTraining,
+)
 
 from .configuration_sslam import PRETRAINING_STAGES, SSLAMConfig
 from .feature_extraction_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtractor
 from .modeling_sslam import SSLAMForAudioClassification, SSLAMModel, SSLAMPreTrainedModel
+from .modeling_sslam_frames import SSLAMForAudioFrameClassification
 from .modeling_sslam_pretraining import SSLAMForPreTraining
 
 
@@ -18,6 +27,7 @@ AutoConfig.register(SSLAMConfig.model_type, SSLAMConfig)
 AutoFeatureExtractor.register(SSLAMConfig, SSLAMFeatureExtractor)
 AutoModel.register(SSLAMConfig, SSLAMModel)
 AutoModelForAudioClassification.register(SSLAMConfig, SSLAMForAudioClassification)
+AutoModelForAudioFrameClassification.register(SSLAMConfig, SSLAMForAudioFrameClassification)
 AutoModelForPreTraining.register(SSLAMConfig, SSLAMForPreTraining)
 
 __all__ = [
@@ -26,6 +36,7 @@ __all__ = [
     "SSLAMConfig",
     "SSLAMFeatureExtractor",
     "SSLAMForAudioClassification",
+    "SSLAMForAudioFrameClassification",
     "SSLAMForPreTraining",
     "SSLAMModel",
     "SSLAMPreTrainedModel",

@@ -31,9 +31,10 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "tag": Command("recordings.tag", "TagSettings", "label recordings of any length with a classifier", "audio"),
+    "detect": Command("recordings.detect", "DetectSettings", "detect sound events in recordings: which sounds, from when to when", "audio"),
     "embed": Command("recordings.embed", "EmbedSettings", "embed recordings of any length with an encoder", "audio"),
-    "finetune": Command("finetuning.run", "FineTuningSettings", "train a classifier on labelled clips"),
-    "evaluate": Command("evaluation.classifier", "EvaluationSettings", "evaluate a classifier on labelled clips, with intervals"),
+    "finetune": Command("finetuning.run", "FineTuningSettings", "train a classifier, or a detector of events"),
+    "evaluate": Command("evaluation.classifier", "EvaluationSettings", "evaluate a classifier or a detector, with intervals"),
     "probe": Command("finetuning.linear_protocol", "LinearProtocolSettings", "evaluate the frozen features of an encoder"),
     "pretrain": Command("pretraining.loop", "PreTrainingSettings", "pre-train an encoder on unlabelled audio"),
     "prepare": Command("audio.shards", "ShardSettings", "write audio as shuffled Parquet shards, which are read fast"),
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: its name and flags; by default those of this process.
 
     Returns:
-        The exit status: 0 if it succeeded, 1 if the job failed, 2 if the command or its settings are wrong.
+        The exit status: 0 if it succeeded, 1 if the job failed, 2 if the command or its settings are wrong, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -62,6 +63,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(importlib.import_module(__package__).__version__)
         return 0
     name, *words = arguments
+    try:
+        return _run_command(name, words)
+    except KeyboardInterrupt:  # jobs that can be resumed say so themselves; this is for the imports, which take seconds
+        print(f"sslam {name}: stopped", file=sys.stderr)
+        return 130
+
+
+def _run_command(name: str, words: list[str]) -> int:
     if name not in COMMANDS:
         return _fail("sslam", f"there is no command {name}: choose one of {', '.join(COMMANDS)}", 2)
     command, prog = COMMANDS[name], f"sslam {name}"

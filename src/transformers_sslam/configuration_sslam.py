@@ -70,6 +70,14 @@ class SSLAMConfig(PreTrainedConfig):
         classifier_pooling (`str`, defaults to `"cls"`):
             What is `pooler_output`: `"cls"`, the CLS token (as published), or `"mean"`, the mean of the patch tokens that are not masked.
         classifier_dropout (`float`, defaults to 0.0): Dropout before the classifier's linear layer.
+        frame_pooling (`str`, defaults to `"mean"`):
+            How the patches of a time step become one vector in event detection: their `"mean"`, or a weighted mean by learned
+            `"attention"` over frequency.
+        steps_per_second (`float`, defaults to 6.25):
+            Time steps of event detection: 6.25, a step for each patch of 160 ms, or 12.5 or 25, between which it interpolates.
+        clip_loss_weight (`float`, defaults to 1.0): Weight of the clips' labels in the loss of event detection, beside that of the steps'.
+        event_detection (`dict`, *optional*):
+            How scores over time become events, for each class where it was tuned: fields of `events_sslam.EventSettings`.
         decoder_hidden_size (`int`, defaults to 768): Width of the convolutional decoder used in pre-training.
         decoder_num_hidden_layers (`int`, defaults to 6): Convolutions of that decoder.
         decoder_kernel_size (`int`, defaults to 3): Their kernel, odd, in patches.
@@ -138,6 +146,10 @@ class SSLAMConfig(PreTrainedConfig):
     padding_value: float | int = 0.46706
     classifier_pooling: Literal["cls", "mean"] = "cls"
     classifier_dropout: float | int = 0.0
+    frame_pooling: Literal["mean", "attention"] = "mean"
+    steps_per_second: float | int = 6.25
+    clip_loss_weight: float | int = 1.0
+    event_detection: dict[str, Any] | None = None
     decoder_hidden_size: int = 768
     decoder_num_hidden_layers: int = 6
     decoder_kernel_size: int = 3
@@ -199,6 +211,11 @@ class SSLAMConfig(PreTrainedConfig):
         return self.num_mel_bins // self.patch_size
 
     @property
+    def frames_per_step(self) -> int:
+        """Frames (10 ms) of a time step in event detection: 16 for 6.25 steps per second."""
+        return round(100 / self.steps_per_second)
+
+    @property
     def class_names(self) -> list[str]:
         """Names of the classes in the order of their scores. `id2label` may also have its numbers as text, as JSON and YAML have them.
 
@@ -216,6 +233,12 @@ class SSLAMConfig(PreTrainedConfig):
                 f"id2label has the keys {keys}, but the classes' numbers are expected, 0 to {len(id2label) - 1}, each with its name"
             )
         return [names[index] for index in sorted(names)]
+
+    def normalize_labels(self) -> None:
+        """Give `id2label` and `label2id` the same classes, numbered from 0 in their order. Raises as `class_names`."""
+        if self.id2label:
+            self.id2label = dict(enumerate(self.class_names))
+            self.label2id = {name: index for index, name in self.id2label.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """As saved, without `auto_map` unless Transformers itself copies the code: a copy that is saved elsewhere has no code beside it.
@@ -260,8 +283,11 @@ class SSLAMConfig(PreTrainedConfig):
         self._require(["padding_value"], math.isfinite, "be finite: it replaces what a mask excludes")
         dropped = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate", "classifier_dropout")
         self._require(dropped, lambda value: 0 <= value < 1, "lie in [0, 1): it is a probability to drop")
+        self._require(
+            ["steps_per_second"], lambda rate: 0 < rate <= 100 and 100 % rate == 0, "give steps of whole frames: 6.25, 12.5 or 25"
+        )
         scales = ("initializer_range", "patch_embedding_gain", "position_embedding_scale", "mask_noise_std")
-        weights = ("global_loss_weight", "source_retention_loss_weight")
+        weights = ("global_loss_weight", "source_retention_loss_weight", "clip_loss_weight")
         self._require((*scales, *weights), lambda value: 0 <= value < math.inf, "be a finite number that is not negative")
         # Of pre-training ranges only. What must fit the encoder or the input is checked there, so that every encoder can be loaded.
         layers = ("local_target_layers", "global_target_layers")

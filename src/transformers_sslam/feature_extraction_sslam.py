@@ -138,7 +138,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         if kind not in (None, TensorType.PYTORCH, TensorType.NUMPY):
             raise ValueError(f'return_tensors is {return_tensors!r}, but must be "pt", "np" or None')
         self._check_sampling_rate(sampling_rate)
-        clips = [self._check_clip(clip, i, device) for i, clip in enumerate(_as_clips(raw_speech))]
+        clips = [self._check_clip(clip, i, device) for i, clip in enumerate(_as_clips(raw_speech, frame_geometry(self.sampling_rate)[0]))]
         available = [num_frames(len(clip), self.sampling_rate) for clip in clips]
         target, kept = self._target_lengths(available, padding, max_length, truncation)
 
@@ -224,7 +224,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         if len(clip) < least:
             raise ValueError(
                 f"{name} has {len(clip)} samples, but one frame takes {least} (25 ms at {self.sampling_rate} Hz): leave it out or pad it "
-                "with zeros. Were the axes swapped, that is (samples, channels)?"
+                "with zeros"
             )
         return clip.to(device=device)
 
@@ -261,8 +261,9 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 )
             if longest > limit:
                 logger.warning_once(
-                    f"Clips of more than {limit} frames (10 ms each) are cut to the first {limit}, as in the published recipes. To keep "
-                    'them whole, pass padding="longest" or a larger max_length, or cut the audio into windows.'
+                    f"Clips of more than {limit} frames (10 ms each) are cut to the first {limit / 100:g} s, as in the published recipes. "
+                    'To keep them whole, pass padding="longest" or a larger max_length. Recordings of any length: `score_over_time` of a '
+                    "classifier or `sslam tag`, `encode` of an encoder or `sslam embed`."
                 )
             frames = [min(n, limit) for n in frames]
         if strategy == PaddingStrategy.DO_NOT_PAD:
@@ -352,8 +353,8 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _as_clips(raw_speech) -> list:
-    """One clip or several, as a list of clips."""
+def _as_clips(raw_speech, least: int) -> list:
+    """One clip or several, as a list of clips. Rows of an array need at least `least` samples, those of one frame."""
     if isinstance(raw_speech, (np.ndarray, torch.Tensor)):
         if raw_speech.ndim == 2:
             if len(raw_speech) == 0:
@@ -362,6 +363,12 @@ def _as_clips(raw_speech) -> list:
                 raise ValueError(
                     f"an array of shape {tuple(raw_speech.shape)} may be two clips or the two channels of one: give two clips as a list of "
                     "1-D arrays, and mix stereo down to mono, for example with waveform.mean(0)"
+                )
+            if raw_speech.shape[1] < least:
+                raise ValueError(
+                    f"an array of shape {tuple(raw_speech.shape)} holds {len(raw_speech)} clips of {raw_speech.shape[1]} samples, but one "
+                    f"frame takes {least}: were the axes swapped, that is (samples, channels)? Give one clip as a 1-D array, for example "
+                    "waveform.mean(1)"
                 )
             return list(raw_speech)
         return [raw_speech]

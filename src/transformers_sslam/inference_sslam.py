@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby, islice
 from numbers import Number
+from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import nn
 from .batching_sslam import Windows, check_batch_size, compute_batches, prepare_batches
 from .configuration_sslam import SSLAMConfig
 from .feature_extraction_sslam import SSLAMFeatureExtractor
-from .tasks_sslam import Embedding, Per, Pooling, Row, Scoring, Task, first_device
+from .tasks_sslam import Embedding, Per, Pooling, Scoring, Task, first_device
 from .windows_sslam import Audio, Samples, Windowing, checked_blocks
 
 
@@ -89,6 +90,7 @@ class SSLAMEncodingMixin(nn.Module):
         window: float | None = None,
         hop: float | None = None,
         batch_size: int = 16,
+        sampling_rate: int | None = None,
     ) -> torch.Tensor | list[EmbeddingsOverTime]:
         """Embeddings of clips, or of their windows or time steps, each as if the clip had been encoded alone.
 
@@ -108,6 +110,7 @@ class SSLAMEncodingMixin(nn.Module):
             hop: seconds from one window's start to the next one's; by default half a window. The last window ends where the clip does
                 or, for time steps, holds its last frame.
             batch_size: windows at a time.
+            sampling_rate: of the clips in Hz, if it shall be checked.
 
         Returns:
             `(clips, width)`, float32, on the CPU; for windows and time steps a list with vectors and their times for each clip. `width` is
@@ -118,10 +121,16 @@ class SSLAMEncodingMixin(nn.Module):
             FloatingPointError: if a vector is not finite.
         """
         check_batch_size(batch_size)
+        check_sampling_rate(feature_extractor, sampling_rate)
+        if isinstance(clips, str | bytes | PathLike) or not (hasattr(clips, "__len__") and hasattr(clips, "__getitem__")):
+            raise ValueError(
+                f"clips is a {type(clips).__name__}, but a list of waveforms is expected, or what has a length and returns them by number: "
+                "read a file with transformers_sslam.audio.load_waveform, and make a list of what a generator yields"
+            )
         windowing = Windowing.of_model(self.config, feature_extractor, hop=hop, window=window, per=per)
         task = Embedding(self.config, feature_extractor, windowing, per, layers, pooling)
         windows = chain.from_iterable(task.windows(f"clip {i}", _checked_clip(feature_extractor, clips[i], i)) for i in range(len(clips)))
-        found = [list(rows) for _, rows in _by_recording(task, self, windows, batch_size)]
+        found = [list(task.rows(results)) for _, results in by_recording(task, self, windows, batch_size)]
         if per == "clip":
             return torch.stack([values for [(_, _, values)] in found]) if found else torch.zeros(0, task.width)
         over_time = []
@@ -169,17 +178,14 @@ class SSLAMScoringMixin(nn.Module):
             FloatingPointError: if scores are not finite.
         """
         check_batch_size(batch_size)
-        if sampling_rate not in (None, feature_extractor.sampling_rate):
-            raise ValueError(
-                f"sampling_rate is {sampling_rate} Hz, but the model takes {feature_extractor.sampling_rate} Hz: resample the audio first, "
-                "for example by reading it with transformers_sslam.audio.read_blocks"
-            )
+        check_sampling_rate(feature_extractor, sampling_rate)
         windowing = Windowing.of_model(self.config, feature_extractor, hop=hop, window=window)
         task = Scoring(self.config, feature_extractor, windowing)
         return self._score_windows(task, audio, batch_size)
 
     def _score_windows(self, task: Scoring, audio: Audio, batch_size: int) -> Iterator[WindowScores]:
-        for _, rows in _by_recording(task, self, task.windows("the audio", audio), batch_size):
+        for _, results in by_recording(task, self, task.windows("the audio", audio), batch_size):
+            rows = task.rows(results)
             while batch := list(islice(rows, batch_size)):
                 yield WindowScores(np.array([row.start for row in batch]), torch.stack([row.values for row in batch]).numpy())
 
@@ -194,32 +200,49 @@ class SSLAMScoringMixin(nn.Module):
         sampling_rate: int | None = None,
     ) -> ScoresOverTime:
         """All that [`score_windows`] yields for a recording, in one piece; arguments and errors are the same."""
-        rate, samples = feature_extractor.sampling_rate, 0
-
-        def counted() -> Iterator[Samples]:
-            nonlocal samples
-            for block in checked_blocks(audio, rate):
-                samples += len(block)
-                yield block
-
+        rate = feature_extractor.sampling_rate
+        blocks = CountedBlocks(audio, rate)
         options: dict[str, Any] = {"hop": hop, "window": window, "batch_size": batch_size}
-        batches = list(self.score_windows(counted(), feature_extractor, sampling_rate=sampling_rate, **options))
+        batches = list(self.score_windows(blocks, feature_extractor, sampling_rate=sampling_rate, **options))
         starts, scores = (np.concatenate([getattr(batch, name) for batch in batches]) for name in ("starts", "scores"))
         length = Windowing.of_model(self.config, feature_extractor, hop=hop, window=window).length
-        return ScoresOverTime(scores, starts, length / rate, samples / rate, rate, self.config.class_names)
+        return ScoresOverTime(scores, starts, length / rate, blocks.samples / rate, rate, self.config.class_names)
 
 
-def _by_recording(task: Task, model: nn.Module, windows: Windows, batch_size: int) -> Iterator[tuple[Any, Iterator[Row]]]:
-    """Each recording's rows, as they are computed."""
+def by_recording(task: Task, model: nn.Module, windows: Windows, batch_size: int) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """Each recording, with the results of its windows as they are computed."""
     features = partial(task.features, device=first_device(model))
     batches = prepare_batches(windows, features, batch_size, task.sorted_batches)
     results: Iterator[Any] = compute_batches(batches, partial(task.compute, model))
-    for recording, found in groupby(results, key=lambda result: result[0].recording):
-        yield recording, task.rows(found)
+    yield from groupby(results, key=lambda result: result[0].recording)
+
+
+def check_sampling_rate(feature_extractor: SSLAMFeatureExtractor, sampling_rate: int | None) -> None:
+    """Raise a ValueError unless it is the model's, or `None`."""
+    if sampling_rate not in (None, feature_extractor.sampling_rate):
+        raise ValueError(
+            f"sampling_rate is {sampling_rate} Hz, but the model takes {feature_extractor.sampling_rate} Hz: resample the audio first, "
+            "for example by reading it with transformers_sslam.audio.read_blocks"
+        )
+
+
+class CountedBlocks:
+    """The blocks of a recording, checked, and how many samples have been read."""
+
+    def __init__(self, audio: Audio, sampling_rate: int):
+        self.audio, self.sampling_rate = audio, sampling_rate
+        self.samples = 0
+
+    def __iter__(self) -> Iterator[Samples]:
+        for block in checked_blocks(self.audio, self.sampling_rate):
+            self.samples += len(block)
+            yield block
 
 
 def _checked_clip(feature_extractor: SSLAMFeatureExtractor, clip: Audio, index: int) -> Audio:
     """A clip, or the blocks of one. A ValueError about an array has its number among the clips."""
+    if isinstance(clip, str | bytes | PathLike):
+        raise ValueError(f"clip {index} is the path {str(clip)!r}, not a waveform: read it with transformers_sslam.audio.load_waveform")
     if (isinstance(clip, Samples) and clip.ndim) or isinstance(clip, Sequence):
         return feature_extractor._check_clip(clip, index, None)
     if isinstance(clip, (Samples, Number, Mapping)):
@@ -228,4 +251,7 @@ def _checked_clip(feature_extractor: SSLAMFeatureExtractor, clip: Audio, index: 
     return clip
 
 
-__all__ = ["EmbeddingsOverTime", "SSLAMEncodingMixin", "SSLAMScoringMixin", "ScoresOverTime", "WindowScores"]
+__all__ = [
+    *("CountedBlocks", "EmbeddingsOverTime", "SSLAMEncodingMixin", "SSLAMScoringMixin", "ScoresOverTime", "WindowScores"),
+    *("by_recording", "check_sampling_rate"),
+]

@@ -20,7 +20,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_sslam import as_boolean, eager_attention_forward
+from .attention_sslam import as_boolean, eager_attention_forward, without_autocast
 from .configuration_sslam import SSLAMConfig
 from .inference_sslam import SSLAMEncodingMixin, SSLAMScoringMixin
 from .loading_sslam import SSLAMLoadingMixin, flatten_patch_projection
@@ -249,7 +249,7 @@ class SSLAMModel(SSLAMPreTrainedModel, SSLAMEncodingMixin):
     """The SSLAM encoder: a log-mel in, a clip embedding and frame embeddings out."""
 
     # Nor a classifier's head.
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^teacher\.", r"^classifier\.", r"^layernorm\."]
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^teacher\.", r"^(frame_)?classifier\.", r"^layernorm\.", r"^\w+_attention\."]
 
     def __init__(self, config: SSLAMConfig):
         super().__init__(config)
@@ -346,9 +346,7 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel, SSLAMScoringMixin):
 
     def __init__(self, config: SSLAMConfig):
         super().__init__(config)
-        if config.id2label:
-            config.id2label = dict(enumerate(config.class_names))
-            config.label2id = {name: index for index, name in config.id2label.items()}
+        config.normalize_labels()
         self.num_labels = config.num_labels
         self.sslam = SSLAMModel(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -383,12 +381,8 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel, SSLAMScoringMixin):
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
+    @without_autocast
     def _classify(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Logits in the weights' own dtype, under autocast too: bfloat16 keeps 8 significant bits, and the ties distort rankings."""
-        device_type = pooled.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                return self._classify(pooled.to(self.layernorm.weight.dtype))
         return self.classifier(self.dropout(self.layernorm(pooled)))
 
 

@@ -287,7 +287,7 @@ def _plain_words(cls: type, arguments: Sequence[str]) -> list[str]:
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise UserError(f"{word!r} stands without a name: write {_as_flag(word)}")
+            raise UserError(f"{word!r} stands without a name: write {_as_flag(word, _required(cls))}")
         name, has_value, value = word[2:].partition("=")
         name = name.replace("-", "_")
         values = [value] if has_value else []
@@ -336,9 +336,17 @@ def _flag(name: str, values: list[str], kinds: dict[str, Any]) -> str:
     return f"--{name}={value}"
 
 
-def _as_flag(word: str) -> str:
+def _required(cls: type) -> list[str]:
+    """Names of the settings without a default."""
+    return [f.name for f in fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]
+
+
+def _as_flag(word: str, required: Sequence[str]) -> str:
     name, equals, value = word.partition("=")
-    return f"--{name} {value}" if equals else "--name value; a recipe is given as --config NAME"
+    if equals:
+        return f"--{name} {value}"
+    needed = f" (required: {', '.join(f'--{name}' for name in required)})" if required else ""
+    return f"--NAME {word}{needed}; a recipe is given as --config RECIPE"
 
 
 def _explain(message: str, known: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .batching_sslam import Span, Windows
 from .configuration_sslam import SSLAMConfig
-from .fbank import num_frames
+from .fbank import frame_geometry, num_frames
 from .feature_extraction_sslam import SSLAMFeatureExtractor
 from .windows_sslam import Audio, MergedSteps, Windowing, checked_blocks, cut_into_windows
 
@@ -52,7 +52,7 @@ class Task:
     @property
     def width(self) -> int:
         """Of a row's values."""
-        raise TypeError(f"{type(self).__name__} computes nothing by itself: use Scoring or Embedding")
+        raise TypeError(f"{type(self).__name__} computes nothing by itself: use Scoring, Embedding or Detection")
 
     def windows(self, recording: Any, audio: Audio) -> Windows:
         """The windows of a recording `(samples,)`, or of its blocks. `ValueError` as soon as it is not a finite mono waveform."""
@@ -69,7 +69,7 @@ class Task:
 
     def compute(self, model: Any, inputs: Inputs) -> torch.Tensor:
         """The results of a batch of windows, float32, on the CPU."""
-        raise TypeError(f"{type(self).__name__} computes nothing by itself: use Scoring or Embedding")
+        raise TypeError(f"{type(self).__name__} computes nothing by itself: use Scoring, Embedding or Detection")
 
     def rows(self, results: Iterable[tuple[Span, torch.Tensor]]) -> Iterator[Row]:
         """What follows of the results of all windows of one recording; by default each window's own."""
@@ -187,21 +187,88 @@ class Embedding(Task):
             yield Row(0.0, samples / rate, total / count)
 
     def _steps(self, results: Iterable[tuple[Span, torch.Tensor]]) -> Iterator[Row]:
-        """The mean of each time step over the windows that hold it, as soon as no later window adds to it."""
-        rate, merged, samples = self.windowing.sampling_rate, MergedSteps(), 0
-        step: Any = self.windowing.grid
+        return rows_of_steps(merged_steps(results, self.windowing, self.config.patch_size), self.windowing.sampling_rate)
 
-        def finished(all_of_them: bool = False) -> Iterator[Row]:
-            first = merged.first
-            for i, values in enumerate(merged.take(all_of_them), first):
-                yield Row(i * step / rate, min((i + 1) * step, samples) / rate, values)
 
-        for span, steps in results:
-            samples = span.start + span.length
-            sounding = -(-num_frames(span.length, rate) // self.config.patch_size)
-            merged.add(span.start // step, steps[:sounding])
-            yield from finished()
-        yield from finished(all_of_them=True)
+@dataclass(frozen=True)
+class Detection(Task):
+    """Scores `(classes,)` in [0, 1] of each time step of `config.frames_per_step` frames, independent of each other: sigmoid.
+
+    Where windows overlap there is their mean, weighted by sin^2 over each window (a Hann window without its zeros), so that the scores of
+    a window's edges, where the model knows one side only, count little, and fade in and out.
+    """
+
+    masks_padding: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.windowing.grid is None:
+            raise ValueError("windows of time steps begin on the model's grid: make them by Windowing.of_model(..., per='step')")
+
+    @property
+    def width(self) -> int:
+        return len(self.config.class_names)
+
+    def compute(self, model: Any, inputs: Inputs) -> torch.Tensor:
+        with inference(model):
+            return model(**inputs, return_dict=True).logits.float().sigmoid().cpu()
+
+    def steps(self, results: Iterable[tuple[Span, torch.Tensor]]) -> "Iterator[Steps]":
+        """The scores of a recording, as soon as no later window adds to them."""
+        count = self.windowing.frames // self.config.frames_per_step
+        weights = torch.sin(math.pi * (torch.arange(count) + 0.5) / count) ** 2
+        return merged_steps(results, self.windowing, self.config.frames_per_step, weights)
+
+    def rows(self, results: Iterable[tuple[Span, torch.Tensor]]) -> Iterator[Row]:
+        return rows_of_steps(self.steps(results), self.windowing.sampling_rate)
+
+
+class Steps(NamedTuple):
+    """Successive time steps of a recording.
+
+    Attributes:
+        first: the number of the first one.
+        values: `(steps, width)`.
+        length: of a step, in samples.
+        known: how many samples of the recording the windows so far cover: at last all.
+    """
+
+    first: int
+    values: torch.Tensor
+    length: int
+    known: int
+
+
+def merged_steps(
+    results: Iterable[tuple[Span, torch.Tensor]], windowing: Windowing, frames_per_step: int, weights: torch.Tensor | None = None
+) -> Iterator[Steps]:
+    """The mean of each time step of a recording over the windows that hold it, as soon as no later window adds to it.
+
+    Args:
+        results: of all windows of one recording, `(steps, width)` each.
+        windowing: how it was cut.
+        frames_per_step: frames (10 ms) of a time step.
+        weights: of each step of a window; equal by default.
+    """
+    rate, merged, known = windowing.sampling_rate, MergedSteps(), 0
+    step = frames_per_step * frame_geometry(rate)[1]
+
+    def final(all_of_them: bool = False) -> Steps:
+        first = merged.first
+        return Steps(first, merged.take(all_of_them), step, known)
+
+    for span, steps in results:
+        known = span.start + span.length
+        sounding = -(-num_frames(span.length, rate) // frames_per_step)
+        merged.add(span.start // step, steps[:sounding], None if weights is None else weights[:sounding])
+        yield final()
+    yield final(all_of_them=True)
+
+
+def rows_of_steps(results: Iterable[Steps], sampling_rate: int) -> Iterator[Row]:
+    """A row for each time step."""
+    for first, steps, length, known in results:
+        for i, values in enumerate(steps, first):
+            yield Row(i * length / sampling_rate, min((i + 1) * length, known) / sampling_rate, values)
 
 
 @contextmanager
@@ -234,4 +301,4 @@ def _padded_frames(shortest: int, longest: int, unit: int, most: int) -> int:
     return min(most, -(-longest // bucket) * bucket)
 
 
-__all__ = ["Embedding", "Inputs", "Per", "Pooling", "Row", "Scoring", "Task", "first_device", "inference"]
+__all__ = ["Detection", "Embedding", "Inputs", "Per", "Pooling", "Row", "Scoring", "Steps", "Task", "first_device", "inference"]

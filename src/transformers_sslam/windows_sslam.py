@@ -100,8 +100,8 @@ def check_frames(config: SSLAMConfig, feature_extractor: SSLAMFeatureExtractor, 
     size, most = config.patch_size, config.max_length
     if not 0 < frames <= most or frames % size or frames % feature_extractor.pad_to_multiple_of:
         raise ValueError(
-            f"{name} gives {frames} frames (10 ms each), but a positive multiple of {size} up to {most} is expected by this model: set the "
-            "extractor's max_length, or give windows another length"
+            f"{name} gives {frames} frames (10 ms each), but a positive multiple of {size} up to {most}, {most / 100:g} s, is expected by "
+            "this model: set the extractor's max_length, or give windows another length"
         )
 
 
@@ -153,28 +153,29 @@ def cut_into_windows(blocks: Iterable[torch.Tensor], windowing: Windowing) -> It
 
 
 class MergedSteps:
-    """Means of frame embeddings over all windows that hold them, from the first step that a later window may still add to."""
+    """Means of time steps over all windows that hold them, from the first step that a later window may still add to."""
 
     def __init__(self) -> None:
         self.first = 0  # step of the first row
         self.latest = 0  # step at which the latest window begins
-        self.sums, self.counts = torch.zeros(0), torch.zeros(0, 1)
+        self.sums, self.weights = torch.zeros(0), torch.zeros(0, 1)
 
-    def add(self, start: int, steps: torch.Tensor) -> None:
-        """A window's `(steps, width)`, the first of which is the recording's step `start`."""
-        missing = max(0, start + len(steps) - self.first - len(self.counts))
+    def add(self, start: int, steps: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """A window's `(steps, width)`, the first of which is the recording's step `start`; `weights (steps,)` are 1 by default."""
+        missing = max(0, start + len(steps) - self.first - len(self.weights))
         self.sums = torch.cat((self.sums.view(-1, steps.shape[1]), steps.new_zeros(missing, steps.shape[1])))
-        self.counts = torch.cat((self.counts, torch.zeros(missing, 1)))
+        self.weights = torch.cat((self.weights, torch.zeros(missing, 1)))
         rows = slice(start - self.first, start - self.first + len(steps))
-        self.sums[rows] += steps
-        self.counts[rows] += 1
+        factors = torch.ones(len(steps), 1) if weights is None else weights[:, None]
+        self.sums[rows] += steps * factors
+        self.weights[rows] += factors
         self.latest = start
 
     def take(self, all_of_them: bool) -> torch.Tensor:
         """`(steps, width)`, the means that are final, which are then no longer held."""
         final = len(self.sums) if all_of_them else self.latest + 1 - self.first  # a later window begins at least a step later
-        means = self.sums[:final] / self.counts[:final]
-        self.sums, self.counts, self.first = self.sums[final:], self.counts[final:], self.first + final
+        means = self.sums[:final] / self.weights[:final]
+        self.sums, self.weights, self.first = self.sums[final:], self.weights[final:], self.first + final
         return means
 
 

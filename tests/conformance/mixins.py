@@ -24,7 +24,13 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import import_utils
 
 import transformers_sslam
-from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from transformers_sslam import (
+    SSLAMConfig,
+    SSLAMFeatureExtractor,
+    SSLAMForAudioClassification,
+    SSLAMForAudioFrameClassification,
+    SSLAMModel,
+)
 
 
 BUILD = Path(__file__).parents[2] / "build"
@@ -103,6 +109,7 @@ pipelines.transformers_module = transformers_sslam  # where the tests look for t
 # The mixins look classes up by name, in tables that `AutoModel.register` does not fill.
 modeling_auto.MODEL_MAPPING_NAMES[SSLAMConfig.model_type] = SSLAMModel.__name__
 modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES[SSLAMConfig.model_type] = SSLAMForAudioClassification.__name__
+modeling_auto.MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES[SSLAMConfig.model_type] = SSLAMForAudioFrameClassification.__name__
 
 
 class ModelTester:
@@ -124,13 +131,22 @@ class ModelTester:
 
 
 class ModelTest(models.ModelTesterMixin, pipelines.PipelineTesterMixin, unittest.TestCase):
-    all_model_classes = (SSLAMModel, SSLAMForAudioClassification)
+    all_model_classes = (SSLAMModel, SSLAMForAudioClassification, SSLAMForAudioFrameClassification)
     pipeline_model_mapping = {"audio-classification": SSLAMForAudioClassification}
     test_resize_embeddings = False  # the input is not made of tokens
     test_can_init_all_missing_weights_before_2023 = True  # otherwise only with a copyright line of 2023 or later
 
     def setUp(self):
         self.model_tester = ModelTester()
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        """The mixin has no labels for time steps. They are always the same, as it compares losses."""
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
+        if return_labels and model_class is SSLAMForAudioFrameClassification:
+            tester = self.model_tester
+            inputs["labels"] = torch.full((tester.batch_size, FRAMES // 16, tester.num_labels), 0.25)
+            inputs["clip_labels"] = torch.full((tester.batch_size, tester.num_labels), 0.75)
+        return inputs
 
     def test_model_get_set_embeddings(self):
         """As the library's AST tests have it: the input embedding is not an nn.Embedding, and there is no output embedding."""

@@ -4,37 +4,19 @@ import difflib
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import UserError
+from .events import PRESENT, UNKNOWN, ClipName, Event, EventTable, gather, offsets_of
 from .paths import source_name
 
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-ClipName = Callable[[int], str]
-
-
-class Event(NamedTuple):
-    """One sound. `onset` and `offset` in seconds from the start of the clip."""
-
-    label: str
-    onset: float
-    offset: float
-
-
-class _Events(NamedTuple):
-    """All events of a table, each array `(events,)`; those of row `i` begin at `starts[i]`."""
-
-    codes: np.ndarray
-    onsets: np.ndarray
-    offsets: np.ndarray
-    starts: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -54,7 +36,7 @@ class Labels(Sequence[list[str]]):
     names: list[str]
     multi_label: bool
     declared: bool = False
-    _events: _Events | None = field(default=None, repr=False)
+    _events: EventTable | None = field(default=None, repr=False)
 
     @classmethod
     def from_names(cls, rows: Iterable[Sequence[str]], multi_label: bool, classes: Sequence[str] | None = None) -> "Labels":
@@ -62,7 +44,7 @@ class Labels(Sequence[list[str]]):
         rows = [list(dict.fromkeys(row)) for row in rows]
         index = {name: i for i, name in enumerate(classes or dict.fromkeys(name for row in rows for name in row))}
         codes = np.array([index[name] for row in rows for name in row], dtype=np.int32)
-        return cls(codes, _starts([len(row) for row in rows]), list(index), multi_label, classes is not None)
+        return cls(codes, offsets_of([len(row) for row in rows]), list(index), multi_label, classes is not None)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -73,20 +55,53 @@ class Labels(Sequence[list[str]]):
         return [self.names[code] for code in self.codes[self.offsets[i] : self.offsets[i + 1]]]
 
     def events(self, i: int) -> list[Event]:
-        """The events of clip `i`, in the order of the annotation. `ValueError` if the labels have no times."""
+        """The events of clip `i`, in the order of the annotation; of soft labels, those above one half, touching ones joined.
+
+        Those of one class do not overlap. `ValueError` if the clip has no times, see [`has_times`].
+        """
+        if self._events is None or not self.has_times(i):
+            raise ValueError(f"the labels of clip {i} have no times: read a column of events, and ask has_times")
+        codes, onsets, offsets, *_ = self._events.select(np.array([i])).present()
+        return [Event(self.names[code], float(onset), float(offset)) for code, onset, offset in zip(codes, onsets, offsets, strict=True)]
+
+    @property
+    def num_events(self) -> int:
+        """Events of all clips, weak labels among them."""
+        return 0 if self._events is None else len(self._events.codes)
+
+    def has_times(self, i: int) -> bool:
+        """Whether it is known when the sounds of clip `i` begin and end: not for weak labels (an event without times) and mere tags."""
         if self._events is None:
-            raise ValueError("these labels have no times: read a column of events")
-        codes, onsets, offsets, starts = self._events
-        return [Event(self.names[codes[k]], float(onsets[k]), float(offsets[k])) for k in range(starts[i], starts[i + 1])]
+            return False
+        return not np.isnan(self._events.onsets[self._events.starts[i] : self._events.starts[i + 1]]).any()
+
+    def step_targets(
+        self, i: int, step: float, steps: int, shift: float = 0.0, duration: float | None = None, start: float = 0.0
+    ) -> np.ndarray:
+        """Targets of the time steps of clip `i`, or of an excerpt, `(steps, classes)`, float32.
+
+        That of step `j` is the fraction of `[j step, (j + 1) step)` in which the class sounds, times the value of soft labels. All are
+        -100 where times are not known, see [`has_times`].
+
+        Args:
+            step: seconds.
+            steps: their number.
+            shift: seconds by which the excerpt is moved later; with `duration`, what leaves it at one end returns at the other (a roll).
+            duration: of the excerpt, in seconds; nothing sounds after it.
+            start: where the excerpt begins in the clip, in seconds.
+        """
+        if self._events is None:
+            return np.full((steps, len(self.names)), UNKNOWN, dtype=np.float32)
+        events = self._events.select(np.array([i]))
+        return events.step_targets(step, steps, len(self.names), start=start, shift=shift, duration=duration)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "Labels":
         """The labels of these clips."""
         chosen = np.asarray(indices, dtype=np.int64)
-        places, offsets = _gather(self.offsets, chosen)
+        places, offsets = gather(self.offsets, chosen)
         events = self._events
         if events is not None:
-            within, starts = _gather(events.starts, chosen)
-            events = _Events(events.codes[within], events.onsets[within], events.offsets[within], starts)
+            events = events.select(chosen)
         return Labels(self.codes[places], offsets, self.names, self.multi_label, self.declared, events)
 
     def counts(self) -> np.ndarray:
@@ -98,7 +113,10 @@ class Labels(Sequence[list[str]]):
         return sorted(self.names[code] for code in np.flatnonzero(self.counts()))
 
     def encode(self, classes: Sequence[str], clip_name: ClipName = "clip {}".format) -> "Labels":
-        """The same labels with `classes` as their `names`. `UserError`, naming the clip by `clip_name`, if it has another."""
+        """The same labels with `classes` as their `names`. `UserError`, naming the clip by `clip_name`, if it has another.
+
+        Soft events of other classes, which are nowhere above one half, are left out: they are no labels.
+        """
         index = {name: i for i, name in enumerate(classes)}
         new = np.array([index.get(name, -1) for name in self.names], dtype=np.int32)
         codes = new[self.codes] if len(self.names) else self.codes
@@ -106,7 +124,10 @@ class Labels(Sequence[list[str]]):
             label, clip = self.names[self.codes[unknown[0]]], int(np.searchsorted(self.offsets, unknown[0], side="right")) - 1
             shown = classes if len(classes) <= 20 else [*difflib.get_close_matches(label, classes, n=5), *classes[:5], "..."]
             raise UserError(f"{clip_name(clip)} is labelled {label!r}, which is none of the {len(classes)} classes: {', '.join(shown)}")
-        events = self._events and self._events._replace(codes=new[self._events.codes])
+        events = self._events
+        if events is not None:
+            events = events._replace(codes=new[events.codes] if len(new) else events.codes)
+            events = events.keep(events.codes >= 0)
         return Labels(codes, self.offsets, list(classes), self.multi_label, self.declared, events)
 
     def indices(self) -> np.ndarray:
@@ -118,7 +139,7 @@ class Labels(Sequence[list[str]]):
     def one_hot(self, clips: int | Sequence[int] | np.ndarray) -> np.ndarray:
         """Targets, float32: `(classes,)` of one clip, `(clips, classes)` of several."""
         chosen = np.atleast_1d(np.asarray(clips, dtype=np.int64))
-        places, offsets = _gather(self.offsets, chosen)
+        places, offsets = gather(self.offsets, chosen)
         targets = np.zeros((len(chosen), len(self.names)), dtype=np.float32)
         targets[np.repeat(np.arange(len(chosen)), np.diff(offsets)), self.codes[places]] = 1
         return targets[0] if np.ndim(clips) == 0 else targets
@@ -138,24 +159,14 @@ class Labels(Sequence[list[str]]):
         return digest.hexdigest()[:16]
 
 
-def _starts(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-
-
-def _gather(offsets: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the values of the chosen rows, and the offsets of the rows among them."""
-    lengths = offsets[chosen + 1] - offsets[chosen]
-    new = _starts(lengths)
-    return np.repeat(offsets[chosen] - new[:-1], lengths) + np.arange(new[-1]), new
-
-
 @dataclass(frozen=True)
 class LabelReader:
     """Reads the labels of rows, of a table or of a stream, from a column.
 
     Args:
         column: of `ClassLabel`s, text or numbers: one class a clip. Or of lists of these, of names joined by `separator`, or of lists of
-            events `{label, onset, offset}`, in seconds: any number of classes.
+            events `{label, onset, offset}`, in seconds: any number of classes. An event without both times is a weak label; `value`, from
+            0 to 1, makes it a soft one.
         separator: between the names in a column of text. Space around a name is dropped; an empty cell means no class.
         classes: all names, in order, if the data set declares them.
         kind: the column's type in Arrow.
@@ -200,9 +211,13 @@ class LabelReader:
 
     def __call__(self, row: dict) -> list[str]:
         """The names of the classes of one row. Raises as [`read`]."""
+        return self.read_row(row)[0]
+
+    def read_row(self, row: dict) -> Labels:
+        """The labels of one row, as a table of one clip. Raises as [`read`]."""
         import pyarrow as pa
 
-        return self.read(pa.array([row[self.column]], self.kind), lambda _: source_name(row["audio"]))[0]
+        return self.read(pa.array([row[self.column]], self.kind), lambda _: source_name(row["audio"]))
 
     def read(self, cells: "pa.Array", clip_name: ClipName) -> Labels:
         """The labels of all `cells` of the column; `clip_name` names a row's clip for messages.
@@ -222,20 +237,19 @@ class LabelReader:
         else:
             lists, values = None, cells
         lengths = np.ones(len(cells), dtype=np.int64) if lists is None else pc.fill_null(pc.list_value_length(lists), 0).to_numpy(False)
-        starts = _starts(lengths)
+        starts = offsets_of(lengths)
 
         def named(place: int) -> str:
             return clip_name(int(np.searchsorted(starts, place, side="right")) - 1)
 
-        times = None
-        if pa.types.is_struct(values.type):
-            times = self._times(values, named)
-            values = pc.struct_field(values, "label")
+        records = values if pa.types.is_struct(values.type) else None
+        if records is not None:
+            values = pc.struct_field(records, "label")
         codes, names = self._codes(values)
         if self.separator is not None:  # empty texts are not labels
             nothing = codes < 0
             rows = np.repeat(np.arange(len(cells)), lengths)[~nothing]
-            codes, starts = codes[~nothing], _starts(np.bincount(rows, minlength=len(cells)))
+            codes, starts = codes[~nothing], offsets_of(np.bincount(rows, minlength=len(cells)))
         elif (codes < 0).any():
             what = "an empty label" if self.multi_label else "no label"
             raise UserError(f"{named(int(np.flatnonzero(codes < 0)[0]))} has {what} in the column {self.column!r}: name it or leave it out")
@@ -244,7 +258,11 @@ class LabelReader:
                 f"{named(int(wrong[0]))} has {values[int(wrong[0])].as_py()} in the column {self.column!r}, but the numbers of its "
                 f"classes are 0 to {len(names) - 1}: leave it out"
             )
-        events = None if times is None else _Events(codes, *times, starts)
+        events = None
+        if records is not None:
+            events = EventTable.read(records, codes, starts, self.column, named)
+            present = events.keep(events.values > PRESENT)
+            codes, starts = present.codes, present.starts
         codes, starts = _without_repeats(codes, starts, len(names))
         return Labels(codes, starts, names, self.multi_label, self.classes is not None, events)
 
@@ -267,21 +285,6 @@ class LabelReader:
             new = [index.get(text, -1) for text in texts]
         places = encoded.indices.fill_null(len(new)).to_numpy(zero_copy_only=False)
         return np.array([*new, -1], dtype=np.int32)[places], names
-
-    def _times(self, values: "pa.Array", named: ClipName) -> tuple[np.ndarray, np.ndarray]:
-        import pyarrow.compute as pc
-
-        onsets, offsets = (
-            pc.struct_field(values, name).cast("float64").fill_null(float("nan")).to_numpy(zero_copy_only=False)
-            for name in ("onset", "offset")
-        )
-        if len(wrong := np.flatnonzero(~((onsets >= 0) & (onsets < offsets) & np.isfinite(offsets)))):
-            place = int(wrong[0])
-            raise UserError(
-                f"{named(place)} has an event from {onsets[place]:g} to {offsets[place]:g} s in the column {self.column!r}, but an event "
-                "has an onset and a later offset"
-            )
-        return onsets, offsets
 
 
 def missing_column(rows: Any, column: str) -> UserError:
@@ -316,4 +319,4 @@ def _without_repeats(codes: np.ndarray, starts: np.ndarray, num_names: int) -> t
     if len(first) == len(codes):
         return codes, starts
     first.sort()
-    return codes[first], _starts(np.bincount(rows[first], minlength=len(starts) - 1))
+    return codes[first], offsets_of(np.bincount(rows[first], minlength=len(starts) - 1))

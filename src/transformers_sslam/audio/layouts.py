@@ -22,6 +22,7 @@ from ..files import read_json
 from .folders import hash_files, import_datasets, open_audio_folder, open_folder, open_manifest
 from .paths import confined_path, contents, find_files
 from .published import EXPECTED, PUBLISHED
+from .published_events import EXPECTED_EVENTS, PUBLISHED_EVENTS
 from .shard_index import SHARD_INDEX, check_shards, read_index
 
 
@@ -56,7 +57,8 @@ def open_splits(
 
     Returns:
         Splits by name. "audiofolder", "parquet", "webdataset" and "hub" keep their columns; the others have `label`, or `labels`, and where
-        they are known `events` (`label`, and `onset` and `offset` in seconds) and `fold`. `audio["path"]` is as `encode_path` writes it.
+        they are known `events` (`label`, and `onset` and `offset` in seconds, null for weak labels) and `fold`. `audio["path"]` is as
+        `encode_path` writes it.
 
     Raises:
         UserError: if the layout is unknown or has no such subset, or the files are not those of the layout.
@@ -70,7 +72,7 @@ def open_splits(
         raise UserError(f"subset is {'null' if subset is None else repr(subset)}, but the layout {layout} has {allowed}")
     root = Path(path).expanduser()
     if not {"folder": root.is_dir, "file": root.is_file, "folder or file": root.exists, "id": lambda: True}[place]():
-        raise UserError(f"there is no {place} {path}, but the layout {layout} expects {LAYOUTS[layout]}")
+        raise UserError(f"there is no {place} {path}: check the path")
     try:
         return open_layout(root, subset, revision=revision, streaming=streaming, audio_column=audio_column)
     except OSError as error:
@@ -84,6 +86,8 @@ def shard_files(path: Path, layout: str) -> dict[str, list[str]]:
         return {"train": [str(path)]}
     names = find_files(path, (suffix,))[0]
     if not names:
+        if (path / SHARD_INDEX).is_file():
+            raise UserError(f"prepare has not finished a shard in {path} yet: give the same command again")
         found = f"holds {contents(path)}" if any(path.iterdir()) else "is empty"
         raise UserError(f"{path} {found}, but the layout {layout} expects {LAYOUTS[layout]}")
     if layout == "webdataset":
@@ -115,7 +119,9 @@ def _check_prepared(folder: Path) -> None:
         return
     check_shards(folder, index := read_index(path))
     if not index["complete"]:
-        logger.warning("%s is not finished: only its present shards are read; resume `sslam prepare`", folder)
+        logger.warning(
+            "prepare has not finished %s: only its present shards are read. For all of them, give the same command again", folder
+        )
 
 
 def _open_hub(root: Path, subset: str | None, *, revision: str | None, streaming: bool, audio_column: str | None) -> "Splits":
@@ -199,8 +205,9 @@ _LAYOUTS = {
     "webdataset": _Layout("a .tar of WebDataset, or a folder of them", partial(_open_shards, "webdataset"), place="folder or file"),
     "hub": _Layout("the id of a data set on the Hub, or its folder, without a script; subset: its configuration", _open_hub, None, "id"),
     **{
-        name: _Layout(EXPECTED[name], lambda root, subset, open_published=open_published, **_: open_published(root, subset), subsets)
-        for name, (open_published, subsets) in PUBLISHED.items()
+        name: _Layout(expects[name], lambda root, subset, open_published=open_published, **_: open_published(root, subset), subsets)
+        for published, expects in ((PUBLISHED, EXPECTED), (PUBLISHED_EVENTS, EXPECTED_EVENTS))
+        for name, (open_published, subsets) in published.items()
     },
 }
 

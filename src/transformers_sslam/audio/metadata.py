@@ -8,7 +8,8 @@ from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from pyarrow.parquet import read_table
@@ -20,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 ROWS_AT_ONCE = 100_000  # that are converted to Arrow
+EVENTS = pa.list_(
+    pa.struct([("label", pa.string()), ("onset", pa.float64()), ("offset", pa.float64()), ("value", pa.float64())])  # as `EventTable.read`
+)
 
 
 class Metadata(NamedTuple):
@@ -38,10 +42,13 @@ class Metadata(NamedTuple):
 def read_metadata(file: Path, boundary: Path) -> Metadata:
     """Read a metadata file, whose column `file_name` holds paths relative to it. Rows without one are left out, with a warning.
 
-    The cells of a CSV file stay text, those of the others keep their types.
+    The cells of a CSV file stay text, those of the others keep their types. But a column `events` holds lists of `{"label", "onset",
+    "offset"}`, in seconds, which in text are JSON; `value` makes an event a soft label, null for both times a weak one. An empty cell, as
+    `[]`, is a clip without events.
 
     Raises:
-        UserError: if it cannot be read, has no column `file_name`, or lists an absolute path or one outside of the folder `boundary`.
+        UserError: if it cannot be read, has no column `file_name`, lists an absolute path or one outside of the folder `boundary`, or has
+            something else in `events`.
     """
     read = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[file.suffix]
     try:
@@ -71,7 +78,46 @@ def read_metadata(file: Path, boundary: Path) -> Metadata:
                 kind = "an absolute path" if os.path.isabs(name) else f"a file outside of {boundary}"
                 raise UserError(f"{metadata.place(row)} names {name!r}, {kind}: name files relative to {file.name}")
         metadata.paths.append(path)
-    return metadata
+    return _read_events(metadata) if "events" in metadata.columns.column_names else metadata
+
+
+def _read_events(metadata: Metadata) -> Metadata:
+    """The column `events` as lists of structures, whose types do not depend on which values occur. Other text in it stays as it is."""
+    column = metadata.columns["events"]
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        cells = column.to_pylist()
+        if not any(cell and cell.lstrip().startswith("[") for cell in cells):
+            return metadata
+    elif metadata.file.suffix == ".jsonl" and pa.types.is_list(column.type):
+        if not (pa.types.is_struct(column.type.value_type) or pa.types.is_null(column.type.value_type)):
+            return metadata
+        cells = column.to_pylist()
+    else:
+        return metadata
+    events = [_events(cell, metadata, row) for row, cell in enumerate(cells)]
+    place = metadata.columns.column_names.index("events")
+    return metadata._replace(columns=metadata.columns.set_column(place, "events", pa.array(events, EVENTS)))
+
+
+def _events(cell: Any, metadata: Metadata, row: int) -> list[dict[str, Any]]:
+    """One cell, checked. Fields beyond those of `EVENTS` are left out."""
+    try:
+        events = json.loads(cell) if isinstance(cell, str) else cell or []
+        valid = isinstance(events, list) and all(_is_event(event) for event in events)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UserError(
+            f"{metadata.place(row)} has {str(cell)[:80]!r} in the column events, but needs a list (in CSV as JSON) of "
+            '{"label": text, "onset": seconds, "offset": seconds}'
+        )
+    return events
+
+
+def _is_event(event: Any) -> bool:
+    if not (isinstance(event, dict) and {"label", "onset", "offset"} <= event.keys() and isinstance(event["label"], str)):
+        return False
+    return all(isinstance(event.get(name), (int, float, NoneType)) for name in ("onset", "offset", "value"))
 
 
 def _read_csv(file: Path) -> tuple[pa.Table, Sequence[int]]:

@@ -118,7 +118,7 @@ class StreamSettings:
         if recordings >= self.min_recordings and unreadable > self.max_unreadable * recordings:
             raise UserError(
                 f"{unreadable} of {recordings} recordings are unreadable, more than max_unreadable = {self.max_unreadable:g}: repair "
-                f"them, or raise it. {statistics}"
+                f"them, or raise it. A file counts as often as it was read. {statistics}"
             )
 
 

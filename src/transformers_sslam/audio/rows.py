@@ -90,6 +90,11 @@ def read_rows(rows: "Dataset", label_column: str, separator: str | None = None) 
     labels = reader.read(cells, lambda i: source_name(sources[i]))
     if separator is not None and not pc.any(pc.match_substring(cells, separator)).as_py():
         logger.warning(f"the separator {separator!r} is in none of the {len(labels)} labels of the column {label_column!r}")
+    if labels.num_events and (joined := pc.sum(pc.list_value_length(cells)).as_py() - labels.num_events):
+        logger.warning(
+            f"{joined} events of the column {label_column!r} overlap or touch one of their class and are joined with it: "
+            f"{labels.num_events} are left"
+        )
     return LabelledRows(sources, labels)
 
 

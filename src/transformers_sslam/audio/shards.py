@@ -6,6 +6,7 @@ ends with the same files.
 """
 
 import io
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -62,8 +63,12 @@ class ShardSettings:
 
 
 def run(settings: ShardSettings) -> None:
-    """Write the shards and print a summary."""
-    index = prepare(settings)
+    """Write the shards and print a summary. After Ctrl-C the process exits with status 130, as a shell expects."""
+    try:
+        index = prepare(settings)
+    except KeyboardInterrupt:
+        print("stopped: the same command resumes after the last whole shard", file=sys.stderr)
+        raise SystemExit(130) from None
     clipped = sum(shard["clipped"] for shard in index["shards"])
     print(
         f"{len(index['shards'])} shards, {index['clips']} clips, {index['hours']:.2f} hours in {settings.output_dir}, "

@@ -97,6 +97,7 @@ class Source:
     Attributes:
         num_shards: their number.
         num_rows: recordings; `None` of a stream.
+        table: its rows; `None` of a stream.
         features: of all columns but the audio.
 
     Raises:
@@ -120,12 +121,12 @@ class Source:
         self.num_rows: int | None
         self.features = {column: feature for column, feature in rows.features.items() if column != "audio"}
         if isinstance(rows, Dataset):
-            self._table, self._parts, self._ends, self.num_rows = rows, [], [len(rows)], len(rows)
+            self.table, self._parts, self._ends, self.num_rows = rows, [], [len(rows)], len(rows)
         else:
             # Divided by file first: taking one shard of n copies the list of all n, and there may be 100,000 row groups.
             parts = [rows.shard(rows.num_shards, index).reshard() for index in range(rows.num_shards)]
             ends = list(accumulate(part.num_shards for part in parts))
-            self._table, self._parts, self._ends, self.num_rows = None, parts, ends, None
+            self.table, self._parts, self._ends, self.num_rows = None, parts, ends, None
         self.num_shards = self._ends[-1]
         if self.num_shards == 0:
             raise UserError(f"the source {name} is empty: there is nothing to read")
@@ -172,7 +173,7 @@ class Source:
 
     def paths(self) -> list[str]:
         """The file of each row of a table, as `encode_path` writes it; none if the table holds the audio itself."""
-        return AudioColumn(self._table).paths or [] if self._table is not None else []
+        return AudioColumn(self.table).paths or [] if self.table is not None else []
 
     def names(self, rows: Sequence[int]) -> list[str]:
         """Names of these rows of a table for messages."""
@@ -185,15 +186,15 @@ class Source:
             path = audio.get("path")
             name = printable_path(path) if path else f"{self.name}, shard {shard}, row {number}"
             if path and audio.get("bytes") is None:
-                path = decode_path(path) if self._table is not None else confined_path(path, self._root)
+                path = decode_path(path) if self.table is not None else confined_path(path, self._root)
                 audio = {"path": path, "bytes": None}
                 if path is None:
                     audio = AudioDecodingError("unreadable", f"{name} lies outside of {self._root}: embed the audio")
-            yield Row(name, self.name, shard, audio, values, self._table is not None)
+            yield Row(name, self.name, shard, audio, values, self.table is not None)
 
     def _read(self, shard: int) -> Iterator[dict[str, Any]]:
-        if self._table is not None:
-            yield self._table[shard]
+        if self.table is not None:
+            yield self.table[shard]
             return
         part = bisect_right(self._ends, shard)
         piece = self._parts[part].shard(self._parts[part].num_shards, shard - (self._ends[part - 1] if part else 0))

@@ -108,7 +108,9 @@ class BatchStream:
                 behind = {reader for reader, position in self._positions.items() if position.epoch == epoch}
                 if _left_out(self.statistics) != _left_out(warned_of):  # otherwise the same files again
                     warned_of = self.statistics
-                    logger.warning("Process %d, epochs 0 to %d: %s", self.rank, epoch - 1, self.statistics)
+                    process = f"Process {self.rank}: " if self.world_size > 1 else ""
+                    filled = ", and the start of the next, which fills the last batch" if self.settings.last_batch == "fill" else ""
+                    logger.warning("%sUp to the end of epoch %d%s: %s", process, epoch - 1, filled, self.statistics)
             if message.batch is not None:
                 yield message.batch
         if self.statistics.num_clips == 0:
@@ -118,6 +120,7 @@ class BatchStream:
         """The position after the last batch, for JSON."""
         return {
             "data": self._identity(),
+            "recordings": self._recordings(),
             "layout": self._layout(),
             "turn": self._turn,
             "positions": {str(reader): list(position) for reader, position in self._positions.items()},
@@ -141,7 +144,9 @@ class BatchStream:
             del mine["sources"]
         then = {name: value for state in states for name, value in state["data"].items() if name in mine and value != mine[name]}
         if then:
-            different = "; ".join(f"{name} ({value} then, {mine[name]} now)" for name, value in then.items())
+            different = "; ".join(f"{name} ({value} then, {mine[name]} now)" for name, value in then.items() if name != "sources")
+            if "sources" in then:
+                different = "; ".join(filter(None, [self._what_changed(then["sources"], states[0].get("recordings")), different]))
             raise UserError(
                 f"this position belongs to another stream: {different}. Restore that, or begin another run in another folder (its `model` "
                 "may be a checkpoint of this one)"
@@ -227,6 +232,29 @@ class BatchStream:
             "shuffle_rows": self.readers.shuffle_rows,
             "shard_readers": self.readers.count,
         }
+
+    def _recordings(self) -> list[list[Any]]:
+        """Name of each source, and how many recordings it has, or shards of a stream: only to say what has changed."""
+        return [[source.name, *self._size(source)] for source in self.sources]
+
+    @staticmethod
+    def _size(source: Source) -> tuple[int, str]:
+        return (source.num_shards, "shards") if source.num_rows is None else (source.num_rows, "files")
+
+    def _what_changed(self, identities: list, recordings: list | None) -> str:
+        """In words, how the sources differ from those with these identities."""
+        if len(identities) != len(self.sources):
+            return f"there were {len(identities)} sources then, and there are {len(self.sources)} now"
+        changes = []
+        for i, (source, (signature, weight)) in enumerate(zip(self.sources, identities)):
+            if signature != source.signature:
+                count, unit = self._size(source)
+                then = recordings[i][1] if recordings else None
+                counts = f" ({then} {unit} then, {count} now)" if then not in (None, count) else ", by their names or sizes"
+                changes.append(f"the recordings of {source.name} have changed{counts}")
+            elif weight != source.weight:
+                changes.append(f"the weight of {source.name} ({weight:g} then, {source.weight:g} now)")
+        return "; ".join(changes)
 
     def _layout(self) -> dict[str, int]:
         return {"rank": self.rank, "world_size": self.world_size, "num_workers": self.num_workers}

@@ -9,9 +9,8 @@ sslam evaluate --model runs/mine --data_dir esc10 --fold_column fold --test_fold
 Labels must have the names of the model's classes.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,43 +18,28 @@ import transformers
 
 from ..allocator import keep_freed_memory
 from ..audio.cache import Waveforms
-from ..audio.labelled_data import LabelledDataSettings
-from ..audio.layouts import open_splits
-from ..audio.rows import LabelledRows, check_has_labels, read_rows, select_folds, select_split
-from ..errors import UserError, as_user_error
+from ..audio.rows import check_has_labels
+from ..errors import as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import write_json
 from ..modeling_sslam import SSLAMForAudioClassification
 from ..reports import markdown_table
-from ..settings import setting, settings_dict
+from ..settings import settings_dict
+from .detector import report_detector
 from .loading import best_device, input_batches, load_model
 from .per_class import PICTURE, class_table, results_by_class
 from .scores import evaluate_predictions, evaluate_tags, save_scores
-
-
-@dataclass(kw_only=True)
-class EvaluationSettings(LabelledDataSettings):
-    """Evaluation of a classifier"""
-
-    model: str = setting("classifier: a folder, a Hub id, or an official fine-tuned checkpoint")
-    per_device_eval_batch_size: int = setting("clips in a forward pass", 16)
-    device: str | None = setting("cpu, cuda, cuda:1 ...; null: an accelerator if there is one", None)
-    dtype: Literal["float32", "float16", "bfloat16"] = setting(
-        "precision of the encoder; weights and the classifier's head stay in float32, because rounded logits tie", "float32"
-    )
-    output_dir: str = setting("folder for results.json, scores.npz and confusion_matrix.png, replaced by the next run", "runs/evaluation")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.per_device_eval_batch_size < 1:
-            raise UserError(f"per_device_eval_batch_size is {self.per_device_eval_batch_size}, but must be positive")
+from .settings import EvaluationSettings, class_names, make_folder, select_rows
 
 
 def run(settings: EvaluationSettings) -> None:
-    """Evaluate, and print a table."""
+    """Evaluate a classifier, or a model of event detection, and print tables."""
     transformers.logging.disable_progress_bar()
     if str(settings.device or best_device()) == "cpu":
         keep_freed_memory()
+    if settings.task == "events":
+        report_detector(settings)
+        return
     results = evaluate_classifier(settings)
     print(results_table(results))
     for kind, which in (("positives", "no clip"), ("negatives", "every clip")):
@@ -82,9 +66,10 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
             than the model's classes.
         FloatingPointError: if logits are not finite.
     """
-    output = _make_folder(settings)
+    output = make_folder(settings)
     model, extractor, classes = _load(settings)
-    rows = _select(settings)
+    rows = select_rows(settings)
+    check_has_labels(rows.labels)
     rows.encode(classes)  # finds labels that do not fit before hours of decoding
     waveforms = Waveforms(rows.sources, extractor.sampling_rate, settings.memory_gb)
     waveforms.check_unreadable(settings.max_unreadable, "evaluated")
@@ -117,35 +102,12 @@ def results_table(results: dict[str, Any]) -> str:
     return markdown_table([f"{results['clips']} clips", "value [95 % interval over clips]"], rows)
 
 
-def _make_folder(settings: EvaluationSettings) -> Path:
-    output = Path(settings.output_dir)
-    if any((output / name).exists() for name in ("config.json", "settings.yaml")):
-        raise UserError(f"output_dir {output} holds a model or its run, whose results would be replaced: choose another folder")
-    with as_user_error(f"output_dir {output} cannot be written to"):
-        output.mkdir(parents=True, exist_ok=True)
-    return output
-
-
 def _load(settings: EvaluationSettings) -> tuple[SSLAMForAudioClassification, SSLAMFeatureExtractor, list[str]]:
     """Classifier (tried on a second of silence), feature extractor and classes."""
     model, extractor = load_model(SSLAMForAudioClassification, settings.model, device=settings.device)
     with as_user_error("the model cannot be evaluated"):
         next(model.score_windows(np.zeros(extractor.sampling_rate, dtype=np.float32), extractor))
-    classes = model.config.class_names
-    if twice := [name for name in classes if classes.count(name) > 1]:
-        raise UserError(f"{settings.model} has two classes called {twice[0]!r}: give each a name of its own in its config.json")
-    return model, extractor, classes
-
-
-def _select(settings: EvaluationSettings) -> LabelledRows:
-    splits = open_splits(settings.data_dir, settings.layout, subset=settings.subset)
-    if settings.fold_column is None:
-        chosen = select_split(splits, settings.test_split)
-    else:
-        chosen = select_folds(splits, settings.fold_column, settings.test_folds)
-    rows = read_rows(chosen, settings.label_column, settings.label_separator)
-    check_has_labels(rows.labels)
-    return rows
+    return model, extractor, class_names(model, settings.model)
 
 
 @torch.inference_mode()

@@ -181,10 +181,8 @@ def collar_f1(
         for c in np.flatnonzero(data.event_counts[r]):
             onsets, offsets = data.events[r][c]
             starts, stops = bounds[edges[:, c] > 0], bounds[edges[:, c] < 0]
-            collars = np.maximum(offset_collar * MICROSECONDS, offset_collar_rate * (offsets - onsets))
-            near = np.rint(np.abs(starts[:, None] - onsets) - onset_collar * MICROSECONDS) <= 0
-            near &= np.rint(np.abs(stops[:, None] - offsets) - collars) <= 0
-            found = _largest_matching(near)
+            near = within_collars(starts, stops, onsets, offsets, onset_collar, offset_collar, offset_collar_rate)
+            found = largest_matching(near)
             counts[:, r, c] += found, -found, len(onsets) - found
     return _f1(data, counts, confidence, resamples, seed)
 
@@ -221,11 +219,16 @@ def segment_f1(
         segments = -(-data.ends[r] // length)
         steps, columns = np.nonzero(values > thresholds)
         found = _active_segments(bounds[steps], bounds[steps + 1], columns, (segments, len(data.classes)), length)
-        labels = np.repeat(np.arange(len(data.classes)), [len(onsets) for onsets, _ in data.events[r]])
-        onsets, offsets = (np.concatenate(times) for times in zip(*data.events[r]))
-        true = _active_segments(onsets, offsets, labels, (segments, len(data.classes)), length)
+        true = true_segments(data.events[r], segments, length)
         counts[:, r] = (found & true).sum(0), (found & ~true).sum(0), (~found & true).sum(0)
     return _f1(data, counts, confidence, resamples, seed)
+
+
+def true_segments(events: Sequence[tuple[np.ndarray, np.ndarray]], segments: int, length: int) -> np.ndarray:
+    """`(segments, classes)`: whether one of a class's `events` (onsets and offsets) overlaps a segment of this length."""
+    columns = np.repeat(np.arange(len(events)), [len(onsets) for onsets, _ in events])
+    onsets, offsets = (np.concatenate(times) for times in zip(*events))
+    return _active_segments(onsets, offsets, columns, (segments, len(events)), length)
 
 
 def _active_segments(onsets, offsets, columns, shape: tuple[int, int], length: int) -> np.ndarray:
@@ -236,7 +239,22 @@ def _active_segments(onsets, offsets, columns, shape: tuple[int, int], length: i
     return np.cumsum(edges, axis=0)[:-1] > 0
 
 
-def _largest_matching(near: np.ndarray) -> int:
+def within_collars(
+    starts: np.ndarray,
+    stops: np.ndarray,
+    onsets: np.ndarray,
+    offsets: np.ndarray,
+    onset_collar: float = 0.2,
+    offset_collar: float = 0.2,
+    offset_collar_rate: float = 0.2,
+) -> np.ndarray:
+    """`(detections, events)`: which detections, from `starts` to `stops`, match which events; see [`collar_f1`]. Times in microseconds."""
+    collars = np.maximum(offset_collar * MICROSECONDS, offset_collar_rate * (offsets - onsets))
+    near = np.rint(np.abs(starts[:, None] - onsets) - onset_collar * MICROSECONDS) <= 0
+    return near & (np.rint(np.abs(stops[:, None] - offsets) - collars) <= 0)
+
+
+def largest_matching(near: np.ndarray) -> int:
     """Size of the largest set of pairs of `near: (detections, events)` that share neither; by augmenting paths."""
     matched: dict[int, int] = {}
 

@@ -83,6 +83,7 @@ def encode_clips(
     keep_patches: bool = True,
     patch_dtype: PatchDtype = "float16",
     batch_size: int = 16,
+    description: str = "encoding clips",
 ) -> Features:
     """Features of all clips, from the cache where it has them, with one batch in memory.
 
@@ -98,6 +99,7 @@ def encode_clips(
         keep_patches: whether to store patch tokens, which take the most space.
         patch_dtype: of the stored patch tokens.
         batch_size: clips in a forward pass.
+        description: of the progress bar.
 
     Raises:
         UserError: if there is no clip, features are not finite or exceed `patch_dtype`, or the disk has no room for them.
@@ -110,7 +112,7 @@ def encode_clips(
             f"{model.config.patch_size} up to {model.config.max_length}: set max_length"
         )
     shapes = _shapes(model, extractor, len(waveforms), keep_patches, patch_dtype)
-    fill = partial(_fill, model, extractor, waveforms, batch_size)
+    fill = partial(_fill, model, extractor, waveforms, batch_size, description)
     if cache is None:
         arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
         fill(arrays)
@@ -155,9 +157,16 @@ def _masked_moments(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Ten
     return center, mean((values - center[:, None]) ** 2).sqrt()
 
 
-def _fill(model: SSLAMModel, extractor: SSLAMFeatureExtractor, waveforms: Clips, batch_size: int, arrays: Mapping[str, np.ndarray]) -> None:
+def _fill(
+    model: SSLAMModel,
+    extractor: SSLAMFeatureExtractor,
+    waveforms: Clips,
+    batch_size: int,
+    description: str,
+    arrays: Mapping[str, np.ndarray],
+) -> None:
     model.eval()
-    for clips, inputs in input_batches(model, extractor, waveforms, batch_size, "encoding clips", return_attention_mask=True):
+    for clips, inputs in input_batches(model, extractor, waveforms, batch_size, description, return_attention_mask=True):
         encoded = _encode_batch(model, inputs)
         for name, array in arrays.items():
             values = encoded[name].cpu().numpy()

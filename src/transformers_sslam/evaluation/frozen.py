@@ -159,7 +159,7 @@ def _probe_features(
 ) -> dict[str, Values]:
     data_key = hash_waveforms(task.waveforms)
 
-    def run(network: SSLAMModel, names: list[str], seeds: list[int]) -> Values:
+    def run(network: SSLAMModel, names: list[str], seeds: list[int], title: str) -> Values:
         features = encode_clips(
             network,
             extractor,
@@ -169,17 +169,18 @@ def _probe_features(
             keep_patches=any(build_probe(name).needs_patches for name in names),
             patch_dtype=settings.patch_dtype,
             batch_size=settings.per_device_eval_batch_size,
+            description=f"encoding clips, {title}",
         )
-        return {name: run_probe(name, features, task.targets, task.partitions, seeds, settings) for name in names}
+        return {name: run_probe(name, features, task.targets, task.partitions, seeds, settings, title) for name in names}
 
-    results = {name: {"trained": values} for name, values in run(model, names, settings.seeds).items()}
+    results = {name: {"trained": values} for name, values in run(model, names, settings.seeds, "trained network").items()}
     compared = [name for name in names if build_probe(name).needs_model]
     if settings.untrained and compared:
         by_seed = []
         for seed in settings.seeds:
             torch.manual_seed(seed)
             untrained: Any = SSLAMModel(model.config)
-            by_seed.append(run(untrained.to(model.device, model.dtype), compared, [seed]))
+            by_seed.append(run(untrained.to(model.device, model.dtype), compared, [seed], f"untrained network {seed}"))
         for name in compared:
             results[name]["untrained"] = np.concatenate([values[name] for values in by_seed], axis=1)
     return results

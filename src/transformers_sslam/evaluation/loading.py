@@ -17,6 +17,7 @@ from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor, as_float_samples
 from ..modeling_sslam import SSLAMForAudioClassification, SSLAMPreTrainedModel
+from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
 from ..publishing.conversion import resolve_model
 
 
@@ -55,7 +56,11 @@ def load_model(cls: type[Model], model: str, dtype: str = "float32", device: str
     network, loading = loaded
     if missing := loading["missing_keys"]:
         lacking = f"({min(missing)} is missing, and {len(missing) - 1} more)"
+        if cls is SSLAMForAudioFrameClassification:
+            raise UserError(f"{model} is not trained for event detection {lacking}: give a model fine-tuned with task events")
         if cls is SSLAMForAudioClassification:
+            if SSLAMForAudioFrameClassification.__name__ in (network.config.architectures or ()):
+                raise UserError(f"{model} is a model of event detection, not a classifier: use sslam detect, or set task to events")
             raise UserError(f"{model} has no trained classifier {lacking}: give a fine-tuned model")
         raise UserError(f"{model} does not fill the encoder {lacking}: give a whole checkpoint")
     try:
@@ -84,7 +89,10 @@ def best_device() -> torch.device:
 
 def hash_model(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, **more: Any) -> str:
     """Hash of all that decides a model's outputs for a clip: configuration, extractor, weights, and `more`."""
-    config = {name: getattr(model.config, name) for name in inspect.get_annotations(SSLAMConfig)}  # without what every model has, as labels
+    fields = inspect.get_annotations(SSLAMConfig).keys() - {
+        "event_detection"
+    }  # what is done with outputs; nor what every model has, as labels
+    config = {name: getattr(model.config, name) for name in fields}
     about = {"config": config, "extractor": extractor.to_dict(), **more}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):

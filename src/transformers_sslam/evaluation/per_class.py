@@ -28,6 +28,10 @@ PICTURE = "confusion_matrix.png"
 MOST_CLASSES_IN_PICTURE = 120  # of more, names would be too small to read
 MOST_CLASSES_WITH_COUNTS = 60  # of more, counts would not fit into the cells
 LONGEST_NAME = 24  # characters at an axis
+TABLE_METRICS = {
+    **{"recall": "recall", "precision": "precision", "average_precision": "average precision"},
+    **{"segment_f1": "segment F1", "collar_f1": "collar F1", "psds1": "PSDS1", "psds2": "PSDS2"},
+}
 Results = dict[str, dict[str, Any]]
 
 
@@ -122,8 +126,8 @@ def results_from_metrics(metrics: dict[str, Any], targets: np.ndarray, classes: 
 def pool_results(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`per_class`, and `confusion_matrix` of exclusive classes, over several runs, such as the folds of a cross-validation.
 
-    Confusion matrices are added. There are no intervals, because a clip counts once for each seed. Of clips with several labels the average
-    precision of a class is its mean over the runs that have clips of it.
+    Confusion matrices are added. There are no intervals, because a clip counts once for each seed. Of several labels, and of events,
+    a class's metrics are their means over the runs that have some of it.
 
     Args:
         runs: what `results.json` holds of each. Empty if they lack results by class, or their classes differ.
@@ -136,23 +140,26 @@ def pool_results(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if all("confusion_matrix" in run for run in runs):
         matrix = np.sum([run["confusion_matrix"] for run in runs], axis=0)
         return {"per_class": results_from_matrix(matrix, classes, confidence=None), "confusion_matrix": matrix.tolist()}
-    per_class = {}
+    first = next(iter(runs[0]["per_class"].values()))
+    metrics, count = [name for name in TABLE_METRICS if name in first], _counted(first)
+    per_class: Results = {}
     for name in classes:
         found = [run["per_class"][name] for run in runs]
-        values = [result["average_precision"] for result in found if result["average_precision"] is not None]
-        per_class[name] = {
-            "clips": sum(result["clips"] for result in found),
-            "average_precision": sum(values) / len(values) if values else None,
-        }
+        per_class[name] = {count: sum(result[count] for result in found)}
+        for metric in metrics:
+            values = [result[metric] for result in found if result[metric] is not None]
+            per_class[name][metric] = sum(values) / len(values) if values else None
     return {"per_class": per_class}
 
 
 def class_table(per_class: Results, most: int = 10) -> str:
     """A Markdown table of the classes, the worst first; of more than `most` classes, the worst, and how many there are.
 
-    Classes without clips come last, because nothing is known about them.
+    Classes without clips or events come last, because nothing is known about them.
     """
-    metrics = [name for name in ("recall", "precision", "average_precision") if name in next(iter(per_class.values()), {})]
+    first = next(iter(per_class.values()), {})
+    metrics = [name for name in TABLE_METRICS if name in first]
+    count = _counted(first)
 
     def rank(name: str) -> tuple[bool, float]:
         value = per_class[name][metrics[0]]
@@ -166,8 +173,13 @@ def class_table(per_class: Results, most: int = 10) -> str:
 
     shown = sorted(per_class, key=rank)[:most]
     title = "class" if len(shown) == len(per_class) else f"the worst {most} of {len(per_class)} classes"
-    rows = [[one_line(name), str(per_class[name]["clips"]), *(cell(per_class[name], metric) for metric in metrics)] for name in shown]
-    return markdown_table([title, "clips", *(metric.replace("_", " ") for metric in metrics)], rows)
+    rows = [[one_line(name), str(per_class[name][count]), *(cell(per_class[name], metric) for metric in metrics)] for name in shown]
+    return markdown_table([title, count, *(TABLE_METRICS[metric] for metric in metrics)], rows)
+
+
+def _counted(result: dict[str, Any]) -> str:
+    """What a class's result has a number of."""
+    return "events" if "events" in result else "clips"
 
 
 def plot_confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: str | Path) -> None:

@@ -16,6 +16,7 @@ from typing import Literal, Self
 
 import numpy as np
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..settings import setting
@@ -189,23 +190,27 @@ def run_probe(
     partitions: Sequence[Partition],
     seeds: Sequence[int] = (0,),
     settings: ProbeSettings | None = None,
+    network: str = "",
 ) -> np.ndarray:
     """`score` of the probe `name`, trained and evaluated on each partition of the clips; errors are those of `Probe.fit`.
 
     Args:
         targets: `(clips,)` or `(clips, classes)`, as of `Probe`.
         seeds: random seeds for the probe's weights and order of clips.
+        network: whose features they are, for the progress bar.
 
     Returns:
         `(partitions, seeds)`, or `(partitions, 1)` where the seed does not matter.
     """
     seeds = seeds if build_probe(name, settings).seeded else seeds[:1]
     values = np.empty((len(partitions), len(seeds)))
-    for row, partition in enumerate(partitions):
-        train, evaluation = features.select(partition.train), features.select(partition.evaluation)
-        for column, seed in enumerate(seeds):
-            probe = build_probe(name, settings).fit(train, targets[partition.train], seed)
-            values[row, column] = score(probe.scores(evaluation), targets[partition.evaluation])
+    with tqdm(total=values.size, desc=f"probe {name}{network and f', {network}'}", unit="fit") as bar:
+        for row, partition in enumerate(partitions):
+            train, evaluation = features.select(partition.train), features.select(partition.evaluation)
+            for column, seed in enumerate(seeds):
+                probe = build_probe(name, settings).fit(train, targets[partition.train], seed)
+                values[row, column] = score(probe.scores(evaluation), targets[partition.evaluation])
+                bar.update()
     return values
 
 

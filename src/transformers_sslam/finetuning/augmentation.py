@@ -1,5 +1,6 @@
 """Augmentation of training clips, as in the published recipes: waveforms one by one, log-mels batch by batch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,58 +37,73 @@ class AugmentationSettings:
                 raise UserError(f"augmentation.{name} is {getattr(self, name):g}, but a fraction in [0, 1] is expected")
 
 
+Batch = dict[str, torch.Tensor]
 NO_AUGMENTATION = AugmentationSettings(roll=False, gain=0, noise=0, mixup_alpha=0, mixup_probability=0, time_mask=0, frequency_mask=0)
 
 
-def augment_waveform(waveform: np.ndarray, settings: AugmentationSettings, generator: np.random.Generator) -> np.ndarray:
-    """Random roll and gain: `(samples,)` -> `(samples,)`, in the dtype given. The input is not changed."""
+def augment_waveform(waveform: np.ndarray, settings: AugmentationSettings, generator: np.random.Generator) -> tuple[np.ndarray, int]:
+    """Random roll and gain: `(samples,)` -> `(samples,)`, in the dtype given, and by how many samples it was rolled. The input is not
+    changed."""
+    shift = 0
     if settings.roll:
-        waveform = np.roll(waveform, generator.integers(len(waveform)))
+        shift = int(generator.integers(len(waveform)))
+        waveform = np.roll(waveform, shift)
     if settings.gain:
         waveform = waveform * waveform.dtype.type(0.5 + generator.beta(settings.gain, settings.gain))
-    return waveform
+    return waveform, shift
 
 
-def augment_batch(
-    input_values: torch.Tensor, targets: torch.Tensor, settings: AugmentationSettings, generator: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def augment_batch(batch: Mapping[str, torch.Tensor], settings: AugmentationSettings, generator: np.random.Generator) -> Batch:
     """Mixup, then noise and SpecAugment, which so mask both clips of a mixture.
 
     Args:
-        input_values: `(batch, frames, mel bins)`, scaled log-mels.
-        targets: `(batch, classes)`, in [0, 1].
+        batch: `input_values (batch, frames, mel bins)`, scaled log-mels; `labels (batch, classes)` or `(batch, steps, classes)`, in
+            [0, 1]; and perhaps `clip_labels (batch, classes)` and `attention_mask (batch, frames)`. Labels of -100 are unknown.
         settings: which, and how much.
         generator: of all draws.
 
     Returns:
-        Both, in the same shapes. The inputs are not changed.
+        The same, in the same shapes. The inputs are not changed. Where frames are masked, the labels of steps decrease in proportion.
     """
+    batch = dict(batch)
+    clips = len(batch["input_values"])
     if settings.mixup_alpha:
-        chosen = generator.random(len(targets)) < settings.mixup_probability
-        weights = np.where(chosen, generator.beta(settings.mixup_alpha, settings.mixup_alpha, len(targets)), 1.0)
-        partners = generator.permutation(len(targets))
-        input_values, targets = mixup(input_values, targets, torch.from_numpy(weights).float(), torch.from_numpy(partners))
+        chosen = generator.random(clips) < settings.mixup_probability
+        weights = np.where(chosen, generator.beta(settings.mixup_alpha, settings.mixup_alpha, clips), 1.0)
+        partners = generator.permutation(clips)
+        batch = mixup(batch, torch.from_numpy(weights).float(), torch.from_numpy(partners))
+    values = batch["input_values"]
     if settings.noise:
-        strength = torch.from_numpy(generator.uniform(0, settings.noise, (len(targets), 1, 1)).astype(np.float32))
-        uniform = torch.from_numpy(generator.random(tuple(input_values.shape), dtype=np.float32))
-        input_values = input_values + strength * uniform
-    return spec_augment(input_values, settings.time_mask, settings.frequency_mask, int(generator.integers(2**63))), targets
+        strength = torch.from_numpy(generator.uniform(0, settings.noise, (clips, 1, 1)).astype(np.float32))
+        values = values + strength * torch.from_numpy(generator.random(tuple(values.shape), dtype=np.float32))
+    seed = int(generator.integers(2**63))
+    batch["input_values"] = spec_augment(values, settings.time_mask, settings.frequency_mask, seed)
+    if batch["labels"].ndim == 3 and settings.time_mask:
+        frames = spec_augment(torch.ones_like(values), settings.time_mask, settings.frequency_mask, seed).amax(2)
+        audible = frames.unflatten(1, (batch["labels"].shape[1], -1)).mean(2, keepdim=True).to(batch["labels"])
+        batch["labels"] = torch.where(batch["labels"] < 0, batch["labels"], batch["labels"] * audible)
+    return batch
 
 
-def mixup(
-    input_values: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, partners: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`weight * own + (1 - weight) * partner's`, of log-mels and of targets alike (Zhang et al., ICLR 2018, arXiv 1710.09412).
+def mixup(batch: Mapping[str, torch.Tensor], weights: torch.Tensor, partners: torch.Tensor) -> Batch:
+    """`weight * own + (1 - weight) * partner's`, of log-mels and of labels alike (Zhang et al., ICLR 2018, arXiv 1710.09412). A mixture
+    has sound where one of its clips has, and labels that are known where both are.
 
     Args:
-        input_values: `(batch, frames, mel bins)`.
-        targets: `(batch, classes)`.
+        batch: see [`augment_batch`].
         weights: `(batch,)`, of the clip itself; 1 leaves it as it is.
         partners: `(batch,)`, the row that each is mixed with.
     """
-    own, rest = weights.view(-1, 1, 1), (1 - weights).view(-1, 1, 1)
-    mixed = own * input_values + rest * input_values[partners]
-    return mixed, own[:, 0] * targets + rest[:, 0] * targets[partners]
+    mixed = {}
+    for name, values in batch.items():
+        own, other = weights.view(-1, *[1] * (values.ndim - 1)).to(values.device), values[partners]
+        if name == "attention_mask":
+            mixed[name] = torch.where(own < 1, torch.maximum(values, other), values)
+        else:
+            mixed[name] = own * values + (1 - own) * other
+        if name.endswith("labels"):
+            mixed[name] = torch.where((values < 0) | ((other < 0) & (own < 1)), -100.0, mixed[name])
+    return mixed
 
 
 def spec_augment(input_values: torch.Tensor, time_mask: float, frequency_mask: float, seed: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from ..audio.rows import (
 )
 from ..audio.sources import Source
 from ..errors import UserError
+from .mixtures import hash_mixing
 from .settings import FineTuningSettings
 from .stream import ColumnTargets, LabelledPart, TableTargets, keep_clips_per_class
 
@@ -54,14 +55,14 @@ def open_training_data(settings: FineTuningSettings) -> TrainingData:
     if settings.fold_column is None and settings.validation_split is None and "validation" in splits:
         logger.info("the split 'validation' is not used: with --validation_split validation it is evaluated after each epoch")
     rows = select_rows(settings, splits)
-    digest = hash_rows(*rows.values())
+    digest = hash_data(settings, rows)
     if settings.clips_per_class is not None:
         chosen = keep_clips_per_class(rows["training"].labels, settings.clips_per_class, settings.seed)
         rows["training"] = rows["training"].select(chosen)
     classes = choose_classes(rows["training"].labels)
     encoded = {name: part.encode(classes) for name, part in rows.items()}
     parts = {name: LabelledPart(Source(rows[name].sources.rows, "clips"), TableTargets(labels), labels) for name, labels in encoded.items()}
-    return TrainingData(parts, classes, rows["training"].labels.multi_label, digest)
+    return TrainingData(parts, classes, rows["training"].labels.multi_label or settings.task == "events", digest)
 
 
 def select_rows(settings: FineTuningSettings, splits: dict[str, Any] | None = None) -> dict[str, LabelledRows]:
@@ -76,6 +77,12 @@ def select_rows(settings: FineTuningSettings, splits: dict[str, Any] | None = No
             check_has_labels(rows[name].labels)
     check_apart({f"the {name} part": part.sources for name, part in rows.items()})
     return rows
+
+
+def hash_data(settings: FineTuningSettings, rows: dict[str, LabelledRows] | None = None) -> str:
+    """A hash of all clips and labels of a run, and of what is mixed."""
+    digest = hash_rows(*(rows or select_rows(settings)).values())
+    return f"{digest}-{hash_mixing(settings.mixing)}" if settings.mixing.sounds else digest
 
 
 def check_rows(settings: FineTuningSettings) -> None:
@@ -104,4 +111,4 @@ def _open_stream(settings: FineTuningSettings) -> TrainingData:
     return TrainingData(parts, list(reader.classes), reader.multi_label)
 
 
-__all__ = ["TrainingData", "check_rows", "open_training_data", "select_rows"]
+__all__ = ["TrainingData", "check_rows", "hash_data", "open_training_data", "select_rows"]

@@ -4,8 +4,7 @@ import re
 
 import torch
 from torch import nn
-
-from ..modeling_sslam import SSLAMForAudioClassification
+from transformers import PreTrainedModel
 
 
 def layer_index(name: str, num_layers: int) -> int:
@@ -15,7 +14,7 @@ def layer_index(name: str, num_layers: int) -> int:
     return 0 if ".embeddings." in name else num_layers + 1
 
 
-def layer_decay_groups(model: SSLAMForAudioClassification, learning_rate: float, weight_decay: float, layer_decay: float) -> list[dict]:
+def layer_decay_groups(model: PreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float) -> list[dict]:
     """Parameter groups for an optimiser: the learning rate decreases from the head to the embeddings, and tensors with one axis (biases,
     norms) have no weight decay (BEiT, arXiv 2106.08254; fine-tuning recipes of SSLAM).
 
@@ -41,11 +40,13 @@ def classification_loss(logits: torch.Tensor, targets: torch.Tensor, kind: str) 
     """Mean over clips of the loss against targets that may be mixtures.
 
     Args:
-        logits: `(batch, classes)`.
-        targets: `(batch, classes)`, in [0, 1].
-        kind: `"cross_entropy"`, or `"binary_cross_entropy"`, which is the mean over classes too.
+        logits: `(batch, classes)`, or `(batch, steps, classes)`.
+        targets: of the same shape, in [0, 1]; of time steps -100 where unknown.
+        kind: `"cross_entropy"`, or `"binary_cross_entropy"`, which is the mean over steps and classes too.
     """
     logits = logits.float()
+    if logits.ndim == 3:
+        logits, targets = logits[targets >= 0], targets[targets >= 0]
     if kind == "cross_entropy":
         return nn.functional.cross_entropy(logits, targets)
     return nn.functional.binary_cross_entropy_with_logits(logits, targets)

@@ -10,20 +10,19 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..audio.rows import hash_rows
 from ..checkpoints import checkpoints, latest_whole_checkpoint, sweep_unsealed
 from ..errors import UserError, as_user_error
 from ..evaluation.per_class import PICTURE
 from ..files import DamagedFileError, lock, read_json, verify, verify_files, write_text
 from ..settings import dump_yaml, read_settings
-from .data import select_rows
+from .data import hash_data
 from .settings import MACHINE_SETTINGS, FineTuningSettings
 
 
 logger = logging.getLogger(__name__)
 
 # Settings that the result of a run does not depend on.
-SETTINGS_WITHOUT_EFFECT = MACHINE_SETTINGS | {"output_dir", "memory_gb", "do_train", "save_total_limit"}
+SETTINGS_WITHOUT_EFFECT = MACHINE_SETTINGS | {"output_dir", "memory_gb", "max_unreadable", "do_train", "save_total_limit"}
 RESULTS, SETTINGS = "results.json", "settings.yaml"
 MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "scores.npz")
 
@@ -47,7 +46,8 @@ def locked_folder(settings: FineTuningSettings) -> Iterator[Path]:
             elif others or finished:
                 raise UserError(
                     f"output_dir {output} holds a model already, of {'a run with other ' + others if others else 'the same run'}: choose "
-                    "another folder, or set overwrite_output_dir to replace it"
+                    f"another folder, or set overwrite_output_dir to replace it. To train this model further, give --model {output} and "
+                    "another output_dir"
                 )
         PartialState().wait_for_everyone()
         yield output
@@ -76,7 +76,7 @@ def differences(settings: FineTuningSettings) -> str:
         return "origin, or damaged files"
     if names or settings.streaming or results is None:
         return ", ".join(names)
-    return "" if results.get("data") == hash_rows(*select_rows(settings).values()) else "data"
+    return "" if results.get("data") == hash_data(settings) else "data"
 
 
 def save_settings(settings: FineTuningSettings, file: Path) -> None:
@@ -120,7 +120,8 @@ def find_checkpoint(settings: FineTuningSettings, about: dict[str, Any]) -> Path
     if then != about:
         names = _different(about["settings"], then.get("settings", {})) or ["data"]
         raise UserError(
-            f"{found} is a checkpoint of a run with other {', '.join(names)}: choose another output_dir, or delete it and its siblings"
+            f"{found} is a checkpoint of a run with other {', '.join(names)}: choose another output_dir, or delete it and its siblings. To "
+            f"train its model further, give --model {found} and another output_dir"
         )
     return found
 

@@ -1,11 +1,19 @@
-"""What a fine-tuning run shows while it trains: a bar with the time left, and a table of losses, metrics and learning rate."""
+"""What a fine-tuning run shows: warnings of too few updates or clips, a bar with the time left, a table of losses and metrics, an end."""
 
+import logging
+import math
 import time
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import ProgressCallback
 
+from ..audio.labels import Labels
+
+
+logger = logging.getLogger(__name__)
+
+FEW_UPDATES, FEW_CLIPS = 100, 5  # fewer updates of a run, or training clips of a class, are warned about
 
 TITLES = {"mean_average_precision": "mAP"}
 
@@ -73,6 +81,34 @@ class ProgressTable(ProgressCallback):
 
     def _write(self, row: dict[str, str]) -> None:
         self.training_bar.write("  ".join(f"{row[title]:>{width}}" for title, width in self.columns.items()))
+
+
+def warn_of_little(trainer: Any, labels: Labels | None) -> None:
+    """Warn of a run of few updates and, where `labels` of the training clips are given, of classes with few clips."""
+    arguments, updates = trainer.args, _updates_per_epoch(trainer)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * updates)
+    if steps < FEW_UPDATES:
+        logger.warning(
+            f"the run has only {steps} updates, {updates} an epoch: for more, lower per_device_train_batch_size "
+            f"({arguments.per_device_train_batch_size}), or raise num_train_epochs ({arguments.num_train_epochs:g})"
+        )
+    if labels is not None and (few := [name for name, count in zip(labels.names, labels.counts()) if count < FEW_CLIPS]):
+        logger.warning(f"these classes have fewer than {FEW_CLIPS} training clips, and will hardly be learnt: {', '.join(few)}")
+
+
+def report_best(trainer: Any) -> None:
+    """Log which epoch's weights are kept, where the best ones are."""
+    state, updates = trainer.state, _updates_per_epoch(trainer)
+    if trainer.args.load_best_model_at_end and state.best_global_step:
+        ended = "stopped early" if state.global_step < state.max_steps else "ended"
+        logger.info(
+            f"{ended} after epoch {state.global_step / updates:.4g}; the weights are those after epoch "
+            f"{state.best_global_step / updates:.4g}, with the best {trainer.args.metric_for_best_model}"
+        )
+
+
+def _updates_per_epoch(trainer: Any) -> int:
+    return len(trainer.train_batches) // trainer.args.gradient_accumulation_steps
 
 
 def _number(value: float | None) -> str:

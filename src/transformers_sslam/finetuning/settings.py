@@ -15,6 +15,7 @@ from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS
 from ..settings import check_names, setting, settings_dict
 from .augmentation import AugmentationSettings
+from .mixtures import MixingSettings
 
 
 MIN_LR = {"min_lr": 1e-6}
@@ -54,8 +55,16 @@ DEFAULTS = {f.name: f.default if f.default_factory is MISSING else f.default_fac
 
 @dataclass(kw_only=True)
 class TrainingDataSettings(LabelledDataSettings):
-    """Parts of the labelled clips"""
+    """Task, and parts of the labelled clips"""
 
+    task: Literal["classification", "events"] = setting(
+        "classification: labels of clips; events: labels of time steps, from a column of events with onset and offset, or of clips alone",
+        "classification",
+    )
+    mixing: MixingSettings = setting("training clips that are mixed anew in each epoch; labels must be lists, or events", MixingSettings())
+    hard_labels: bool = setting(
+        "with task events: a step has a label if an event covers at least half of it; otherwise the fraction that it covers", False
+    )
     streaming: bool = setting("read clips when they are needed, without listing them first; needs max_steps and declared classes", False)
     train_split: str = setting("split to train on, unless fold_column is set", "train")
     validation_split: str | None = setting("split to validate on during training; null: none", None)
@@ -188,7 +197,7 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """As [`TrainingArguments.to_dict`], for trackers."""
-        return {**super().to_dict(), "augmentation": asdict(self.augmentation)}
+        return {**super().to_dict(), "augmentation": asdict(self.augmentation), "mixing": asdict(self.mixing)}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the token: `Trainer` pickles its arguments beside every checkpoint, and pushes them."""
@@ -219,6 +228,24 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
             raise UserError(f"test_folds is {self.test_folds}, but a fold given twice is one fold: give each once")
         if self.streaming:
             self._check_stream()
+        self._check_task()
+
+    def _check_task(self) -> None:
+        if self.task == "classification":
+            if self.hard_labels:
+                raise UserError("hard_labels is set, but task is 'classification', where it has no effect: set task to events")
+            if self.streaming and self.mixing.sounds:
+                raise UserError("streaming is true, but mixing.sounds replace clips of a table: set it to false")
+            return
+        for name, value in (("label_smoothing_factor", self.label_smoothing_factor), ("clips_per_class", self.clips_per_class)):
+            if value:
+                raise UserError(f"{name} is {value!r}, but task is 'events', where a clip may have several labels: leave it out")
+        if self.model_config.get("patch_drop_rate"):
+            raise UserError("model_config.patch_drop_rate is set, but task is 'events', where each step needs its patches: leave it out")
+        if self.loss == "cross_entropy":
+            raise UserError("loss is 'cross_entropy', but task is 'events', where labels overlap: leave it out")
+        if self.streaming:
+            raise UserError("streaming is true, but task is 'events', which needs the table of all events: set it to false")
 
     def _check_stream(self) -> None:
         if self.max_steps < 1:

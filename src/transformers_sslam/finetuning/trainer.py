@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -17,7 +18,7 @@ from ..errors import UserError
 from ..files import read_json, write_json, write_manifest
 from ..publishing.hub import add_remote_code
 from .optimization import classification_loss
-from .stream import Batch, LabelledPart, LabelledStream
+from .stream import INPUTS, Batch, LabelledPart, LabelledStream
 
 
 class EpochBatches:
@@ -41,7 +42,7 @@ class EpochBatches:
         for _ in range(self.batches - self.done % self.batches):
             batch = next(self._iterator)
             self.done += 1
-            yield {name: batch[name] for name in ("input_values", "labels")}
+            yield {name: batch[name] for name in INPUTS if name in batch}
 
     def close(self) -> None:
         """End the processes that read ahead."""
@@ -50,7 +51,7 @@ class EpochBatches:
 
 
 class StreamTrainer(Trainer):
-    """A `Trainer` whose labels are `(batch, classes)`, as mixup and label smoothing leave them.
+    """A `Trainer` whose labels are `(batch, classes)`, as mixup and label smoothing leave them, or those of time steps.
 
     Args:
         loss: see `classification_loss`.
@@ -87,8 +88,12 @@ class StreamTrainer(Trainer):
     get_test_dataloader = get_eval_dataloader
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(input_values=inputs["input_values"])
-        loss = classification_loss(outputs.logits, inputs["labels"], self.loss)
+        if inputs["labels"].ndim == 3:  # of time steps: the model has the loss of steps and clips
+            outputs = model(**inputs)
+            loss = outputs.loss
+        else:
+            outputs = model(input_values=inputs["input_values"])
+            loss = classification_loss(outputs.logits, inputs["labels"], self.loss)
         self.loss_sum = self.loss_sum.to(loss.device)
         self.loss_sum += torch.stack((loss.detach().float(), torch.ones_like(loss, dtype=torch.float32)))
         return (loss, outputs) if return_outputs else loss
@@ -110,10 +115,14 @@ class StreamTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """Logits and targets of every clip that can be read, in the order of their rows, and their metrics. One batch is held at a time."""
+        """Logits and targets of every clip that can be read, in the order of their rows, and their metrics. One batch is held at a time.
+
+        They are those of time steps where the labels have times, and of clips otherwise.
+        """
         model: Any = self.model
         model.eval()
         found: list[tuple[list[int], np.ndarray, np.ndarray]] = []
+        weak = dataloader.collator.events is not None and not dataloader.part.has_times
         clips = dataloader.part.source.num_rows
         bar = tqdm(
             desc=description,
@@ -125,9 +134,16 @@ class StreamTrainer(Trainer):
         )
         with bar:
             for batch in dataloader:
+                inputs = {name: batch[name].to(self.args.device) for name in ("input_values", "attention_mask") if name in batch}
                 with self.accelerator.autocast():
-                    logits = model(input_values=batch["input_values"].to(self.args.device)).logits
-                found.append((batch["rows"], logits.float().cpu().numpy(), batch["labels"].cpu().numpy()))
+                    outputs = model(**inputs)
+                logits, labels = outputs.logits, batch["labels"]
+                if weak:
+                    logits, labels = outputs.clip_logits, batch["clip_labels"]
+                elif "attention_mask" in batch:  # where there is no sound, the labels of time steps are unknown
+                    sounding = batch["attention_mask"].unflatten(1, (labels.shape[1], -1)).any(-1)
+                    labels = labels.masked_fill(~sounding.unsqueeze(-1), -100.0)
+                found.append((batch["rows"], logits.float().cpu().numpy(), labels.cpu().numpy()))
                 bar.update(len(batch["rows"]))
         found = gather_object(found)
         rows = [row for rows, _, _ in found for row in rows]
@@ -141,6 +157,14 @@ class StreamTrainer(Trainer):
             raise UserError(f"metric_for_best_model is {chosen!r}, but the evaluation has {', '.join(sorted(metrics))}")
         self.evaluated_rows = sorted(rows)
         return EvalLoopOutput(logits, targets, {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}, len(logits))
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """As Trainer's, with one sentence where the Hub cannot be reached: before the training, which would be lost."""
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except (HTTPError, OfflineModeIsEnabled, OSError) as error:
+            said = " ".join(str(error).split())
+            raise UserError(f"push_to_hub is true, but the Hub cannot be used ({said}): train without it, then `sslam publish`") from error
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: `fine_tune` writes the card, before the model is pushed."""
@@ -160,9 +184,12 @@ class StreamTrainer(Trainer):
         self.train_batches.done = states[0]["batches"]
         if len(states) == self.args.world_size:
             self.loss_sum = torch.tensor(states[self.args.process_index]["loss_sum"])
-        control = read_json(folder / "trainer_state.json")["stateful_callbacks"]["TrainerControl"]["args"]
-        if control["should_training_stop"]:  # of a run that was stopped early, and ended before its model was saved
-            self.args.max_steps = read_json(folder / "trainer_state.json")["global_step"]
+        state = read_json(folder / "trainer_state.json")
+        for name in ("logging_steps", "eval_steps", "save_steps"):  # a fraction of all steps; the state has the steps, and Trainer compares
+            if 0 < (getattr(self.args, name) or 0) < 1:
+                setattr(self.args, name, state[name])
+        if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:  # stopped early, but not saved yet
+            self.args.max_steps = state["global_step"]
 
 
 class _RunState(TrainerCallback):

@@ -15,22 +15,27 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..audio.cache import WaveformCache
 from ..audio.clips import ReadStatistics
 from ..audio.normalization import compute_normalization
+from ..audio.rows import AudioColumn, LabelledRows
 from ..checkpoints import checkpoints
 from ..errors import UserError, as_user_error
+from ..evaluation.event_results import evaluate_events
 from ..evaluation.per_class import results_by_class
+from ..evaluation.scored_events import score_events
 from ..evaluation.scores import evaluate_predictions, save_scores
+from ..events_sslam import EventSettings
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import describe_files, verify, write_json
 from ..loading_sslam import flatten_patch_projection_moments
 from ..publishing.cards import ReportedResult, as_text, describe_origin, public_name, write_model_card
 from ..publishing.conversion import resolve_model
 from .data import TrainingData, open_training_data
-from .model import build_extractor, build_model
+from .mixtures import Mixer
+from .model import build_extractor, build_model, frames_per_step
 from .optimization import layer_decay_groups
 from .output import MODEL_FILES, RESULTS, SETTINGS, comparable, find_checkpoint, locked_folder, save_settings
-from .progress import ProgressTable
+from .progress import ProgressTable, report_best, warn_of_little
 from .settings import FineTuningSettings
-from .stream import LabelledPart, LabelledStream
+from .stream import EventTargets, LabelledPart, LabelledStream
 from .trainer import EpochBatches, StreamTrainer
 
 
@@ -62,18 +67,24 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
         origin = None if settings.model is None else resolve_model(settings.model)
         extractor = build_extractor(settings, origin)
         data = open_training_data(settings)
+        if settings.mixing.sounds and not data.multi_label:
+            raise UserError(
+                f"mixing.sounds is set, but the column {settings.label_column!r} gives a clip one label, and a mixture has several: set "
+                "label_column to one of lists, or of events"
+            )
         if data.multi_label and settings.label_smoothing_factor:
             raise UserError("label_smoothing_factor is set, but it spreads one label over all classes, and these clips have several")
         about = {"settings": comparable(settings), "data": data.digest}
         resumed_from = find_checkpoint(settings, about)
         if arguments.process_index == 0:
             save_settings(settings, output / SETTINGS)
-        streams = _Streams(settings, arguments, data, extractor)
+        streams = _Streams(settings, arguments, data, extractor, frames_per_step(settings, origin))
         set_seed(settings.seed)
         model = build_model(arguments, extractor, data.classes, data.multi_label, origin)
         layer_decay = 1.0 if origin is None else settings.layer_decay
         trainer = _build_trainer(settings, arguments, data, streams, model, about, layer_decay)
         _announce(settings, arguments, data)
+        warn_of_little(trainer, None if settings.mixing.sounds else data.parts["training"].labels)
         if resumed_from is not None:
             logger.info(f"resuming from {resumed_from}")
             trainer.resume_from(resumed_from)
@@ -87,10 +98,11 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
             "training_cpu": round(time.process_time() - cpu_ready, 1),
         }
         _check_weights(trainer)
+        report_best(trainer)
         trainer.save_model(_internal_call=True)  # before the evaluation, so that an error there does not cost the training
-        metrics, by_class = _evaluate(trainer, data, output) if "test" in data.parts else ({}, {})
+        metrics, by_class, unreadable = _test(trainer, data, settings, output)
         read = {name: sum(gather_object([stream.statistics]), ReadStatistics()) for name, stream in streams.opened.items()}
-        unreadable = {name: data.parts[name].unreadable(statistics) for name, statistics in read.items()}
+        unreadable = {name: data.parts[name].unreadable(statistics) for name, statistics in read.items()} | unreadable
         history = trainer.state.log_history
         results = {
             "metrics": metrics,
@@ -98,7 +110,7 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
             "best_step": trainer.state.best_global_step if arguments.load_best_model_at_end else None,
             "classes": data.classes,
             "data": data.digest,
-            "clips": {name: _count(data.parts[name], unreadable[name]) for name in read},
+            "clips": {name: _count(data.parts[name], unreadable[name]) for name in unreadable},
             "unreadable": unreadable,
             "training_loss": [entry["loss"] for entry in history if "loss" in entry],
             "steps": trainer.state.global_step,
@@ -130,7 +142,14 @@ class _Streams:
         opened: the last stream of each part.
     """
 
-    def __init__(self, settings: FineTuningSettings, arguments: FineTuningSettings, data: TrainingData, extractor: SSLAMFeatureExtractor):
+    def __init__(
+        self,
+        settings: FineTuningSettings,
+        arguments: FineTuningSettings,
+        data: TrainingData,
+        extractor: SSLAMFeatureExtractor,
+        frames_per_step: int,
+    ):
         clips = {name: part.source.num_rows or 0 for name, part in data.parts.items()}
         memory = {name: settings.memory_gb * count / max(1, sum(clips.values())) for name, count in clips.items()}
         self.caches = {name: WaveformCache(clips[name], memory[name]) if memory[name] else None for name in clips}
@@ -145,11 +164,24 @@ class _Streams:
             "num_workers": arguments.dataloader_num_workers,
             "pin_memory": arguments.dataloader_pin_memory and arguments.device.type == "cuda",
         }
+        self.events: dict[str, EventTargets] = {}
+        if settings.task == "events":
+            self.events = {
+                name: EventTargets(
+                    part.labels,  # type: ignore[arg-type]  # of a table
+                    frames_per_step,
+                    extractor.max_length // frames_per_step,
+                    extractor.sampling_rate,
+                    settings.hard_labels,
+                )
+                for name, part in data.parts.items()
+            }
         training = self._open(
             "training",
             batch_size=arguments.per_device_train_batch_size,
             augmentation=settings.augmentation,
             label_smoothing=settings.label_smoothing_factor,
+            mixer=Mixer(settings.mixing, extractor, settings.max_unreadable) if settings.mixing.sounds else None,
             balanced=settings.class_balanced,
             clips_per_epoch=settings.clips_per_epoch,
             last_batch="drop" if arguments.dataloader_drop_last else "fill",
@@ -161,7 +193,8 @@ class _Streams:
             )
 
     def _open(self, name: str, **options: Any) -> LabelledStream:
-        self.opened[name] = LabelledStream(self.data.parts[name], cache=self.caches[name], **self.options, **options)
+        part, cache, events = self.data.parts[name], self.caches[name], self.events.get(name)
+        self.opened[name] = LabelledStream(part, cache=cache, events=events, **self.options, **options)
         return self.opened[name]
 
     def evaluation(self, part: LabelledPart) -> LabelledStream:
@@ -181,7 +214,11 @@ def _build_trainer(
     layer_decay: float,
 ) -> StreamTrainer:
     def compute_metrics(found: Any) -> dict[str, float]:
-        return _numbers(evaluate_predictions(found.predictions, found.label_ids, data.classes, data.multi_label, None))
+        logits, targets = found.predictions, found.label_ids
+        if logits.ndim == 3:  # of time steps: those whose labels are known
+            known = (targets >= 0).all(-1)
+            logits, targets = logits[known], targets[known] >= 0.5
+        return _numbers(evaluate_predictions(logits, targets, data.classes, data.multi_label, None))
 
     groups = layer_decay_groups(model, settings.learning_rate, settings.weight_decay, layer_decay)
     with as_user_error(f"optim is {settings.optim!r}, which cannot be used"):
@@ -222,7 +259,8 @@ def _announce(settings: FineTuningSettings, arguments: FineTuningSettings, data:
     """Log what is trained on, and where curves can be seen."""
     clips = ", ".join(f"{'streamed' if part.labels is None else len(part.labels)} {name} clips" for name, part in data.parts.items())
     start = "from random weights" if settings.model is None else f"from {settings.model}"
-    logger.info(f"a classifier of {len(data.classes)} classes, {start}, on {arguments.device.type}: {clips}")
+    what = "a detector" if settings.task == "events" else "a classifier"
+    logger.info(f"{what} of {len(data.classes)} classes, {start}, on {arguments.device.type}: {clips}")
     if "tensorboard" in arguments.report_to:
         logger.info(f"curves of losses, metrics and learning rate: tensorboard --logdir {shlex.quote(settings.output_dir)}")
 
@@ -245,6 +283,31 @@ def _count(part: LabelledPart, unreadable: dict[str, Any]) -> int | None:
     return None if part.labels is None else len(part.labels) - sum(map(len, unreadable.values()))
 
 
+def _test(trainer: StreamTrainer, data: TrainingData, settings: FineTuningSettings, output: Path) -> tuple[dict, dict, dict]:
+    """Metrics of the test part, its results by class, and, of events, its unreadable files; nothing without a test part."""
+    part = data.parts.get("test")
+    if part is None:
+        return {}, {}, {}
+    logger.info(f"evaluating {'streamed' if part.labels is None else len(part.labels)} test clips")
+    if settings.task == "classification" or not part.has_times:
+        return *_evaluate(trainer, data, output), {}
+    if not trainer.is_world_process_zero():  # events are of whole clips, which one process scores
+        return {}, {}, {"test": {}}
+    rows = LabelledRows(AudioColumn(part.source.table), part.labels)  # type: ignore[arg-type]  # of a table
+    scored = score_events(
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.processing_class,  # type: ignore[arg-type]
+        rows,
+        batch_size=settings.per_device_eval_batch_size,
+        memory_gb=settings.memory_gb,
+        max_unreadable=settings.max_unreadable,
+    )
+    scored.events.save(output / "scores.npz")
+    results = evaluate_events(*scored.events, EventSettings())
+    metrics = results.pop("metrics") | {"merged_events": results.pop("merged_events"), "cut_events": scored.cut_events}
+    return metrics, results, {"test": scored.unreadable}
+
+
 def _evaluate(trainer: StreamTrainer, data: TrainingData, output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics of the test part, and its results by class; scores and confusion matrix are written beside the model."""
     found: Any = trainer.predict(data.parts["test"])  # type: ignore[arg-type]
@@ -263,6 +326,7 @@ def _evaluate(trainer: StreamTrainer, data: TrainingData, output: Path) -> tuple
 def describe_results(settings: FineTuningSettings, results: dict[str, Any]) -> str:
     """What the run did and found, as Markdown for the model card."""
     name = settings.model and public_name(settings.model)  # a folder of this machine by its name alone, for cards go to the Hub
+    what = "A SSLAM model of sound event detection" if settings.task == "events" else "A SSLAM audio classifier"
     origin = "trained from scratch" if name is None else f"fine-tuned from `{name}`"
     clips = {part: count or "streamed" for part, count in results["clips"].items()}
     tested = f"tested on {clips['test']} others" if "test" in clips else "not tested"
@@ -272,7 +336,7 @@ def describe_results(settings: FineTuningSettings, results: dict[str, Any]) -> s
     best = results["best_step"]
     weights = "the weights after its last step" if best is None else f"the weights after step {best}, the best on the validation clips"
     return (
-        f"A SSLAM audio classifier, {origin} on {clips['training']} clips of `{public_name(settings.data_dir)}`, {validated}and "
+        f"{what}, {origin} on {clips['training']} clips of `{public_name(settings.data_dir)}`, {validated}and "
         f"{tested}; {unreadable} files could not be read and were left out{', counted each time' if settings.streaming else ''}. One run, "
         f"{weights}. `settings.yaml` holds its settings, `results.json` the numbers in full.\n\n"
         f"Classes: {', '.join(map(as_text, results['classes']))}."
@@ -281,7 +345,12 @@ def describe_results(settings: FineTuningSettings, results: dict[str, Any]) -> s
 
 def reported_results(settings: FineTuningSettings, results: dict[str, Any]) -> list[ReportedResult]:
     """Accuracy, or mean average precision, on the test part, for the card's `model-index` and its table."""
-    kinds = {"accuracy": ("accuracy", "accuracy"), "mean_average_precision": ("mAP", "mean average precision")}
+    kinds = {
+        "accuracy": ("accuracy", "accuracy"),
+        "mean_average_precision": ("mAP", "mean average precision"),
+        "segment_f1": ("f1", "segment-based F1 (1 s, macro)"),
+        "psds1": ("psds1", "PSDS, scenario 1"),
+    }
     part = settings.test_split if settings.fold_column is None else f"{settings.fold_column} {', '.join(map(str, settings.test_folds))}"
     return [
         ReportedResult(

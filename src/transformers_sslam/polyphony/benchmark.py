@@ -8,7 +8,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..files import check_free, hash_file, write_folder_atomically
 from ..publishing.cards import as_text
 from ..reports import markdown_table, spreadsheet_cell
 from ..settings import setting, settings_dict
-from .render import Mixture, MixtureSettings, plan_mixtures, render
+from .render import Mixture, MixtureSettings, plan_background, plan_mixtures, render
 from .sounds import SPLITS, Sources, SourceSettings, common_classes, open_sources
 
 
@@ -95,7 +95,12 @@ def make_benchmark(settings: BenchmarkSettings) -> dict[str, Any]:
 def _plan(sources: Sources, split: str, settings: BenchmarkSettings) -> list[Mixture]:
     clips = settings.train_clips if split == "train" else settings.test_clips
     try:
-        return plan_mixtures(sources.sounds, settings.mixing, settings.num_events, clips, settings.seed, split)
+        plans = plan_mixtures(sources.sounds, settings.mixing, settings.num_events, clips, settings.seed, split)
+        if not len(sources.backgrounds):
+            return plans
+        generators = (np.random.default_rng([settings.seed, *split.encode(), number]) for number in range(len(plans)))
+        found = [plan_background(sources.backgrounds, settings.mixing, generator) for generator in generators]
+        return [replace(plan, background=background) for plan, background in zip(plans, found)]
     except UserError as error:
         raise UserError(f"{split}: {error}") from error
 
@@ -112,15 +117,14 @@ def benchmark_features(classes: Sequence[str], sampling_rate: int) -> datasets.F
         {
             **{"audio": datasets.Audio(sampling_rate=sampling_rate), "labels": datasets.List(label)},
             **{"num_events": number, "max_overlap": number, "instant": real, "events": datasets.List(event)},
+            **{"background": text, "background_start_sample": number, "background_gain": real, "background_db": real},
         }
     )
 
 
-def encode_row(
-    name: str, waveform: np.ndarray, mixture: Mixture, files: Sequence[str], classes: Sequence[str], rate: int
-) -> dict[str, Any]:
-    """A row of `benchmark_features`; `files` are the names of the sources by index."""
-    audio = io.BytesIO()
+def encode_row(name: str, waveform: np.ndarray, mixture: Mixture, sources: Sources, classes: Sequence[str], rate: int) -> dict[str, Any]:
+    """A row of `benchmark_features`."""
+    audio, below = io.BytesIO(), mixture.background
     soundfile.write(audio, waveform, rate, format="FLAC", subtype="PCM_16")
     return {
         "audio": {"bytes": audio.getvalue(), "path": f"{name}.flac"},
@@ -131,11 +135,15 @@ def encode_row(
         "events": [
             {
                 **{"label": classes.index(event.label), "onset": event.onset / rate, "offset": event.offset / rate},
-                **{"source": files[event.source], "gain": event.gain, "level_db": event.level_db},
+                **{"source": sources.table[event.source]["file"], "gain": event.gain, "level_db": event.level_db},
                 **{"onset_sample": event.onset, "num_samples": event.num_samples, "source_start_sample": event.source_start},
             }
             for event in mixture.events
         ],
+        "background": below and sources.background_table[below.source]["file"],
+        "background_start_sample": below and below.start,
+        "background_gain": below and below.gain,
+        "background_db": below and below.level_db,
     }
 
 
@@ -144,15 +152,14 @@ def _write_split(
 ) -> list[Mixture]:
     """Render and write a split. Returns the mixtures with their final gains."""
     rate, classes = settings.mixing.sampling_rate, features["labels"].feature.names
-    files = [row["file"] for row in sources.table]
     rendered: list[Mixture] = []
 
     def rows(group: Sequence[Mixture]) -> Iterator[dict[str, Any]]:
         for planned in group:
-            waveform, mixture = render(planned, sources.waveforms)
+            waveform, mixture = render(planned, sources.waveforms, sources.backgrounds)
             name = f"{split}_{len(mixture.events):02d}_events_{len(rendered) // len(settings.num_events):05d}"
             rendered.append(mixture)
-            yield encode_row(name, waveform, mixture, files, classes, rate)
+            yield encode_row(name, waveform, mixture, sources, classes, rate)
 
     count = math.ceil(len(plan) / settings.clips_per_shard)
     with tqdm(total=len(plan), desc=f"mixing {split}", unit="clip") as progress:
@@ -174,6 +181,9 @@ def _write_sources(file: Path, sources: dict[str, Sources], mixtures: dict[str, 
         for i, row in enumerate(sources[split].table):
             cells = {"split": split, **row, "events": uses[i]}
             rows.append({name: spreadsheet_cell(value) for name, value in cells.items()})
+        below = Counter(mixture.background.source for mixture in mixtures[split] if mixture.background)
+        for i, row in enumerate(sources[split].background_table):
+            rows.append({name: spreadsheet_cell(value) for name, value in {"split": split, **row, "backgrounds": below[i]}.items()})
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
         writer.writeheader()
@@ -184,7 +194,8 @@ def _report(
     folder: Path, classes: list[str], sources: dict[str, Sources], plans: dict[str, list[Mixture]], mixtures: dict[str, list[Mixture]]
 ) -> dict[str, Any]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    licenses = Counter(str(row.get("license") or "not stated") for split in SPLITS for row in sources[split].table)
+    tables = [row for split in SPLITS for row in (*sources[split].table, *sources[split].background_table)]
+    licenses = Counter(str(row.get("license") or "not stated") for row in tables)
     return {
         "classes": classes,
         "clips": {split: len(mixtures[split]) for split in SPLITS},
@@ -214,6 +225,11 @@ ONSETS = {
     "together": "Onsets are such that at an instant, uniform in the clip, all its events sound; `instant` is its time.",
     "anywhere": "Onsets are uniform: the events need not overlap, and `max_overlap` is the largest number that do.",
 }
+SILENCE = "There is no background: where no event sounds there is digital silence."
+BACKGROUND = (
+    "Below the events lies a part of a recording, uniform among recordings and within one; its RMS is uniform in {:g} to {:g} dB of full "
+    "scale. One that is shorter than the clip is repeated. What sounds in it has no labels."
+)
 MEANS = {"clips": ".0f", "classes": ".1f", "overlap": ".1f"}  # columns of the card's first table
 
 # No `configs:` here: the names of the files tell the splits, and with `configs` the library datasets silently takes the rows of another
@@ -251,9 +267,11 @@ Classes ({num_classes}): {classes}. Made by `sslam mix` of transformers-sslam {v
 | `num_events` | number of events |
 | `max_overlap` | the largest number of simultaneous events, pauses within them included |
 | `instant` | time in seconds from which all events sound for 10 ms (null where that was not asked for) |
+| `background`, `background_*` | the recording below the events, if there is one: its file, first sample, gain and level |
 | `events` | by onset: `label`; `onset` and `offset` in seconds; `source`, a file; `gain`; `level_db`; and three numbers of samples |
 
-A mixture is the sum of its events, `gain * source[source_start_sample : source_start_sample + num_samples]` from `onset_sample` on, at
+A mixture is the sum of its background and its events,
+`gain * source[source_start_sample : source_start_sample + num_samples]` from `onset_sample` on, at
 {sampling_rate} Hz (sources mixed down to mono and resampled by torchaudio), but for the rounding to 16 bits (1.6e-5).
 
 ## How it was made
@@ -262,7 +280,8 @@ A mixture is the sum of its events, `gain * source[source_start_sample : source_
   such frame to the last, pauses included; of sounds longer than {event_seconds:g} s it is a random window of at most that length, which
   begins and ends with a sounding frame.
 - Levels (RMS of an event's loudest 100 ms) are uniform in {level_low:g} to {level_high:g} dB of full scale, independent of each other:
-  many events are louder than few. There are no fades and there is no background: where no event sounds there is digital silence.
+  many events are louder than few. There are no fades.
+- {background}
 - {onsets}
 - The class of an event is uniform, and then its source among those of the class. No source comes twice in a clip; classes {classes_repeat}.
 - No recording, and no file, is in both splits: {recordings}.
@@ -301,7 +320,9 @@ def data_card(settings: BenchmarkSettings, report: dict[str, Any]) -> str:
     kept = {name: value for name, value in settings_dict(settings).items() if name not in ("data_dir", "output_dir", "memory_gb")}
     versions = [f"{module.__name__} {module.__version__}" for module in (datasets, np, pa, soundfile, torch)]
     return CARD.format(
-        **{name: getattr(rules, name) for name in ("clip_seconds", "sampling_rate", "sounding_db", "event_seconds")},
+        **{name: getattr(rules, name) for name in ("clip_seconds", "sampling_rate", "sounding_db")},
+        event_seconds=rules.longest_event,
+        background=BACKGROUND.format(*rules.background_db) if settings.train_backgrounds else SILENCE,
         title=as_text(Path(settings.output_dir).resolve().name),
         clips=" and ".join(f"{report['clips'][split]} {split}" for split in SPLITS),
         fewest=min(settings.num_events),

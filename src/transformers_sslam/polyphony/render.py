@@ -17,6 +17,7 @@ The rules, in frames of 10 ms:
 - Onsets, `overlap: together`: an instant is uniform in the clip, and each event is placed so that one of its sounding frames, uniform
   among those with which the whole event lies in the clip, begins at that instant.
   `overlap: anywhere`: the onset of each event is uniform among those with which it lies in the clip.
+- Background, if there is one: a random part of a recording, at a level (RMS of all of it) that is uniform in `background_db`.
 - Sounds: the class of an event is uniform among the classes, its sound uniform among those of the class; no sound comes twice in a
   mixture, and no class does if `repeat_classes` is false.
 """
@@ -34,15 +35,45 @@ from ..settings import setting
 
 
 Overlap = Literal["together", "anywhere"]
+Recordings = Sequence[np.ndarray] | Mapping[int, np.ndarray] | Waveforms
 
 FRAMES_PER_SECOND = 100
 LEVEL_FRAMES = 10  # length of the window whose largest RMS is the level of an event
 SILENT_DB = -60.0  # of full scale: a source whose loudest frame is below it is silent
+SILENT_BACKGROUND_DB = -100.0  # raised to the level of a background, nothing but the noise of rounding would be heard
 FULL_SCALE = 1 - 2**-15  # the largest sample of 16 bits
 
 
-@dataclass(frozen=True)
-class MixtureSettings:
+@dataclass(frozen=True, kw_only=True)
+class MixingRules:
+    """Rules of mixing that hold for clips of any length.
+
+    Raises:
+        UserError: if a value is out of range.
+    """
+
+    event_seconds: float | None = setting(
+        "longest event in seconds, at most half of a clip, to which longer sounds are cut; null: half of a clip", None
+    )
+    sounding_db: float = setting("largest difference in dB of a sounding frame from the loudest of its source", 40.0)
+    level_db: list[float] = setting("range of an event's level, the RMS of its loudest 100 ms, in dB of full scale", [-35.0, -25.0])
+    background_db: list[float] = setting("range of the background's level, its RMS, in dB of full scale", [-60.0, -45.0])
+    overlap: Overlap = setting("together: at one instant all events sound; anywhere: their onsets are independent", "together")
+    repeat_classes: bool = setting("whether a mixture may have several events of a class", True)
+
+    def __post_init__(self):
+        if not 0 < self.sounding_db < math.inf:
+            raise UserError(f"sounding_db is {self.sounding_db}, but must be a number of dB above 0")
+        for name in ("level_db", "background_db"):
+            level = getattr(self, name)
+            if len(level) != 2 or not -math.inf < level[0] <= level[1] <= 0:
+                raise UserError(f"{name} is {level}, but must be [lowest, highest] in dB of full scale, not above 0")
+        if self.overlap not in get_args(Overlap):
+            raise UserError(f"overlap is {self.overlap!r}, but must be one of {', '.join(get_args(Overlap))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureSettings(MixingRules):
     """Rules of mixing.
 
     Raises:
@@ -51,25 +82,20 @@ class MixtureSettings:
 
     sampling_rate: int = setting("sampling rate in Hz; sources at other rates are resampled", 16_000)
     clip_seconds: float = setting("length of a mixture in seconds", 10.0)
-    event_seconds: float = setting("longest event in seconds, at most half of clip_seconds; a longer sound is cut to it", 5.0)
-    sounding_db: float = setting("largest difference in dB of a sounding frame from the loudest of its source", 40.0)
-    level_db: list[float] = setting("range of an event's level, the RMS of its loudest 100 ms, in dB of full scale", [-35.0, -25.0])
-    overlap: Overlap = setting("together: at one instant all events sound; anywhere: their onsets are independent", "together")
-    repeat_classes: bool = setting("whether a mixture may have several events of a class", True)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.sampling_rate < 1000:
             raise UserError(f"sampling_rate is {self.sampling_rate}, but must be at least 1000 Hz")
-        if not 1 / FRAMES_PER_SECOND <= self.event_seconds <= self.clip_seconds / 2 < math.inf:
+        if not 1 / FRAMES_PER_SECOND <= self.longest_event <= self.clip_seconds / 2 < math.inf:
             raise UserError(
-                f"event_seconds is {self.event_seconds:g}, but must lie between 0.01 and half of clip_seconds, {self.clip_seconds / 2:g}"
+                f"event_seconds is {self.longest_event:g}, but must lie between 0.01 and half of clip_seconds, {self.clip_seconds / 2:g}"
             )
-        if not 0 < self.sounding_db < math.inf:
-            raise UserError(f"sounding_db is {self.sounding_db}, but must be a number of dB above 0")
-        if len(self.level_db) != 2 or not -math.inf < self.level_db[0] <= self.level_db[1] <= 0:
-            raise UserError(f"level_db is {self.level_db}, but must be [lowest, highest] in dB of full scale, not above 0")
-        if self.overlap not in get_args(Overlap):
-            raise UserError(f"overlap is {self.overlap!r}, but must be one of {', '.join(get_args(Overlap))}")
+
+    @property
+    def longest_event(self) -> float:
+        """Seconds."""
+        return self.clip_seconds / 2 if self.event_seconds is None else self.event_seconds
 
     @property
     def num_samples(self) -> int:
@@ -111,12 +137,23 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Background:
+    """A part of a recording below a whole clip, from sample `start` on, times `gain`; one that is too short begins again."""
+
+    source: int
+    start: int
+    gain: float
+    level_db: float  # RMS in the mixture, in dB of full scale
+
+
+@dataclass(frozen=True)
 class Mixture:
     """A planned clip."""
 
     num_samples: int
     events: tuple[Event, ...]  # by onset
     instant: int | None  # sample from which all events sound for a frame; `None` with `overlap: anywhere`
+    background: Background | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -126,7 +163,7 @@ class Mixture:
     @property
     def max_overlap(self) -> int:
         """The largest number of simultaneous events, pauses within them included."""
-        return max(sum(event.onset <= latest.onset < event.offset for event in self.events) for latest in self.events)
+        return max((sum(event.onset <= latest.onset < event.offset for event in self.events) for latest in self.events), default=0)
 
 
 def find_sound(waveform: np.ndarray, source: int, label: str, settings: MixtureSettings) -> Sound | None:
@@ -171,17 +208,32 @@ def plan_mixture(sounds: Sequence[Sound], settings: MixtureSettings, num_events:
     return Mixture(length, tuple(sorted(events, key=lambda event: (event.onset, event.source))), instant)
 
 
-def render(mixture: Mixture, waveforms: Sequence[np.ndarray] | Mapping[int, np.ndarray] | Waveforms) -> tuple[np.ndarray, Mixture]:
-    """The sum of the events.
+def plan_background(backgrounds: Recordings, settings: MixtureSettings, generator: np.random.Generator) -> Background:
+    """A random part of a random recording, by the rules above. Of a silent part the gain is 1."""
+    source = int(generator.integers(len(backgrounds)))
+    start = int(generator.integers(max(0, len(backgrounds[source]) - settings.num_samples) + 1))
+    lowest, highest = settings.background_db
+    level = float(generator.uniform(lowest, highest))
+    power = float(np.square(_cut(backgrounds[source], start, settings.num_samples), dtype=np.float64).mean())
+    if power < _power(SILENT_BACKGROUND_DB):
+        return Background(source, start, 1.0, 10 * math.log10(power) if power else -math.inf)
+    return Background(source, start, math.sqrt(_power(level) / power), level)
+
+
+def render(mixture: Mixture, waveforms: Recordings, backgrounds: Recordings = ()) -> tuple[np.ndarray, Mixture]:
+    """The sum of the events and the background.
 
     Args:
         mixture: as planned.
         waveforms: `waveforms[event.source]` is `(samples,)`.
+        backgrounds: likewise of the background's source.
 
     Returns:
         `(samples,)`, float32, and the mixture with its final gains: all smaller by one factor if the sum would have exceeded full scale.
     """
-    total = np.zeros(mixture.num_samples)
+    total, background = np.zeros(mixture.num_samples), mixture.background
+    if background is not None:
+        total += background.gain * _cut(backgrounds[background.source], background.start, mixture.num_samples)
     for event in mixture.events:
         part = waveforms[event.source][event.source_start : event.source_start + event.num_samples]
         total[event.onset : event.offset] += event.gain * part.astype(np.float64)
@@ -189,15 +241,21 @@ def render(mixture: Mixture, waveforms: Sequence[np.ndarray] | Mapping[int, np.n
     if peak > FULL_SCALE:
         factor = float(FULL_SCALE / peak)
         events = (replace(e, gain=e.gain * factor, level_db=e.level_db + 20 * math.log10(factor)) for e in mixture.events)
-        total, mixture = total * factor, replace(mixture, events=tuple(events))
+        if background is not None:
+            background = replace(background, gain=background.gain * factor, level_db=background.level_db + 20 * math.log10(factor))
+        total, mixture = total * factor, replace(mixture, events=tuple(events), background=background)
     return total.astype(np.float32), mixture
+
+
+def _cut(waveform: np.ndarray, start: int, samples: int) -> np.ndarray:
+    return np.resize(waveform[start : start + samples], samples)
 
 
 def _choose(sounds: Sequence[Sound], count: int, repeat_classes: bool, generator: np.random.Generator) -> list[Sound]:
     """Different sounds: each time a class, uniform among those that have one left, and one of its sounds."""
     classes = {sound.label for sound in sounds}
-    if count < 1:
-        raise UserError(f"a mixture of {count} events is not possible: num_events must be at least 1")
+    if count < 0:
+        raise UserError(f"a mixture of {count} events is not possible: num_events must be at least 1, or 0 for a background alone")
     if count > len(sounds):
         raise UserError(f"a mixture of {count} events needs as many different sounds, but there are {len(sounds)}: lower num_events")
     if not repeat_classes and count > len(classes):
@@ -220,7 +278,7 @@ def _choose(sounds: Sequence[Sound], count: int, repeat_classes: bool, generator
 def _place(sound: Sound, instant: int | None, settings: MixtureSettings, generator: np.random.Generator) -> Event:
     """An event of a sound, or of a window of it, at a random onset and level."""
     frame = settings.frame
-    longest = int(settings.event_seconds * settings.sampling_rate) // frame
+    longest = int(settings.longest_event * settings.sampling_rate) // frame
     first, end = 0, len(sound.sounding)
     if end > longest:
         first = int(generator.choice(np.flatnonzero(sound.sounding[: end - longest + 1])))

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..audio.cache import Waveforms
 from ..audio.layouts import open_splits
 from ..audio.paths import decode_path, source_name
 from ..audio.rows import AudioColumn, LabelledRows, all_rows, read_rows, select_folds, select_split
+from ..audio.sources import SourceSettings as FileSource
 from ..errors import UserError
 from ..settings import setting
 from .render import MixtureSettings, Sound, find_sound
@@ -32,6 +34,7 @@ class SourceSettings:
     layout: str = setting("how they are laid out, see transformers_sslam.audio.layouts", "audiofolder")
     subset: str | None = setting("part of a data set that has several", None)
     label_column: str = setting("column of the class, one for each sound", "label")
+    classes: list[str] = setting("classes of the events; empty: all", [])
     group_column: str | None = setting("column of the recording that a sound is cut from; null: each is its own", None)
     fold_column: str | None = setting("column to choose sounds by, whatever their split", None)
     train_folds: list[int | str] = setting("its values for training mixtures", [])
@@ -40,6 +43,8 @@ class SourceSettings:
     train_split: str = setting("with neither folds nor fraction: split of the training sounds", "train")
     test_split: str = setting("with neither folds nor fraction: split of the test sounds", "test")
     seed: int = setting("random seed for the split, the mixtures and their levels", 0)
+    train_backgrounds: list[FileSource] = setting("recordings to lay below training mixtures, each with kind and path; empty: silence", [])
+    test_backgrounds: list[FileSource] = setting("recordings to lay below test mixtures", [])
     max_unreadable: float = setting("largest fraction of sounds that may be unusable", 0.01)
     memory_gb: float = setting("memory for decoded sounds in GB; others are decoded again each time", 4.0)
 
@@ -50,6 +55,16 @@ class SourceSettings:
             raise UserError(f"test_fraction is {self.test_fraction} and fold_column {self.fold_column!r}: give one of the two")
         if self.fold_column is None and (self.train_folds or self.test_folds):
             raise UserError("there are train_folds or test_folds, but no fold_column that they are values of: give it")
+        self.train_backgrounds, self.test_backgrounds = (
+            [FileSource.of(source) for source in sources] for sources in (self.train_backgrounds, self.test_backgrounds)
+        )
+        if bool(self.train_backgrounds) != bool(self.test_backgrounds):
+            raise UserError("train_backgrounds or test_backgrounds is empty, but not both: give other recordings for each, or none")
+
+    @property
+    def backgrounds(self) -> dict[str, list[FileSource]]:
+        """By split."""
+        return dict(zip(SPLITS, (self.train_backgrounds, self.test_backgrounds)))
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,30 @@ class Sources:
     waveforms: Waveforms  # of those that can be read
     sounds: list[Sound]  # those that are not silent; `sound.source` is an index of `waveforms` and of `table`
     table: list[dict[str, Any]]  # `file`, `label`, `recording`, `sha256` (of the file), and the other columns of the metadata
+    backgrounds: Waveforms  # recordings to lay below the events
+    background_table: list[dict[str, Any]]  # of these, without a label
+
+
+def open_table(source: FileSource) -> datasets.Dataset:
+    """The rows of a source of files, by its split and what it keeps.
+
+    Raises:
+        UserError: if there are none, or it is a stream.
+    """
+    splits = open_splits(source.path, source.kind, subset=source.subset, revision=source.revision, audio_column=source.audio_column)
+    rows = select_split(splits, source.split)
+    for column, values in source.keep.items():
+        rows = select_folds({source.split: rows}, column, values)
+    return rows
+
+
+def open_backgrounds(sources: Sequence[FileSource], sampling_rate: int, memory_gb: float, max_unreadable: float) -> Waveforms:
+    """The recordings that are laid below mixtures. Raises `UserError` if too many cannot be read."""
+    audio = [entry for source in sources for entry in AudioColumn(open_table(source))]
+    waveforms = Waveforms(audio, sampling_rate, memory_gb, "decoding backgrounds")
+    if audio:
+        waveforms.check_unreadable(max_unreadable, "background")
+    return waveforms
 
 
 def open_sources(settings: SourceSettings, rules: MixtureSettings) -> dict[str, Sources]:
@@ -72,8 +111,15 @@ def open_sources(settings: SourceSettings, rules: MixtureSettings) -> dict[str, 
     recordings = {split: _recordings(rows[split], settings) for split in SPLITS}
     _check_apart(recordings, "recording")
     labelled = {split: read_rows(rows[split], settings.label_column) for split in SPLITS}  # of both, before anything is decoded
+    for split in SPLITS if settings.classes else ():
+        if absent := sorted({*settings.classes} - {*labelled[split].labels.names}):
+            raise UserError(f"classes has {', '.join(absent)}, but no {split} source has such a label: correct it, or add some")
+        kept = [i for i, names in enumerate(labelled[split].labels) if not {*names}.isdisjoint(settings.classes)]
+        rows[split], labelled[split] = rows[split].select(kept), labelled[split].select(kept)
+        recordings[split] = [recordings[split][i] for i in kept]
     sources = {split: _read(rows[split], labelled[split], recordings[split], split, settings, rules) for split in SPLITS}
-    _check_apart({split: [row["sha256"] for row in sources[split].table] for split in SPLITS}, "file (by its SHA-256)")
+    tables = {split: [*sources[split].table, *sources[split].background_table] for split in SPLITS}
+    _check_apart({split: [row["sha256"] for row in tables[split]] for split in SPLITS}, "file (by its SHA-256)")
     return sources
 
 
@@ -125,7 +171,22 @@ def _read(
     for i in waveforms.kept:
         known = {"file": names[i], "label": labelled.labels[i][0], "recording": recordings[i], "sha256": _digest(labelled.sources[i])}
         table.append(known | {column: value for column, value in metadata[i].items() if column not in (*known, "split", "events")})
-    return Sources(waveforms, sounds, table)
+    backgrounds, background_table = _read_backgrounds(settings, rules, split)
+    return Sources(waveforms, sounds, table, backgrounds, background_table)
+
+
+def _read_backgrounds(settings: SourceSettings, rules: MixtureSettings, split: str) -> tuple[Waveforms, list[dict[str, Any]]]:
+    sources = settings.backgrounds[split]
+    waveforms = open_backgrounds(sources, rules.sampling_rate, settings.memory_gb, settings.max_unreadable)
+    table = []
+    for source in sources:
+        rows = open_table(source)
+        metadata = rows.remove_columns("audio")
+        for audio, values in zip(AudioColumn(rows), metadata if metadata.column_names else [{}] * len(rows)):
+            name = os.path.join(source.name, os.path.relpath(decode_path(audio["path"]), source.path))
+            known = {"file": name, "label": None, "recording": name, "sha256": _digest(audio)}
+            table.append(known | {column: value for column, value in values.items() if column not in (*known, "split", "events")})
+    return waveforms, [table[i] for i in waveforms.kept]
 
 
 def _recordings(rows: datasets.Dataset, settings: SourceSettings) -> list[str]:

@@ -1,17 +1,20 @@
 """The clips of a run: those it trains on, those of its validation loss, and the scale of their log-mels."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from accelerate import Accelerator
 
 from ..audio.batches import ClipStream, DataSettings
-from ..audio.normalization import compute_normalization
+from ..audio.normalization import CLIPS_FOR_NORMALIZATION, compute_normalization
 from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from .checkpoints import find_checkpoint
 from .settings import PreTrainingSettings
 
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 
@@ -50,6 +53,7 @@ def open_training_clips(settings: PreTrainingSettings, extractor: SSLAMFeatureEx
             saved = SSLAMFeatureExtractor.from_pretrained(checkpoint)
             extractor.mean, extractor.std = saved.mean, saved.std
         else:
+            logger.info("Computing mean and standard deviation of the log-mels, of at most %d clips", CLIPS_FOR_NORMALIZATION)
             extractor.mean, extractor.std = compute_normalization(
                 clips.sources,
                 clips.readers.windows,
@@ -58,6 +62,7 @@ def open_training_clips(settings: PreTrainingSettings, extractor: SSLAMFeatureEx
                 seed=settings.seed,
                 num_workers=settings.dataloader_num_workers,
             )
+            logger.info("Their mean is %.3f, and their standard deviation %.3f", extractor.mean, extractor.std)
         return clips
 
 

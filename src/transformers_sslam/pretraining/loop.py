@@ -9,6 +9,7 @@ counts, and changes nothing. What steps compute is read when a line is logged.
 
 import contextlib
 import logging
+import math
 import os
 import shlex
 import tempfile
@@ -45,6 +46,7 @@ from .settings import PreTrainingSettings
 logger = logging.getLogger(__name__)
 
 # Where a run stands, as a checkpoint holds it. What was skipped is known up to the last line of the log.
+DIVERGED = 10  # times the first loss, from which on a loss is warned about
 COUNTERS = ("step", "skipped", "skipped_in_a_row", "clips_seen")
 
 
@@ -98,6 +100,12 @@ class PreTrainer:
                 "positions only%s",
                 ", and each clip is mixed with itself" if self.model.config.use_mixtures else "",
             )
+        config = self.model.config
+        if settings.max_steps < config.ema_anneal_end_step and config.ema_decay != config.ema_end_decay:
+            logger.info(
+                "max_steps is %d, but the teacher's decay rises until step %d (model_config.ema_anneal_end_step): it will not reach %g",
+                *(settings.max_steps, config.ema_anneal_end_step, config.ema_end_decay),
+            )
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, settings.weight_decay, settings.decay_all_weights),
             lr=0.0,
@@ -115,6 +123,7 @@ class PreTrainer:
         self.log = TrainingLog(self.accelerator, self.output_dir / "metrics.jsonl", self.model.config, self.extractor.max_length)
         self.stop = StopSignals(self.accelerator.num_processes)
         self.step = self.skipped = self.skipped_in_a_row = self.clips_seen = 0
+        self.first_loss: float | None = None  # mean over the steps of the first line since the start
 
     def _check_output_dir(self) -> None:
         try:
@@ -282,6 +291,14 @@ class PreTrainer:
             logger.warning(
                 "Gradients of %d of the last %d steps were not finite: these steps changed nothing (%d since the run began)",
                 *(sum(skipped), len(skipped), self.skipped),
+            )
+        if self.first_loss is None or math.isnan(self.first_loss):  # NaN: all steps of the first line were skipped
+            self.first_loss = means["loss"]
+        elif means["loss"] > DIVERGED * self.first_loss and self.accelerator.is_main_process:
+            logger.warning(
+                "The mean loss since the last line is %.4g, more than %d times that of the first line, %.4g: if it stays so high, the run "
+                "has diverged; start again with a lower learning_rate",
+                *(means["loss"], DIVERGED, self.first_loss),
             )
         check_collapse(settings, self.step, means)
 

@@ -25,6 +25,12 @@ from .settings import PreTrainingSettings
 
 logger = logging.getLogger(__name__)
 
+TRACKED = {  # the group of each curve that is not a loss
+    **dict.fromkeys(("target_std", "prediction_std", "content_share"), "targets"),
+    **dict.fromkeys(("learning_rate", "hours_of_audio_seen", "skipped_steps"), "progress"),
+    **dict.fromkeys(("clips_per_second", "flops_utilisation", "memory_gib", "data_wait_fraction"), "speed"),
+}
+
 LOSSES = ("loss", "local_loss", "global_loss", "source_retention_loss")
 STATISTICS = (*LOSSES, "target_std", "prediction_std", "content_share")
 
@@ -195,7 +201,7 @@ class TrainingLog:
             "data_wait_fraction": waited / seconds,
             "skipped_steps": skipped_before + sum(skipped),
         }
-        self.accelerator.log({**means, **speed}, step=step)
+        self._track({**means, **speed}, step)
         for number, row in enumerate(rows, step - len(rows) + 1):
             self._write_line(number, {name: value if math.isfinite(value) else None for name, value in zip(STATISTICS, row)})
         if self.accelerator.is_main_process:
@@ -211,10 +217,14 @@ class TrainingLog:
 
     def write_validation(self, step: int, means: dict[str, float], clips: int) -> None:
         """Write the losses on the validation clips after a step."""
-        self.accelerator.log(means, step=step)
+        self._track(means, step)
         self._write_line(step, means)
         if self.accelerator.is_main_process:
             logger.info("step %d  validation loss %.4f on %d clips", step, means["validation_loss"], clips)
+
+    def _track(self, values: Mapping[str, float], step: int) -> None:
+        """Give them to the trackers, in groups: curves that belong together are drawn together."""
+        self.accelerator.log({f"{TRACKED.get(name, 'loss')}/{name}": value for name, value in values.items()}, step=step)
 
     def _write_line(self, step: int, values: Mapping[str, float | None]) -> None:
         if self.file is not None:

@@ -150,7 +150,10 @@ class PreTrainingSettings(ModelSettings, OptimizationSettings, SpeedSettings, Ru
         if not 0 <= self.min_lr <= self.learning_rate:
             raise UserError(f"lr_scheduler_kwargs.min_lr is {self.min_lr}, but must lie between 0 and learning_rate, {self.learning_rate}")
         if self.num_warmup_steps >= self.max_steps:
-            raise UserError(f"warmup_steps is {self.warmup_steps}, but must be less than max_steps, {self.max_steps}")
+            raise UserError(
+                f"warmup_steps is {self.warmup_steps:g}, but must be less than max_steps, {self.max_steps}: set it too, for example "
+                "--warmup_steps 0.1, a tenth of all steps"
+            )
 
     @property
     def num_warmup_steps(self) -> int:

@@ -153,16 +153,26 @@ def _check_fields(cls: type, values: Any, what: str) -> None:
 
 # --- the card
 
-TASKS = {"SSLAMForAudioClassification": "audio-classification"}
-USAGE = {
-    "audio-classification": """import transformers_sslam
+DETECTOR = "SSLAMForAudioFrameClassification"
+USAGE = {  # by class; of all others the encoder's
+    "SSLAMForAudioClassification": """import transformers_sslam
 from transformers import pipeline
 from transformers_sslam.audio import load_waveform
 
 classify = pipeline("audio-classification", model="{model_id}")
 waveform = load_waveform("clip.wav", {sampling_rate})  # any format, rate and number of channels
 print(classify({{"array": waveform, "sampling_rate": {sampling_rate}}}))""",
-    "feature-extraction": """import torch
+    DETECTOR: """import transformers_sslam
+from transformers import AutoFeatureExtractor, AutoModelForAudioFrameClassification
+from transformers_sslam.audio import load_waveform
+
+extractor = AutoFeatureExtractor.from_pretrained("{model_id}")
+model = AutoModelForAudioFrameClassification.from_pretrained("{model_id}").eval()
+waveform = load_waveform("clip.wav", {sampling_rate})  # any format, rate, length and number of channels
+print(model.detect(waveform, extractor))
+# Transformers has no pipeline for this: "audio-classification" would take the layer for time steps for one for clips.""",
+}
+ENCODER_USAGE = """import torch
 import transformers_sslam
 from transformers import AutoFeatureExtractor, AutoModel
 from transformers_sslam.audio import load_waveform
@@ -173,8 +183,7 @@ waveform = load_waveform("clip.wav", {sampling_rate})  # any format, rate and nu
 with torch.inference_mode():
     outputs = model(**extractor(waveform, sampling_rate={sampling_rate}, return_tensors="pt"))
 outputs.pooler_output  # (batch, width): the clip
-model.frame_embeddings(outputs.last_hidden_state)  # (batch, time, frequency, width): each 160 ms""",
-}
+model.frame_embeddings(outputs.last_hidden_state)  # (batch, time, frequency, width): each 160 ms"""
 CITATIONS = {
     "sslam": """@inproceedings{alex2025sslam,
   title     = {{SSLAM}: Enhancing Self-Supervised Models with Audio Mixtures for Polyphonic Soundscapes},
@@ -197,11 +206,10 @@ def _write(folder: Path, description: ModelDescription, model_id: str | None) ->
     """Write front matter and Markdown; with `model_id` the weights lie there already."""
     config, extractor = (_read_configuration(folder / name) for name in ("config.json", "preprocessor_config.json"))
     kind = _class_name(config)
-    task = TASKS.get(kind, "feature-extraction")
     how_to_get = description.how_to_get if model_id is None else None
     code = REMOTE_CODE if "auto_map" in config or how_to_get else None  # which conversion copies
     try:
-        usage = USAGE[task].format(model_id=model_id or description.name, sampling_rate=extractor["sampling_rate"])
+        usage = USAGE.get(kind, ENCODER_USAGE).format(model_id=model_id or description.name, sampling_rate=extractor["sampling_rate"])
         size = _size(kind, config, extractor)
     except KeyError as error:
         raise UserError(
@@ -221,7 +229,7 @@ def _write(folder: Path, description: ModelDescription, model_id: str | None) ->
         if given := [part for part in parts if part]:
             body += [f"## {title}", *given]
     path = folder / "README.md"
-    write_text(path, f"---\n{_metadata(task, description).to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n")
+    write_text(path, f"---\n{_metadata(kind, description).to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n")
     return path
 
 
@@ -232,22 +240,25 @@ REMOTE_CODE = (
 
 def _size(kind: str, config: dict, extractor: dict) -> str:
     size = f"{kind}: {config['num_hidden_layers']} blocks, width {config['hidden_size']}, {config['num_attention_heads']} heads"
-    if kind in TASKS:
+    if kind in USAGE:
         size += f", {len(config.get('id2label') or 'ab')} classes"  # without names Transformers takes two
+    if kind == DETECTOR:
+        size += f", {config['steps_per_second']:g} time steps per second"
     return (
         f"{size}. Input: mono audio at {extractor['sampling_rate']} Hz, which the feature extractor turns into log-mels of "
         f"{extractor['max_length']} frames (10 ms each) by default."
     )
 
 
-def _metadata(task: str, description: ModelDescription) -> CardData:
+def _metadata(kind: str, description: ModelDescription) -> CardData:
     # An entry for each result, because `ModelCardData` merges those on one data set under the source of the first.
     index = [eval_results_to_model_index(description.name, [result.for_model_index()])[0] for result in description.results]
     merged: Any = [{"name": description.name, "results": [entry for model in index for entry in model["results"]]}] if index else None
     return CardData(
         library_name="transformers",
-        pipeline_tag=task,
-        tags=["audio", "sslam"],
+        # The Hub has no task for event detection: a detector's is the nearest one.
+        pipeline_tag="audio-classification" if kind in USAGE else "feature-extraction",
+        tags=["audio", "sslam", "sound-event-detection"] if kind == DETECTOR else ["audio", "sslam"],
         license=description.license,
         license_name=description.license_name,
         license_link=description.license_link,

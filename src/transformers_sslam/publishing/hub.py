@@ -22,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers import (
     MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
+    MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING,
     MODEL_FOR_PRETRAINING_MAPPING,
     MODEL_MAPPING,
     PreTrainedModel,
@@ -41,11 +42,17 @@ MODEL_AUTO_MAP = {
     "AutoConfig": "configuration_sslam.SSLAMConfig",
     "AutoModel": "modeling_sslam.SSLAMModel",
     "AutoModelForAudioClassification": "modeling_sslam.SSLAMForAudioClassification",
+    "AutoModelForAudioFrameClassification": "modeling_sslam_frames.SSLAMForAudioFrameClassification",
     "AutoModelForPreTraining": "modeling_sslam_pretraining.SSLAMForPreTraining",
 }
 FEATURE_EXTRACTOR_AUTO_MAP = {"AutoFeatureExtractor": "feature_extraction_sslam.SSLAMFeatureExtractor"}
 # As registered with Transformers: an import would be circular, as the models' `from_official` calls the conversion.
-MAPPINGS: Any = (MODEL_MAPPING, MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING, MODEL_FOR_PRETRAINING_MAPPING)
+MAPPINGS: Any = (
+    MODEL_MAPPING,
+    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
+    MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING,
+    MODEL_FOR_PRETRAINING_MAPPING,
+)
 MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {mapping[SSLAMConfig].__name__: mapping[SSLAMConfig] for mapping in MAPPINGS}
 PATCH_PROJECTION = "patch_embeddings.projection.weight"  # a convolution in official files and older models, and here its matrix
 
@@ -290,7 +297,7 @@ def _without_private(value: Any, paths: bool, name: str = "") -> Any:
     if SECRET_NAME.search(name) and not isinstance(value, bool) and (paths or isinstance(value, str)):
         return None
     if isinstance(value, dict):
-        labels = ("id2label", "label2id")
+        labels = ("id2label", "label2id", "event_detection")
         return {key: item if key in labels else _without_private(item, paths, str(key)) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_private(item, paths, name) for item in value]

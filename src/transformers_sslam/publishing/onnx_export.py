@@ -1,4 +1,4 @@
-"""Encoder or classifier as an ONNX file for any batch and length, compared with torch before it is kept.
+"""Encoder, classifier or event detector as an ONNX file for any batch and length, compared with torch before it is kept.
 
 ```python
 export_onnx("sslam-base-as2m", "sslam-base-as2m-onnx")  # model.onnx, config.json, preprocessor_config.json
@@ -28,6 +28,7 @@ from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import check_free, write_folder_atomically
 from ..modeling_sslam import SSLAMForAudioClassification, SSLAMModel, SSLAMPreTrainedModel
+from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
 from ..settings import setting
 from .conversion import resolve_model
 
@@ -37,6 +38,7 @@ TOLERANCE = 1e-4  # largest difference from torch, relative to the largest value
 OUTPUTS: dict[type[SSLAMPreTrainedModel], list[str]] = {
     SSLAMModel: ["last_hidden_state", "pooler_output"],
     SSLAMForAudioClassification: ["logits"],
+    SSLAMForAudioFrameClassification: ["logits", "clip_logits"],
 }
 
 
@@ -51,7 +53,7 @@ class ExportSettings:
     model: str = setting("SSLAM model with its feature extractor: a folder, a Hub id, or an official checkpoint")
     output_dir: str = setting("folder for model.onnx and the configuration of its input, new or empty")
     with_mask: bool = setting("give the graph a second input, a mask over frames, for padded clips", False)
-    encoder_only: bool = setting("leave out the head of a classifier: embeddings instead of logits", False)
+    encoder_only: bool = setting("leave out the head of a classifier or event detector: embeddings instead of logits", False)
     opset: int = setting("version of the ONNX operators, 18 to 23", 20)
 
 
@@ -84,8 +86,9 @@ def export_onnx(
 
     The graph takes `input_values`, `(batch, frames, num_mel_bins)`, float32, as the feature extractor makes them, and with `with_mask`
     also `attention_mask`, `(batch, frames)`, int32, 1 for sound and 0 for padding. `batch` is free, `frames` any multiple of the patch
-    size up to the model's `max_length`; ONNX Runtime rejects others. A classifier gives `logits`, `(batch, num_labels)`, an encoder
-    `last_hidden_state` and `pooler_output`, see [`SSLAMModelOutput`]. Metadata describe the input.
+    size up to the model's `max_length`; ONNX Runtime rejects others. A classifier gives `logits`, `(batch, num_labels)`, an
+    event detector `logits`, `(batch, steps, num_labels)`, and `clip_logits`, `(batch, num_labels)`, an encoder `last_hidden_state` and
+    `pooler_output`, see [`SSLAMModelOutput`]. Metadata describe the input.
 
     Weights of more than 1.5 GiB lie in a second file, `model.onnx.data`, as Protobuf ends at 2 GB.
 
@@ -93,7 +96,7 @@ def export_onnx(
         model: folder or Hub id of a SSLAM model (of a pre-training checkpoint the encoder) and its feature extractor.
         output_dir: new or empty.
         with_mask: take a mask over frames too. The published models were trained without one.
-        encoder_only: leave out a classifier's head.
+        encoder_only: leave out a classifier's or detector's head.
         opset: of ONNX, 18 to 23.
 
     Returns:
@@ -125,10 +128,10 @@ def _load(name: str, encoder_only: bool) -> tuple[SSLAMPreTrainedModel, SSLAMFea
         settings, _ = PreTrainedConfig.get_config_dict(name)
         if settings.get("model_type") != SSLAMConfig.model_type:
             raise ExportError(f"{name} is not a SSLAM model (model_type is {settings.get('model_type')!r}): give a saved or converted one")
-        is_classifier = "SSLAMForAudioClassification" in (settings.get("architectures") or [])
-        model_class = SSLAMForAudioClassification if is_classifier and not encoder_only else SSLAMModel
+        names = [] if encoder_only else settings.get("architectures") or []
+        model_class: Any = next((cls for cls in OUTPUTS if cls.__name__ in names), SSLAMModel)
         extractor = SSLAMFeatureExtractor.from_pretrained(name)
-        model, report = model_class.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
+        model, report = model_class.from_pretrained(
             name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True
         )
     if wrong := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
@@ -185,6 +188,10 @@ def _metadata(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor) -> 
     }
     if isinstance(model, SSLAMForAudioClassification):
         metadata["problem_type"] = config.problem_type or "unknown"
+    if isinstance(model, SSLAMForAudioFrameClassification):
+        metadata["steps_per_second"] = config.steps_per_second
+        metadata["event_detection"] = json.dumps(config.event_detection or {}, ensure_ascii=False)
+    if not isinstance(model, SSLAMModel):
         metadata["id2label"] = json.dumps(config.id2label, ensure_ascii=False)
     return {name: str(value) for name, value in metadata.items()}
 
@@ -196,7 +203,8 @@ def _description(config: SSLAMConfig, extractor: SSLAMFeatureExtractor, with_mas
         f"input_values: Kaldi log-mels of mono audio at {extractor.sampling_rate} Hz in [-1, 1], its mean subtracted (Hann windows of 25 "
         f"ms every 10 ms, {extractor.num_mel_bins} bins), padded with padding_value or cut to max_length frames{scaled}. Any multiple of "
         f"{config.patch_size} frames up to {config.max_length}.{mask} logits of a classifier: before softmax "
-        "(single_label_classification) or sigmoid (multi_label_classification)."
+        "(single_label_classification) or sigmoid (multi_label_classification). logits of an event detector, one for each step and class, "
+        "and its clip_logits: before sigmoid; step j begins at j / steps_per_second."
     )
 
 

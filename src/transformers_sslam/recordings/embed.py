@@ -11,21 +11,20 @@ What each vector is, and how to get the same ones in Python, is said at `SSLAMMo
 `embeddings.unusable.csv`, and tried again by the next run.
 """
 
-import csv
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
-from ..reports import spreadsheet_cell
 from ..settings import setting
 from ..tasks_sslam import Embedding
 from ..windows_sslam import Windowing
+from .formats import utf8, write_tables, write_unusable
 from .parts import Parts
 from .processing import RecordingsSettings, Summary, process, report
 
@@ -64,35 +63,17 @@ def _write(parts: Parts, paths: list[str], output: Path, task: Embedding) -> Non
     """The output, and a list of the recordings that it lacks."""
     vectors = parts.schema.field("values").type
     schema = pa.schema([("path", pa.string()), ("start", pa.float64()), ("end", pa.float64()), ("vector", vectors)])
-    unusable: list[tuple] = []
-    with parts.replace(output) as file, pq.ParquetWriter(file, schema) as writer:
-        held: list[pa.Table] = []
-        rows = 0
+    unusable: list[tuple[str, str | None, str]] = []
+
+    def vectors_of_usable() -> Iterator[pa.Table]:
         for path, entry, tables in parts.read(paths):
             if entry.error is not None:
                 unusable.append((path, entry.cause, entry.error))
                 continue
             for table in tables:
-                names = pa.repeat(pa.scalar(_utf8(path)), len(table))
-                held.append(pa.Table.from_arrays([names, table["start"], table["end"], table["values"]], schema=schema))
-                rows += len(table)
-                if rows >= parts.rows_at_once:
-                    writer.write_table(pa.concat_tables(held).combine_chunks())
-                    held, rows = [], 0
-        writer.write_table(pa.concat_tables([*held, schema.empty_table()]).combine_chunks())
-    listed = output.with_suffix(".unusable.csv")
-    if unusable:
-        with parts.replace(listed) as file, file.open("w", encoding="utf-8", newline="") as text:
-            csv.writer(text, lineterminator="\n").writerows([("path", "cause", "error"), *map(_cells, unusable)])
-    elif listed.exists():
-        parts.check_output(listed)
-        listed.unlink()
+                names = pa.repeat(pa.scalar(utf8(path)), len(table))
+                yield pa.Table.from_arrays([names, table["start"], table["end"], table["values"]], schema=schema)
 
-
-def _cells(row: tuple[str, ...]) -> list[str]:
-    return [spreadsheet_cell(_utf8(text)) for text in row]
-
-
-def _utf8(text: str) -> str:
-    """Names of files need not be."""
-    return text.encode(errors="backslashreplace").decode()
+    with parts.replace(output) as file:
+        write_tables(file, schema, vectors_of_usable(), parts.rows_at_once)
+    write_unusable(parts, output, unusable)

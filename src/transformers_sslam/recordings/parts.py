@@ -4,9 +4,12 @@ A part holds the results of whole recordings, is written by one process, atomica
 is verified. So a run that is killed is resumed by the recordings that no part holds, and processes need not know of each other.
 """
 
+import hashlib
 import json
 import logging
+import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,7 +24,7 @@ import pyarrow.parquet as pq
 
 from ..audio.paths import decode_path, encode_path
 from ..errors import AudioDecodingError, UserError
-from ..files import UNFINISHED, DamagedFileError, flush, hash_file, name_unfinished, read_json, write_json
+from ..files import UNFINISHED, DamagedFileError, finish_folder, flush, hash_file, name_unfinished, read_json, write_json
 from ..tasks_sslam import Row
 from .inputs import Recording, absolute_path
 
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 IDENTITY, OUTPUTS = "settings.json", "outputs.json"
 PART_NAME = re.compile(r"(\d{4,})-([0-9a-f]{64})\.parquet")  # number of the run, and hash
+FOLDER_HASH = "folder "  # before the hash of an output that is one
 ROW_GROUP_BYTES, MOST_ROWS = 2**21, 2**15
 
 
@@ -141,7 +145,7 @@ class Parts:
 
     @contextmanager
     def replace(self, output: Path) -> Iterator[Path]:
-        """A temporary file beside the output, which then takes its name. The caller holds a lock on `outputs.json`.
+        """A name beside the output for a temporary file or folder, which then takes its place. The caller holds a lock on `outputs.json`.
 
         Raises:
             UserError: see [`check_output`].
@@ -154,23 +158,32 @@ class Parts:
             yield temporary
             flush(temporary)
             # Before the file is there: a process that dies in between leaves an output whose hash is known.
-            former = [hash_file(output)] if output.exists() else []
-            write_json(self.folder / OUTPUTS, {**self._hashes(), output.name: [*former, hash_file(temporary)]}, sealed=True)
-            temporary.replace(output)
-            flush(output.parent)
+            former = [_hash_output(output)] if output.exists() else []
+            hashes = {**self._hashes(), self._output_name(output): [*former, _hash_output(temporary)]}
+            write_json(self.folder / OUTPUTS, hashes, sealed=True)
+            if temporary.is_dir():
+                finish_folder(temporary, output)
+            else:
+                temporary.replace(output)
+                flush(output.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
     def check_output(self, output: Path) -> None:
         """Raise a `UserError` if the output exists, and is not as this program wrote it."""
         if not output.exists():
             return
-        if not output.is_file() or (written := self._hashes().get(output.name)) is None:
+        written = self._hashes().get(self._output_name(output))
+        if written is None or output.is_dir() != any(known.startswith(FOLDER_HASH) for known in written):
             raise UserError(f"{output} exists, and was not written from {self.folder}: give another output")
-        if hash_file(output) not in written:
+        if _hash_output(output) not in written:
             raise UserError(
                 f"{output} was changed since it was written (line ends?): move it away to have it written again, or give another output"
             )
+
+    def _output_name(self, output: Path) -> str:
+        """Its path, as seen from the folder that the parts lie in: both may be moved together."""
+        return os.path.relpath(output, self.folder.parent)
 
     def _hashes(self) -> dict[str, list[str]]:
         """Of each output, the hashes that it may have."""
@@ -231,11 +244,26 @@ class Parts:
         return found
 
 
+def values_of(table: pa.Table) -> np.ndarray:
+    """`(rows, width)`, the values of rows that [`Parts.read`] gives."""
+    values = table["values"].combine_chunks()
+    return values.flatten().to_numpy().reshape(-1, values.type.list_size)
+
+
 def _read(file: Path, remedy: str) -> dict[str, Any]:
     try:
         return read_json(file)
     except DamagedFileError as error:  # its own remedy, deleting the file, would leave a folder that is taken for another program's
         raise UserError(f"{file} is damaged: restore it, or {remedy}") from error
+
+
+def _hash_output(output: Path) -> str:
+    """Of a file; or of a folder, the names and the contents of all files in it."""
+    if not output.is_dir():
+        return hash_file(output)
+    files = sorted(file for file in output.rglob("*") if not file.is_dir())
+    listed = json.dumps([(str(file.relative_to(output)), hash_file(file)) for file in files])
+    return FOLDER_HASH + hashlib.sha256(listed.encode()).hexdigest()
 
 
 def _run_number(name: str) -> int:
@@ -256,4 +284,4 @@ def _slices(read: Any, ends: np.ndarray, first: int, last: int) -> Iterator[pa.T
         yield read(group).slice(max(0, first - begin), min(last, int(ends[group])) - max(first, begin))
 
 
-__all__ = ["OUTPUTS", "Entry", "Parts", "cause_of"]
+__all__ = ["OUTPUTS", "Entry", "Parts", "cause_of", "values_of"]

@@ -68,6 +68,11 @@ class RecordingsSettings:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be positive")
 
+    @property
+    def outputs(self) -> list[Path]:
+        """Files and folders that are written."""
+        return [Path(self.output)]
+
     def task(self, config: SSLAMConfig, extractor: SSLAMFeatureExtractor) -> Task:
         """What is computed of each recording."""
         raise TypeError(f"{type(self).__name__} does not say what is computed")
@@ -75,7 +80,8 @@ class RecordingsSettings:
 
 @dataclass
 class Summary:
-    """Of a run of one process: recordings processed, finished before, and unusable by cause; seconds of audio and of the run."""
+    """Of a run of one process: recordings processed, finished before, and unusable by cause; seconds of audio and of the run; and, over all
+    processes, whether all recordings are processed, and whether any could be used."""
 
     finished: int = 0
     skipped: int = 0
@@ -83,6 +89,7 @@ class Summary:
     audio_seconds: float = 0.0
     run_seconds: float = 0.0
     is_complete: bool = False
+    any_usable: bool = True
 
     @property
     def speed(self) -> float:
@@ -91,9 +98,9 @@ class Summary:
 
     def __str__(self) -> str:
         causes = ", ".join(f"{count} {cause}" for cause, count in sorted(self.unusable.items()))
-        return (
-            f"{self.finished} recordings processed ({self.audio_seconds / 3600:.2f} h, {self.speed:.0f} x real time), {self.skipped} "
-            f"finished before, {sum(self.unusable.values())} not usable" + (f" ({causes})" if causes else "")
+        speed = f" ({self.audio_seconds / 3600:.2f} h, {self.speed:.0f} x real time)" if self.finished else ""
+        return f"{self.finished} recordings processed{speed}, {self.skipped} finished before, {sum(self.unusable.values())} not usable" + (
+            f" ({causes})" if causes else ""
         )
 
 
@@ -102,6 +109,7 @@ def report(work: Callable[[Any], Summary], settings: RecordingsSettings) -> None
 
     Raises:
         SystemExit: after Ctrl-C, with status 130, as a shell expects.
+        UserError: if no recording can be used; the output is written nevertheless.
     """
     transformers.logging.disable_progress_bar()
     if str(settings.device or best_device()) == "cpu":
@@ -114,6 +122,10 @@ def report(work: Callable[[Any], Summary], settings: RecordingsSettings) -> None
     print(summary)
     if not summary.is_complete:
         print(f"{settings.output} is written by the process that ends last")
+    elif not summary.any_usable:
+        raise UserError("no recording can be used: the output has the cause of each, or the .unusable.csv beside it")
+    elif not summary.finished:
+        print(f"{settings.output} is written from the results in {Path(settings.output).with_suffix('.parts')}; nothing was computed")
 
 
 def process_numbers() -> tuple[int, int, int]:
@@ -162,7 +174,8 @@ def process(settings: RecordingsSettings, write_output: Callable[[Parts, list[st
             if rank == 0:  # the other processes were started with it
                 stack.enter_context(lock(output.with_suffix(".parts")))
             parts = Parts(output.with_suffix(".parts"), _identity(settings, task, model), task.width)
-            parts.check_output(output)
+            for written in settings.outputs:
+                parts.check_output(written)
         recordings, former = current_state(paths), parts.names
         portions = cut_into_portions(recordings)[rank::processes]
         left = [unfinished for portion in portions if (unfinished := [r for r in portion if not parts.holds(r)])]
@@ -173,6 +186,7 @@ def process(settings: RecordingsSettings, write_output: Callable[[Parts, list[st
         summary.is_complete = all(parts.answers(recording, former) for recording in recordings)
         if summary.is_complete:
             write_output(parts, paths, output, task)
+            summary.any_usable = any(map(parts.holds, recordings))
     return summary
 
 

@@ -1,18 +1,10 @@
 """Windows that overlap, joined into segments for a person to read."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-
-class Segment(NamedTuple):
-    """From `start` to `end`, in seconds, a label; `score` is the mean of the windows that have it."""
-
-    start: float
-    end: float
-    label: str
-    score: float
+from ..events_sslam import Event
 
 
 def best_labels(scores: np.ndarray, top_k: int, threshold: float) -> list[int]:
@@ -22,7 +14,7 @@ def best_labels(scores: np.ndarray, top_k: int, threshold: float) -> list[int]:
 
 def join_windows(
     starts: np.ndarray, ends: np.ndarray, scores: np.ndarray, classes: Sequence[str], top_k: int, threshold: float
-) -> list[Segment]:
+) -> list[Event]:
     """Segments of a recording: successive windows that overlap or touch, and have the same label, are one.
 
     Args:
@@ -32,7 +24,7 @@ def join_windows(
         top_k, threshold: which labels a window has, see [`best_labels`].
 
     Returns:
-        Segments by their start, those of equal starts by their score, the highest first.
+        Segments, whose scores are the means of their windows, by start; those of equal starts by their score, the highest first.
     """
     open_segments: dict[int, list[int]] = {}  # the windows of each label
     segments = []
@@ -40,7 +32,7 @@ def join_windows(
     def close(label: int) -> None:
         windows = open_segments.pop(label)
         score = float(scores[windows, label].mean())
-        segments.append(Segment(float(starts[windows[0]]), float(ends[windows[-1]]), classes[label], score))
+        segments.append(Event(float(starts[windows[0]]), float(ends[windows[-1]]), classes[label], score))
 
     for window in range(len(starts)):
         found = best_labels(scores[window], top_k, threshold)
@@ -53,4 +45,4 @@ def join_windows(
     return sorted(segments, key=lambda segment: (segment.start, -segment.score))
 
 
-__all__ = ["Segment", "best_labels", "join_windows"]
+__all__ = ["best_labels", "join_windows"]

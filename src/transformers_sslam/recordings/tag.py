@@ -12,35 +12,26 @@ with its cause, and tried again by the next run, as is a file that has changed. 
 apostrophe in front.
 """
 
-import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError
+from ..events_sslam import Event
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMForAudioClassification
-from ..reports import spreadsheet_cell
 from ..settings import setting
 from ..tasks_sslam import Scoring
 from ..windows_sslam import Windowing
-from .parts import Parts
+from .formats import DIGITS, rounded, seconds, write_lines, write_rows
+from .parts import Parts, values_of
 from .processing import RecordingsSettings, Summary, process, report
-from .segments import Segment, best_labels, join_windows
-
-
-DIGITS = 4  # of scores
-COLUMNS = ("path", "start", "end", "label", "score", "error")
-ROWS_AT_ONCE = 2**16
-SCHEMA = pa.schema(zip(COLUMNS, (pa.string(), pa.float64(), pa.float64(), pa.string(), pa.float32(), pa.string())))
+from .segments import best_labels, join_windows
 
 
 @dataclass(kw_only=True)
@@ -91,18 +82,10 @@ def tag_files(settings: TagSettings) -> Summary:
     def write(parts: Parts, paths: list[str], output: Path, task: Scoring) -> None:
         recordings = _scored(parts, paths)
         with parts.replace(output) as file:
-            if output.suffix == ".parquet":
-                _write_parquet(file, _rows(recordings, task.config.class_names, settings))
-                return
-            with file.open("w", encoding="utf-8", newline="", errors="backslashreplace") as text:  # file names need not be UTF-8
-                if output.suffix == ".jsonl":
-                    for recording in recordings:
-                        text.write(json.dumps(_record(recording, task.config.class_names, settings), ensure_ascii=False) + "\n")
-                else:
-                    rows = _rows(recordings, task.config.class_names, settings)
-                    writer = csv.writer(text, lineterminator="\n")
-                    writer.writerow(COLUMNS)
-                    writer.writerows(map(spreadsheet_cell, row) for row in rows)
+            if output.suffix == ".jsonl":
+                write_lines(file, (_record(recording, task.config.class_names, settings) for recording in recordings))
+            else:
+                write_rows(file, output.suffix, _rows(recordings, task.config.class_names, settings))
 
     return process(settings, write)
 
@@ -111,9 +94,7 @@ def _scored(parts: Parts, paths: list[str]) -> Iterator[Scored]:
     for path, entry, tables in parts.read(paths):
         table = pa.concat_tables(tables)
         starts, ends = (table[name].to_numpy() for name in ("start", "end"))
-        values = table["values"].combine_chunks()
-        scores = values.flatten().to_numpy().reshape(-1, values.type.list_size)
-        yield Scored(path, starts, ends, scores, entry.cause, entry.error)
+        yield Scored(path, starts, ends, values_of(table), entry.cause, entry.error)
 
 
 def _record(recording: Scored, classes: list[str], settings: TagSettings) -> dict[str, Any]:
@@ -121,7 +102,7 @@ def _record(recording: Scored, classes: list[str], settings: TagSettings) -> dic
     if recording.error is not None:
         return {"path": recording.path, "error": recording.error, "cause": recording.cause}
     pooled = recording.scores.max(0) if settings.pool == "max" else recording.scores.mean(0)
-    record = {"path": recording.path, "duration": _seconds(recording.ends[-1]), "tags": _tags(pooled, classes, settings)}
+    record = {"path": recording.path, "duration": seconds(recording.ends[-1]), "tags": _tags(pooled, classes, settings)}
     if settings.per == "segment":
         return record | {"segments": [segment._asdict() for segment in _segments(recording, classes, settings)]}
     return record | {"windows": _windows(recording, classes, settings)}
@@ -141,32 +122,20 @@ def _rows(recordings: Iterator[Scored], classes: list[str], settings: TagSetting
                 for window in _windows(recording, classes, settings)
                 for tag in window["tags"]
             ]
-        for row in found or [(0.0, _seconds(recording.ends[-1]), None, None)]:  # scored, and no label above the threshold
+        for row in found or [(0.0, seconds(recording.ends[-1]), None, None)]:  # scored, and no label above the threshold
             yield recording.path, *row, None
 
 
-def _write_parquet(file: Path, rows: Iterator[tuple[Any, ...]]) -> None:
-    with pq.ParquetWriter(file, SCHEMA) as writer:
-        while batch := list(islice(rows, ROWS_AT_ONCE)):
-            columns = list(zip(*batch))
-            columns[0] = tuple(path.encode(errors="backslashreplace").decode() for path in columns[0])
-            writer.write_table(pa.table([pa.array(column, field.type) for column, field in zip(columns, SCHEMA)], schema=SCHEMA))
-
-
-def _segments(recording: Scored, classes: list[str], settings: TagSettings) -> list[Segment]:
+def _segments(recording: Scored, classes: list[str], settings: TagSettings) -> list[Event]:
     found = join_windows(recording.starts, recording.ends, recording.scores, classes, settings.top_k, settings.threshold)
-    return [Segment(_seconds(one.start), _seconds(one.end), one.label, round(one.score, DIGITS)) for one in found]
+    return [rounded(segment) for segment in found]
 
 
 def _windows(recording: Scored, classes: list[str], settings: TagSettings) -> list[dict[str, Any]]:
     windows = zip(recording.starts, recording.ends, recording.scores)
-    return [{"start": _seconds(start), "end": _seconds(end), "tags": _tags(scores, classes, settings)} for start, end, scores in windows]
+    return [{"start": seconds(start), "end": seconds(end), "tags": _tags(scores, classes, settings)} for start, end, scores in windows]
 
 
 def _tags(scores: np.ndarray, classes: list[str], settings: TagSettings) -> list[dict[str, Any]]:
     best = best_labels(scores, settings.top_k, settings.threshold)
     return [{"label": classes[i], "score": round(float(scores[i]), DIGITS)} for i in best]
-
-
-def _seconds(value: float) -> float:
-    return round(float(value), 3)

@@ -1,0 +1,178 @@
+"""Evaluation of a model of event detection on clips with labelled events: PSDS, collar-based and segment-based F1.
+
+```bash
+sslam evaluate --task events --model runs/detector --data_dir PATH/TO/folder --label_column events
+sslam evaluate --task events --model runs/detector --data_dir PATH/TO/folder --label_column events --test_split validation --tune
+```
+
+The second chooses median filters and thresholds on the validation part and writes them into the model's `config.json`, from where
+`sslam detect` and the first take them.
+"""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..audio.rows import LabelledRows
+from ..configuration_sslam import SSLAMConfig
+from ..errors import UserError, as_user_error
+from ..events_sslam import EventSettings
+from ..files import read_json, write_json
+from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
+from ..reports import markdown_table
+from ..settings import settings_dict
+from .event_results import EVENT_METRICS, F1, evaluate_events, event_activity
+from .event_tuning import tune_events
+from .loading import load_model
+from .per_class import PICTURE, TABLE_METRICS, class_table, one_line
+from .scored_events import ScoredEvents, score_events
+from .settings import EvaluationSettings, class_names, make_folder, select_rows
+
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
+    """Score all clips that can be read, whole, and write `results.json` and `scores.npz`, which [`ScoredEvents.load`] reads.
+
+    What is cut off or left out, see [`score_events`]. Clips whose events have no times are left out too (`clips_without_times`).
+
+    Returns:
+        What `results.json` holds: settings, those of the detection (`event_detection`), what [`event_results.evaluate_events`] returns,
+        class names, numbers of clips, unreadable files by cause and, with `tune`, F1 by class before and after (`tuning`).
+
+    Raises:
+        UserError: if the model cannot be used or changed, the folder holds another run, or the clips lack events or have other labels than
+            the model's classes.
+        FloatingPointError: if scores are not finite.
+    """
+    output = make_folder(settings)
+    if settings.tune and not (Path(settings.model) / "config.json").is_file():
+        raise UserError(f"tune is set, but model {settings.model} is not a folder whose config.json could be changed: save it in one first")
+    model, extractor = load_model(SSLAMForAudioFrameClassification, settings.model, device=settings.device)
+    classes = class_names(model, settings.model)
+    with as_user_error("the model cannot be evaluated"):
+        found = EventSettings.of(model.config, **settings.event_options)
+        model.score_steps(np.zeros(extractor.sampling_rate, dtype=np.float32), extractor)
+    rows, without_times = _with_times(select_rows(settings), settings.label_column)
+    scored, unreadable, cut_events = score_events(
+        model,
+        extractor,
+        rows,
+        batch_size=settings.per_device_eval_batch_size,
+        memory_gb=settings.memory_gb,
+        max_unreadable=settings.max_unreadable,
+        dtype=settings.dtype,
+    )
+    scored.save(output / "scores.npz")
+    (output / PICTURE).unlink(missing_ok=True)  # of an earlier evaluation of a classifier
+    tuning = {}
+    if settings.tune:
+        before, found = found, tune_events(*scored, metric=settings.tune_for, before=found)
+        tuning = {"tuning": _compare(scored, before, found, settings.tune_for)}
+    results = {
+        "settings": settings_dict(settings),
+        "event_detection": {name: value for name, value in asdict(found).items() if value is not None},
+        **evaluate_events(*scored, found),
+        "classes": classes,
+        "clips": len(scored.scores),
+        "clips_without_times": without_times,
+        "cut_events": cut_events,
+        "unreadable": unreadable,
+        **tuning,
+    }
+    write_json(output / "results.json", results)
+    if settings.tune:
+        write_event_detection(Path(settings.model), found)
+    return results
+
+
+def write_event_detection(model: Path, settings: EventSettings) -> None:
+    """Write thresholds and median filters into a saved model's `config.json`, in place of its other settings of event detection."""
+    config = read_json(model / "config.json")
+    config["event_detection"] = {name: getattr(settings, name) for name in ("threshold", "median_filter")}
+    with as_user_error(f"{model / 'config.json'} cannot hold what was tuned"):
+        EventSettings.of(SSLAMConfig.from_dict(config))
+    write_json(model / "config.json", config, sort_keys=True)  # as Transformers writes it
+
+
+def report_detector(settings: EvaluationSettings) -> None:
+    """Evaluate, and print tables."""
+    results = evaluate_detector(settings)
+    print(detector_table(results))
+    if without := results["metrics"]["classes_without_events"]:
+        print(f"\nleft out, because no clip has events of them: {', '.join(map(one_line, without))}")
+    for count, what in (
+        (results["clips_without_times"], "clips are left out, because their events have no times"),
+        (results["cut_events"], "events reach beyond the end of their clip, and were cut off there"),
+        (results["merged_events"], "events were merged into another of their class, which they overlap or touch"),
+    ):
+        if count:
+            print(f"\n{count} {what}")
+    print("\n" + class_table(results["per_class"]))
+    if results["by_overlap"]:
+        print("\n" + overlap_table(results["by_overlap"]))
+    if tuning := results.get("tuning"):
+        print("\n" + tuning_table(tuning, results["event_detection"]))
+        config = Path(settings.model) / "config.json"
+        print(f"\nwritten into {config}. These clips chose them, so they are no longer a test: evaluate on others")
+    print(f"\nevery number is in {Path(settings.output_dir) / 'results.json'}, the scores of all steps in scores.npz there")
+
+
+def detector_table(results: dict[str, Any]) -> str:
+    """The metrics of what `evaluate_detector` returned, as a Markdown table."""
+    metrics, rows = results["metrics"], []
+    for name, title in (
+        *(("psds1", "PSDS1"), ("psds1_macro", "PSDS1 without variance penalty"), ("psds2", "PSDS2")),
+        *(("segment_f1", "segment F1, macro"), ("segment_f1_micro", "segment F1, micro")),
+        *(("collar_f1", "collar F1, macro"), ("collar_f1_micro", "collar F1, micro")),
+    ):
+        low, high = metrics[f"{name}_interval"]
+        rows.append([title, f"{metrics[name]:.4f} [{low:.4f}, {high:.4f}]"])
+    return markdown_table([f"{results['clips']} clips", "value [95 % interval over clips]"], rows)
+
+
+def overlap_table(by_overlap: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table of the metrics by number of simultaneous sounds."""
+
+    def cell(result: dict[str, Any], name: str) -> str:
+        low, high = result[f"{name}_interval"]
+        return f"{result[name]:.2f} [{low:.2f}, {high:.2f}]"
+
+    rows = [[number, str(one["recordings"]), *(cell(one, name) for name in EVENT_METRICS)] for number, one in by_overlap.items()]
+    return markdown_table(["sounds at once, at most", "clips", *(TABLE_METRICS[name] for name in EVENT_METRICS)], rows)
+
+
+def tuning_table(tuning: dict[str, Any], chosen: dict[str, Any]) -> str:
+    """A Markdown table of F1 before and after tuning, and of what was chosen."""
+    header = ["class", f"{tuning['metric']} F1 before", "after", "threshold", "median filter (s)"]
+    rows = []
+    for label, before in tuning["before"].items():
+        after, threshold, length = tuning["after"][label], chosen["threshold"][label], chosen["median_filter"][label]
+        rows.append([one_line(label), f"{before:.3f}", f"{after:.3f}", f"{threshold:.6g}", f"{length:g}"])
+    return markdown_table(header, rows)
+
+
+def _with_times(rows: LabelledRows, column: str) -> tuple[LabelledRows, int]:
+    """The clips of whose events the times are known, and the number of others."""
+    known = [i for i in range(len(rows)) if rows.labels.has_times(i)]
+    if not known:
+        raise UserError(
+            f"the column {column!r} has no events with onset and offset, which the task needs: set label_column to one that has"
+        )
+    if others := len(rows) - len(known):
+        logger.warning(f"{others} of {len(rows)} clips are left out, because the times of their events are not known")
+    return rows.select(known), others
+
+
+def _compare(scored: ScoredEvents, before: EventSettings, after: EventSettings, metric: str) -> dict[str, Any]:
+    """F1 of each class with events, with the settings before and after tuning."""
+
+    def f1(settings: EventSettings) -> dict[str, float]:
+        activity = event_activity(scored.scores, scored.step, scored.classes, settings, scored.durations)
+        return F1[f"{metric}_f1"](activity, *scored[1:], 0.5, confidence=None).by_class
+
+    return {"metric": metric, "before": f1(before), "after": f1(after)}

@@ -1,0 +1,84 @@
+"""Settings of `sslam evaluate`, and what the evaluations of classifiers and of detectors have in common."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..audio.labelled_data import LabelledDataSettings
+from ..audio.layouts import open_splits
+from ..audio.rows import LabelledRows, read_rows, select_folds, select_split
+from ..errors import UserError, as_user_error
+from ..settings import setting
+from .event_flags import EventFlags
+from .event_tuning import TunedMetric
+
+
+@dataclass(kw_only=True)
+class EventEvaluationSettings(EventFlags):
+    """Event detection, with task events"""
+
+    tune: bool = setting(
+        "choose threshold and median_filter for each class on these clips, and write them into the model's config.json; the clips are then "
+        "no longer a test of it",
+        False,
+    )
+    tune_for: TunedMetric = setting(
+        "F1 that tuning maximizes: of segments of 1 s, or of collars of 0.2 s around onset and offset", "segment"
+    )
+
+
+@dataclass(kw_only=True)
+class EvaluationSettings(EventEvaluationSettings, LabelledDataSettings):
+    """Evaluation of a model"""
+
+    task: Literal["classification", "events"] = setting(
+        "classification: labels of clips; events: a model of event detection, on a column of events with onset and offset", "classification"
+    )
+    model: str = setting("model: a folder, a Hub id, or an official fine-tuned checkpoint")
+    per_device_eval_batch_size: int = setting("clips, or windows of event detection, in a forward pass", 16)
+    device: str | None = setting("cpu, cuda, cuda:1 ...; null: an accelerator if there is one", None)
+    dtype: Literal["float32", "float16", "bfloat16"] = setting(
+        "precision of the encoder; weights and the classifier's head stay in float32, because rounded logits tie", "float32"
+    )
+    output_dir: str = setting("folder for results.json, scores.npz and confusion_matrix.png, replaced by the next run", "runs/evaluation")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.per_device_eval_batch_size < 1:
+            raise UserError(f"per_device_eval_batch_size is {self.per_device_eval_batch_size}, but must be positive")
+        options = [name for name, value in self.event_options.items() if value is not None]
+        given = [*options, *(["tune"] if self.tune else [])]
+        if given and self.task != "events":
+            raise UserError(f"{given[0]} is set, but task is {self.task!r}, where it has no effect: set task to events")
+        if self.tune and options:
+            raise UserError(
+                f"{given[0]} is set, but tune chooses thresholds and filters anew, without the others: leave one of the two out"
+            )
+
+
+def make_folder(settings: EvaluationSettings) -> Path:
+    """The folder of the results. `UserError` if it cannot be written to, or holds a model."""
+    output = Path(settings.output_dir)
+    if any((output / name).exists() for name in ("config.json", "settings.yaml")):
+        raise UserError(f"output_dir {output} holds a model or its run, whose results would be replaced: choose another folder")
+    with as_user_error(f"output_dir {output} cannot be written to"):
+        output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def class_names(model: Any, source: str) -> list[str]:
+    """The model's classes. `UserError` if two have one name."""
+    classes = model.config.class_names
+    if twice := [name for name in classes if classes.count(name) > 1]:
+        raise UserError(f"{source} has two classes called {twice[0]!r}: give each a name of its own in its config.json")
+    return classes
+
+
+def select_rows(settings: EvaluationSettings) -> LabelledRows:
+    """The clips to evaluate on."""
+    splits = open_splits(settings.data_dir, settings.layout, subset=settings.subset)
+    if settings.fold_column is None:
+        chosen = select_split(splits, settings.test_split)
+    else:
+        chosen = select_folds(splits, settings.fold_column, settings.test_folds)
+    return read_rows(chosen, settings.label_column, settings.label_separator)
