@@ -128,7 +128,7 @@ def test_intervals_contain_their_values():
     assert results["per_class"]["cat"]["segment_f1_interval"][0] < results["per_class"]["cat"]["segment_f1"]
 
 
-@pytest.mark.parametrize(("metric", "seed", "step"), [*product(F1, (0, 1, 2), (0.16,)), ("segment", 3, 0.04), ("collar", 3, 0.08)])
+@pytest.mark.parametrize(("metric", "seed", "step"), [*product(F1, (0,), (0.16,)), ("segment", 3, 0.04), ("collar", 3, 0.08)])
 def test_tuning_finds_the_highest_f1_of_all_thresholds_and_filters(metric, seed, step):
     data = random_problem(seed, step)
     lengths = (0, 0.5, 1.0)

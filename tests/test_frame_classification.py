@@ -388,8 +388,7 @@ def test_heads_run_outside_autocast(pooling):
     assert torch.equal(outputs.clip_logits, expected_clip)
 
 
-@POOLINGS
-@RATES
+@pytest.mark.parametrize(("rate", "per_patch", "pooling"), [(6.25, 1, "mean"), (25, 4, "attention")])
 def test_traces_into_one_graph(rate, per_patch, pooling):
     torch.compiler.reset()  # what other models were compiled to counts towards the limit
     model = detector(steps_per_second=rate, frame_pooling=pooling)
@@ -417,8 +416,7 @@ def test_compiles_into_one_graph_and_trains(rate):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@RATES
+@pytest.mark.parametrize(("rate", "per_patch", "masked"), [(6.25, 1, False), (6.25, 1, True), (25, 4, True)])
 def test_exports_for_any_batch_and_length(rate, per_patch, masked):
     model = detector(steps_per_second=rate, frame_pooling="attention")
     batch, patches = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("patches", min=2, max=16)

@@ -58,6 +58,7 @@ class StudySettings(SourceSettings):
     output_dir: str = setting("folder for all models and results", "runs/events")
     recipe: str = setting("recipe of the fine-tuning", "finetune_tiny_events")
     finetuning: dict[str, Any] = setting("changes to it, by name", {})
+    scratch_learning_rate: float = setting("of the network that is not pre-trained, the same for all layers", 1e-3)
     steps_per_second: list[float] = setting("of the detectors", [6.25, 12.5, 25.0])
     num_events: list[int] = setting("numbers of events of a mixture", [1, 2, 3, 4])
     train_clips: int = setting("fixed training mixtures for each number of events; an epoch has as many", 400)
@@ -164,6 +165,7 @@ def methods(settings: StudySettings, mixtures: Path, classes: list[str]) -> Iter
         "model_config": {name: getattr(config, name) for name in ENCODER_FIELDS},
         "max_length": given.max_length,
         "normalization": [given.mean, given.std],
+        "learning_rate": settings.scratch_learning_rate,
     }
     for rate in settings.steps_per_second:
         for start, own in {"pre-trained": {"model": settings.model, "model_config": {}}, "from scratch": scratch}.items():
