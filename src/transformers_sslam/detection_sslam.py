@@ -107,7 +107,7 @@ class SSLAMDetectionMixin(nn.Module):
         sampling_rate: int | None = None,
         **settings: Unpack[EventOptions],
     ) -> Iterator[Event]:
-        """The events that [`detect`] finds, of a source that goes on, each as soon as it is final.
+        """The events that [`detect`] finds, of a live source, each as soon as it is final.
 
         The scores of a step are final when no later window holds it: at most a window and a hop after it. Half the median filter and the
         longest gap that is closed are added. So with windows of 10 s and hops of 5 s an event comes at most 15 s after its end. A `window`

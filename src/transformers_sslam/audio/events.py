@@ -125,11 +125,11 @@ class EventTable(NamedTuple):
                 np.concatenate([np.minimum(ahead, duration), behind]) for ahead, behind in zip((onsets, offsets), back, strict=True)
             )
             codes, values = np.tile(codes, 2), np.tile(values, 2)
-        heard = (offsets > 0) & (onsets < steps * step) & (onsets < offsets)
+        inside = (offsets > 0) & (onsets < steps * step) & (onsets < offsets)
         edges = np.arange(steps + 1) * step
-        covered = np.minimum(offsets[heard, None], edges[1:]) - np.maximum(onsets[heard, None], edges[:-1])
+        covered = np.minimum(offsets[inside, None], edges[1:]) - np.maximum(onsets[inside, None], edges[:-1])
         targets = np.zeros((classes, steps))
-        np.add.at(targets, codes[heard], np.maximum(covered, 0) / step * values[heard, None])
+        np.add.at(targets, codes[inside], np.maximum(covered, 0) / step * values[inside, None])
         return np.minimum(targets.T, 1).astype(np.float32)
 
 

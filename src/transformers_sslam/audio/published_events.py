@@ -211,7 +211,7 @@ def _listed_clips(root: Path, table: Path, annotations: Events) -> list[tuple[Pa
 def open_maestro(root: Path, subset: None) -> "DatasetDict":
     """MAESTRO Real (Martín-Morató and Mesaros, 2023; DCASE 2023 task 4B): one split, with soft labels of each second and `scene`.
 
-    The value of a class in a second is the estimated proportion of listeners who heard it. Recordings and their annotations, in files of
+    The value of a class in a second is the estimated proportion of annotators who marked it. Recordings and their annotations, in files of
     the same name, are found at any depth: annotations are those in a folder whose name contains `soft`, or in all folders if none does.
     `scene` is the name of the recording's folder. The official folds are not read: their files were not at hand.
     """

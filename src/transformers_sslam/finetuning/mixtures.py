@@ -1,7 +1,8 @@
 """Training clips that are mixed when they are needed: single sounds, whose times are known exactly, over recordings of other things."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -57,8 +58,7 @@ class Mixer:
     """
 
     def __init__(self, settings: MixingSettings, extractor: SSLAMFeatureExtractor, max_unreadable: float):
-        names = ("event_seconds", "sounding_db", "level_db", "background_db", "overlap", "repeat_classes")
-        rules = {name: getattr(settings, name) for name in names}
+        rules: dict[str, Any] = {rule.name: getattr(settings, rule.name) for rule in fields(MixingRules)}
         self.settings = settings
         length, shift = frame_geometry(extractor.sampling_rate)
         seconds = ((extractor.max_length - 1) * shift + length) / extractor.sampling_rate  # fills the model's input

@@ -40,7 +40,7 @@ Recordings = Sequence[np.ndarray] | Mapping[int, np.ndarray] | Waveforms
 FRAMES_PER_SECOND = 100
 LEVEL_FRAMES = 10  # length of the window whose largest RMS is the level of an event
 SILENT_DB = -60.0  # of full scale: a source whose loudest frame is below it is silent
-SILENT_BACKGROUND_DB = -100.0  # raised to the level of a background, nothing but the noise of rounding would be heard
+SILENT_BACKGROUND_DB = -100.0  # of full scale: raised to the level of a background, it would be rounding noise alone
 FULL_SCALE = 1 - 2**-15  # the largest sample of 16 bits
 
 
