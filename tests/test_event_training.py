@@ -241,11 +241,12 @@ def mixing(sounds: Path, backgrounds: Path, **changes) -> MixingSettings:
     )
 
 
-def test_mixtures_are_as_long_as_the_models_input_and_have_exact_events(sounds, backgrounds):
+def test_mixtures_are_of_any_length_that_the_models_input_holds_and_have_exact_events(sounds, backgrounds):
     make = Mixer(mixing(sounds, backgrounds, num_events=[1], level_db=[-20.0, -20.0], background_db=[-60.0, -60.0]), EXTRACTOR, 0.0)
+    lengths = []
     for seed in range(20):
         waveform, [event] = make(np.random.default_rng(seed))
-        assert len(waveform) == round(1.295 * RATE)  # 128 frames
+        lengths.append(len(waveform) / RATE)
         power = np.square(waveform[: len(waveform) // 160 * 160].reshape(-1, 160)).mean(1)
         loud = np.flatnonzero(power > 1e-4)
         np.testing.assert_allclose(np.sqrt(power[loud]).max(), 10 ** (-20 / 20), rtol=0.05)
@@ -253,6 +254,31 @@ def test_mixtures_are_as_long_as_the_models_input_and_have_exact_events(sounds, 
         assert abs((loud[-1] + 1) / 100 - event.offset) <= 0.01 + 1e-6
         quiet = np.delete(np.arange(len(power)), np.arange(max(0, loud[0] - 1), loud[-1] + 2))
         np.testing.assert_allclose(10 * np.log10(power[quiet].mean()), -60, atol=1.0)
+    assert 1.295 / 2 <= min(lengths) < 0.8  # of 1.295 s, which are 128 frames
+    assert 1.1 < max(lengths) <= 1.295
+
+
+def test_the_range_of_their_lengths_is_a_setting(sounds, backgrounds):
+    make = Mixer(mixing(sounds, backgrounds, clip_seconds=[1.0, 1.0]), EXTRACTOR, 0.0)
+    assert {len(make(np.random.default_rng(seed))[0]) for seed in range(5)} == {RATE}
+    with pytest.raises(UserError, match=r"mixing.clip_seconds is \[1.0, 1.3\], but the model's input holds 1.295 s"):
+        Mixer(mixing(sounds, backgrounds, clip_seconds=[1.0, 1.3]), EXTRACTOR, 0.0)
+
+
+def test_sounds_are_played_at_other_speeds(sounds, backgrounds):
+    """A beep of 3,000 Hz and 0.3 s, at 1.25 times its speed and at half of it."""
+    only = {"kind": "audiofolder", "path": str(sounds), "keep": {"label": ["high"]}}
+    found = set()
+    make = Mixer(MixingSettings(sounds=[only], speeds=[1.25, 0.5], num_events=[1], clip_seconds=[1.295, 1.295]), EXTRACTOR, 0.0)
+    for seed in range(30):
+        waveform, [event] = make(np.random.default_rng(seed))
+        spectrum = np.abs(np.fft.rfft(waveform * np.hanning(len(waveform))))
+        pitch, seconds = spectrum.argmax() / len(waveform) * RATE, event.offset - event.onset
+        number = next(i for i in range(4) if min(abs(pitch / (3000 + 20 * i) - speed) for speed in (1.25, 0.5)) < 2e-3)
+        speed = pitch / (3000 + 20 * number)
+        assert seconds == pytest.approx((0.3 + 0.05 * number) / speed, abs=0.03) or seconds == pytest.approx(1.295 / 2, abs=0.03)
+        found.add(round(speed, 2))
+    assert found == {1.25, 0.5}
 
 
 def test_mixtures_follow_from_the_generator_alone(sounds, backgrounds):
@@ -291,6 +317,10 @@ def test_mixtures_replace_a_fraction_of_the_clips_and_other_classes_have_no_labe
         ({"fraction": 0.0}, "mixing.fraction is 0"),
         ({"num_events": []}, r"mixing.num_events is \[\]"),
         ({"num_events": [1, 1]}, "mixing.num_events is"),
+        ({"clip_seconds": [5.0]}, r"mixing.clip_seconds is \[5.0\]"),
+        ({"clip_seconds": [2.0, 1.0]}, r"mixing.clip_seconds is \[2.0, 1.0\]"),
+        ({"speeds": [1.0, 3.0]}, r"mixing.speeds is \[1.0, 3.0\]"),
+        ({"speeds": []}, r"mixing.speeds is \[\]"),
         ({"sounds": []}, "mixing.sounds is empty"),
         ({"level_db": [-20.0, -30.0]}, "level_db is"),
     ],

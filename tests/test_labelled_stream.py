@@ -359,6 +359,15 @@ def test_folds_with_gaps_are_whole_numbers_still():
     assert fold_values(datasets.DatasetDict(train=rows.select([0, 2])), "fold") == [1, 2]
 
 
+def test_rows_are_chosen_by_the_names_of_their_classes():
+    features = datasets.Features({"x": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = datasets.Dataset.from_dict({"x": ["a", "b", "c", "d"], "label": [1, 0, -1, 1]}, features=features)
+    splits = datasets.DatasetDict(train=rows)
+    assert select_folds(splits, "label", ["dog"])["x"] == ["a", "d"]
+    with pytest.raises(UserError, match="no fold 1, only cat, dog"):
+        select_folds(splits, "label", [1])
+
+
 @pytest.mark.parametrize(
     ("folds", "message"),
     [([1, 1], r"holds \[1\], but to hold out each fold"), ([1, None], "has rows without a value"), (None, "no column 'fold', only x")],

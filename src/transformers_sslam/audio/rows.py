@@ -130,11 +130,16 @@ def _fold_name(value: Any) -> str | None:
 
 
 def row_folds(rows: "Dataset", column: str) -> list[str | None]:
-    """The fold of each row, see [`fold_names`]."""
+    """The fold of each row, see [`fold_names`]; of a column of classes, which holds their numbers, their names."""
+    from datasets import ClassLabel
+
     if column not in rows.column_names:
         raise missing_column(rows, column)
     encoded = column_array(rows, column).dictionary_encode()
-    names = [*fold_names(encoded.dictionary.to_pylist()), None]
+    values = encoded.dictionary.to_pylist()
+    if isinstance(feature := rows.features[column], ClassLabel):
+        values = [feature.names[i] if i >= 0 else None for i in values]  # -1 is "not known"
+    names = [*fold_names(values), None]
     return [names[i] for i in encoded.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)]
 
 

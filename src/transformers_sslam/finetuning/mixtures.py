@@ -1,6 +1,7 @@
 """Training clips that are mixed when they are needed: single sounds, whose times are known exactly, over recordings of other things."""
 
 import hashlib
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..audio.sources import SourceSettings
 from ..errors import UserError, as_user_error
 from ..fbank import frame_geometry
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
-from ..polyphony.render import MixingRules, MixtureSettings, Overlap, find_sound, plan_background, plan_mixture, render
+from ..polyphony.render import MixingRules, MixtureSettings, Overlap, Sound, find_sound, plan_background, plan_mixture, render
 from ..polyphony.sounds import open_backgrounds, open_table
 from ..settings import setting
 
@@ -31,9 +32,15 @@ class MixingSettings(MixingRules):
     )
     label_column: str = setting("column of their labels; a label that the task does not have is mixed in without one", "label")
     backgrounds: list[SourceSettings] = setting("recordings without such sounds, to lay below them; empty: silence", [])
+    clip_seconds: list[float] | None = setting(
+        "range of a mixture's length in seconds, within which it is uniform; null: from half of the model's input to all of it", None
+    )
     fraction: float = setting("fraction of the training clips that such mixtures replace", 1.0)
     num_events: list[int] = setting("numbers of events of a mixture, equally frequent; 0 is a background alone", [0, 1, 2, 3, 4])
     overlap: Overlap = setting("together: at one instant all events sound; anywhere: their onsets are independent", "anywhere")
+    speeds: list[float] = setting(
+        "speeds at which the sounds of a mixture are played, equally frequent: 1.1 shortens and raises them by a tenth", [1.0]
+    )
     memory_gb: float = setting("memory for decoded sounds and backgrounds; others are decoded again each time", 2.0)
 
     def __post_init__(self):
@@ -44,6 +51,10 @@ class MixingSettings(MixingRules):
             raise UserError(f"mixing.fraction is {self.fraction:g}, but a fraction in (0, 1] is expected: for none leave sounds out")
         if not self.num_events or min(self.num_events) < 0 or len(set(self.num_events)) < len(self.num_events):
             raise UserError(f"mixing.num_events is {self.num_events}, but different numbers of at least 0 are expected")
+        if (span := self.clip_seconds) is not None and not (len(span) == 2 and 0 < span[0] <= span[1] < math.inf):
+            raise UserError(f"mixing.clip_seconds is {span}, but [shortest, longest] in seconds are expected")
+        if not self.speeds or not all(0.5 <= speed <= 2 for speed in self.speeds):
+            raise UserError(f"mixing.speeds is {self.speeds}, but numbers from 0.5 to 2 are expected, and [1.0] for none")
         if self.backgrounds and not self.sounds:
             raise UserError("mixing.backgrounds is set, but mixing.sounds is empty: give sounds to mix")
 
@@ -53,7 +64,7 @@ class Mixer:
 
     Args:
         settings: what is mixed, and how.
-        extractor: of the model: a mixture is as long as its input.
+        extractor: of the model: a mixture is at most as long as its input, and mostly shorter, so that padding is learnt too.
         max_unreadable: largest fraction of unreadable files, above which a `UserError` is raised.
     """
 
@@ -61,27 +72,40 @@ class Mixer:
         rules: dict[str, Any] = {rule.name: getattr(settings, rule.name) for rule in fields(MixingRules)}
         self.settings = settings
         length, shift = frame_geometry(extractor.sampling_rate)
-        seconds = ((extractor.max_length - 1) * shift + length) / extractor.sampling_rate  # fills the model's input
+        longest = ((extractor.max_length - 1) * shift + length) / extractor.sampling_rate  # fills the model's input
+        self.shortest, self.longest = settings.clip_seconds or (longest / 2, longest)
+        if self.longest > longest:
+            raise UserError(
+                f"mixing.clip_seconds is {settings.clip_seconds}, but the model's input holds {longest:g} s: lower it, or raise max_length"
+            )
         with as_user_error("the settings of mixing do not fit the model"):
-            self.rules = MixtureSettings(**rules, sampling_rate=extractor.sampling_rate, clip_seconds=seconds)
+            self.rules = MixtureSettings(**rules, sampling_rate=extractor.sampling_rate, clip_seconds=self.shortest)
         labelled = open_sounds(settings)
         sources = [source for rows in labelled for source in rows.sources]
         labels = [names for rows in labelled for names in rows.labels]
-        self.waveforms = Waveforms(sources, extractor.sampling_rate, settings.memory_gb / 2, "decoding sounds")
-        self.waveforms.check_unreadable(max_unreadable, "sound")
-        self.backgrounds = open_backgrounds(settings.backgrounds, extractor.sampling_rate, settings.memory_gb / 2, max_unreadable)
-        found = (find_sound(self.waveforms[i], i, labels[row][0], self.rules) for i, row in enumerate(self.waveforms.kept))
-        self.sounds = [sound for sound in found if sound is not None]
+        memory = settings.memory_gb / 2
+        self.backgrounds = open_backgrounds(settings.backgrounds, extractor.sampling_rate, memory, max_unreadable)
+        self.sounds: list[tuple[list[Sound], Waveforms]] = []  # at each speed
+        for speed in settings.speeds:
+            # What is decoded at another rate and taken for the model's has another speed (Ko et al., Interspeech 2015).
+            # In steps of 100 Hz: a filter for resampling is as long as the ratio of two rates has terms.
+            rate = 100 * round(extractor.sampling_rate / speed / 100)
+            waveforms = Waveforms(sources, rate, memory / len(settings.speeds), "decoding sounds")
+            waveforms.check_unreadable(max_unreadable, "sound")
+            found = (find_sound(waveforms[i], i, labels[row][0], self.rules) for i, row in enumerate(waveforms.kept))
+            self.sounds.append(([sound for sound in found if sound is not None], waveforms))
         for count in settings.num_events:
-            plan_mixture(self.sounds, self.rules, count, np.random.default_rng(0))  # an error comes now, and not in an epoch
+            plan_mixture(self.sounds[0][0], self.rules, count, np.random.default_rng(0))  # an error comes now, and not in an epoch
 
     def __call__(self, generator: np.random.Generator) -> tuple[np.ndarray, list[Event]]:
         """A mixture `(samples,)`, float32, and its events in seconds."""
         count, rate = int(generator.choice(self.settings.num_events)), self.rules.sampling_rate
-        mixture = plan_mixture(self.sounds, self.rules, count, generator)
+        rules = replace(self.rules, clip_seconds=float(generator.uniform(self.shortest, self.longest)))
+        sounds, waveforms = self.sounds[generator.integers(len(self.sounds))]
+        mixture = plan_mixture(sounds, rules, count, generator)
         if len(self.backgrounds):
-            mixture = replace(mixture, background=plan_background(self.backgrounds, self.rules, generator))
-        waveform, _ = render(mixture, self.waveforms, self.backgrounds)
+            mixture = replace(mixture, background=plan_background(self.backgrounds, rules, generator))
+        waveform, _ = render(mixture, waveforms, self.backgrounds)
         return waveform, [Event(event.label, event.onset / rate, event.offset / rate) for event in mixture.events]
 
 
