@@ -236,6 +236,23 @@ def test_intervals_are_over_recordings_and_reproducible():
     assert low == high  # recordings that are all alike leave no doubt
 
 
+def test_the_interval_of_a_psds_near_0_does_not_span_everything():
+    """Four classes, from found always to found by chance: their mean is just above the penalty for their differences."""
+    generator = np.random.default_rng(39)
+    names, classes, strengths = [f"{i}" for i in range(30)], list("abcd"), (1, 0.55, 0.2, 0)
+    scores = {name: generator.uniform(0, 1, size=(8, 4)) for name in names}
+    truth = {}
+    for name in names:
+        onsets = generator.integers(8, size=4)
+        truth[name] = [(float(onset), onset + 1.0, label) for onset, label in zip(onsets, classes)]
+        scores[name][onsets, range(4)] += strengths
+    found = psds(scores, 1.0, classes, truth, dict.fromkeys(names, 8.0), dtc=0.7, gtc=0.7, alpha_st=1, e_max=50.0, resamples=100)
+    low, high = found.interval
+    assert 0.001 < found.value < 0.002
+    assert 0 <= low <= found.value
+    assert 0.01 < high < 0.1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

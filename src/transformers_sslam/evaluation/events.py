@@ -90,7 +90,8 @@ def psds(
     lowest step is one detection, which exists for thresholds from the highest score beside it to its own lowest one.
 
     Intervals are normal ones on the logit scale ([`intervals.logit_interval`]). Percentiles would lie too low: a resample holds fewer
-    different events, so that classes differ more, which `alpha_st` subtracts.
+    different events, so that classes differ more, which `alpha_st` subtracts. They are taken only where a value is within a standard error
+    of 0 or 1.
 
     Args:
         scores: of each recording, `(steps, classes)`, finite; only their order within a class matters.
@@ -301,13 +302,13 @@ def _percentile_intervals(values: np.ndarray, replicates: np.ndarray, confidence
 
 
 def _logit_intervals(values: np.ndarray, replicates: np.ndarray, confidence: float) -> list[Interval]:
-    """As `_percentile_intervals`, but around the value; where that is 0 or 1 it has none, and percentiles remain."""
-    intervals = _percentile_intervals(values, replicates, confidence)
-    inside = np.flatnonzero((values > 0) & (values < 1))
-    low, high, _ = logit_interval(values[inside], replicates[:, inside], confidence)
-    for i, *bounds in zip(inside, low.tolist(), high.tolist()):
-        intervals[i] = tuple(bounds)
-    return intervals
+    """As `_percentile_intervals`, but around the value. Within a standard error of 0 or 1 a logit interval would span nearly all from 0 to
+    1, and at these ends there is none: there percentiles remain, extended to the value."""
+    low, high, _ = percentile_interval(replicates, confidence)
+    low, high = np.fmin(low, values), np.fmax(high, values)
+    inside = np.flatnonzero(np.minimum(values, 1 - values) > np.nanstd(replicates, axis=0, ddof=1))
+    low[inside], high[inside], _ = logit_interval(values[inside], replicates[:, inside], confidence)
+    return list(zip(low.tolist(), high.tolist()))
 
 
 def _result(
