@@ -142,6 +142,11 @@ class _Stretch:
 _Final = tuple[float, int, _Stretch]  # when it became final, its class
 
 
+def filter_halves(seconds: float | np.ndarray, step: float) -> np.ndarray:
+    """How many steps on each side a median filter of this length takes: its length is rounded to an odd number of steps."""
+    return np.floor(np.asarray(seconds) / step / 2 + 1e-6).astype(int)
+
+
 class _MedianFilter:
     """Medians over `2 * halves + 1` steps of each class, of steps that arrive piece by piece.
 
@@ -209,7 +214,7 @@ class EventDecoder:
         self._threshold, self._onset, self._shortest = values["threshold"], values["onset_threshold"], values["min_duration"]
         # In steps. A millionth of a step is added, because 0.48 / 0.16 may be a little less than 3.
         self._gaps = np.floor(values["max_gap"] / self.step + 1e-6)
-        self._filter = _MedianFilter(np.floor(values["median_filter"] / self.step / 2 + 1e-6).astype(int))
+        self._filter = _MedianFilter(filter_halves(values["median_filter"], self.step))
         self.delay = float(self._filter.half + self._gaps.max(initial=0) + 1) * self.step
         self._steps = 0  # that have passed the filter
         # Of those steps, for each class: the sum of scores in units of UNIT, and how many are above the onset threshold.
@@ -341,4 +346,7 @@ def _checked_scores(scores: np.ndarray | torch.Tensor, classes: int) -> np.ndarr
     return scores if scores.dtype == np.float64 else scores.astype(np.float32, copy=False)
 
 
-__all__ = ["ByClass", "Event", "EventDecoder", "EventOptions", "EventSettings", "find_events", "in_order", "steps_within"]
+__all__ = [
+    *("ByClass", "Event", "EventDecoder", "EventOptions", "EventSettings"),
+    *("filter_halves", "find_events", "in_order", "steps_within"),
+]

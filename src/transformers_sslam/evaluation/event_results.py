@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import median_filter
 
-from ..events_sslam import EventSettings, find_events
+from ..events_sslam import EventSettings, filter_halves, find_events
 from .events import EventMetric, GroundTruth, collar_f1, psds, segment_f1
 
 
@@ -94,11 +94,6 @@ def filter_scores(scores: np.ndarray, step: float, classes: Sequence[str], setti
         columns = halves == half
         filtered[:, columns] = median_filter(filtered[:, columns], size=(2 * half + 1, 1), mode="reflect")
     return filtered
-
-
-def filter_halves(seconds: np.ndarray, step: float) -> np.ndarray:
-    """How many steps on each side a median filter of this length takes: its length is rounded to an odd number of steps."""
-    return np.floor(np.asarray(seconds) / step / 2 + 1e-6).astype(int)
 
 
 def event_activity(

@@ -15,9 +15,9 @@ from typing import Literal
 
 import numpy as np
 
-from ..events_sslam import EventSettings
+from ..events_sslam import EventSettings, filter_halves
 from .event_input import MICROSECONDS, Recordings
-from .event_results import filter_halves, filter_scores
+from .event_results import filter_scores
 from .events import GroundTruth, largest_matching, true_segments, within_collars
 from .psd_roc import Timeline
 
