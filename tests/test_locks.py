@@ -96,11 +96,11 @@ def test_a_second_process_is_rejected_at_once_until_the_first_is_killed(hold, so
 def test_a_second_process_waits_for_the_features_that_the_first_encodes(hold, tmp_path):
     model, extractor, clips = SSLAMModel(tiny_config()).eval(), SSLAMFeatureExtractor(max_length=64), [noise(0.5), noise(0.6, 1)]
     encode = {"cache": tmp_path / "cache", "data_key": hash_waveforms(clips)}
-    expected = np.array(encode_clips(model, extractor, clips, **encode).mean)
+    expected = np.array(encode_clips(model, extractor, clips, **encode).pooled("mean"))
     [folder] = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     (folder / "mean.npy").write_bytes(b"half")
     first, found = hold(folder), []
-    waiting = threading.Thread(target=lambda: found.append(np.array(encode_clips(model, extractor, clips, **encode).mean)))
+    waiting = threading.Thread(target=lambda: found.append(np.array(encode_clips(model, extractor, clips, **encode).pooled("mean"))))
     waiting.start()
     waiting.join(2)
     assert (waiting.is_alive(), found) == (True, [])

@@ -1,6 +1,7 @@
 """Probes: each finds what only it can find, seeds are reproducible, invalid data are rejected. And the command."""
 
 import json
+import sys
 from dataclasses import replace
 
 import datasets
@@ -19,8 +20,10 @@ from transformers_sslam import SSLAMFeatureExtractor, SSLAMModel
 from transformers_sslam.cli import main
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation import probing
+from transformers_sslam.evaluation.best_probe import ProbedBlock, check_inner_folds, choose_best, inner_folds
+from transformers_sslam.evaluation.block_plot import replace_picture
 from transformers_sslam.evaluation.features import Features
-from transformers_sslam.evaluation.frozen import FrozenSettings, evaluate_frozen
+from transformers_sslam.evaluation.frozen import DEFAULT_PROBES, FrozenSettings, evaluate_frozen
 from transformers_sslam.evaluation.pooling import HeadSettings, PrototypePooling
 from transformers_sslam.evaluation.probing import (
     PROBES,
@@ -41,11 +44,15 @@ TRAIN, TEST = np.arange(240), np.arange(240, 400)
 
 
 def features_of(vectors: np.ndarray, patches: np.ndarray | None = None, length: int | None = None) -> Features:
-    """Every view holds the same vectors."""
+    """Every pooling holds the same vectors: of one block, `(clips, width)`, or of several, `(clips, blocks, width)`."""
     vectors = vectors.astype(np.float32)
+    vectors = vectors[:, None] if vectors.ndim == 2 else vectors
     count = 0 if patches is None else patches.shape[1]
-    numbers = np.full(len(vectors), count if length is None else length)
-    return Features(vectors, vectors, vectors, vectors, numbers, patches, np.arange(len(vectors)))
+    parts = ("cls", "mean", "std", "mean_by_frequency", "max_by_frequency")
+    arrays = dict.fromkeys([*parts, "log_mel_mean", "log_mel_std", "log_mel_max_by_frequency"], vectors)
+    arrays["lengths"] = np.full(len(vectors), count if length is None else length)
+    arrays |= {} if patches is None else {"patches": patches}
+    return Features(arrays, np.arange(len(vectors)), tuple(range(1, vectors.shape[1] + 1)))
 
 
 def one_patch_decides(tags: np.ndarray, length: int = 20, seed: int = 0) -> Features:
@@ -92,9 +99,36 @@ def test_standard_deviations_distinguish_what_means_do_not():
     generator = np.random.default_rng(0)
     labels = np.arange(400) % 2
     features = features_of(generator.standard_normal((400, 4)))
-    features = replace(features, std=features.std + 4 * labels[:, None].astype(np.float32))
+    features.arrays["std"] = features.arrays["std"] + 4 * labels[:, None, None].astype(np.float32)
     assert result("linear_mean", features, labels) < 0.6
     assert result("linear_mean_and_std", features, labels) > 0.95
+
+
+@pytest.mark.parametrize("name", ["weighted_sum_mean", "gated_mean"])
+def test_a_combination_of_blocks_finds_the_one_that_holds_the_classes(name):
+    generator = np.random.default_rng(0)
+    labels = np.arange(400) % 4
+    vectors = generator.standard_normal((400, 3, 8))
+    vectors[:, 1, :4] += 4 * np.eye(4)[labels]
+    features = features_of(vectors)
+    assert result("linear_mean", features, labels) < 0.4  # of the last block
+    probe = build_probe(name, FAST).fit(features.select(TRAIN), labels[TRAIN], 0)
+    assert score(probe.scores(features.select(TEST)), labels[TEST]) > 0.95
+    standardised = torch.from_numpy(((vectors - vectors[TRAIN].mean(0)) / vectors[TRAIN].std(0)).astype(np.float32))
+    assert probe.head.head.layer_pooling.weights(standardised[TEST]).mean(0).argmax() == 1
+
+
+def test_gates_choose_a_block_for_each_clip():
+    """In every other clip the class is in the first block, else in the second, and the other one holds a wrong class. The last channel says
+    which."""
+    generator = np.random.default_rng(0)
+    labels, wrong, first = np.arange(400) % 4, generator.integers(0, 4, 400), generator.random(400) < 0.5
+    vectors = 0.1 * generator.standard_normal((400, 2, 5))
+    vectors[:, :, :4] += np.eye(4)[np.stack((np.where(first, labels, wrong), np.where(first, wrong, labels)), axis=1)]
+    vectors[:, :, 4] += np.stack((first, ~first), axis=1)
+    features = features_of(vectors)
+    assert result("gated_mean", features, labels) > 0.95
+    assert result("weighted_sum_mean", features, labels) < 0.75
 
 
 @pytest.mark.parametrize("name", ["attentive", "prototype"])
@@ -113,8 +147,8 @@ def test_several_tags_in_one_clip_are_found(name):
 @pytest.mark.parametrize("name", ["attentive", "prototype"])
 def test_padding_has_no_influence(name, marked, labels):
     probe = build_probe(name, FAST).fit(marked.select(TRAIN), labels[TRAIN])
-    louder = features_of(marked.mean, np.array(marked.patches), length=20)
-    louder.patches[:, 20:] = 1e3
+    louder = features_of(marked.pooled("mean"), np.array(marked.arrays["patches"]), length=20)
+    louder.arrays["patches"][:, 20:] = 1e3
     np.testing.assert_array_equal(probe.scores(louder), probe.scores(marked))
     retrained = build_probe(name, FAST).fit(louder.select(TRAIN), labels[TRAIN])
     np.testing.assert_array_equal(retrained.scores(marked), probe.scores(marked))
@@ -134,7 +168,7 @@ def test_a_seed_decides_a_head_and_nothing_else_does(name, marked, labels):
     assert np.abs(scores(4) - expected).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", list(PROBES))
+@pytest.mark.parametrize("name", ["linear_cls", "attentive", "prototype", "knn", "weighted_sum_mean", "gated_mean_and_std"])
 @pytest.mark.parametrize("classes", [2, 3])
 def test_scores_have_one_column_a_class(name, classes):
     generator = np.random.default_rng(0)
@@ -193,6 +227,62 @@ def test_each_fold_is_held_out_once():
     assert (second.train.tolist(), second.evaluation.tolist()) == ([1, 3], [0, 2])
     with pytest.raises(UserError, match="at least two"):
         hold_out_each(["a", "a"])
+
+
+def test_the_choice_for_a_fold_never_meets_its_clips():
+    folds = [str(i % 4) for i in range(40)]
+    targets = np.arange(40) % 2
+    partitions = [part for part in hold_out_each(folds) if part.name != "3"]
+    inner = inner_folds(folds, partitions, targets)
+    assert len(inner) == 6  # pairs of folds, each trained on once
+    for part in partitions:
+        serving = [fold for fold in inner if part.name in fold.scored]
+        assert len(serving) == 3
+        for fold in serving:
+            assert not set(part.evaluation) & {*fold.train, *fold.scored[part.name]}
+            assert not set(fold.train) & set(fold.scored[part.name])
+        assert sorted(np.concatenate([fold.scored[part.name] for fold in serving])) == part.train.tolist()
+    assert all("3" not in fold.scored for fold in inner)  # which is not held out
+
+
+def test_training_clips_without_folds_are_cut_into_fifths_for_the_choice():
+    folds = ["train"] * 30 + ["test"] * 10
+    targets = np.arange(40) % 3
+    test = next(part for part in hold_out_each(folds) if part.name == "test")
+    inner = inner_folds(folds, [test], targets)
+    assert len(inner) == 5
+    assert sorted(np.concatenate([fold.scored["test"] for fold in inner])) == list(range(30))
+    for fold in inner:
+        assert sorted([*fold.train, *fold.scored["test"]]) == list(range(30))
+        assert np.bincount(targets[fold.scored["test"]]).tolist() == [2, 2, 2]
+    with pytest.raises(
+        UserError, match="no training clip with test and a fifth of the others held out, as best_linear does, has the class b"
+    ):
+        check_inner_folds(inner, np.array([1] + [0] * 39), ["a", "b"])
+
+
+def test_the_best_is_chosen_by_other_folds_and_may_be_the_worse_one():
+    """The first block holds the classes but in fold 3; the second holds them, less clearly, everywhere."""
+    generator = np.random.default_rng(0)
+    folds, labels = np.repeat(np.arange(4), 100), np.arange(400) % 2
+    vectors = generator.standard_normal((400, 2, 4))
+    vectors[:, 0, 0] += 6 * labels * (folds != 3)
+    vectors[:, 1, 0] += 2 * labels
+    features, partitions = features_of(vectors), hold_out_each([str(fold) for fold in folds])
+    rows = [ProbedBlock("linear_mean", block) for block in (1, 2)]
+    candidates = {row: run_probe(row.probe, features, labels, partitions, block=row.block) for row in rows}
+    inner = inner_folds([str(fold) for fold in folds], partitions, labels)
+    values, chosen = choose_best(candidates, features, labels, partitions, inner)
+    assert chosen[3] == rows[0]
+    assert values[3] == candidates[rows[0]][3] < 0.7 < candidates[rows[1]][3]  # the other block would have been better
+    assert values.shape == (4, 1)
+    for row, partition in enumerate(partitions):  # by brute force
+        means = []
+        for candidate in rows:
+            others = hold_out_each([str(fold) for fold in folds[partition.train]])
+            within = features.select(partition.train)
+            means.append(run_probe(candidate.probe, within, labels[partition.train], others, block=candidate.block).mean())
+        assert chosen[row] == rows[int(np.argmax(means))]
 
 
 def test_a_run_holds_each_partition_and_each_seed_that_matters(marked, labels):
@@ -317,32 +407,108 @@ def run(tmp_path, tmp_path_factory, monkeypatch, capsys):
     return run
 
 
-def test_the_command_makes_one_table_of_all_probes_against_untrained_networks(run, tmp_path):
+def cells(text: str) -> list[list[str]]:
+    """Of the table that the command prints."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_the_command_makes_one_table_of_all_probes_against_untrained_networks_and_the_log_mel(run, tmp_path):
     text, results = run()
-    lines = text.splitlines()
-    assert [line.split(" | ")[0].strip("| ") for line in lines[2:9]] == [title for title, _ in PROBES.values()]
-    assert lines[0] == "| accuracy, % | trained | untrained | gain |"
-    assert lines[8].endswith("| - | - |")  # no network is in the statistics
-    assert {name: np.shape(found["trained"]["values"]) for name, found in results["probes"].items()} == {
-        **dict.fromkeys(["linear_cls", "linear_mean", "linear_mean_and_std", "knn", "log_mel_statistics"], (2, 1)),
+    header, *lines = cells(text)
+    assert header == ["accuracy, %", "block", "trained", "untrained", "gain", "log-mel"]
+    assert [line[0] for line in lines] == [PROBES[name][0] for name in DEFAULT_PROBES]
+    assert {line[1] for line in lines} == {"2"}  # the last block
+    assert [line[5] == "-" for line in lines] == [True, False, False, False, True, True, False]  # it has no CLS token, and no patches
+    rows = {row["probe"]: row for row in results["probes"]}
+    assert {name: np.shape(row["trained"]["values"]) for name, row in rows.items()} == {
+        **dict.fromkeys(["linear_cls", "linear_mean", "linear_mean_and_std", "linear_max_by_frequency", "knn"], (2, 1)),
         **dict.fromkeys(["attentive", "prototype"], (2, 2)),
     }
-    assert np.shape(results["probes"]["knn"]["untrained"]["values"]) == (2, 2)
-    assert results["probes"]["log_mel_statistics"]["trained"]["summary"]["mean"] == 1  # hum and hiss: a mean is enough
+    assert np.shape(rows["knn"]["untrained"]["values"]) == (2, 2)
+    assert rows["linear_mean"]["log_mel"]["summary"]["mean"] == 1  # hum and hiss: a mean is enough
     assert results["clips"] == {fold: {"training": 8, "evaluation": 8} for fold in ("0", "1")}
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 3  # the network and two untrained ones
+    assert not (tmp_path / "out" / "accuracy_by_block.png").exists()  # of one block
+
+
+def test_the_log_mel_alone_is_a_probe_too(run):
+    text, results = run("--probes", "log_mel_statistics", "linear_mean_and_std")
+    assert [cells(text)[1][column] for column in (1, 3, 4, 5)] == ["-"] * 4
+    assert results["probes"][0]["trained"]["values"] == results["probes"][1]["log_mel"]["values"]
+
+
+def test_the_command_probes_every_block_chooses_the_best_and_draws_a_picture(run, tmp_path):
+    names = ["linear_mean", "linear_max_by_frequency", "best_linear", "weighted_sum_mean", "gated_max_by_frequency"]
+    text, results = run("--layers", "all", "--probes", *names)
+    rows = {(row["probe"], row["block"]): row for row in results["probes"]}
+    assert list(rows) == [
+        *(("linear_mean", 1), ("linear_mean", 2), ("linear_max_by_frequency", 1), ("linear_max_by_frequency", 2)),
+        *(("best_linear", None), ("weighted_sum_mean", None), ("gated_max_by_frequency", None)),
+    ]
+    assert all(row.keys() == {"probe", "block", "trained", "untrained", "gain", "log_mel"} for row in rows.values())
+    for who, networks in (("trained", 1), ("untrained", 2), ("log_mel", 1)):
+        best = rows["best_linear", None][who]
+        assert np.shape(best["values"]) == (2, networks)
+        for network, by_fold in enumerate(best["chosen"]):
+            for fold, chosen in enumerate(by_fold):
+                where = rows[chosen["probe"], chosen["block"] or 1][who]["values"][fold]  # the log-mel, block 0, is beside each block
+                assert best["values"][fold][network] == where[network]
+    assert rows["weighted_sum_mean", None]["log_mel"] == rows["linear_mean", 1]["log_mel"]
+    picture = tmp_path / "out" / "accuracy_by_block.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"results by block are drawn in {picture}" in text
+    run("--layers", "2", "--probes", "linear_mean", "--no_untrained")
+    assert not picture.exists()  # it would be of other results
+
+
+def row(probe: str, block: int | None, **means: float) -> dict:
+    summaries = {who: {"summary": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}} for who, mean in means.items()}
+    return {"probe": probe, "block": block, **summaries}
+
+
+def test_the_picture_shows_what_the_table_says(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn, save = [], figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, *given, **options: drawn.append(self) or save(self, *given, **options))
+    rows = [row("linear_mean", block, trained=0.5 + block / 100, untrained=0.4, log_mel=0.3) for block in (1, 2, 6)]
+    rows += [row("linear_cls", 6, trained=0.9), row("gated_mean", None, trained=0.7), row("gated_cls", None, trained=0.8)]
+    assert replace_picture({"metric": "mean_average_precision", "probes": rows}, tmp_path)
+    [axes] = drawn[0].axes  # of the CLS token there is one block, and so no curve
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("block", "mean average precision, %, with 95 % interval")
+    assert axes.get_title() == "mean of patches"
+    lines = {line.get_label(): (list(line.get_xdata()), pytest.approx(line.get_ydata())) for line in axes.get_lines()}
+    assert lines == {
+        "trained network": ([1, 2, 6], [51, 52, 56]),
+        "untrained network": ([1, 2, 6], [40, 40, 40]),
+        "gates over all blocks": ([0, 1], [70, 70]),  # from edge to edge
+        "log-mel, no network": ([0, 1], [30, 30]),
+    }
+
+
+def test_without_matplotlib_there_is_a_warning_and_no_picture(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    (tmp_path / "accuracy_by_block.png").write_bytes(b"of an earlier run")
+    results = {"metric": "accuracy", "probes": [row("linear_mean", block, trained=0.5) for block in (1, 2)]}
+    assert not replace_picture(results, tmp_path)
+    assert "plots need matplotlib" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_block_and_the_patches_of_another_one_can_be_chosen(run):
+    _, results = run("--layers", "0", "1", "--patch_layer", "1", "--probes", "linear_cls", "attentive", "--no_untrained")
+    assert [(row["probe"], row["block"]) for row in results["probes"]] == [("linear_cls", 0), ("linear_cls", 1), ("attentive", 1)]
+    # The CLS token is the same at the input of the first block, whatever the clip.
+    assert results["probes"][0]["trained"]["summary"]["mean"] == 0.5
 
 
 def test_the_command_takes_splits_and_several_labels(run):
-    text, results = run(
-        *("--fold_column", "null", "--label_column", "tags", "--label_separator", ";", "--no_untrained"),
-        *("--probes", "attentive", "linear_cls"),
-    )
-    assert text.startswith("| mean average precision, % | trained |")
+    splits = ("--fold_column", "null", "--label_column", "tags", "--label_separator", ";", "--no_untrained")
+    text, results = run(*splits, "--probes", "attentive", "linear_cls", "linear_mean", "best_linear")
+    assert cells(text)[0] == ["mean average precision, %", "block", "trained", "log-mel"]
     assert results["classes"] == ["broad", "x"]
     assert results["clips"] == {"test": {"training": 10, "evaluation": 6}}
-    assert np.shape(results["probes"]["attentive"]["trained"]["values"]) == (1, 2)
-    assert results["probes"]["linear_cls"]["trained"]["summary"]["std"] is None
+    assert np.shape(results["probes"][0]["trained"]["values"]) == (1, 2)
+    assert results["probes"][1]["trained"]["summary"]["std"] is None
 
 
 def test_some_folds_can_be_held_out(run):
@@ -353,7 +519,7 @@ def test_some_folds_can_be_held_out(run):
 def test_the_published_protocol_is_fine_tuning_of_a_frozen_encoder(run, tmp_path):
     changes = ["--published.num_train_epochs", "1", "--published.augmentation", "{roll: false}"]
     _, results = run("--probes", "published_linear", "--seeds", "3", *changes)
-    assert np.shape(results["probes"]["published_linear"]["trained"]["values"]) == (2, 1)
+    assert np.shape(results["probes"][0]["trained"]["values"]) == (2, 1)
     settings = (tmp_path / "out" / "published" / "fold-1-seed-3" / "settings.yaml").read_text()
     for line in (
         *("freeze_encoder: true", "learning_rate: 0.001", "num_train_epochs: 1", "per_device_train_batch_size: 48"),
@@ -380,6 +546,9 @@ def test_the_published_protocol_is_fine_tuning_of_a_frozen_encoder(run, tmp_path
         ("--seeds=[-1]", r"seeds are \[-1\]"),
         ("--test_folds 1 7", "the column 'fold' has no fold 7, only 0, 1"),
         ("--fold_column null --test_folds 1", "test_folds are set, but fold_column"),
+        ("--layers 3", r"layers is \[3\], but all, or numbers from -2 to 2"),
+        ("--patch_layer 5", r"layers is \[5\]"),
+        ("--probes linear_mean best_linear", "chooses among linear probes and layers.*give several of either"),
         ("--device abacus", "device is 'abacus', which cannot be used"),
     ],
 )

@@ -69,6 +69,9 @@ class SSLAMConfig(PreTrainedConfig):
             The default belongs to AudioSet's mean and standard deviation.
         classifier_pooling (`str`, defaults to `"cls"`):
             What is `pooler_output`: `"cls"`, the CLS token (as published), or `"mean"`, the mean of the patch tokens that are not masked.
+        layer_pooling (`str`, *optional*):
+            What a classifier of clips reads: by default the pooled output of the last block, as published; a `"weighted_sum"` of all
+            blocks' pooled outputs, whose learned weights are the same for all clips; or a `"gated"` one, whose weights depend on the clip.
         classifier_dropout (`float`, defaults to 0.0): Dropout before the classifier's linear layer.
         frame_pooling (`str`, defaults to `"mean"`):
             How the patches of a time step become one vector in event detection: their `"mean"`, or a weighted mean by learned
@@ -145,6 +148,7 @@ class SSLAMConfig(PreTrainedConfig):
     max_length: int = 12288
     padding_value: float | int = 0.46706
     classifier_pooling: Literal["cls", "mean"] = "cls"
+    layer_pooling: Literal["weighted_sum", "gated"] | None = None
     classifier_dropout: float | int = 0.0
     frame_pooling: Literal["mean", "attention"] = "mean"
     steps_per_second: float | int = 6.25

@@ -24,6 +24,7 @@ from .attention_sslam import as_boolean, eager_attention_forward, without_autoca
 from .configuration_sslam import SSLAMConfig
 from .inference_sslam import SSLAMEncodingMixin, SSLAMScoringMixin
 from .loading_sslam import SSLAMLoadingMixin, flatten_patch_projection
+from .pooling_sslam import SSLAMLayerPooling, pool_tokens
 
 
 @dataclass
@@ -32,12 +33,14 @@ class SSLAMModelOutput(BaseModelOutputWithPooling):
     Args:
         last_hidden_state: `(batch, 1 + patches, hidden_size)`, output of the last block, CLS first; there is no final norm.
         pooler_output: `(batch, hidden_size)`, the CLS token or the mean of the patch tokens, see `SSLAMConfig.classifier_pooling`.
+        layer_pooler_outputs: with `config.layer_pooling`, `(batch, blocks, hidden_size)`, the same of each block.
         hidden_states: with `output_hidden_states=True`, the first block's input and each block's output.
         attentions: with `output_attentions=True`, `(batch, heads, tokens, tokens)` for each block (eager attention only).
         mlp_outputs: with `output_mlp_outputs=True`, each block's MLP output before its residual, `(batch, 1 + patches, hidden_size)`: the
             layers' targets in pre-training, and the representation that the objective shapes most directly.
     """
 
+    layer_pooler_outputs: torch.Tensor | None = None
     mlp_outputs: tuple[torch.FloatTensor, ...] | None = None
 
 
@@ -241,6 +244,9 @@ class SSLAMPreTrainedModel(SSLAMLoadingMixin):
         elif isinstance(module, SSLAMEmbeddings):
             init.normal_(module.cls_token)
             init.copy_(module.position_embeddings, sincos_position_table(module.config))
+        elif isinstance(module, SSLAMLayerPooling):
+            for parameter in module.parameters():
+                init.zeros_(parameter)
         else:
             super()._init_weights(module)  # linear layers N(0, initializer_range), biases 0, norms 1 and 0
 
@@ -249,7 +255,7 @@ class SSLAMModel(SSLAMPreTrainedModel, SSLAMEncodingMixin):
     """The SSLAM encoder: a log-mel in, a clip embedding and frame embeddings out."""
 
     # Nor a classifier's head.
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^teacher\.", r"^(frame_)?classifier\.", r"^layernorm\.", r"^\w+_attention\."]
+    _keys_to_ignore_on_load_unexpected = [r"^(decoder|teacher|(frame_)?classifier|layernorm|layer_pooling|\w+_attention)\."]
 
     def __init__(self, config: SSLAMConfig):
         super().__init__(config)
@@ -290,9 +296,13 @@ class SSLAMModel(SSLAMPreTrainedModel, SSLAMEncodingMixin):
         if self.training and self.config.patch_drop_rate:
             hidden_states, token_mask = self._drop_patches(hidden_states, token_mask)
         bias = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask)
+        pooling, pooled = self.config.classifier_pooling, []
         for layer in self.layers:
             hidden_states = layer(hidden_states, bias, **kwargs)
-        return SSLAMModelOutput(last_hidden_state=hidden_states, pooler_output=self._pool(hidden_states, token_mask))
+            if self.config.layer_pooling is not None:  # copied, as a view would keep all of the block's tokens
+                pooled.append(pool_tokens(hidden_states, token_mask, pooling).clone())
+        last, layers = pool_tokens(hidden_states, token_mask, pooling), torch.stack(pooled, dim=1) if pooled else None
+        return SSLAMModelOutput(last_hidden_state=hidden_states, pooler_output=last, layer_pooler_outputs=layers)
 
     def frame_embeddings(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
         """Patch tokens on their grid: a view `(batch, time, frequency, hidden_size)` of `last_hidden_state`.
@@ -328,18 +338,12 @@ class SSLAMModel(SSLAMPreTrainedModel, SSLAMEncodingMixin):
         token_mask = None if token_mask is None else token_mask.gather(1, tokens)
         return hidden_states.gather(1, tokens.unsqueeze(-1).expand(-1, -1, hidden_states.shape[2])), token_mask
 
-    def _pool(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-        if self.config.classifier_pooling == "cls":
-            return hidden_states[:, 0]
-        patches = hidden_states[:, 1:]
-        if token_mask is None:
-            return patches.mean(1)
-        weights = token_mask[:, 1:, None].to(patches.dtype)
-        return (patches * weights).sum(1) / weights.sum(1).clamp_min(1)
-
 
 class SSLAMForAudioClassification(SSLAMPreTrainedModel, SSLAMScoringMixin):
-    """The encoder with a layer norm and a linear layer on its pooled output, for tags (multi-label) or classes."""
+    """The encoder with a layer norm and a linear layer on its pooled output, for tags (multi-label) or classes.
+
+    With `config.layer_pooling` the layer norm is applied to the pooled output of each block, and the linear layer reads their combination.
+    """
 
     # Its loss is the mean over a batch: where gradients are accumulated, `Trainer` has to divide by their number.
     accepts_loss_kwargs = False
@@ -350,6 +354,9 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel, SSLAMScoringMixin):
         self.num_labels = config.num_labels
         self.sslam = SSLAMModel(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_pooling: nn.Module = nn.Identity()  # without parameters: a checkpoint has the same ones as before there was a choice
+        if config.layer_pooling is not None:
+            self.layer_pooling = SSLAMLayerPooling(config.num_hidden_layers, config.hidden_size, gated=config.layer_pooling == "gated")
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]  # set in every config
         self.post_init()
@@ -377,13 +384,14 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel, SSLAMScoringMixin):
             (MLP outputs are the encoder's alone: ask `model.sslam`.)
         """
         outputs: SSLAMModelOutput = self.sslam(input_values, attention_mask=attention_mask, **{**kwargs, "return_dict": True})
-        logits = self._classify(outputs.pooler_output)  # type: ignore[arg-type]  # an encoder always gives one
+        pooled = outputs.pooler_output if self.config.layer_pooling is None else outputs.layer_pooler_outputs
+        logits = self._classify(pooled)  # type: ignore[arg-type]  # an encoder always gives one
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     @without_autocast
     def _classify(self, pooled: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.dropout(self.layernorm(pooled)))
+        return self.classifier(self.dropout(self.layer_pooling(self.layernorm(pooled))))
 
 
 __all__ = ["SSLAMForAudioClassification", "SSLAMModel", "SSLAMModelOutput", "SSLAMPreTrainedModel"]

@@ -17,11 +17,13 @@ from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
 from ..reports import markdown_table
 from ..settings import setting, settings_dict
-from .features import PatchDtype, encode_clips, hash_waveforms
+from .best_probe import InnerFold, ProbedBlock, check_inner_folds, choose_best, inner_folds
+from .features import POOLINGS, Features, PatchDtype, block_numbers, encode_clips, hash_waveforms
 from .intervals import Summary, format_summary
 from .loading import load_model
 from .probing import (
     PROBES,
+    LinearProbe,
     Partition,
     ProbeSettings,
     build_probe,
@@ -33,8 +35,13 @@ from .probing import (
 )
 
 
-PUBLISHED_LINEAR = "published_linear"  # beside PROBES, because it is a training run and not a classifier on features
-Values = dict[str, np.ndarray]  # (partitions, seeds), of the "trained" network and of "untrained" ones
+# Beside PROBES: a training run and not a classifier on features, and a choice among several.
+PUBLISHED_LINEAR, BEST_LINEAR = "published_linear", "best_linear"
+DEFAULT_PROBES = ["linear_cls", "linear_mean", "linear_mean_and_std", "linear_max_by_frequency", "attentive", "prototype", "knn"]
+BEST = ProbedBlock(BEST_LINEAR, None)
+# Of the "trained" network, of "untrained" ones, and of the "log_mel" without one.
+Values = dict[str, np.ndarray]  # (partitions, seeds)
+Choices = dict[str, list[list[ProbedBlock]]]  # for each network, what BEST has chosen for each partition
 
 
 @dataclass(kw_only=True)
@@ -46,10 +53,19 @@ class FrozenSettings(LabelledDataSettings, ProbeSettings):
     fold_column: str | None = setting("column whose values are held out in turn; null: train_split against test_split", "fold")
     test_folds: list[int | str] = setting("values of fold_column to hold out in turn; empty: each", [])
     train_split: str = setting("split to train on, unless fold_column is set", "train")
-    probes: list[str] = setting(f"which to run, of {', '.join(PROBES)}, {PUBLISHED_LINEAR} (a training run each)", list(PROBES))
+    probes: list[str] = setting(
+        "which to run: linear (on each of layers), weighted_sum or gated (over all blocks), each followed by one of "
+        f"{', '.join(f'_{name}' for name in POOLINGS)}; attentive, prototype, knn; {BEST_LINEAR} (the best of these linear probes and "
+        f"layers, chosen on other folds); {PUBLISHED_LINEAR} (a training run each)",
+        DEFAULT_PROBES,
+    )
+    layers: list[int | str] = setting(
+        "blocks that linear probes and k-NN read: all, or numbers, -1 for the last, 0 for the first's input", [-1]
+    )
+    patch_layer: int = setting("block whose patches attentive and prototype probes read", -1)
     untrained: bool = setting("probe networks of the same configuration with random weights too, one for each seed", True)
-    seeds: list[int] = setting(f"random seeds of attentive and prototype probes, untrained networks and {PUBLISHED_LINEAR}", [0, 1, 2])
-    output_dir: str = setting("folder for results.json, which holds every number", "runs/probe")
+    seeds: list[int] = setting(f"random seeds of probes that are trained, untrained networks and {PUBLISHED_LINEAR}", [0, 1, 2])
+    output_dir: str = setting("folder for results.json, which holds every number, and accuracy_by_block.png", "runs/probe")
     cache_dir: str = setting("folder for frozen features, which are kept from run to run and never deleted", "runs/features")
     dtype: Literal["float32", "float16", "bfloat16"] = setting("precision of the encoder", "float32")
     patch_dtype: PatchDtype = setting("precision of the patch tokens in cache_dir", "float16")
@@ -58,8 +74,9 @@ class FrozenSettings(LabelledDataSettings, ProbeSettings):
     def __post_init__(self):
         super().__post_init__()
         ProbeSettings.__post_init__(self)
-        if unknown := [name for name in self.probes if name not in (*PROBES, PUBLISHED_LINEAR)]:
-            raise UserError(f"there is no probe {unknown[0]!r}, only {', '.join(PROBES)}, {PUBLISHED_LINEAR}")
+        known = (*PROBES, BEST_LINEAR, PUBLISHED_LINEAR)
+        if unknown := [name for name in self.probes if name not in known]:
+            raise UserError(f"there is no probe {unknown[0]!r}, only {', '.join(known)}")
         if not self.probes or not self.seeds or self.per_device_eval_batch_size < 1:
             raise UserError(
                 f"probes are {self.probes}, seeds {self.seeds} and per_device_eval_batch_size {self.per_device_eval_batch_size}, but at "
@@ -71,12 +88,13 @@ class FrozenSettings(LabelledDataSettings, ProbeSettings):
 
 @dataclass
 class Task:
-    """Clips and their `targets`: `(clips,)`, indices of `classes`, or `(clips, classes)`, 0 or 1."""
+    """Clips, the `targets`: `(clips,)`, indices of `classes`, or `(clips, classes)`, 0 or 1, and `folds`: `(clips,)`, or splits."""
 
     waveforms: Waveforms
     targets: np.ndarray
     classes: list[str]
     partitions: list[Partition]
+    folds: list[str]
 
 
 def read_task(settings: FrozenSettings, sampling_rate: int) -> Task:
@@ -97,8 +115,9 @@ def read_task(settings: FrozenSettings, sampling_rate: int) -> Task:
     targets = labels.one_hot(range(len(labels))) if labels.multi_label else labels.indices()
     waveforms = Waveforms(labelled.sources, sampling_rate, settings.memory_gb)
     waveforms.check_unreadable(settings.max_unreadable, "probed")
-    partitions = [part for part in hold_out_each([groups[i] for i in waveforms.kept]) if part.name in evaluated]
-    task = Task(waveforms, targets[waveforms.kept], classes, partitions)
+    folds = [groups[i] for i in waveforms.kept]
+    partitions = [part for part in hold_out_each(folds) if part.name in evaluated]
+    task = Task(waveforms, targets[waveforms.kept], classes, partitions, folds)
     check_partitions(task.partitions, task.targets, task.classes)
     return task
 
@@ -127,8 +146,8 @@ def evaluate_frozen(
         published_linear: runs the published linear protocol for the probe of that name; returns values, `(partitions, seeds)`.
 
     Returns:
-        Settings, metric, class names, numbers of clips and, for each probe, values, `(partitions, seeds)`, and summaries of the trained and
-        the untrained networks, and the gain.
+        Settings, metric, class names, numbers of clips and, as `probes`, a row for each probe and block: values, `(partitions, seeds)`, and
+        summaries of the trained and the untrained networks and of the log-mel under the same pooling, and the gain.
 
     Raises:
         UserError: if the model, the data or the settings do not fit each other.
@@ -138,52 +157,117 @@ def evaluate_frozen(
     model, extractor = load_model(SSLAMModel, settings.model, settings.dtype, settings.device)
     if settings.max_length is not None:
         extractor.max_length = settings.max_length
+    rows = _rows(settings, model.config.num_hidden_layers)
     task = read_task(settings, extractor.sampling_rate)
-    names = [name for name in settings.probes if name in PROBES]
-    values = _probe_features(settings, task, model, extractor, names) if names else {}
+    inner = inner_folds(task.folds, task.partitions, task.targets) if BEST in rows else []
+    check_inner_folds(inner, task.targets, task.classes)
+    values, choices = _probe_features(settings, task, model, extractor, rows, inner)
     if PUBLISHED_LINEAR in settings.probes and published_linear is not None:
-        values[PUBLISHED_LINEAR] = {"trained": published_linear(task.partitions)}
+        values[ProbedBlock(PUBLISHED_LINEAR, None)] = {"trained": published_linear(task.partitions)}
     clips = [len(part.evaluation) for part in task.partitions] if task.targets.ndim == 1 else None
+    described = [{**row._asdict(), **_describe(values[row], clips)} for row in rows]
+    for who, networks in choices.items():
+        described[rows.index(BEST)][who]["chosen"] = [[choice._asdict() for choice in by_fold] for by_fold in networks]
     return {
         "settings": settings_dict(settings),
         "metric": "accuracy" if task.targets.ndim == 1 else "mean_average_precision",
         "classes": task.classes,
         "clips": {part.name: {"training": len(part.train), "evaluation": len(part.evaluation)} for part in task.partitions},
         "unreadable": task.waveforms.unreadable,
-        "probes": {name: _describe(values[name], clips) for name in settings.probes},
+        "probes": described,
     }
 
 
-def _probe_features(
-    settings: FrozenSettings, task: Task, model: SSLAMModel, extractor: SSLAMFeatureExtractor, names: list[str]
-) -> dict[str, Values]:
-    data_key = hash_waveforms(task.waveforms)
-
-    def run(network: SSLAMModel, names: list[str], seeds: list[int], title: str) -> Values:
-        features = encode_clips(
-            network,
-            extractor,
-            task.waveforms,
-            settings.cache_dir,
-            data_key=data_key,
-            keep_patches=any(build_probe(name).needs_patches for name in names),
-            patch_dtype=settings.patch_dtype,
-            batch_size=settings.per_device_eval_batch_size,
-            description=f"encoding clips, {title}",
+def _rows(settings: FrozenSettings, depth: int) -> list[ProbedBlock]:
+    """Each probe on each block that it shall read."""
+    blocks, patch_block = block_numbers(settings.layers, depth), block_numbers([settings.patch_layer], depth)[0]
+    rows = []
+    for name in settings.probes:
+        probe = build_probe(name) if name in PROBES else None
+        if probe is None or probe.reads == "blocks" or not probe.needs_model:
+            rows.append(ProbedBlock(name, None))
+        else:
+            rows += [ProbedBlock(name, block) for block in ([patch_block] if probe.needs_patches else blocks)]
+    if BEST in rows and len(_candidates(rows)) < 2:
+        raise UserError(
+            f"{BEST_LINEAR} chooses among linear probes and layers, but probes are {', '.join(settings.probes)} and layers "
+            f"{settings.layers}: give several of either"
         )
-        return {name: run_probe(name, features, task.targets, task.partitions, seeds, settings, title) for name in names}
+    return rows
 
-    results = {name: {"trained": values} for name, values in run(model, names, settings.seeds, "trained network").items()}
-    compared = [name for name in names if build_probe(name).needs_model]
-    if settings.untrained and compared:
-        by_seed = []
+
+def _candidates(rows: Sequence[ProbedBlock]) -> list[ProbedBlock]:
+    """Those that BEST chooses among."""
+    return [row for row in rows if row.block is not None and isinstance(build_probe(row.probe), LinearProbe)]
+
+
+def _on_log_mel(row: ProbedBlock) -> ProbedBlock | None:
+    """What shows the worth of a row's pooling without a network: the log-mel has neither a CLS token nor several blocks."""
+    probe = build_probe(row.probe)
+    if probe.pooling in (None, "cls") or not probe.needs_model:
+        return None
+    return ProbedBlock(row.probe if probe.reads == "block" else f"linear_{probe.pooling}", 0)
+
+
+def _probe_features(
+    settings: FrozenSettings,
+    task: Task,
+    model: SSLAMModel,
+    extractor: SSLAMFeatureExtractor,
+    rows: Sequence[ProbedBlock],
+    inner: Sequence[InnerFold],
+) -> tuple[dict[ProbedBlock, Values], Choices]:
+    """Values of all rows but the published protocol's."""
+    rows = [row for row in rows if row.probe != PUBLISHED_LINEAR]
+    probes = {row: build_probe(row.probe) for row in rows if row != BEST}
+    if not probes:
+        return {}, {}
+    layers = {row.block for row, probe in probes.items() if row.block is not None and not probe.needs_patches}
+    if any(probe.reads == "blocks" for probe in probes.values()):
+        layers |= set(range(1, model.config.num_hidden_layers + 1))
+    options: dict[str, Any] = {
+        **{"data_key": hash_waveforms(task.waveforms), "layers": sorted(layers) or [-1], "patch_layer": settings.patch_layer},
+        **{"keep_patches": any(probe.needs_patches for probe in probes.values()), "patch_dtype": settings.patch_dtype},
+        "batch_size": settings.per_device_eval_batch_size,
+    }
+
+    def encode(network: SSLAMModel, title: str) -> Features:
+        return encode_clips(network, extractor, task.waveforms, settings.cache_dir, description=f"encoding clips, {title}", **options)
+
+    def run(features: Features, rows: Sequence[ProbedBlock], seeds: list[int], title: str) -> tuple[dict[ProbedBlock, np.ndarray], Any]:
+        clips, chosen = (features, task.targets, task.partitions), None
+        found = {row: run_probe(row.probe, *clips, seeds, settings, title, row.block) for row in rows if row != BEST}
+        if BEST in rows:
+            found[BEST], chosen = choose_best({row: found[row] for row in _candidates(rows)}, *clips, inner, settings, title)
+        return found, chosen
+
+    features = encode(model, "trained network")
+    found, chosen = run(features, rows, settings.seeds, "trained network")
+    values: dict[ProbedBlock, Values] = {row: {"trained": scores} for row, scores in found.items()}
+    choices = {"trained": [chosen]}
+
+    compared = [row for row in rows if row == BEST or probes[row].needs_model] if settings.untrained else []
+    if compared:
+        networks = []
         for seed in settings.seeds:
             torch.manual_seed(seed)
             untrained: Any = SSLAMModel(model.config)
-            by_seed.append(run(untrained.to(model.device, model.dtype), compared, [seed], f"untrained network {seed}"))
-        for name in compared:
-            results[name]["untrained"] = np.concatenate([values[name] for values in by_seed], axis=1)
-    return results
+            title = f"untrained network {seed}"
+            networks.append(run(encode(untrained.to(model.device, model.dtype), title), compared, [seed], title))
+        for row in compared:
+            values[row]["untrained"] = np.concatenate([found[row] for found, _ in networks], axis=1)
+        choices["untrained"] = [chosen for _, chosen in networks]
+
+    baselines = {row: baseline for row in probes if (baseline := _on_log_mel(row))}
+    if BEST in rows and _candidates(list(baselines.values())):
+        baselines[BEST] = BEST
+    if baselines:
+        found, chosen = run(features.log_mel, list(dict.fromkeys(baselines.values())), settings.seeds, "log-mel")
+        for row, baseline in baselines.items():
+            values[row]["log_mel"] = found[baseline]
+        if BEST in baselines:
+            choices["log_mel"] = [chosen]
+    return values, choices if BEST in rows else {}
 
 
 def _describe(values: Values, clips: Sequence[int] | None) -> dict[str, Any]:
@@ -195,11 +279,12 @@ def _describe(values: Values, clips: Sequence[int] | None) -> dict[str, Any]:
 
 def results_table(results: dict[str, Any]) -> str:
     """What `evaluate_frozen` returned as a Markdown table, in per cent."""
-    compared = any("untrained" in found for found in results["probes"].values())
-    columns = ["trained", "untrained", "gain"] if compared else ["trained"]
-    titles = {name: title for name, (title, _) in PROBES.items()} | {PUBLISHED_LINEAR: "published linear protocol"}
+    columns = [name for name in ("trained", "untrained", "gain", "log_mel") if any(name in row for row in results["probes"])]
+    titles = {name: title for name, (title, _) in PROBES.items()}
+    titles |= {PUBLISHED_LINEAR: "published linear protocol", BEST_LINEAR: "best block and pooling, chosen on other folds"}
     rows = []
-    for name, found in results["probes"].items():
-        cells = [format_summary(Summary(**found[column]["summary"])) if column in found else "-" for column in columns]
-        rows.append([titles[name], *cells])
-    return markdown_table([f"{results['metric'].replace('_', ' ')}, %", *columns], rows)
+    for row in results["probes"]:
+        cells = [format_summary(Summary(**row[column]["summary"])) if column in row else "-" for column in columns]
+        rows.append([titles[row["probe"]], "-" if row["block"] is None else str(row["block"]), *cells])
+    header = [f"{results['metric'].replace('_', ' ')}, %", "block", *columns]
+    return markdown_table([name.replace("log_mel", "log-mel") for name in header], rows)

@@ -1,4 +1,7 @@
-"""Classifiers that choose among patch tokens, because a mean over all patches dilutes what a few of them hold."""
+"""Classifiers trained by gradient descent: those that choose among patch tokens, and those that combine the blocks.
+
+A mean over all patches dilutes what a few of them hold, and the last block lacks what earlier ones may hold.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,13 +11,18 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from ..pooling_sslam import SSLAMLayerPooling
 from ..settings import setting
 from .features import Features
 
 
+# What a head takes of some clips, by their indices: values `(clips, ..., width)` to be standardised, and what is given beside them.
+Read = Callable[[Features, np.ndarray], tuple[torch.Tensor, ...]]
+
+
 @dataclass(kw_only=True)
 class HeadSettings:
-    """Attentive and prototype probes: AdamW, a cosine to zero, no warm-up"""
+    """Attentive and prototype probes, weighted sums and gates: AdamW, a cosine to zero, no warm-up"""
 
     queries: int = setting("learned queries of the attentive probe, each of which pools the patches once", 8)
     prototypes: int = setting("learned prototypes for each class, of the prototype probe", 8)
@@ -75,18 +83,33 @@ class PrototypePooling(nn.Module):
         return self.classifier(cosines.masked_fill(~mask[..., None], -1.0).amax(1))
 
 
+class LayerCombination(nn.Module):
+    """A linear layer on the sum of all blocks' outputs, weighted by a learned softmax, which depends on the clip if `gated`."""
+
+    def __init__(self, blocks: int, width: int, classes: int, settings: HeadSettings, gated: bool):
+        super().__init__()
+        self.layer_pooling = SSLAMLayerPooling(blocks, width, gated)
+        self.classifier = nn.Linear(width, classes)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(clips, blocks, width) -> logits (clips, classes)."""
+        return self.classifier(self.layer_pooling(vectors))
+
+
 class TrainedHead:
-    """A head on standardised patch tokens, trained on all clips of `features`.
+    """A head on standardised values, trained on all clips of `features`.
 
     Args:
-        build: makes the head from width, number of classes and settings.
+        build: makes the head from the shape of a clip's values (without that of patches), number of classes and settings.
+        read: what the head takes.
         targets: `(clips,)`, class indices; or `(clips, classes)`, 0 or 1.
         seed: random seed for the head's weights and the order of clips.
     """
 
     def __init__(
         self,
-        build: Callable[[int, int, HeadSettings], nn.Module],
+        build: Callable[..., nn.Module],
+        read: Read,
         features: Features,
         targets: np.ndarray,
         classes: int,
@@ -94,11 +117,12 @@ class TrainedHead:
         seed: int,
         device: torch.device | str,
     ):
-        self.batch_size, self.device = settings.per_device_train_batch_size, device
+        self.read, self.batch_size, self.device = read, settings.per_device_train_batch_size, device
+        mean, std = _moments(read, features, self.batch_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.head = build(features.cls.shape[1], classes, settings).to(device)
-        self.mean, self.std = (moment.to(device) for moment in _token_moments(features, self.batch_size))
+            self.head = build(*mean.shape, classes, settings).to(device)
+        self.mean, self.std = mean.to(device), std.to(device)
         labels = torch.from_numpy(targets if targets.ndim == 1 else targets.astype(np.float32)).to(device)
         loss_function = nn.functional.cross_entropy if targets.ndim == 1 else nn.functional.binary_cross_entropy_with_logits
         optimizer = torch.optim.AdamW(self.head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -117,8 +141,8 @@ class TrainedHead:
         self.head.eval()
 
     def _logits(self, features: Features, clips: np.ndarray) -> torch.Tensor:
-        tokens, mask = (part.to(self.device) for part in features.patch_tokens(clips))
-        return self.head((tokens - self.mean) / self.std, mask)
+        values, *others = (part.to(self.device) for part in self.read(features, clips))
+        return self.head((values - self.mean) / self.std, *others)
 
     @torch.inference_mode()
     def scores(self, features: Features) -> np.ndarray:
@@ -126,14 +150,16 @@ class TrainedHead:
         return np.concatenate([self._logits(features, clips).cpu().numpy() for clips in _batches(len(features), self.batch_size)])
 
 
-def _token_moments(features: Features, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (1 if constant) of each channel over all patches but padding, `(width,)` each."""
-    count, total = 0, torch.zeros(features.mean.shape[1], dtype=torch.float64)
-    squares = torch.zeros_like(total)
-    shift = torch.from_numpy(features.mean[0]).double()  # near the mean, so squares of differences keep their digits
+def _moments(read: Read, features: Features, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (1 if constant) of each channel: over all patches but padding, `(width,)`; of each block over clips,
+    `(blocks, width)`."""
+    count, total, squares, shift = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
     for clips in _batches(len(features), batch_size):
-        tokens, mask = features.patch_tokens(clips)
-        values = tokens[mask].double() - shift
+        values, *mask = read(features, clips)
+        values = (values[mask[0]] if mask else values).double()
+        if count == 0:
+            shift = values[0]  # nearer to the mean than 0 is, so that squares of differences keep their digits
+        values = values - shift
         count, total, squares = count + len(values), total + values.sum(0), squares + (values**2).sum(0)
     mean = total / count
     std = (squares / count - mean**2).clamp_min(0).sqrt()

@@ -15,16 +15,17 @@ from functools import partial
 from typing import Literal, Self
 
 import numpy as np
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..settings import setting
-from .features import Features
+from .features import POOLINGS, Features, Pooling
 from .intervals import Summary, proportion_interval, summarize, summarize_difference, widen_by_clips
 from .loading import best_device
 from .metrics import mean_over_classes
-from .pooling import AttentivePooling, HeadSettings, PrototypePooling, TrainedHead
+from .pooling import AttentivePooling, HeadSettings, LayerCombination, PrototypePooling, TrainedHead
 
 
 try:
@@ -38,8 +39,6 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-View = Literal["cls", "mean", "mean_and_std", "statistics"]
-
 
 @dataclass(kw_only=True)
 class ProbeSettings:
@@ -47,7 +46,7 @@ class ProbeSettings:
 
     inverse_regularization: float = setting("inverse of the L2 regularization of logistic regressions (C of scikit-learn)", 1.0)
     neighbors: int = setting("nearest training clips that k-NN takes", 10)
-    heads: HeadSettings = setting("probes on patch tokens", HeadSettings())
+    heads: HeadSettings = setting("probes trained by gradient descent", HeadSettings())
     device: str | None = setting("cpu, cuda, cuda:1 ... for the encoder and the heads; null: an accelerator if there is one", None)
 
     def __post_init__(self):
@@ -58,14 +57,21 @@ class ProbeSettings:
 
 
 class Probe(ABC):
-    """A classifier on frozen features. Targets of exclusive classes are `(clips,)`, indices; of tags `(clips, classes)`, 0 or 1."""
+    """A classifier on frozen features. Targets of exclusive classes are `(clips,)`, indices; of tags `(clips, classes)`, 0 or 1.
+
+    Args:
+        settings: of all probes.
+        block: which one it reads, if it reads one; by default the last that was encoded.
+    """
 
     seeded = False  # whether the seed changes the result
     needs_patches = False
     needs_model = True  # whether another network changes the result
+    reads: Literal["block", "blocks"] = "block"  # one of them, or all but 0
+    pooling: Pooling | None = None  # of the vectors that it reads
 
-    def __init__(self, settings: ProbeSettings):
-        self.settings = settings
+    def __init__(self, settings: ProbeSettings, block: int | None = None):
+        self.settings, self.block = settings, block
 
     def fit(self, features: Features, targets: np.ndarray, seed: int = 0) -> Self:
         """Train on these clips. The largest index gives the number of exclusive classes.
@@ -91,19 +97,24 @@ class Probe(ABC):
 class LinearProbe(Probe):
     """Logistic regression on standardised features; of tags, one for each."""
 
-    def __init__(self, settings: ProbeSettings, view: View):
-        super().__init__(settings)
-        self.view, self.needs_model = view, view != "statistics"
+    pooling: Pooling
+
+    def __init__(self, settings: ProbeSettings, block: int | None = None, *, pooling: Pooling, log_mel: bool = False):
+        super().__init__(settings, block)
+        self.pooling, self.needs_model = pooling, not log_mel
+
+    def _vectors(self, features: Features) -> np.ndarray:
+        return _finite(features.pooled(self.pooling, self.block) if self.needs_model else features.log_mel.pooled(self.pooling))
 
     def _fit(self, features: Features, targets: np.ndarray, one_hot: np.ndarray, seed: int) -> None:
-        values, columns = _finite(getattr(features, self.view)), [targets] if targets.ndim == 1 else targets.T
+        values, columns = self._vectors(features), [targets] if targets.ndim == 1 else targets.T
         self.scaler = StandardScaler().fit(values)
         scaled, strength = self.scaler.transform(values), self.settings.inverse_regularization
         self.regressions = [LogisticRegression(C=strength, max_iter=5000).fit(scaled, column) for column in columns]
         self.exclusive = targets.ndim == 1
 
     def scores(self, features: Features) -> np.ndarray:
-        scaled = self.scaler.transform(_finite(getattr(features, self.view)))
+        scaled = self.scaler.transform(self._vectors(features))
         logits = [regression.decision_function(scaled) for regression in self.regressions]
         if not self.exclusive:
             return np.stack(logits, axis=1)
@@ -117,52 +128,91 @@ class NearestNeighbors(Probe):
     Features are standardised, because what all clips have in common would make every cosine large.
     """
 
+    pooling = "mean"
+
     def _fit(self, features: Features, targets: np.ndarray, one_hot: np.ndarray, seed: int) -> None:
         neighbors = self.settings.neighbors
         if neighbors > len(features):
             raise UserError(f"neighbors is {neighbors}, but there are {len(features)} training clips: set it lower")
         # A regression of 0 and 1 is the weighted fraction of neighbors.
         regressor = KNeighborsRegressor(neighbors, weights="distance", metric="cosine")
-        self.regressor = make_pipeline(StandardScaler(), regressor).fit(_finite(features.mean), one_hot)
+        self.regressor = make_pipeline(StandardScaler(), regressor).fit(_finite(features.pooled(self.pooling, self.block)), one_hot)
 
     def scores(self, features: Features) -> np.ndarray:
-        return self.regressor.predict(_finite(features.mean))
+        return self.regressor.predict(_finite(features.pooled(self.pooling, self.block)))
 
 
-class PatchProbe(Probe):
-    """A head on patch tokens, trained by gradient descent."""
+class TrainedProbe(Probe):
+    """A head that is trained by gradient descent."""
 
-    seeded = needs_patches = True
+    seeded = True
+    build: Callable[..., nn.Module]
 
-    def __init__(self, settings: ProbeSettings, build: Callable[[int, int, HeadSettings], nn.Module]):
-        super().__init__(settings)
-        self.build = build
+    @abstractmethod
+    def read(self, features: Features, clips: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """What the head takes of the clips with these indices."""
 
     def _fit(self, features: Features, targets: np.ndarray, one_hot: np.ndarray, seed: int) -> None:
         device = self.settings.device or best_device()
-        self.head = TrainedHead(self.build, features, targets, one_hot.shape[1], self.settings.heads, seed, device)
+        self.head = TrainedHead(self.build, self.read, features, targets, one_hot.shape[1], self.settings.heads, seed, device)
 
     def scores(self, features: Features) -> np.ndarray:
         return _finite(self.head.scores(features))
 
 
+class PatchProbe(TrainedProbe):
+    """A head on the patch tokens that were kept, which are of one block."""
+
+    needs_patches = True
+
+    def __init__(self, settings: ProbeSettings, block: int | None = None, *, build: Callable[..., nn.Module]):
+        super().__init__(settings, block)
+        self.build = build
+
+    def read(self, features: Features, clips: np.ndarray) -> tuple[torch.Tensor, ...]:
+        return features.patch_tokens(clips)
+
+
+class BlocksProbe(TrainedProbe):
+    """A linear layer on a learned combination of all blocks' pooled outputs."""
+
+    reads = "blocks"
+    pooling: Pooling
+
+    def __init__(self, settings: ProbeSettings, block: int | None = None, *, pooling: Pooling, gated: bool):
+        super().__init__(settings, block)
+        self.pooling, self.build = pooling, partial(LayerCombination, gated=gated)
+
+    def read(self, features: Features, clips: np.ndarray) -> tuple[torch.Tensor, ...]:
+        return (torch.from_numpy(features.pooled_blocks(self.pooling, clips)),)
+
+
 # By name: the title in a table, and the class.
-PROBES: dict[str, tuple[str, Callable[[ProbeSettings], Probe]]] = {
-    "linear_cls": ("linear, CLS token", partial(LinearProbe, view="cls")),
-    "linear_mean": ("linear, mean patch token", partial(LinearProbe, view="mean")),
-    "linear_mean_and_std": ("linear, mean and standard deviation of patch tokens", partial(LinearProbe, view="mean_and_std")),
+PROBES: dict[str, tuple[str, Callable[..., Probe]]] = {
+    **{f"linear_{name}": (f"linear, {title}", partial(LinearProbe, pooling=name)) for name, (title, _) in POOLINGS.items()},
     "attentive": ("attentive pooling of patches", partial(PatchProbe, build=AttentivePooling)),
     "prototype": ("prototypes against patches", partial(PatchProbe, build=PrototypePooling)),
-    "knn": ("k-NN, mean patch token", NearestNeighbors),
-    "log_mel_statistics": ("linear, mean and standard deviation of log-mel bins", partial(LinearProbe, view="statistics")),
+    "knn": ("k-NN, mean of patches", NearestNeighbors),
+    **{
+        f"weighted_sum_{name}": (f"weighted sum of blocks, {title}", partial(BlocksProbe, pooling=name, gated=False))
+        for name, (title, _) in POOLINGS.items()
+    },
+    **{
+        f"gated_{name}": (f"gates over blocks, {title}", partial(BlocksProbe, pooling=name, gated=True))
+        for name, (title, _) in POOLINGS.items()
+    },
+    "log_mel_statistics": (
+        "linear, mean and standard deviation of log-mel bins",
+        partial(LinearProbe, pooling="mean_and_std", log_mel=True),
+    ),
 }
 
 
-def build_probe(name: str, settings: ProbeSettings | None = None) -> Probe:
-    """A probe of `PROBES`. `UserError` if there is none of that name."""
+def build_probe(name: str, settings: ProbeSettings | None = None, block: int | None = None) -> Probe:
+    """A probe of `PROBES`, on a block of those that were encoded. `UserError` if there is none of that name."""
     if name not in PROBES:
         raise UserError(f"there is no probe {name!r}, only {', '.join(PROBES)}")
-    return PROBES[name][1](settings or ProbeSettings())
+    return PROBES[name][1](settings or ProbeSettings(), block)
 
 
 @dataclass(frozen=True)
@@ -191,6 +241,7 @@ def run_probe(
     seeds: Sequence[int] = (0,),
     settings: ProbeSettings | None = None,
     network: str = "",
+    block: int | None = None,
 ) -> np.ndarray:
     """`score` of the probe `name`, trained and evaluated on each partition of the clips; errors are those of `Probe.fit`.
 
@@ -198,17 +249,19 @@ def run_probe(
         targets: `(clips,)` or `(clips, classes)`, as of `Probe`.
         seeds: random seeds for the probe's weights and order of clips.
         network: whose features they are, for the progress bar.
+        block: as of `Probe`.
 
     Returns:
         `(partitions, seeds)`, or `(partitions, 1)` where the seed does not matter.
     """
     seeds = seeds if build_probe(name, settings).seeded else seeds[:1]
     values = np.empty((len(partitions), len(seeds)))
-    with tqdm(total=values.size, desc=f"probe {name}{network and f', {network}'}", unit="fit") as bar:
+    where = ("" if block is None else f", block {block}") + (network and f", {network}")
+    with tqdm(total=values.size, desc=f"probe {name}{where}", unit="fit") as bar:
         for row, partition in enumerate(partitions):
             train, evaluation = features.select(partition.train), features.select(partition.evaluation)
             for column, seed in enumerate(seeds):
-                probe = build_probe(name, settings).fit(train, targets[partition.train], seed)
+                probe = build_probe(name, settings, block).fit(train, targets[partition.train], seed)
                 values[row, column] = score(probe.scores(evaluation), targets[partition.evaluation])
                 bar.update()
     return values

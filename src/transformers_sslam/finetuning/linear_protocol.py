@@ -3,11 +3,13 @@
 ```bash
 sslam probe --model runs/tiny/stage2/model --data_dir PATH/TO/esc10                    # each fold held out in turn
 sslam probe --model MODEL --data_dir PATH/TO/spass --layout spass --subset Park --fold_column null --label_column labels
+sslam probe --model MODEL --data_dir PATH/TO/esc10 --layers all --probes linear_mean_and_std linear_max_by_frequency best_linear
 sslam probe --model MODEL --data_dir PATH/TO/esc10 --probes published_linear --published.num_train_epochs 10
 ```
 
 The table has accuracy, or mean average precision where clips have several labels: mean ± standard deviation [95 % interval] over folds,
-each the mean of its seeds; without folds, over seeds. The published linear protocol is that of SSLAM (arXiv 2506.12222).
+each the mean of its seeds; without folds, over seeds. Beside the model are the same network untrained and, without a network, the log-mel,
+under the same pooling. The published linear protocol is that of SSLAM (arXiv 2506.12222).
 """
 
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ import numpy as np
 import transformers
 
 from ..allocator import keep_freed_memory
+from ..evaluation.block_plot import PICTURE, replace_picture
 from ..evaluation.frozen import PUBLISHED_LINEAR, FrozenSettings, evaluate_frozen, results_table
 from ..evaluation.loading import best_device
 from ..evaluation.probing import Partition
@@ -54,6 +57,8 @@ def run(settings: LinearProtocolSettings) -> None:
     write_json(output / "results.json", results)
     print(results_table(results))
     print(f"\nevery number is in {output / 'results.json'}")
+    if replace_picture(results, output):
+        print(f"results by block are drawn in {output / PICTURE}")
 
 
 def run_published_linear(settings: LinearProtocolSettings, partitions: Sequence[Partition]) -> np.ndarray:
