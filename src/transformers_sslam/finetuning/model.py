@@ -14,6 +14,7 @@ from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMForAudioClassification
 from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
+from .lora import add_adapters
 from .settings import FineTuningSettings
 
 
@@ -56,7 +57,8 @@ def build_model(
     For the task `events` it is one of time steps, which drops no patches, and whose thresholds are not tuned yet.
 
     A frozen encoder drops paths, patches and activations only where `model_config` says so, as the published linear protocol does:
-    otherwise its features are always the same. A classifier of other classes gives its encoder, and its head is replaced.
+    otherwise its features are always the same. A classifier of other classes gives its encoder, and its head is replaced. With `lora.r`
+    the model is behind a `peft.PeftModel`, see [`add_adapters`].
 
     Raises:
         UserError: if the checkpoint does not fit `model_config`.
@@ -78,7 +80,7 @@ def build_model(
         model = CLASSIFIERS[settings.task](SSLAMConfig(**changes)) if origin is None else _load(settings, origin, classes, changes)
     model.config.padding_value = extractor.scaled_padding_value
     model.sslam.requires_grad_(not settings.freeze_encoder)
-    return model
+    return add_adapters(model, settings.lora, str(settings.model)) if settings.lora.r else model
 
 
 def _load(settings: FineTuningSettings, origin: str, classes: list[str], changes: dict[str, Any]) -> Classifier:

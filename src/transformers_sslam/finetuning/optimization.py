@@ -14,12 +14,21 @@ def layer_index(name: str, num_layers: int) -> int:
     return 0 if ".embeddings." in name else num_layers + 1
 
 
-def layer_decay_groups(model: PreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float) -> list[dict]:
+def layer_decay_groups(
+    model: PreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float, encoder_learning_rate: float | None = None
+) -> list[dict]:
     """Parameter groups for an optimiser: the learning rate decreases from the head to the embeddings, and tensors with one axis (biases,
     norms) have no weight decay (BEiT, arXiv 2106.08254; fine-tuning recipes of SSLAM).
 
     The rate of layer `i` of `n` is `learning_rate * layer_decay ** (n + 1 - i)`: the head's is `learning_rate`, that of patch embedding,
-    CLS and first norm `layer_decay ** (n + 1)` of it.
+    CLS and first norm `layer_decay ** (n + 1)` of it. Adapters (LoRA) have the rate of their block.
+
+    Args:
+        model: only parameters that require a gradient are taken.
+        learning_rate: of the head.
+        weight_decay: of tensors with more than one axis.
+        layer_decay: ratio of the rate of a layer to that of the layer above it.
+        encoder_learning_rate: in place of `learning_rate`, in the formula for layers below the head.
 
     Returns:
         Groups with `params`, `lr`, `weight_decay` and, for information, `layer`.
@@ -30,7 +39,8 @@ def layer_decay_groups(model: PreTrainedModel, learning_rate: float, weight_deca
         if not parameter.requires_grad:
             continue
         layer, decays = layer_index(name, num_layers), parameter.ndim > 1
-        rate = learning_rate * layer_decay ** (num_layers + 1 - layer)
+        peak = learning_rate if layer > num_layers or encoder_learning_rate is None else encoder_learning_rate
+        rate = peak * layer_decay ** (num_layers + 1 - layer)
         empty = {"params": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0, "layer": layer}
         groups.setdefault((layer, decays), empty)["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]

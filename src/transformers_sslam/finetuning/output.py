@@ -16,6 +16,7 @@ from ..evaluation.per_class import PICTURE
 from ..files import DamagedFileError, lock, read_json, verify, verify_files, write_text
 from ..settings import dump_yaml, read_settings
 from .data import hash_data
+from .lora import ADAPTER_FILES
 from .settings import MACHINE_SETTINGS, FineTuningSettings
 
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 # Settings that the result of a run does not depend on.
 SETTINGS_WITHOUT_EFFECT = MACHINE_SETTINGS | {"output_dir", "memory_gb", "max_unreadable", "do_train", "save_total_limit"}
 RESULTS, SETTINGS = "results.json", "settings.yaml"
-MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "scores.npz")
+MODEL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "scores.npz", *ADAPTER_FILES)
 
 
 @contextmanager

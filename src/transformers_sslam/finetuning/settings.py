@@ -15,6 +15,7 @@ from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS
 from ..settings import check_names, setting, settings_dict
 from .augmentation import AugmentationSettings
+from .lora import LoraSettings, check_peft
 from .mixtures import MixingSettings
 
 
@@ -86,6 +87,7 @@ class ModelSettings:
     freeze_encoder: bool = setting(
         "train only the classifier's norm and linear layer; the encoder then drops only what model_config says", False
     )
+    lora: LoraSettings = setting("low-rank adapters, trained in place of the encoder's weights", LoraSettings())
     max_length: int | None = setting(
         "frames (10 ms) that a clip is padded or cut to, a multiple of 16; null: the feature extractor's", None
     )
@@ -167,6 +169,9 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
             arguments.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if getattr(self, "activation_checkpointing", False) is None:  # the newer name: the older one alone gives a warning
             arguments.activation_checkpointing = bool(self.gradient_checkpointing)
+        if self.lora.r:
+            check_peft()
+            arguments.ddp_find_unused_parameters = bool(self.ddp_find_unused_parameters)  # null: of PEFT's models Trainer would ask for it
         if self.eval_strategy is None:
             arguments.eval_strategy = "epoch" if "validation" in self.parts else "no"
         if self.load_best_model_at_end and self.save_strategy == DEFAULTS["save_strategy"] and arguments.eval_strategy == "epoch":
@@ -197,7 +202,8 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """As [`TrainingArguments.to_dict`], for trackers."""
-        return {**super().to_dict(), "augmentation": asdict(self.augmentation), "mixing": asdict(self.mixing)}
+        groups = {"augmentation": asdict(self.augmentation), "mixing": asdict(self.mixing), "lora": asdict(self.lora)}
+        return {**super().to_dict(), **groups}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the token: `Trainer` pickles its arguments beside every checkpoint, and pushes them."""
@@ -261,6 +267,19 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
         check_names(self.model_config, inspect.get_annotations(SSLAMConfig).keys() - {"padding_value"}, "model_config.")
         if self.freeze_encoder and self.model is None:
             raise UserError("freeze_encoder is true, but model is null: random weights are not useful features, give a checkpoint")
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        if not self.lora.r:
+            if self.lora != LoraSettings():
+                raise UserError("lora is set, but lora.r is 0, so that there are no adapters: set lora.r, or leave lora out")
+            return
+        if self.model is None:
+            raise UserError(f"lora.r is {self.lora.r}, but model is null: adapters need a pre-trained encoder, give a checkpoint")
+        if self.freeze_encoder:
+            raise UserError(f"freeze_encoder is true, but lora.r is {self.lora.r}, which trains adapters in the encoder: leave one out")
+        if self.push_to_hub and not self.lora.merge:
+            raise UserError("push_to_hub is true, but lora.merge is false, so that there is no whole model to push: leave one out")
 
     def _check_training(self) -> None:
         for name, why in UNSUPPORTED.items():

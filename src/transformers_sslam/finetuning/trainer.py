@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
@@ -170,12 +170,14 @@ class StreamTrainer(Trainer):
         """Nothing: `fine_tune` writes the card, before the model is pushed."""
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        """Every folder that is saved is a model for use, with its code; `settings.yaml` takes the place of Trainer's pickle."""
+        """Every folder that is saved is a model for use, with its code, or an adapter (LoRA); `settings.yaml` takes the place of Trainer's
+        pickle."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
             (folder / TRAINING_ARGS_NAME).unlink()
-            add_remote_code(folder)
+            if isinstance(self.model, PreTrainedModel):
+                add_remote_code(folder)
 
     def resume_from(self, folder: Path) -> None:
         """Set the stream and the sum of losses to a checkpoint's; Trainer itself loads weights, optimiser and random states."""

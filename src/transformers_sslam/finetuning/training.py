@@ -29,6 +29,7 @@ from ..loading_sslam import flatten_patch_projection_moments
 from ..publishing.cards import ReportedResult, as_text, describe_origin, public_name, write_model_card
 from ..publishing.conversion import resolve_model
 from .data import TrainingData, open_training_data
+from .lora import ADAPTER, count_parameters, merge_adapters
 from .mixtures import Mixer
 from .model import build_extractor, build_model, frames_per_step
 from .optimization import layer_decay_groups
@@ -83,7 +84,8 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
         model = build_model(arguments, extractor, data.classes, data.multi_label, origin)
         layer_decay = 1.0 if origin is None else settings.layer_decay
         trainer = _build_trainer(settings, arguments, data, streams, model, about, layer_decay)
-        _announce(settings, arguments, data)
+        trained, parameters = count_parameters(model)
+        _announce(settings, arguments, data, f"{trained:,} of {parameters:,} parameters are trained")
         warn_of_little(trainer, None if settings.mixing.sounds else data.parts["training"].labels)
         if resumed_from is not None:
             logger.info(f"resuming from {resumed_from}")
@@ -99,7 +101,11 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
         }
         _check_weights(trainer)
         report_best(trainer)
+        if settings.lora.r:
+            trainer.model = merge_adapters(model, output / ADAPTER if trainer.is_world_process_zero() else None)
         trainer.save_model(_internal_call=True)  # before the evaluation, so that an error there does not cost the training
+        if not settings.lora.merge and trainer.is_world_process_zero():
+            (output / "model.safetensors").unlink()  # configuration and feature extractor stay: the adapter needs them
         metrics, by_class, unreadable = _test(trainer, data, settings, output)
         read = {name: sum(gather_object([stream.statistics]), ReadStatistics()) for name, stream in streams.opened.items()}
         unreadable = {name: data.parts[name].unreadable(statistics) for name, statistics in read.items()} | unreadable
@@ -114,18 +120,20 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
             "unreadable": unreadable,
             "training_loss": [entry["loss"] for entry in history if "loss" in entry],
             "steps": trainer.state.global_step,
-            "parameters": model.num_parameters(),
+            "parameters": parameters,
+            "trained_parameters": trained,
             "resumed": resumed_from is not None,
             "seconds": {**seconds, "total": round(time.perf_counter() - start, 1)},
             **by_class,
         }
         if trainer.is_world_process_zero():  # the results last: where they are, the run is finished
-            write_model_card(
-                output,
-                describe_results(settings, results),
-                results=reported_results(settings, results),
-                origin=describe_origin(settings.model, [settings.data_dir]),
-            )
+            if settings.lora.merge:  # an adapter is not loaded as a card says
+                write_model_card(
+                    output,
+                    describe_results(settings, results),
+                    results=reported_results(settings, results),
+                    origin=describe_origin(settings.model, [settings.data_dir]),
+                )
             results["files"] = describe_files(output, [name for name in MODEL_FILES if (output / name).exists()])
             write_json(output / RESULTS, results)
             for folder in checkpoints(output):
@@ -220,7 +228,7 @@ def _build_trainer(
             logits, targets = logits[known], targets[known] >= 0.5
         return _numbers(evaluate_predictions(logits, targets, data.classes, data.multi_label, None))
 
-    groups = layer_decay_groups(model, settings.learning_rate, settings.weight_decay, layer_decay)
+    groups = layer_decay_groups(model, settings.learning_rate, settings.weight_decay, layer_decay, settings.lora.learning_rate)
     with as_user_error(f"optim is {settings.optim!r}, which cannot be used"):
         optimizer_class, options = StreamTrainer.get_optimizer_cls_and_kwargs(arguments, model)
         optimizer = optimizer_class(groups, **options)
@@ -255,12 +263,12 @@ def _build_trainer(
     return trainer
 
 
-def _announce(settings: FineTuningSettings, arguments: FineTuningSettings, data: TrainingData) -> None:
+def _announce(settings: FineTuningSettings, arguments: FineTuningSettings, data: TrainingData, parameters: str) -> None:
     """Log what is trained on, and where curves can be seen."""
     clips = ", ".join(f"{'streamed' if part.labels is None else len(part.labels)} {name} clips" for name, part in data.parts.items())
     start = "from random weights" if settings.model is None else f"from {settings.model}"
     what = "a detector" if settings.task == "events" else "a classifier"
-    logger.info(f"{what} of {len(data.classes)} classes, {start}, on {arguments.device.type}: {clips}")
+    logger.info(f"{what} of {len(data.classes)} classes, {start}, on {arguments.device.type}: {clips}; {parameters}")
     if "tensorboard" in arguments.report_to:
         logger.info(f"curves of losses, metrics and learning rate: tensorboard --logdir {shlex.quote(settings.output_dir)}")
 
@@ -328,6 +336,8 @@ def describe_results(settings: FineTuningSettings, results: dict[str, Any]) -> s
     name = settings.model and public_name(settings.model)  # a folder of this machine by its name alone, for cards go to the Hub
     what = "A SSLAM model of sound event detection" if settings.task == "events" else "A SSLAM audio classifier"
     origin = "trained from scratch" if name is None else f"fine-tuned from `{name}`"
+    if settings.lora.r:
+        origin += f" by LoRA (rank {settings.lora.r}, {results['trained_parameters']:,} of {results['parameters']:,} parameters)"
     clips = {part: count or "streamed" for part, count in results["clips"].items()}
     tested = f"tested on {clips['test']} others" if "test" in clips else "not tested"
     validated = f"validated on {clips['validation']}, " if "validation" in clips else ""

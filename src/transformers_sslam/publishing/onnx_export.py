@@ -26,11 +26,12 @@ from transformers import PreTrainedConfig
 from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
-from ..files import check_free, write_folder_atomically
+from ..files import check_free, read_json, write_folder_atomically
 from ..modeling_sslam import SSLAMForAudioClassification, SSLAMModel, SSLAMPreTrainedModel
 from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
 from ..settings import setting
 from .conversion import resolve_model
+from .quantization import COMPARISON, QuantizationSettings, comparison_table, write_int8
 
 
 OPSETS = range(18, 24)  # what torch's exporter writes; from 23 on attention is one operator
@@ -47,7 +48,7 @@ class ExportError(UserError):
 
 
 @dataclass(kw_only=True)
-class ExportSettings:
+class ExportSettings(QuantizationSettings):
     """Export to ONNX"""
 
     model: str = setting("SSLAM model with its feature extractor: a folder, a Hub id, or an official checkpoint")
@@ -56,15 +57,23 @@ class ExportSettings:
     encoder_only: bool = setting("leave out the head of a classifier or event detector: embeddings instead of logits", False)
     opset: int = setting("version of the ONNX operators, 18 to 23", 20)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.encoder_only and self.evaluate_data is not None:
+            raise UserError("encoder_only is true, but evaluate_data needs the head of a classifier: leave one out")
+
 
 def run(settings: ExportSettings) -> None:
-    """Export, and print differences from torch and sizes of files."""
+    """Export, and print differences from torch and sizes of files; with `int8` also what that costs and gains."""
     options: dict[str, Any] = {"with_mask": settings.with_mask, "encoder_only": settings.encoder_only, "opset": settings.opset}
-    differences = export_onnx(resolve_model(settings.model), settings.output_dir, **options)
+    folder = Path(settings.output_dir)
+    differences = export_onnx(resolve_model(settings.model), folder, quantization=settings, **options)
     for (batch, frames), difference in differences.items():
         print(f"{batch} x {frames:>4} frames: ONNX Runtime differs from torch by {difference:.1e} of the largest value")
-    for file in sorted(Path(settings.output_dir).iterdir()):
+    for file in sorted(folder.iterdir()):
         print(f"{file.stat().st_size:>13,} bytes  {file}")
+    if settings.evaluate_data is not None:
+        print("\n" + comparison_table(read_json(folder / COMPARISON)))
 
 
 class ModelToExport(nn.Module):
@@ -80,7 +89,13 @@ class ModelToExport(nn.Module):
 
 
 def export_onnx(
-    model: str | Path, output_dir: str | Path, *, with_mask: bool = False, encoder_only: bool = False, opset: int = 20
+    model: str | Path,
+    output_dir: str | Path,
+    *,
+    with_mask: bool = False,
+    encoder_only: bool = False,
+    opset: int = 20,
+    quantization: QuantizationSettings | None = None,
 ) -> dict[tuple[int, int], float]:
     """Export a saved model to `output_dir/model.onnx`, in float32, and compare it with torch.
 
@@ -98,13 +113,14 @@ def export_onnx(
         with_mask: take a mask over frames too. The published models were trained without one.
         encoder_only: leave out a classifier's or detector's head.
         opset: of ONNX, 18 to 23.
+        quantization: whether to write a graph in int8 as well, see [`write_int8`].
 
     Returns:
         `{(batch, frames): difference}` for each input that was tried: the largest difference between ONNX Runtime on the CPU and torch,
         relative to the output's largest absolute value.
 
     Raises:
-        UserError: if `output_dir` is not free.
+        UserError: if `output_dir` is not free, or int8 cannot be calibrated or evaluated.
         ExportError: if there is no such model, `output_dir` cannot be written, or a difference reaches 1e-4.
     """
     output_dir = check_free(output_dir)
@@ -117,6 +133,8 @@ def export_onnx(
             extractor.save_pretrained(folder)
             _write_graph(folder / "model.onnx", loaded, extractor, with_mask, opset)
             differences = _compare(folder / "model.onnx", loaded, with_mask, extractor.max_length)
+            if quantization is not None and quantization.int8 is not None:
+                write_int8(folder, loaded, extractor, quantization, with_mask)
     except OSError as error:
         raise ExportError(f"{output_dir} cannot be written ({error}): choose another place") from error
     return differences
