@@ -11,7 +11,13 @@ from test_fine_tuning import TINY, _own_cache, folder, settings  # noqa: F401  #
 from test_modeling import log_mels
 from torch import nn
 
-from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel
+from transformers_sslam import (
+    SSLAMFeatureExtractor,
+    SSLAMForAudioClassification,
+    SSLAMForAudioFrameClassification,
+    SSLAMForPreTraining,
+    SSLAMModel,
+)
 from transformers_sslam.finetuning.run import fine_tune
 from transformers_sslam.publishing.hub import add_remote_code
 
@@ -183,3 +189,8 @@ def test_fine_tuning_trains_it_on_a_frozen_encoder(kind, settings, tmp_path):  #
     assert all(torch.equal(tensor, after.sslam.state_dict()[name]) for name, tensor in before.state_dict().items())
     trained = [name for name, parameter in after.layer_pooling.named_parameters() if parameter.any()]
     assert trained == (["scores", "gates"] if kind == "gated" else ["scores"])
+
+
+def test_a_detector_rejects_it():
+    with pytest.raises(ValueError, match="layer_pooling is 'gated', but a detector of events reads the last block"):
+        SSLAMForAudioFrameClassification(tiny_config(layer_pooling="gated"))

@@ -79,6 +79,13 @@ def load(task: str, folder: Path, **options) -> SSLAMForAudioClassification | SS
 # --- what is trained
 
 
+def test_the_weights_of_blocks_are_part_of_the_head():
+    model = add_adapters(SSLAMForAudioClassification(tiny_config(layer_pooling="gated")), LoraSettings(r=4), "none")
+    trained = {name.removeprefix("base_model.model.") for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {f"layer_pooling.modules_to_save.default.{name}" for name in ("scores", "gates")} < trained
+    assert not any("layernorm" in name for name in trained)
+
+
 @pytest.mark.parametrize("cls", [SSLAMForAudioClassification, SSLAMForAudioFrameClassification])
 def test_adapters_and_the_linear_layers_of_the_head_are_trained(cls):
     model = add_adapters(cls(tiny_config(num_labels=3)), LoraSettings(r=4, target_modules=["k_proj", "fc1"]), "none")

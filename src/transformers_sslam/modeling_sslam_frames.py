@@ -52,6 +52,10 @@ class SSLAMForAudioFrameClassification(SSLAMPreTrainedModel, SSLAMDetectionMixin
                 f"steps_per_second is {config.steps_per_second:g} and patch_size {config.patch_size}, but a patch must have a whole number "
                 f"of steps: set steps_per_second to a multiple of {100 / config.patch_size:g}"
             )
+        if config.layer_pooling is not None:
+            raise ValueError(
+                f"layer_pooling is {config.layer_pooling!r}, but a detector of events reads the last block: set layer_pooling to None"
+            )
         self.num_labels = config.num_labels
         self.steps_per_patch = config.patch_size // config.frames_per_step
         self.sslam = SSLAMModel(config)

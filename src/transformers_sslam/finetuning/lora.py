@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from ..pooling_sslam import SSLAMLayerPooling
 from ..settings import setting
 
 
@@ -24,7 +25,7 @@ ADAPTER_FILES = (f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.saf
 class LoraSettings:
     """LoRA
 
-    Names are those of `peft.LoraConfig`. Linear layers of the head are trained as they are, and are part of the adapter that is saved.
+    Names are those of `peft.LoraConfig`. The head, without its norm, is trained as it is, and is part of the adapter that is saved.
 
     Raises:
         UserError: if a value is out of range.
@@ -76,7 +77,7 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, checkpoint: str
         raise UserError(f"lora.target_modules has {unknown[0]!r}, but the linear layers of a block are {', '.join(sorted(linear))}")
     # Not the head's norm: the linear layers behind it absorb its scale and shift, and PEFT, which compares ends of names, would take the
     # norm of the embeddings for it.
-    head = [name for name, module in model.named_children() if isinstance(module, nn.Linear)]
+    head = [name for name, module in model.named_children() if isinstance(module, nn.Linear | SSLAMLayerPooling)]
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
