@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForAudioClassification, AutoModelForAudioFrameClassification
 
 from transformers_sslam import SSLAMFeatureExtractor
+from transformers_sslam.audio import load_waveform
 from transformers_sslam.audio.clips import Clip
 from transformers_sslam.audio.events import Event
 from transformers_sslam.audio.labels import LabelReader
 from transformers_sslam.audio.rows import read_rows
 from transformers_sslam.errors import UserError
+from transformers_sslam.evaluation.scored_events import ScoredEvents
 from transformers_sslam.finetuning import trainer as stream_trainer
 from transformers_sslam.finetuning.augmentation import NO_AUGMENTATION, AugmentationSettings, augment_batch, mixup
 from transformers_sslam.finetuning.mixtures import Mixer, MixingSettings
@@ -477,3 +479,17 @@ def test_seeds_of_a_detector_are_summarized(settings, tmp_path):
     assert summary["metrics"]["segment_f1"]["mean"] == pytest.approx(np.mean(list(values.values())))
     assert summary["per_class"]["high"]["events"] > 0
     assert "segment_f1" in format_runs(summary)
+
+
+def test_a_detector_is_tested_and_saved_with_the_average_of_its_weights(settings, tmp_path):
+    short = replace(settings, max_steps=4)
+    plain = fine_tune(replace(short, output_dir=str(tmp_path / "plain")))
+    results = fine_tune(replace(short, output_dir=str(tmp_path / "averaged"), ema_decay=0.9))
+    assert results["training_loss"] == plain["training_loss"]
+    model, extractor = (
+        kind.from_pretrained(tmp_path / "averaged") for kind in (AutoModelForAudioFrameClassification, SSLAMFeatureExtractor)
+    )
+    scored, last = (ScoredEvents.load(tmp_path / name / "scores.npz") for name in ("averaged", "plain"))
+    name = next(iter(scored.scores))
+    np.testing.assert_allclose(model.score_steps(load_waveform(name), extractor).scores, scored.scores[name], atol=1e-5)
+    assert np.abs(scored.scores[name] - last.scores[name]).max() > 1e-4

@@ -207,10 +207,10 @@ class Killed(BaseException):
     """Stands for the end of a process: nothing in the program handles it."""
 
 
-@pytest.mark.parametrize("task", ["classification", "events"])
-def test_a_run_with_adapters_resumes_bit_for_bit(root, tmp_path, monkeypatch, task):
+@pytest.mark.parametrize(("task", "ema_decay"), [("classification", None), ("events", None), ("classification", 0.5)])
+def test_a_run_with_adapters_resumes_bit_for_bit(root, tmp_path, monkeypatch, task, ema_decay):
     """Killed behind the third of six updates, it resumes from its second."""
-    whole, resumed = (settings_for(root, tmp_path / name, task=task) for name in ("whole", "resumed"))
+    whole, resumed = (settings_for(root, tmp_path / name, task=task, ema_decay=ema_decay) for name in ("whole", "resumed"))
     fine_tune(whole)
     on_step_end = stream_trainer._RunState.on_step_end
 

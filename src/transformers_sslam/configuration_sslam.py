@@ -81,6 +81,8 @@ class SSLAMConfig(PreTrainedConfig):
         clip_loss_weight (`float`, defaults to 1.0): Weight of the clips' labels in the loss of event detection, beside that of the steps'.
         event_detection (`dict`, *optional*):
             How scores over time become events, for each class where it was tuned: fields of `events_sslam.EventSettings`.
+        calibration (`dict`, *optional*):
+            For information: the `temperature` by which the head's weights were divided when the model was calibrated.
         decoder_hidden_size (`int`, defaults to 768): Width of the convolutional decoder used in pre-training.
         decoder_num_hidden_layers (`int`, defaults to 6): Convolutions of that decoder.
         decoder_kernel_size (`int`, defaults to 3): Their kernel, odd, in patches.
@@ -154,6 +156,7 @@ class SSLAMConfig(PreTrainedConfig):
     steps_per_second: float | int = 6.25
     clip_loss_weight: float | int = 1.0
     event_detection: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
     decoder_hidden_size: int = 768
     decoder_num_hidden_layers: int = 6
     decoder_kernel_size: int = 3

@@ -19,17 +19,32 @@ import transformers
 from ..allocator import keep_freed_memory
 from ..audio.cache import Waveforms
 from ..audio.rows import check_has_labels
-from ..errors import as_user_error
+from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import write_json
 from ..modeling_sslam import SSLAMForAudioClassification
+from ..publishing.cards import public_name
 from ..reports import markdown_table
 from ..settings import settings_dict
+from .calibration import (
+    calibration_table,
+    check_can_be_calibrated,
+    describe_calibration,
+    fit_temperature,
+    measure_calibration,
+    replace_diagram,
+    report_diagram,
+    report_written,
+    write_calibration,
+)
 from .detector import report_detector
 from .loading import best_device, input_batches, load_model
 from .per_class import PICTURE, class_table, results_by_class
 from .scores import evaluate_predictions, evaluate_tags, save_scores
 from .settings import EvaluationSettings, class_names, make_folder, select_rows
+
+
+HEAD = "classifier"  # the layer that a calibration changes
 
 
 def run(settings: EvaluationSettings) -> None:
@@ -46,6 +61,11 @@ def run(settings: EvaluationSettings) -> None:
         if left_out := results["metrics"].get(f"classes_without_{kind}"):
             print(f"\nleft out, because {which} has them: {', '.join(left_out)}")
     print("\n" + class_table(results["per_class"]))
+    if calibration := results["calibration"]:
+        print("\n" + calibration_table(calibration))
+        report_diagram(settings.output_dir)
+    if settings.calibrate:
+        print(f"\n{report_written(settings.model)}: evaluate on others")
     picture = Path(settings.output_dir) / PICTURE
     print(f"\nevery number is in {Path(settings.output_dir) / 'results.json'}, the logits in scores.npz there")
     if picture.exists():
@@ -55,21 +75,28 @@ def run(settings: EvaluationSettings) -> None:
 def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
     """Score all clips that can be read, padded or cut to the feature extractor's length, and write `results.json` and `scores.npz`.
 
-    Clips of several labels are ranked by the softmax of the logits if the model's classes are exclusive.
+    Clips of several labels are ranked by the softmax of the logits if the model's classes are exclusive; there is then no `calibration`.
+    With `calibrate`, everything is of the calibrated model.
 
     Returns:
-        What `results.json` holds: settings, metrics, class names, number of clips, unreadable files by cause, results by class and, of
+        What `results.json` holds: settings, metrics, class names, number of clips, unreadable files by cause, results by class, what
+        [`measure_calibration`] returns (`calibration`), with `temperature` and the same `before` if the model was calibrated, and, of
         exclusive classes, the confusion matrix, which is also drawn as `confusion_matrix.png`.
 
     Raises:
-        UserError: if the model cannot be used, the folder holds another run, or the clips lack what was asked for or have other labels
-            than the model's classes.
+        UserError: if the model cannot be used or changed, the folder holds another run, or the clips lack what was asked for, have other
+            labels than the model's classes, or give no temperature.
         FloatingPointError: if logits are not finite.
     """
     output = make_folder(settings)
+    if settings.calibrate:
+        check_can_be_calibrated(settings.model, HEAD)
     model, extractor, classes = _load(settings)
     rows = select_rows(settings)
     check_has_labels(rows.labels)
+    exclusive, multi_label = model.config.problem_type != "multi_label_classification", rows.labels.multi_label
+    if settings.calibrate and exclusive and multi_label:
+        raise UserError("calibrate is set, but clips have several labels, and the model's classes exclude each other: use clips with one")
     rows.encode(classes)  # finds labels that do not fit before hours of decoding
     waveforms = Waveforms(rows.sources, extractor.sampling_rate, settings.memory_gb)
     waveforms.check_unreadable(settings.max_unreadable, "evaluated")
@@ -77,8 +104,13 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
     targets = rows.encode(classes).one_hot(range(len(rows)))
     with torch.autocast(model.device.type, dtype=getattr(torch, settings.dtype), enabled=settings.dtype != "float32"):
         logits = _logits(model, extractor, waveforms, settings.per_device_eval_batch_size)
+    calibration = {} if exclusive and multi_label else measure_calibration(logits, targets, exclusive)
+    if settings.calibrate:
+        temperature, before = fit_temperature(logits, targets, exclusive), calibration
+        logits /= temperature
+        calibration = {"temperature": temperature, **measure_calibration(logits, targets, exclusive), "before": before}
+    replace_diagram(output, calibration)
     save_scores(output, logits, targets, classes, [rows.name(i) for i in range(len(rows))])
-    multi_label = rows.labels.multi_label
     metrics = _metrics(model, logits, targets, classes, multi_label)
     results = {
         "settings": settings_dict(settings),
@@ -86,9 +118,14 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
         "classes": classes,
         "clips": len(rows),
         "unreadable": dict(waveforms.unreadable),
+        "calibration": calibration,
         **results_by_class(logits, targets, classes, metrics, multi_label, output),
     }
     write_json(output / "results.json", results)
+    if settings.calibrate:
+        write_calibration(
+            Path(settings.model), HEAD, temperature, describe_calibration(calibration, len(rows), public_name(settings.data_dir))
+        )
     return results
 
 
@@ -114,15 +151,16 @@ def _load(settings: EvaluationSettings) -> tuple[SSLAMForAudioClassification, SS
 def _logits(model: SSLAMForAudioClassification, extractor: SSLAMFeatureExtractor, waveforms: Waveforms, batch_size: int) -> np.ndarray:
     """`(clips, classes)`, float32."""
     batches = input_batches(model, extractor, waveforms, batch_size, "scoring")
-    return torch.cat([model(**inputs).logits.float().cpu() for _, inputs in batches]).numpy()
+    logits = torch.cat([model(**inputs).logits.float().cpu() for _, inputs in batches]).numpy()
+    if not np.isfinite(logits).all():
+        clips = (~np.isfinite(logits)).any(1).sum()
+        raise FloatingPointError(f"{clips} clips have logits that are NaN or infinite: try --dtype float32")
+    return logits
 
 
 def _metrics(
     model: SSLAMForAudioClassification, logits: np.ndarray, targets: np.ndarray, classes: list[str], multi_label: bool
 ) -> dict[str, Any]:
-    if not np.isfinite(logits).all():
-        clips = (~np.isfinite(logits)).any(1).sum()
-        raise FloatingPointError(f"{clips} clips have logits that are NaN or infinite: try --dtype float32")
     if not multi_label:
         return evaluate_predictions(logits, targets, classes, multi_label=False)
     if model.config.problem_type != "multi_label_classification":  # of exclusive classes only probabilities compare between clips

@@ -6,24 +6,40 @@ sslam evaluate --task events --model runs/detector --data_dir PATH/TO/folder --l
 ```
 
 The second chooses median filters and thresholds on the validation part and writes them into the model's `config.json`, from where
-`sslam detect` and the first take them.
+`sslam detect` and the first take them. `--calibrate` fits its scores to frequencies there, before that.
 """
 
 import logging
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..audio.events import Event, EventTable
 from ..audio.rows import LabelledRows
 from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
 from ..events_sslam import EventSettings
 from ..files import read_json, write_json
 from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
+from ..publishing.cards import public_name
 from ..reports import markdown_table
 from ..settings import settings_dict
+from .calibration import (
+    as_logits,
+    calibration_table,
+    check_can_be_calibrated,
+    describe_calibration,
+    fit_temperature,
+    measure_calibration,
+    replace_diagram,
+    report_diagram,
+    report_written,
+    scale_head,
+    write_calibration,
+)
 from .event_results import EVENT_METRICS, F1, evaluate_events, event_activity
 from .event_tuning import tune_events
 from .loading import load_model
@@ -34,31 +50,40 @@ from .settings import EvaluationSettings, class_names, make_folder, select_rows
 
 logger = logging.getLogger(__name__)
 
+HEAD = "frame_classifier"  # the layer that a calibration changes
+
 
 def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
     """Score all clips that can be read, whole, and write `results.json` and `scores.npz`, which [`ScoredEvents.load`] reads.
 
-    What is cut off or left out, see [`score_events`]. Clips whose events have no times are left out too (`clips_without_times`).
+    What is cut off or left out, see [`score_events`]. Clips whose events have no times are left out too (`clips_without_times`). With
+    `calibrate`, everything is of the calibrated model, which then scores the clips again: where windows overlap, scores are means, whose
+    change by a temperature no formula gives.
 
     Returns:
         What `results.json` holds: settings, those of the detection (`event_detection`), what [`event_results.evaluate_events`] returns,
-        class names, numbers of clips, unreadable files by cause and, with `tune`, F1 by class before and after (`tuning`).
+        class names, numbers of clips, unreadable files by cause, what [`calibration.measure_calibration`] returns of all time steps
+        (`calibration`; with `temperature` and the same `before` if the model was calibrated) and, with `tune`, F1 by class before and after
+        (`tuning`).
 
     Raises:
-        UserError: if the model cannot be used or changed, the folder holds another run, or the clips lack events or have other labels than
-            the model's classes.
+        UserError: if the model cannot be used or changed, the folder holds another run, or the clips lack events, have other labels than
+            the model's classes, or give no temperature.
         FloatingPointError: if scores are not finite.
     """
     output = make_folder(settings)
     if settings.tune and not (Path(settings.model) / "config.json").is_file():
         raise UserError(f"tune is set, but model {settings.model} is not a folder whose config.json could be changed: save it in one first")
+    if settings.calibrate:
+        check_can_be_calibrated(settings.model, HEAD)
     model, extractor = load_model(SSLAMForAudioFrameClassification, settings.model, device=settings.device)
     classes = class_names(model, settings.model)
     with as_user_error("the model cannot be evaluated"):
         found = EventSettings.of(model.config, **settings.event_options)
         model.score_steps(np.zeros(extractor.sampling_rate, dtype=np.float32), extractor)
     rows, without_times = _with_times(select_rows(settings), settings.label_column)
-    scored, unreadable, cut_events = score_events(
+    score = partial(
+        score_events,
         model,
         extractor,
         rows,
@@ -67,6 +92,17 @@ def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
         max_unreadable=settings.max_unreadable,
         dtype=settings.dtype,
     )
+    scored, unreadable, cut_events = score()
+    targets = step_targets(scored)
+    calibration, temperature = measure_calibration(_logits(scored), targets, exclusive=False), 1.0
+    if settings.calibrate:
+        uncalibrated, temperature = calibration, fit_temperature(_logits(scored), targets, exclusive=False)
+        scale_head(model, HEAD, temperature)
+        found = EventSettings.of(model.config, **settings.event_options)
+        scored, unreadable, cut_events = score()
+        measured = measure_calibration(_logits(scored), targets, exclusive=False)
+        calibration = {"temperature": temperature, **measured, "before": uncalibrated}
+    replace_diagram(output, calibration)
     scored.save(output / "scores.npz")
     (output / PICTURE).unlink(missing_ok=True)  # of an earlier evaluation of a classifier
     tuning = {}
@@ -82,12 +118,30 @@ def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
         "clips_without_times": without_times,
         "cut_events": cut_events,
         "unreadable": unreadable,
+        "calibration": calibration,
         **tuning,
     }
     write_json(output / "results.json", results)
+    if settings.calibrate:
+        description = describe_calibration(calibration, len(scored.scores), public_name(settings.data_dir))
+        write_calibration(Path(settings.model), HEAD, temperature, description)
     if settings.tune:
         write_event_detection(Path(settings.model), found)
     return results
+
+
+def step_targets(scored: ScoredEvents) -> np.ndarray:
+    """`(steps of all clips, classes)`: the fraction of each step that an event of the class covers, as training has them."""
+    targets = []
+    for name, scores in scored.scores.items():
+        events = [Event(label, onset, offset) for onset, offset, label in scored.ground_truth[name]]
+        targets.append(EventTable.of_clip(events, scored.classes).step_targets(scored.step, *scores.shape))
+    return np.concatenate(targets)
+
+
+def _logits(scored: ScoredEvents) -> np.ndarray:
+    """`(steps of all clips, classes)`."""
+    return as_logits(np.concatenate(list(scored.scores.values())))
 
 
 def write_event_detection(model: Path, settings: EventSettings) -> None:
@@ -115,6 +169,10 @@ def report_detector(settings: EvaluationSettings) -> None:
     print("\n" + class_table(results["per_class"]))
     if results["by_overlap"]:
         print("\n" + overlap_table(results["by_overlap"]))
+    print("\n" + calibration_table(results["calibration"]))
+    report_diagram(settings.output_dir)
+    if settings.calibrate:
+        print(f"\n{report_written(settings.model)}: evaluate on others")
     if tuning := results.get("tuning"):
         print("\n" + tuning_table(tuning, results["event_detection"]))
         config = Path(settings.model) / "config.json"

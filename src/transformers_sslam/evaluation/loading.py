@@ -89,9 +89,8 @@ def best_device() -> torch.device:
 
 def hash_model(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, **more: Any) -> str:
     """Hash of all that decides a model's outputs for a clip: configuration, extractor, weights, and `more`."""
-    fields = inspect.get_annotations(SSLAMConfig).keys() - {
-        "event_detection"
-    }  # what is done with outputs; nor what every model has, as labels
+    # Not what is done with outputs, or was done to the head's weights; nor what every model has, as labels.
+    fields = inspect.get_annotations(SSLAMConfig).keys() - {"event_detection", "calibration"}
     config = {name: getattr(model.config, name) for name in fields}
     about = {"config": config, "extractor": extractor.to_dict(), **more}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())

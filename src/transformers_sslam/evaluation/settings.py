@@ -28,7 +28,18 @@ class EventEvaluationSettings(EventFlags):
 
 
 @dataclass(kw_only=True)
-class EvaluationSettings(EventEvaluationSettings, LabelledDataSettings):
+class CalibrationSettings:
+    """Calibration"""
+
+    calibrate: bool = setting(
+        "fit a temperature to these clips, by which the weights of the model's last layer are divided in its folder, before tune; the "
+        "clips are then no longer a test of it",
+        False,
+    )
+
+
+@dataclass(kw_only=True)
+class EvaluationSettings(EventEvaluationSettings, CalibrationSettings, LabelledDataSettings):
     """Evaluation of a model"""
 
     task: Literal["classification", "events"] = setting(
@@ -40,7 +51,7 @@ class EvaluationSettings(EventEvaluationSettings, LabelledDataSettings):
     dtype: Literal["float32", "float16", "bfloat16"] = setting(
         "precision of the encoder; weights and the classifier's head stay in float32, because rounded logits tie", "float32"
     )
-    output_dir: str = setting("folder for results.json, scores.npz and confusion_matrix.png, replaced by the next run", "runs/evaluation")
+    output_dir: str = setting("folder for results.json, scores.npz and pictures, replaced by the next run", "runs/evaluation")
 
     def __post_init__(self):
         super().__post_init__()

@@ -71,6 +71,7 @@ def build_model(
         "label2id": {name: i for i, name in enumerate(classes)},
         "problem_type": "multi_label_classification" if multi_label else "single_label_classification",
         "event_detection": None,
+        "calibration": None,  # training ends it
     }
     if settings.task == "events":
         changes["patch_drop_rate"] = 0.0

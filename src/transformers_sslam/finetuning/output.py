@@ -118,8 +118,9 @@ def find_checkpoint(settings: FineTuningSettings, about: dict[str, Any]) -> Path
     if wanted is False:
         raise UserError(f"resume_from_checkpoint is false, but {output} holds {found.name}: delete it and its siblings, or choose another")
     then = read_json(found / "run.json")
-    if then != about:
-        names = _different(about["settings"], then.get("settings", {})) or ["data"]
+    names = _different(about["settings"], then.get("settings", {}))  # one that an earlier version did not have is missing, hence null
+    if names or then.get("data") != about["data"]:
+        names = names or ["data"]
         raise UserError(
             f"{found} is a checkpoint of a run with other {', '.join(names)}: choose another output_dir, or delete it and its siblings. To "
             f"train its model further, give --model {found} and another output_dir"

@@ -133,6 +133,11 @@ class RecipeArguments(TrainingArguments):
     lr_scheduler_type: str = setting("schedule of the learning rate", "cosine_with_min_lr")
     lr_scheduler_kwargs: dict[str, Any] = setting("arguments of the schedule; min_lr: learning rate at its end", MIN_LR)
     layer_decay: float = setting("ratio of each block's learning rate to that of the block above it; needs `model`", 0.65)
+    ema_decay: float | None = setting(
+        "decay of an exponential moving average of the weights, which is evaluated and saved in place of the last ones; it rises to it "
+        "as (1 + step) / (10 + step); null: no average",
+        None,
+    )
     weight_decay: float = setting("of AdamW, on all weights but those with one axis (biases and norms)", 0.05)
     adam_beta2: float = setting("decay of AdamW's second moment", 0.95)
     bf16: bool | None = setting("autocast to bfloat16; null: if the GPU supports it, unless fp16 or use_cpu is set", None)  # type: ignore[assignment]
@@ -341,6 +346,8 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
         for name in ("max_unreadable", "label_smoothing_factor"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name):g}, but a fraction in [0, 1) is expected")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay is {self.ema_decay:g}, but a fraction in [0, 1) is expected, or null for no average")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"layer_decay is {self.layer_decay:g}, but a ratio in (0, 1] is expected, 1 for equal rates")
 

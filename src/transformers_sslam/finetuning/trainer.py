@@ -1,6 +1,7 @@
 """Transformers' `Trainer` on streams of labelled clips, whose runs resume exactly: bit for bit on a CPU."""
 
 from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..checkpoints import sweep
 from ..errors import UserError
 from ..files import read_json, write_json, write_manifest
 from ..publishing.hub import add_remote_code
+from .averaging import WeightAverage
 from .optimization import classification_loss
 from .stream import INPUTS, Batch, LabelledPart, LabelledStream
 
@@ -58,6 +60,7 @@ class StreamTrainer(Trainer):
         train_batches: epochs of the training stream.
         open_stream: opens a stream that gives each clip of a part once.
         about: what identifies the run; every checkpoint holds it.
+        ema_decay: of the average of the weights, which is evaluated and saved in their place; `None` for none.
         kwargs: of `Trainer`; `eval_dataset` is a [`LabelledPart`].
     """
 
@@ -68,15 +71,29 @@ class StreamTrainer(Trainer):
         train_batches: EpochBatches,
         open_stream: Callable[[LabelledPart], LabelledStream],
         about: dict[str, Any],
+        ema_decay: float | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.loss, self.train_batches, self.open_stream, self.about = loss, train_batches, open_stream, about
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer divides it where it accumulates
+        self.average = None if ema_decay is None else WeightAverage(self.model, ema_decay)  # type: ignore[arg-type]
         self.loss_sum = torch.zeros(2)  # of the batches since the last log line, and their number
         # Trainer would delete the last whole checkpoint before the new one is whole: `_RunState` deletes it afterwards.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.add_callback(_RunState(self))
+
+    def train(self, *args, **kwargs):
+        """As Trainer's. Behind it the model has the average, if there is one: the last one, or that of the best checkpoint."""
+        output = super().train(*args, **kwargs)
+        if self.average is not None and not self.args.load_best_model_at_end:  # the best checkpoint's model is its average
+            self.average.exchange()
+        self.average = None
+        return output
+
+    def _averaged(self):
+        """The model has the average in here, if there is one."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def get_train_dataloader(self):
         return self.train_batches
@@ -111,8 +128,13 @@ class StreamTrainer(Trainer):
             self.loss_sum.zero_()
         super().log(logs, *args, **kwargs)
 
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
+        """As [`_evaluation_loop`], with the average of the weights, if there is one."""
+        with self._averaged():
+            return self._evaluation_loop(*args, **kwargs)
+
     @torch.no_grad()
-    def evaluation_loop(
+    def _evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Logits and targets of every clip that can be read, in the order of their rows, and their metrics. One batch is held at a time.
@@ -172,12 +194,18 @@ class StreamTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None) -> None:
         """Every folder that is saved is a model for use, with its code, or an adapter (LoRA); `settings.yaml` takes the place of Trainer's
         pickle."""
-        super()._save(output_dir, state_dict)
+        with self._averaged():
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
             (folder / TRAINING_ARGS_NAME).unlink()
             if isinstance(self.model, PreTrainedModel):
                 add_remote_code(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.load(Path(resume_from_checkpoint))
 
     def resume_from(self, folder: Path) -> None:
         """Set the stream and the sum of losses to a checkpoint's; Trainer itself loads weights, optimiser and random states."""
@@ -206,6 +234,8 @@ class _RunState(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         # Trainer counts the steps of a resumed epoch from 0.
         state.epoch = state.global_step * args.gradient_accumulation_steps / len(self.trainer.train_batches)
+        if self.trainer.average is not None:
+            self.trainer.average.update(state.global_step)
 
     def on_save(self, args, state, control, **kwargs):
         trainer, folder = self.trainer, Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -217,6 +247,8 @@ class _RunState(TrainerCallback):
         write_json(folder / f"rank-{args.process_index:05d}.json", position)
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
+            if trainer.average is not None:
+                trainer.average.save(folder)
             write_json(folder / "run.json", trainer.about)
             write_manifest(folder)
             if trainer.save_total_limit and trainer.save_total_limit > 0:

@@ -47,8 +47,8 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
     """Train, evaluate the test part once at the end, and save the model with its feature extractor, code, card, settings and results.
 
     A run that was interrupted resumes from its last whole checkpoint: the same run, bit for bit on a CPU. The last weights are kept or,
-    with `load_best_model_at_end`, those that were best on the validation part. Runs over several folds or seeds are
-    `repeat_fine_tuning`'s.
+    with `load_best_model_at_end`, those that were best on the validation part; with `ema_decay`, their average. Runs over several folds or
+    seeds are `repeat_fine_tuning`'s.
 
     Returns:
         What `results.json` holds: metrics of the test part, those of the validation part at each evaluation, class names, numbers of
@@ -251,6 +251,7 @@ def _build_trainer(
             train_batches=EpochBatches(streams.opened["training"], updates * arguments.gradient_accumulation_steps),
             open_stream=streams.evaluation,
             about=about,
+            ema_decay=settings.ema_decay,
             eval_dataset=data.parts.get("validation", data.parts.get("test")),
             processing_class=streams.options["extractor"],
             compute_metrics=compute_metrics,
@@ -345,6 +346,8 @@ def describe_results(settings: FineTuningSettings, results: dict[str, Any]) -> s
     unreadable = sum(files if isinstance(files, int) else len(files) for files in found)  # of a stream: each time that one was met
     best = results["best_step"]
     weights = "the weights after its last step" if best is None else f"the weights after step {best}, the best on the validation clips"
+    if settings.ema_decay is not None:
+        weights = f"the exponential moving average (decay {settings.ema_decay:g}) of {weights}"
     return (
         f"{what}, {origin} on {clips['training']} clips of `{public_name(settings.data_dir)}`, {validated}and "
         f"{tested}; {unreadable} files could not be read and were left out{', counted each time' if settings.streaming else ''}. One run, "

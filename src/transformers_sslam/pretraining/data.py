@@ -1,8 +1,8 @@
-"""The clips of a run: those it trains on, those of its validation loss, and the scale of their log-mels."""
+"""The clips of a run: those it trains on, those of its validation loss and of its probe, and the scale of their log-mels."""
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
@@ -13,6 +13,9 @@ from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from .checkpoints import find_checkpoint
 from .settings import PreTrainingSettings
 
+
+if TYPE_CHECKING:
+    from .probe import StudentProbe
 
 logger = logging.getLogger(__name__)
 
@@ -86,4 +89,13 @@ def read_validation_clips(
     return batches
 
 
-__all__ = ["open_training_clips", "read_validation_clips"]
+def open_probe(settings: PreTrainingSettings, extractor: SSLAMFeatureExtractor, accelerator: Accelerator) -> "StudentProbe | None":
+    """The probe, in the main process, if there is one."""
+    if settings.probe is None or settings.probe_every is None or not accelerator.is_main_process:
+        return None
+    from .probe import StudentProbe  # which alone needs scikit-learn
+
+    return StudentProbe(settings.probe, extractor)
+
+
+__all__ = ["open_probe", "open_training_clips", "read_validation_clips"]

@@ -35,7 +35,7 @@ from ..files import lock
 from ..loading_sslam import flatten_patch_projection_moments
 from ..publishing.conversion import resolve_model
 from .checkpoints import RunCheckpoints
-from .data import Batch, open_training_clips, read_validation_clips
+from .data import Batch, open_probe, open_training_clips, read_validation_clips
 from .model import build_extractor, build_model, compile_model, parameter_groups
 from .monitoring import LOSSES, STATISTICS, NonFiniteError, TrainingLog, check_collapse, matmul_peak, weighted_statistics
 from .processes import StopSignals, build_accelerator
@@ -94,6 +94,7 @@ class PreTrainer:
         self.model = build_model(settings, self.extractor, origin, CPU_HALF_PRECISION_ATTENTION if in_half_on_cpu else None)
         self.inputs = ("input_values", "attention_mask") if settings.mask_padding else ("input_values",)
         self.validation_batches = read_validation_clips(settings, self.extractor, self.accelerator, self.inputs)
+        self.probe = open_probe(settings, self.extractor, self.accelerator)
         if settings.per_device_train_batch_size == 1 and self.accelerator.is_main_process:
             logger.warning(
                 "per_device_train_batch_size is 1: content_share cannot be measured, so the guard cannot detect targets that depend on "
@@ -153,11 +154,18 @@ class PreTrainer:
         with lock(self.output_dir) if main else contextlib.nullcontext():
             if main:
                 sweep_leftovers(self.output_dir)
+            if self.probe is not None:  # before weights of a checkpoint are loaded, so that a resumed run has the same figures
+                logger.info("Probing the first weights, on %d labelled clips", len(self.probe.task.targets))
+                self.probed_at_start = self._probed()
             self._resume()
             self._start_logs()
             hidden = not main or not os.isatty(2)
             bar = tqdm(total=self.settings.max_steps, initial=self.step, unit="step", dynamic_ncols=True, disable=hidden)
             with self.stop, bar, logging_redirect_tqdm(), self.log.open(self.step, self.clips_seen):
+                if self.probe is not None:
+                    if self.step == 0:
+                        self.log.write_probe(0, self.probed_at_start, self.probed_at_start, self.probe.metric)
+                    self.log.lap()  # the probe does not belong to the speed of training
                 self._loop(bar)
             if main and self.step == self.settings.max_steps:
                 logger.info("Finished: the model is in %s", self.checkpoints.save_model(self.step, self.clips_seen))
@@ -178,18 +186,20 @@ class PreTrainer:
                 return
             self._train(batches)
             bar.update()
-            logs, validates, saves = (
-                self.step % every == 0 or self.step == settings.max_steps
-                for every in (settings.logging_steps, settings.eval_steps, settings.save_steps)
+            logs, validates, saves, probes = (
+                every is not None and (self.step % every == 0 or self.step == settings.max_steps)
+                for every in (settings.logging_steps, settings.eval_steps, settings.save_steps, settings.probe_every)
             )
-            if logs or validates or saves:  # a checkpoint knows what was skipped
+            if logs or validates or saves or probes:  # a checkpoint knows what was skipped
                 self._log()
             if validates:
                 self._validate()
             if saves:
                 self._save(self.clips.state_dict())
-            if validates or saves:
-                self.log.lap()  # neither belongs to the speed of training
+            if probes:
+                self._probe()
+            if validates or saves or probes:
+                self.log.lap()  # none belongs to the speed of training
 
     def _fetch(self, stream: Iterator[Batch]) -> list[Batch]:
         """The batches of a step; none once a signal has arrived."""
@@ -251,6 +261,16 @@ class PreTrainer:
         sums, weights = self.accelerator.reduce(totals, "sum").cpu()
         means = {f"validation_{name}": mean for name, mean in zip(LOSSES, (sums / weights).tolist())}  # losses come first in STATISTICS
         self.log.write_validation(self.step, means, round(weights[0].item()))
+
+    def _probe(self) -> None:
+        """Probe the student in the main process, while the others wait. A signal ends the probe, which then has no line."""
+        if self.probe is not None and (found := self.stop.wait_for(self._probed)) is not None:
+            self.log.write_probe(self.step, found, self.probed_at_start, self.probe.metric)
+        self.accelerator.wait_for_everyone()
+
+    def _probed(self) -> dict[str, float]:
+        with self.accelerator.autocast():
+            return self.probe(self.model.sslam)  # type: ignore[misc]  # of the main process
 
     def _start_logs(self) -> None:
         settings, accelerator = self.settings, self.accelerator

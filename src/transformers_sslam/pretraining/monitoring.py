@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 TRACKED = {  # the group of each curve that is not a loss
     **dict.fromkeys(("target_std", "prediction_std", "content_share"), "targets"),
     **dict.fromkeys(("learning_rate", "hours_of_audio_seen", "skipped_steps"), "progress"),
+    **dict.fromkeys(("probe_last_block", "probe_first_block", "probe_log_mel"), "probe"),
     **dict.fromkeys(("clips_per_second", "flops_utilisation", "memory_gib", "data_wait_fraction"), "speed"),
 }
 
@@ -221,6 +222,15 @@ class TrainingLog:
         self._write_line(step, means)
         if self.accelerator.is_main_process:
             logger.info("step %d  validation loss %.4f on %d clips", step, means["validation_loss"], clips)
+
+    def write_probe(self, step: int, values: dict[str, float], at_start: dict[str, float], metric: str) -> None:
+        """Write the probe's figures after a step, beside those of the run's first weights; by the main process alone."""
+        self._track(values, step)
+        self._write_line(step, values)
+        last, first, log_mel = (f"{values[f'probe_{name}']:.1%}" for name in ("last_block", "first_block", "log_mel"))
+        then = [f" (at the start {at_start[f'probe_{name}']:.1%})" if step else "" for name in ("last_block", "first_block")]
+        found = f"{last} of the last block{then[0]}, {first} of the first{then[1]}, {log_mel} of log-mel statistics"
+        logger.info(f"step {step}  probe: {metric} {found}")
 
     def _track(self, values: Mapping[str, float], step: int) -> None:
         """Give them to the trackers, in groups: curves that belong together are drawn together."""

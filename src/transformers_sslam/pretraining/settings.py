@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..audio.batches import DataSettings
+from ..audio.labelled_data import LabelledDataSettings
 from ..audio.normalization import check_normalization
 from ..audio.sources import SourceSettings
 from ..errors import UserError
@@ -95,6 +96,25 @@ class GuardSettings:
 
 
 @dataclass(kw_only=True)
+class StudentProbeSettings(LabelledDataSettings):
+    """Labelled clips of the probe"""
+
+    fold_column: str | None = setting("column whose values are held out in turn; null: train_split against test_split", "fold")
+    test_folds: list[int | str] = setting("values of fold_column to hold out in turn; empty: each", [])
+    train_split: str = setting("split to train on, unless fold_column is set", "train")
+    per_device_eval_batch_size: int = setting("clips in a forward pass", 16)
+    inverse_regularization: float = setting("inverse of the L2 regularization of logistic regressions (C of scikit-learn)", 1.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.per_device_eval_batch_size < 1 or not self.inverse_regularization > 0:
+            raise UserError(
+                f"probe.per_device_eval_batch_size is {self.per_device_eval_batch_size} and probe.inverse_regularization "
+                f"{self.inverse_regularization:g}, but both must be positive"
+            )
+
+
+@dataclass(kw_only=True)
 class PreTrainingSettings(ModelSettings, OptimizationSettings, SpeedSettings, RunSettings, GuardSettings):
     """Data and output
 
@@ -109,6 +129,8 @@ class PreTrainingSettings(ModelSettings, OptimizationSettings, SpeedSettings, Ru
     data: DataSettings = setting("recordings to train on, and how they are read", DataSettings())
     validation: DataSettings | None = setting("recordings of the validation loss", None)
     validation_clips: int = setting("number of validation clips: the first ones", 96)
+    probe: StudentProbeSettings | None = setting("labelled clips on which the student is probed, frozen, while the run goes on", None)
+    probe_every: int | None = setting("steps between linear probes of the student; null: never", None)
     seed: int = setting("random seed for weights, masks, mixtures and the order of clips", 0)
 
     def __post_init__(self):
@@ -118,6 +140,10 @@ class PreTrainingSettings(ModelSettings, OptimizationSettings, SpeedSettings, Ru
             raise UserError("there is nothing to train on: give a folder of recordings as data_dir, or list data.sources in a recipe")
         if self.data.last_batch == "keep":
             raise UserError("data.last_batch is 'keep', but steps need full batches: choose another value")
+        if self.probe_every is not None and self.probe is None:
+            raise UserError(
+                f"probe_every is {self.probe_every}, but there are no labelled clips to probe on: set probe.data_dir, or leave it out"
+            )
         check_normalization(self.normalization)
         if self.normalization != "model" and (given := sorted({"mean", "std"} & self.feature_extractor.keys())):
             raise UserError(
@@ -133,7 +159,7 @@ class PreTrainingSettings(ModelSettings, OptimizationSettings, SpeedSettings, Ru
     def _check_ranges(self) -> None:
         counts = (
             *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "validation_clips"),
-            *("save_steps", "save_total_limit", "keep_steps", "logging_steps", "eval_steps", "max_skipped_steps"),
+            *("save_steps", "save_total_limit", "keep_steps", "logging_steps", "eval_steps", "probe_every", "max_skipped_steps"),
         )
         limits: dict[str, tuple[float, float]] = {
             **dict.fromkeys(counts, (1, math.inf)),

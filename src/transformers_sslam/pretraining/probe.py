@@ -1,0 +1,127 @@
+"""Linear probes while pre-training runs: what the student's frozen features say of labelled clips, which the loss does not tell.
+
+Nothing of the training changes: no gradient, no random number, and the student is in training mode again at the next step.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from ..errors import UserError
+from ..evaluation.frozen import read_task
+from ..evaluation.probing import Partition, score
+from ..feature_extraction_sslam import SSLAMFeatureExtractor
+from ..modeling_sslam import SSLAMModel
+from .settings import StudentProbeSettings
+
+
+try:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+except ImportError as error:
+    raise ImportError('probes need scikit-learn: pip install "transformers-sslam[train]"') from error
+
+
+class StudentProbe:
+    """Logistic regressions on the first and the last block of an encoder, tried on clips that were held out.
+
+    Clips are decoded here, once, and kept as far as `memory_gb` allows; they are encoded in batches, of which the pooled features are kept.
+
+    Args:
+        settings: labelled clips, and how they are held out.
+        extractor: of the run; it pads or cuts each clip to its `max_length`.
+
+    Attributes:
+        metric: `"accuracy"`, or `"mean average precision"` where a clip may have several labels: the mean over what is held out in turn.
+        log_mel: the metric with statistics of the log-mels in place of features: the baseline without a network.
+
+    Raises:
+        UserError: if the data lack what the settings ask for, or a class cannot be learned.
+    """
+
+    def __init__(self, settings: StudentProbeSettings, extractor: SSLAMFeatureExtractor):
+        self.settings, self.extractor = settings, extractor
+        try:
+            self.task = read_task(settings, extractor.sampling_rate)  # type: ignore[arg-type]  # all that it takes of FrozenSettings
+        except UserError as error:  # which does not say whose clips they are
+            raise UserError(f"probe: {error}") from error
+        self.metric = "accuracy" if self.task.targets.ndim == 1 else "mean average precision"
+        self.log_mel = self._evaluate(np.concatenate([log_mel_statistics(**inputs).numpy() for inputs in self._batches()]))
+
+    @torch.no_grad()
+    def __call__(self, encoder: SSLAMModel) -> dict[str, float]:
+        """`probe_last_block`, `probe_first_block` and `probe_log_mel`: the metric with features of this encoder's blocks, and without it.
+        Leaves the encoder in evaluation mode."""
+        encoder.eval()
+        first, last = list[np.ndarray](), list[np.ndarray]()
+        for inputs in self._batches():
+            inputs = {name: values.to(encoder.device) for name, values in inputs.items()}
+            hidden_states = encoder(**inputs, output_hidden_states=True).hidden_states  # the first block's input, and each block's output
+            for found, tokens in ((first, hidden_states[1]), (last, hidden_states[-1])):
+                found.append(max_over_time(tokens, inputs["attention_mask"], encoder.config.num_frequency_patches).cpu().numpy())
+        values = {name: self._evaluate(np.concatenate(found)) for name, found in (("last_block", last), ("first_block", first))}
+        return {f"probe_{name}": value for name, value in (*values.items(), ("log_mel", self.log_mel))}
+
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        size, waveforms = self.settings.per_device_eval_batch_size, self.task.waveforms
+        for start in range(0, len(waveforms), size):
+            clips = [waveforms[i] for i in range(start, min(start + size, len(waveforms)))]
+            rate = self.extractor.sampling_rate
+            yield dict(self.extractor(clips, sampling_rate=rate, return_attention_mask=True, return_tensors="pt"))
+
+    def _evaluate(self, features: np.ndarray) -> float:
+        if not np.isfinite(features).all():
+            raise UserError("features of the probe are NaN or infinite: the training has diverged, start again with a lower learning_rate")
+        return linear_probe(features, self.task.targets, self.task.partitions, self.settings.inverse_regularization)
+
+
+def max_over_time(tokens: torch.Tensor, attention_mask: torch.Tensor, num_frequency_patches: int) -> torch.Tensor:
+    """The largest value over time of each channel, for each frequency, without padding: a pooling under which an untrained network is not
+    at a disadvantage, as it is under the mean of all patches.
+
+    Args:
+        tokens: `(batch, 1 + patches, hidden_size)`, CLS first.
+        attention_mask: `(batch, frames)`, 0 in padding. A patch that holds any sound counts.
+        num_frequency_patches: how many there are at one time.
+
+    Returns:
+        `(batch, num_frequency_patches * hidden_size)`, float32.
+    """
+    patches = tokens[:, 1:].float().unflatten(1, (-1, num_frequency_patches))
+    sounding = attention_mask.bool().unflatten(1, (patches.shape[1], -1)).any(-1)
+    return patches.masked_fill(~sounding[:, :, None, None], -torch.inf).amax(1).flatten(1)
+
+
+def log_mel_statistics(input_values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """`(batch, 2 * mel bins)`: mean and standard deviation over the frames `(batch, frames, mel bins)` that are not padding."""
+    weights = attention_mask[..., None].double()  # in float64 a bin that never changes has a standard deviation of exactly 0
+    values, count = input_values.double(), weights.sum(1)
+    mean = (values * weights).sum(1) / count
+    variance = ((values - mean[:, None]) ** 2 * weights).sum(1) / count
+    return torch.cat((mean, variance.sqrt()), dim=1).float()
+
+
+def linear_probe(features: np.ndarray, targets: np.ndarray, partitions: Sequence[Partition], inverse_regularization: float) -> float:
+    """Accuracy, or mean average precision of tags, of logistic regression on standardised features: the mean over partitions.
+
+    Args:
+        features: `(clips, width)`.
+        targets: `(clips,)`, class indices, each among the training clips of every partition; or `(clips, classes)`, 0 or 1.
+        partitions: which clips train and which evaluate.
+        inverse_regularization: `C` of scikit-learn.
+    """
+    values = []
+    for part in partitions:
+        regression = LogisticRegression(C=inverse_regularization, max_iter=5000)
+        model = make_pipeline(StandardScaler(), regression if targets.ndim == 1 else OneVsRestClassifier(regression))
+        scores = model.fit(features[part.train], targets[part.train]).decision_function(features[part.evaluation])
+        if scores.ndim == 1:  # of two classes scikit-learn gives the logit of the second, of one tag its own
+            scores = np.stack((-scores, scores), axis=1) if targets.ndim == 1 else scores[:, None]
+        values.append(score(scores, targets[part.evaluation]))
+    return float(np.mean(values))
+
+
+__all__ = ["StudentProbe", "linear_probe", "log_mel_statistics", "max_over_time"]
