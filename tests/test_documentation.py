@@ -199,6 +199,8 @@ def test_blocks_run_in_their_order(page, reader_folder):
         pytest.importorskip("onnxscript")
     if any("from peft" in block.code for block in blocks(page)):
         pytest.importorskip("peft")
+    if any("import mteb" in block.code for block in blocks(page)):
+        pytest.importorskip("mteb")
     namespace = {"__name__": "__main__"}
     for block in blocks(page):
         if block.language == "python" and not block.marker:

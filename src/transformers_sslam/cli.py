@@ -36,6 +36,7 @@ COMMANDS = {
     "finetune": Command("finetuning.run", "FineTuningSettings", "train a classifier, or a detector of events"),
     "evaluate": Command("evaluation.classifier", "EvaluationSettings", "evaluate a classifier or a detector, with intervals"),
     "probe": Command("finetuning.linear_protocol", "LinearProtocolSettings", "evaluate the frozen features of an encoder"),
+    "benchmark": Command("evaluation.adaptors.benchmark", "SuiteSettings", "evaluate an encoder by a public benchmark suite", "mteb"),
     "pretrain": Command("pretraining.loop", "PreTrainingSettings", "pre-train an encoder on unlabelled audio"),
     "prepare": Command("audio.shards", "ShardSettings", "write audio as shuffled Parquet shards, which are read fast"),
     "mix": Command("polyphony.benchmark", "BenchmarkSettings", "make a benchmark of overlapping sounds from single ones"),

@@ -1,0 +1,120 @@
+"""The command `sslam benchmark`: an encoder on tasks of a public suite, or on tasks of one's own in the same form."""
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...errors import UserError
+from ...reports import markdown_table
+from ...settings import setting
+from .embedder import ClipPooling
+
+
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class SuiteSettings:
+    """Evaluation of an encoder by a benchmark suite"""
+
+    model: str = setting("encoder: a folder, a Hub id, or an official checkpoint")
+    suite: Literal["mteb"] = setting("benchmark suite; the programs of X-ARES and HEAR take this package's adaptors themselves", "mteb")
+    tasks: list[str] = setting("names of tasks or benchmarks of the suite, and Python files with task classes of your own")
+    pooling: ClipPooling = setting("embedding of a clip: the CLS token, the patches' mean, or their mean and standard deviation", "mean")
+    layers: list[int] = setting("whose outputs are concatenated; -1: the last one, 0: the input of the first", [-1])
+    output_dir: str = setting("folder for the results, as the suite writes them", "runs/benchmark")
+    per_device_eval_batch_size: int = setting("clips in a forward pass", 16)
+    device: str | None = setting("cpu, cuda, cuda:1 ...; null: an accelerator if there is one", None)
+    dtype: Literal["float32", "float16", "bfloat16"] = setting("precision of the encoder", "float32")
+
+    def __post_init__(self):
+        if not self.tasks:
+            raise UserError("tasks is empty, but at least one task is needed: give its name, or a Python file")
+
+
+def run(settings: SuiteSettings) -> None:
+    """Run the command: print a table of the main scores."""
+    print(markdown_table(["task", "split", "metric", "value"], run_benchmark(settings)))
+
+
+def run_benchmark(settings: SuiteSettings) -> list[list[str]]:
+    """Evaluate the encoder on all tasks, in their order.
+
+    A task of the suite that `output_dir` has results of, for the same weights and settings, is not run again. Tasks of one's own always
+    are, because the suite would not notice that a file has changed.
+
+    Returns:
+        Task, split, main metric and value of each result. All other scores are in `output_dir`.
+
+    Raises:
+        UserError: if mteb is not installed, the model cannot be loaded, or a task is not found, or not of audio alone.
+    """
+    try:
+        import mteb
+
+        from .mteb import SSLAMEncoder
+    except ImportError as error:
+        raise UserError(f"sslam benchmark needs mteb ({error}): pip install 'transformers-sslam[mteb]'") from error
+    tasks = [task for name in settings.tasks for task in find_tasks(name)]
+    for task, _ in tasks:
+        if set(task.modalities) != {"audio"}:
+            modalities = ", ".join(task.modalities)
+            raise UserError(f"{task.metadata.name} is a task of {modalities}, but the model encodes audio alone: leave it out")
+    options: dict[str, Any] = {name: getattr(settings, name) for name in ("device", "pooling", "layers", "dtype")}
+    encoder = SSLAMEncoder(settings.model, **options)
+    rows = []
+    for task, is_own in tasks:
+        found = mteb.evaluate(
+            encoder,
+            task,
+            encode_kwargs={"batch_size": settings.per_device_eval_batch_size},
+            cache=mteb.ResultCache(settings.output_dir),
+            overwrite_strategy="always" if is_own else "only-missing",
+        )
+        for failure in found.exceptions or ():  # data sets that are not public
+            logger.warning(f"{failure.task_name} was not evaluated: {failure.exception}")
+        for result in found.task_results:
+            for split, scores in result.scores.items():
+                mean = sum(score["main_score"] for score in scores) / len(scores)  # over languages
+                rows.append([result.task_name, split, task.metadata.main_score, f"{mean:.4f}"])
+    return rows
+
+
+def find_tasks(name: str) -> "list[tuple[AbsTask, bool]]":
+    """The tasks of a name: of a benchmark, one of mteb, or those that a Python file defines; and whether they are the user's own.
+
+    Raises:
+        UserError: if there are none.
+    """
+    import mteb
+
+    if Path(name).suffix == ".py":
+        return [(task, True) for task in _read_tasks(Path(name))]
+    for benchmark in mteb.get_benchmarks():
+        if benchmark.name == name:
+            return [(task, False) for task in benchmark.tasks]
+    try:
+        return [(mteb.get_task(name), False)]
+    except KeyError as error:
+        raise UserError(f"there is no task or benchmark {name!r} in mteb, nor is it a Python file: {error.args[0]}") from error
+
+
+def _read_tasks(file: Path) -> "list[AbsTask]":
+    from mteb.abstasks import AbsTask
+
+    if not file.is_file():
+        raise UserError(f"there is no file {file}: give a Python file that defines tasks")
+    spec: Any = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    defined = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+    tasks = [value() for value in defined if issubclass(value, AbsTask) and hasattr(value, "metadata")]
+    if not tasks:
+        raise UserError(f"{file} defines no task: write a class that inherits from one of mteb.abstasks and has metadata")
+    return tasks

@@ -1,0 +1,158 @@
+"""What the adaptors share: a frozen encoder, and which embedding of it is evaluated."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from ...batching_sslam import Span, check_batch_size
+from ...errors import UserError, as_user_error
+from ...fbank import frame_geometry, num_frames
+from ...inference_sslam import by_recording
+from ...modeling_sslam import SSLAMModel
+from ...tasks_sslam import Embedding, Row
+from ...windows_sslam import Windowing
+from ..loading import Clips, load_model
+
+
+DEFAULT_MODEL = "ta012/SSLAM_pretrain"  # of suites that build an encoder without arguments
+BATCH_SIZE = 16  # windows in a forward pass
+ClipPooling = Literal["cls", "mean", "mean_and_std"]
+StepPooling = Literal["mean", "patches"]
+
+
+class Embedder(nn.Module):
+    """A frozen encoder with one kind of embedding of clips.
+
+    The embedding of a clip is that of the clip alone, whatever it is batched with. Clips longer than the feature extractor's `max_length`
+    are cut into windows, see [`SSLAMModel.encode`]. What is shorter than one frame (25 ms) is padded with zeros to one.
+
+    Args:
+        model: folder, Hub id, or an official checkpoint.
+        pooling: of a clip: the CLS token, the mean of the patches, or their mean and standard deviation.
+        layers: whose outputs are taken, and concatenated: -1 for the last one, 0 for the input of the first.
+        device: by default an accelerator, if there is one.
+        dtype: of the weights.
+
+    Raises:
+        UserError: if the model cannot be loaded, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        pooling: ClipPooling = "mean",
+        layers: Sequence[int] = (-1,),
+        device: str | None = None,
+        dtype: str = "float32",
+    ):
+        super().__init__()
+        self.encoder, self.extractor = load_model(SSLAMModel, model, dtype, device)
+        self.encoder.eval().requires_grad_(False)
+        self.pooling, self.layers = pooling, list(layers)
+        if pooling not in get_args(ClipPooling):
+            raise UserError(f"pooling is {pooling!r}, but one of {', '.join(get_args(ClipPooling))} is expected")
+        with as_user_error(f"{model} cannot be embedded this way"):
+            self.task = self._task()
+
+    def _task(self) -> Embedding:
+        config = self.encoder.config
+        windowing = Windowing.of_model(config, self.extractor, per="clip")
+        if self.pooling == "mean_and_std":
+            return MeanAndStd(config, self.extractor, windowing, "clip", self.layers, "mean")
+        return Embedding(config, self.extractor, windowing, "clip", self.layers, self.pooling)
+
+    @property
+    def sampling_rate(self) -> int:
+        """Of the waveforms, in Hz."""
+        return self.extractor.sampling_rate
+
+    @property
+    def width(self) -> int:
+        """Of a clip's embedding."""
+        return self.task.width
+
+    @property
+    def step_ms(self) -> int:
+        """Length of a time step in milliseconds."""
+        return self.encoder.config.patch_size * frame_geometry(1000)[1]
+
+    def embed_clips(self, clips: Clips, batch_size: int = BATCH_SIZE) -> torch.Tensor:
+        """Waveforms `(samples,)` of any lengths, at the encoder's rate -> `(clips, width)`, float32, on the CPU.
+
+        Raises:
+            ValueError: if a clip is not a finite mono waveform.
+        """
+        check_batch_size(batch_size)
+        waveforms = (self._at_least_a_frame(torch.as_tensor(clips[i])) for i in range(len(clips)))
+        windows = chain.from_iterable(self.task.windows(f"clip {i}", waveform) for i, waveform in enumerate(waveforms))
+        found = [row.values for _, results in by_recording(self.task, self.encoder, windows, batch_size) for row in self.task.rows(results)]
+        return torch.stack(found) if found else torch.zeros(0, self.width)
+
+    def embed_steps(self, waveforms: torch.Tensor, pooling: StepPooling = "mean") -> torch.Tensor:
+        """Waveforms of one length, `(clips, samples)` -> `(clips, steps, width)`, float32, on the CPU.
+
+        Args:
+            waveforms: at the encoder's rate.
+            pooling: of the patches of a step: their mean, or all of them, concatenated.
+
+        Raises:
+            ValueError: if they have another shape, or a clip is not finite.
+        """
+        check_batch(waveforms)
+        waveforms = self._at_least_a_frame(waveforms)
+        patch_size = self.encoder.config.patch_size
+        frames = -(-num_frames(waveforms.shape[1], self.sampling_rate) // patch_size) * patch_size
+        frames = min(frames, self.extractor.max_length)  # a window of a whole clip has no padding to compute
+        steps: Any = self.encoder.encode(
+            waveforms,
+            self.extractor,
+            per="step",
+            layers=self.layers,
+            pooling=pooling,
+            window=frames * frame_geometry(self.sampling_rate)[1] / self.sampling_rate,
+            batch_size=BATCH_SIZE,
+        )
+        return torch.stack([vectors for vectors, _, _ in steps])
+
+    def _at_least_a_frame(self, waveform: torch.Tensor) -> torch.Tensor:
+        missing = frame_geometry(self.sampling_rate)[0] - waveform.shape[-1]
+        return nn.functional.pad(waveform, (0, missing)) if missing > 0 else waveform
+
+
+@dataclass(frozen=True)
+class MeanAndStd(Embedding):
+    """Mean and standard deviation of a clip's patches, `(2 * hidden_size,)` of each layer. The mean is that of [`Embedding`].
+
+    A window's results are mean and variance; the variance of a clip of several windows is that of all their patches.
+    """
+
+    @property
+    def width(self) -> int:
+        return 2 * super().width
+
+    def _pool(self, model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        mean = super()._pool(model, tokens, mask)
+        variance = super()._pool(model, (tokens - mean[:, None]) ** 2, mask)
+        return torch.cat((mean, variance), dim=-1)
+
+    def _mean(self, results: Iterable[tuple[Span, torch.Tensor]]) -> Iterator[Row]:
+        spans, values = zip(*results)
+        rate = self.windowing.sampling_rate
+        weights = torch.tensor([num_frames(span.length, rate) for span in spans], dtype=torch.float32)
+        weights = (weights / weights.sum())[:, None, None]
+        means, variances = torch.stack(values).unflatten(1, (len(self.layers), 2, -1)).unbind(2)  # (windows, layers, hidden_size)
+        mean = (weights * means).sum(0)
+        variance = (weights * (variances + (means - mean) ** 2)).sum(0)
+        yield Row(0.0, (spans[-1].start + spans[-1].length) / rate, torch.stack((mean, variance.sqrt()), dim=1).flatten())
+
+
+def check_batch(waveforms: torch.Tensor) -> None:
+    """Raise a ValueError unless it is `(clips, samples)`, with at least one clip."""
+    if not isinstance(waveforms, torch.Tensor) or waveforms.ndim != 2 or not len(waveforms):
+        shape = f"of shape {tuple(waveforms.shape)}" if isinstance(waveforms, torch.Tensor) else f"a {type(waveforms).__name__}"
+        raise ValueError(f"the audio is {shape}, but a tensor (clips, samples) with at least one clip is expected: stack waveforms first")
