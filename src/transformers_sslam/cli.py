@@ -33,6 +33,7 @@ COMMANDS = {
     "tag": Command("recordings.tag", "TagSettings", "label recordings of any length with a classifier", "audio"),
     "detect": Command("recordings.detect", "DetectSettings", "detect sound events in recordings: which sounds, from when to when", "audio"),
     "embed": Command("recordings.embed", "EmbedSettings", "embed recordings of any length with an encoder", "audio"),
+    "app": Command("app.settings", "AppSettings", "open a page to listen with: log-mel, events and sound of a recording", "app"),
     "finetune": Command("finetuning.run", "FineTuningSettings", "train a classifier, or a detector of events"),
     "evaluate": Command("evaluation.classifier", "EvaluationSettings", "evaluate a classifier or a detector, with intervals"),
     "probe": Command("finetuning.linear_protocol", "LinearProtocolSettings", "evaluate the frozen features of an encoder"),

@@ -1,0 +1,78 @@
+"""What stands on the page about the model, its data and the limits, from its card and configuration."""
+
+import re
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from ..errors import UserError
+from ..settings import load_yaml
+from .drawing import clock
+from .listening import Listener
+from .settings import LimitSettings
+
+
+CARD = "README.md"
+FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n(.*)\Z", re.DOTALL)
+MOST_CLASSES = 60  # that are listed
+
+
+def draw_about(listener: Listener) -> str:
+    """Model, data and limits, as HTML."""
+    front, text = read_card(listener.settings.model)
+    classes = ", ".join(map(escape, listener.classes[:MOST_CLASSES]))
+    more = f" and {len(listener.classes) - MOST_CLASSES} more" if len(listener.classes) > MOST_CLASSES else ""
+    parameters = sum(parameter.numel() for parameter in listener.model.parameters())
+    facts = {
+        "Model": escape(model_name(listener.settings.model)),
+        "Kind": escape(f"{type(listener.model).__name__}, {parameters / 1e6:.1f} million parameters, sound at {listener.rate:,} Hz"),
+        f"{len(listener.classes)} classes": f"{classes}{more}",
+        "Trained from": _listed(front.get("base_model")),
+        "Data": _listed(front.get("datasets")),
+        "Licence": _listed(front.get("license_name") or front.get("license")),
+        "From its card": escape(text),
+        "This page": escape(limits(listener.settings)),
+    }
+    rows = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items() if value)
+    return f'<dl class="sslam-about">{rows}</dl>'
+
+
+def limits(settings: LimitSettings) -> str:
+    """What the page accepts, and what becomes of it, in sentences."""
+    return (
+        f"Recordings of up to {clock(settings.max_seconds)} and {settings.max_megabytes} MB, {settings.at_once} at a time, each for up to "
+        f"{clock(settings.max_compute_seconds)} of computing. A file is deleted within two minutes after the model has received it. What "
+        "is kept to play it is deleted when you choose another one or close the page, or after "
+        f"{clock(60 * settings.keep_minutes)}. No recording is logged. A model knows its own classes only, and makes mistakes: listen "
+        "before you rely on it."
+    )
+
+
+def model_name(model: str) -> str:
+    """Of a folder its name, of a model on the Hub its id."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def read_card(model: str) -> tuple[dict[str, Any], str]:
+    """A card's metadata and its first paragraph of prose; empty without one."""
+    file = None if Path(model).is_file() else cached_file(model, CARD, _raise_exceptions_for_missing_entries=False)
+    found = FRONT_MATTER.match(Path(file).read_text(encoding="utf-8", errors="replace")) if file else None
+    if found is None:
+        return {}, ""
+    try:
+        front = load_yaml(found[1])
+    except UserError:  # a card that is not ours may hold anything
+        front = {}
+    paragraphs = (" ".join(part.split()) for part in found[2].split("\n\n"))
+    text = next((part for part in paragraphs if part and not part.startswith(("#", "|", "-", "```", "<", "!", "["))), "")
+    return front if isinstance(front, dict) else {}, text.replace("`", "").replace("**", "")
+
+
+def _listed(value: Any) -> str:
+    values = value if isinstance(value, list) else [value]
+    return ", ".join(escape(str(item)) for item in values if item is not None)
+
+
+__all__ = ["draw_about", "limits", "model_name", "read_card"]

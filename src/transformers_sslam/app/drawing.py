@@ -1,0 +1,186 @@
+"""A recording as HTML: the player, the log-mel with a lane for each class below it, and the table of events.
+
+Every text that comes from a file or a model is escaped. Positions are fractions of the recording, so that one layout fits every screen.
+`page.js` moves the cursor and lets the player jump to what has `data-start`.
+"""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from ..events_sslam import Event
+from ..fbank import LOWEST_FREQUENCY
+from ..recordings.plot import MEL_TICKS
+from .listening import LABELS, PICTURE, SOUND, TABLE, Listener, Recording
+
+
+MOST_LANES, FEWEST_LANES, MOST_ROWS, MOST_BARS = 24, 3, 500, 4000
+POINTS, MOST_POINTS = 1000, 5000  # of a curve as wide as the page, and of the widest
+TICKS = 7  # as wide as the page, at most
+ROUND = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14_400)  # seconds
+IN_MINUTES = 120  # seconds: the times of longer recordings are written as the player does
+THIN = 0.006  # of the width of the page: about 6 pixels
+WIDTH, HEIGHT = 1000, 100  # of a lane, in the units of its curve
+
+
+def address(file: Path) -> str:
+    """Of a kept file, relative to the page."""
+    return f"gradio_api/file={quote(file.as_posix())}"
+
+
+def draw_player(recording: Recording) -> str:
+    """The sound, and what it is."""
+    name, sound = escape(recording.name), escape(address(recording.folder / SOUND))
+    return (
+        f'<section class="sslam-player" aria-label="Player"><h2>{name} <small>{clock(recording.duration)}</small></h2>'
+        f'<audio id="sslam-sound" controls preload="auto" src="{sound}" data-duration="{recording.duration:.6f}"></audio>'
+        "<p>You hear what the model receives: one channel, at its sampling rate.</p></section>"
+    )
+
+
+def draw_error(message: str) -> str:
+    """Why a recording cannot be shown."""
+    return f'<div class="sslam-error" role="alert"><strong>This recording cannot be used.</strong> {escape(message)}</div>'
+
+
+def draw_lanes(listener: Listener, recording: Recording, events: Sequence[Event], threshold: float, zoom: float = 1.0) -> str:
+    """The log-mel, and below it a lane for each class: its scores as a curve, the threshold as a line, and its events as bars.
+
+    It is `zoom` times as wide as the page, and scrolls.
+    """
+    shown, hidden = _classes_to_show(listener.classes, recording, events)
+    limits = listener.thresholds(threshold)
+    names = {listener.classes[i] for i in shown}
+    bars = sorted((event for event in events if event.label in names), key=lambda event: event.start - event.end)
+    lanes = "".join(
+        _lane(listener.classes[i], recording, [bar for bar in bars[:MOST_BARS] if bar.label == listener.classes[i]], i, limits[i], zoom)
+        for i in shown
+    )
+    notes = [f"{hidden} more classes have {listener.finds}: they are in the table."] if hidden else []
+    notes += [f"The {len(bars) - MOST_BARS} shortest {listener.finds} are not drawn."] if len(bars) > MOST_BARS else []
+    picture = escape(address(recording.folder / PICTURE))
+    return (
+        f'<section aria-label="Log-mel and {listener.finds}">'
+        '<div class="sslam-scroll" tabindex="0" role="group" aria-label="Over time; scrolls when zoomed">'
+        f'<div class="sslam-strip" style="width:{100 * zoom:g}%"><div class="sslam-mel sslam-track">{_frequencies(listener.rate)}'
+        f'<img src="{picture}" alt="Log-mel of {escape(recording.name)}"><div class="sslam-cursor" aria-hidden="true"></div></div>'
+        f"{lanes}{_axis(recording.duration, zoom)}</div></div>{''.join(f'<p>{note}</p>' for note in notes)}"
+        f'<p class="sslam-legend"><span><i class="sslam-key-bar"></i>{listener.finds}</span><span><i class="sslam-key-curve"></i>score: '
+        '0 at the foot of a lane, 1 at its top</span><span><i class="sslam-key-limit"></i>threshold</span></p></section>'
+    )
+
+
+def draw_table(listener: Listener, recording: Recording, events: Sequence[Event]) -> str:
+    """All events; the buttons play them. And files to download."""
+    rows = "".join(
+        f'<tr data-span="{event.start} {event.end}"><td><button type="button" data-start="{event.start}" '
+        f'aria-label="Play {escape(event.label)} from {event.start:.2f} seconds"><span aria-hidden="true">&#9654;</span> {event.start:.2f}'
+        f'</button></td><td>{event.end:.2f}</td><th scope="row">{escape(event.label)}</th><td>{event.score:.2f}</td></tr>'
+        for event in events[:MOST_ROWS]
+    )
+    rows = rows or f'<tr><td colspan="4">No {listener.finds}: lower the threshold.</td></tr>'
+    more = f"<p>{len(events) - MOST_ROWS} more are in the CSV.</p>" if len(events) > MOST_ROWS else ""
+    links = "".join(_link(recording.file(ending), text) for ending, text in ((TABLE, "CSV"), (LABELS, "Audacity labels")))
+    return (
+        f'<section aria-label="Table of {listener.finds}"><h2>{len(events)} {listener.finds}</h2><div class="sslam-table"><table>'
+        '<thead><tr><th scope="col">start (s)</th><th scope="col">end (s)</th><th scope="col">label</th><th scope="col">score</th></tr>'
+        f'</thead><tbody>{rows}</tbody></table></div>{more}<p class="sslam-links">Download: {links}</p></section>'
+    )
+
+
+def draw_link(file: Path, text: str) -> str:
+    """To a file that was made."""
+    return f'<p class="sslam-links">{_link(file, text)}</p>'
+
+
+def _link(file: Path, text: str) -> str:
+    return f'<a href="{escape(address(file))}" download>{text}</a>'
+
+
+def _classes_to_show(classes: Sequence[str], recording: Recording, events: Sequence[Event]) -> tuple[list[int], int]:
+    """Numbers of the classes with events and, of few, of those with the highest scores; and how many with events are left out."""
+    found, highest = {event.label for event in events}, recording.scores.max(0)
+    ranked = sorted(range(len(classes)), key=lambda i: (classes[i] not in found, -highest[i]))
+    return sorted(ranked[: max(min(len(found), MOST_LANES), FEWEST_LANES)]), max(0, len(found) - MOST_LANES)
+
+
+def _lane(label: str, recording: Recording, events: Sequence[Event], number: int, limit: float, zoom: float) -> str:
+    name = escape(label)
+
+    def thin(event: Event) -> str:
+        """Borders of a bar that is narrower than they are would show longer events than there are."""
+        return " sslam-thin" if zoom * (event.end - event.start) < THIN * recording.duration else ""
+
+    bars = "".join(
+        f'<button type="button" class="sslam-bar{thin(event)}" tabindex="-1" '
+        f'data-start="{event.start}" data-span="{event.start} {event.end}" '
+        f'style="left:{_percent(event.start, recording)};width:{_percent(event.end - event.start, recording)}" '
+        f'title="{name}: {event.start:.2f} to {event.end:.2f} s, score {event.score:.2f}" '
+        f'aria-label="Play {name}, {event.start:.2f} to {event.end:.2f} seconds"></button>'
+        for event in events
+    )
+    level = HEIGHT * (1 - limit)
+    return (
+        f'<div class="sslam-lane" data-label="{name}"><span class="sslam-name">{name}</span><div class="sslam-track">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">'
+        f'<path class="sslam-curve" d="{_curve(recording.edges, recording.scores[:, number], zoom)}"/>'
+        f'<path class="sslam-limit" d="M0 {level:.1f}H{WIDTH}"/></svg>{bars}'
+        '<div class="sslam-cursor" aria-hidden="true"></div></div></div>'
+    )
+
+
+def _curve(edges: np.ndarray, scores: np.ndarray, zoom: float) -> str:
+    """Steps of a curve; of a long recording the highest of several."""
+    group = math.ceil(len(scores) / min(POINTS * zoom, MOST_POINTS))
+    starts = np.arange(0, len(scores), group)
+    levels = HEIGHT * (1 - np.maximum.reduceat(scores, starts))
+    places = WIDTH * edges[np.append(starts[1:], len(scores))] / edges[-1]
+    return f"M0 {levels[0]:.1f}" + "".join(f"V{level:.1f}H{place:.1f}" for level, place in zip(levels, places))
+
+
+def _frequencies(rate: int) -> str:
+    """Names of frequencies beside the log-mel. The filters' peaks are evenly spaced in mel."""
+    low, high = _mel(LOWEST_FREQUENCY), _mel(rate / 2)
+    places = {frequency: (_mel(frequency) - low) / (high - low) for frequency in MEL_TICKS if frequency < rate / 2}
+    labels = "".join(
+        f'<span style="bottom:clamp(7px,{100 * place:.2f}%,100% - 7px)">{frequency:,} Hz</span>' for frequency, place in places.items()
+    )
+    return f'<div class="sslam-frequencies" aria-hidden="true">{labels}</div>'
+
+
+def _axis(duration: float, zoom: float) -> str:
+    """Times below the lanes, of round numbers."""
+    least = duration / (TICKS * zoom)
+    step = next((number for number in ROUND if number >= least), least)
+    times = [i * step for i in range(int(duration / step + 1e-9) + 1)]
+    in_minutes = duration >= IN_MINUTES
+
+    def written(time: float) -> str:
+        seconds = f"{time % 60:02.0f}" if step >= 1 else f"{time % 60:04.1f}"
+        return f"{int(time // 60)}:{seconds}" if in_minutes else f"{time:g}"
+
+    marks = "".join(
+        f'<span style="left:{100 * time / duration:.3f}%">{written(time)}</span>' for time in times if time < (1 - 0.06 / zoom) * duration
+    )
+    return f'<div class="sslam-axis" aria-hidden="true">{marks}<span class="sslam-unit">{"min" if in_minutes else "s"}</span></div>'
+
+
+def _percent(seconds: float, recording: Recording) -> str:
+    return f"{100 * seconds / recording.duration:.4f}%"
+
+
+def clock(seconds: float) -> str:
+    """A length of time for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{seconds:.1f} s" if seconds < 60 else f"{minutes} min{f' {rest} s' if rest else ''}"
+
+
+def _mel(frequency: float) -> float:
+    return 1127 * math.log1p(frequency / 700)
+
+
+__all__ = ["address", "clock", "draw_error", "draw_lanes", "draw_link", "draw_player", "draw_table"]

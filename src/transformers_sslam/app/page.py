@@ -1,0 +1,210 @@
+"""The page: what a visitor may do on it, and what follows. What it looks like is in `drawing`, `page.css` and `page.js`."""
+
+import os
+import signal
+import sys
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..audio.decode import AUDIO_SUFFIXES
+from ..audio.paths import find_files, printable_path
+from ..errors import UserError
+from .about import draw_about, model_name
+from .drawing import draw_error, draw_lanes, draw_link, draw_player, draw_table
+from .listening import Listener, Recording, Slider, open_listener
+from .sessions import Sessions
+from .settings import AppSettings
+
+
+HERE = Path(__file__).parent
+GONE = "It is no longer kept: choose it again."
+DRAWN = "() => { document.dispatchEvent(new Event('sslam-drawn')); }"
+ZOOM = Slider("Zoom", "Widens what is below, which then scrolls.", 1, 50, 1, 1)
+PROGRESS = gr.Progress()  # Gradio finds it among the defaults
+SLIDER_WIDTH = 260  # pixels, at least: on a phone they are below each other
+
+
+def serve(settings: AppSettings) -> None:
+    """Load the model, and answer until Ctrl-C."""
+    examples = find_examples(settings.examples)
+    listener = open_listener(settings)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that recordings are deleted
+    with Sessions(60 * settings.keep_minutes) as sessions:
+        page = Page(listener, sessions, examples).blocks
+        print(f"the page is at {launch(page, settings, sessions)}; Ctrl-C ends it", flush=True)
+        page.block_thread()
+
+
+def launch(page: gr.Blocks, settings: AppSettings, sessions: Sessions) -> str:
+    """Serve a page in the background; its address."""
+    _, address, _ = page.queue(max_size=settings.max_waiting).launch(
+        quiet=True,
+        server_name=settings.host,
+        server_port=settings.port or None,
+        inbrowser=settings.open_browser,
+        prevent_thread_lock=True,
+        allowed_paths=[str(sessions.kept)],
+        max_file_size=settings.max_megabytes * 10**6,
+        theme=_theme(),
+        css_paths=HERE / "page.css",
+        head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
+        footer_links=[],
+        run_history=False,  # nothing of a visitor's recordings is stored, in a browser either
+        share=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+    )
+    return address
+
+
+def find_examples(source: str | None) -> dict[str, str]:
+    """Recordings that a visitor may choose, by their names below the folder."""
+    if source is None:
+        return {}
+    if Path(source).is_file():
+        return {printable_path(Path(source).name): source}
+    names, _ = find_files(Path(source), AUDIO_SUFFIXES) if Path(source).is_dir() else ([], {})
+    if not names:
+        raise UserError(f"examples is {source!r}, but a recording, or a folder with some, is expected")
+    return {printable_path(name): str(Path(source) / name) for name in names}
+
+
+class Page:
+    """Components and handlers.
+
+    Args:
+        listener: the model.
+        sessions: where uploads are, and what is kept of them.
+        examples: paths of recordings by their names.
+
+    Attributes:
+        blocks: the page, for Gradio.
+    """
+
+    def __init__(self, listener: Listener, sessions: Sessions, examples: dict[str, str]):
+        self._listener, self._sessions, self._examples = listener, sessions, examples
+        os.environ["GRADIO_TEMP_DIR"] = str(sessions.uploads)  # which components read when they are made
+        with gr.Blocks(title=f"Listen with {model_name(listener.settings.model)}", analytics_enabled=False) as self.blocks:
+            self._build()
+
+    def _build(self) -> None:
+        _html(f'<h1 class="sslam-title">{escape(self.blocks.title)}</h1><p>Give a recording: hear it, and see what the model finds.</p>')
+        with gr.Row():
+            file = gr.File(label="Drop a recording, or choose one", file_types=[*AUDIO_SUFFIXES], height=170, elem_id="file")
+            with gr.Column():
+                microphone = gr.Audio(label="Or record one", sources=["microphone"], type="filepath", elem_id="microphone")
+                names = list(self._examples)
+                example = gr.Dropdown(
+                    names, value=None, label="Or choose an example", visible=bool(names), filterable=False, elem_id="example"
+                )
+        player = _html(elem_id="player")
+        with gr.Column(visible=False) as results:
+            with gr.Row():
+                sliders = zip((*self._listener.sliders, ZOOM), ("first", "second", "zoom"))
+                positions = [_slider(slider, name) for slider, name in sliders]
+            lanes, table = _html(elem_id="lanes"), _html(elem_id="table")
+            embed = gr.Button("Make embeddings (Parquet)", size="sm", elem_id="embed")
+            link = _html(elem_id="embeddings")
+        with gr.Accordion("Model, data and limits", open=False):
+            _html(draw_about(self._listener))
+
+        # Handlers that answer at once take no turn. The others wait for the model, and Gradio shows how many are before them.
+        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        in_turn: dict[str, Any] = {
+            "concurrency_id": "model",
+            "concurrency_limit": self._listener.settings.at_once,
+            "api_visibility": "private",
+        }
+        shown = [player, results, lanes, table, link]
+        for component, event in ((file, file.upload), (microphone, microphone.stop_recording)):
+            claimed = event(self._claim, component, component, **at_once)
+            claimed.then(self._hear_upload, positions, shown, show_progress_on=player, **in_turn)
+        example.input(self._hear_example, [example, *positions], shown, show_progress_on=player, **in_turn)
+        moved = gr.on([slider.change for slider in positions], self._show, positions, [lanes, table], trigger_mode="always_last", **at_once)
+        moved.then(None, js=DRAWN)
+        embed.click(self._embed, None, link, **in_turn)
+        self.blocks.unload(self._leave)
+
+    def _claim(self, file: str | None, request: gr.Request) -> None:
+        """Take an upload; its component is then free for the next one."""
+        if file is not None:
+            self._sessions.claim(str(request.session_hash), str(file))
+
+    def _hear_upload(self, first: float, second: float, zoom: float, request: gr.Request, progress: gr.Progress = PROGRESS) -> list[Any]:
+        session = str(request.session_hash)
+        waiting = self._sessions.upload(session)
+        if waiting is None:
+            return _failed(GONE)
+        file, name, folder = waiting
+        try:
+            return self._hear(session, file, name, folder, (first, second, zoom), progress)
+        finally:
+            file.unlink(missing_ok=True)
+
+    def _hear_example(
+        self, name: str, first: float, second: float, zoom: float, request: gr.Request, progress: gr.Progress = PROGRESS
+    ) -> list[Any]:
+        session = str(request.session_hash)
+        return self._hear(session, Path(self._examples[name]), name, self._sessions.begin(session), (first, second, zoom), progress)
+
+    def _hear(
+        self, session: str, file: Path, name: str, folder: Path, positions: tuple[float, float, float], progress: gr.Progress
+    ) -> list[Any]:
+        """What the components show of a recording."""
+        try:
+            recording = self._listener.listen(file, name, folder, lambda done, what: progress(done, desc=what))
+            self._sessions.keep(session, recording)
+            return [draw_player(recording), gr.update(visible=True), *self._draw(recording, *positions), ""]
+        except (ValueError, OSError, FloatingPointError) as error:
+            self._sessions.end(session)
+            return _failed(str(error))
+
+    def _show(self, first: float, second: float, zoom: float, request: gr.Request) -> list[Any]:
+        """What follows from kept scores."""
+        recording = self._sessions.recording(request.session_hash)
+        return [draw_error(GONE), ""] if recording is None else self._draw(recording, first, second, zoom)
+
+    def _draw(self, recording: Recording, first: float, second: float, zoom: float) -> list[str]:
+        events = self._listener.events(recording, first, second)
+        self._listener.write(recording, events)
+        return [draw_lanes(self._listener, recording, events, first, zoom), draw_table(self._listener, recording, events)]
+
+    def _embed(self, request: gr.Request) -> str:
+        recording = self._sessions.recording(request.session_hash)
+        return draw_error(GONE) if recording is None else draw_link(self._listener.embed(recording), "Embeddings (Parquet)")
+
+    def _leave(self, request: gr.Request) -> None:
+        self._sessions.end(request.session_hash)
+
+
+def _failed(message: str) -> list[Any]:
+    return [draw_error(message), gr.update(visible=False), "", "", ""]
+
+
+def _slider(slider: Slider, name: str) -> gr.Slider:
+    about: dict[str, Any] = {"label": slider.label, "info": slider.info, "min_width": SLIDER_WIDTH}
+    return gr.Slider(slider.least, slider.largest, slider.value, step=slider.step, elem_id=name, **about)
+
+
+def _html(text: str = "", **options: Any) -> gr.HTML:
+    """Without Gradio's style of prose, which would draw its own tables."""
+    return gr.HTML(text, apply_default_css=False, **options)
+
+
+def _theme() -> gr.themes.Base:
+    """Fonts of the reader's system, so that nothing is fetched; texts with a contrast of at least 4.5 on their grounds (WCAG AA)."""
+    fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    return gr.themes.Default(primary_hue="blue", secondary_hue="blue", neutral_hue="slate", **fonts).set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+    )
+
+
+__all__ = ["Page", "find_examples", "launch", "serve"]

@@ -1,0 +1,541 @@
+"""The page to listen with, without a browser: what it finds, keeps, draws and deletes. The page itself is tried in `test_app_page`."""
+
+import csv
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise, relative_error, speech_like, tiny_config
+
+from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForAudioFrameClassification, SSLAMModel, cli
+from transformers_sslam.events_sslam import Event
+
+
+soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("torchaudio")
+Image = pytest.importorskip("PIL.Image", reason="needs Pillow, which comes with the extra app")
+import pyarrow.parquet as pq  # noqa: E402
+
+from transformers_sslam.app import about, drawing, picture, sessions  # noqa: E402
+from transformers_sslam.app.listening import EMBEDDINGS, LABELS, PICTURE, SOUND, TABLE, Recording, open_listener  # noqa: E402
+from transformers_sslam.app.picture import LogMelPicture  # noqa: E402
+from transformers_sslam.app.sessions import Sessions  # noqa: E402
+from transformers_sslam.app.settings import AppSettings  # noqa: E402
+from transformers_sslam.audio.decode import load_waveform  # noqa: E402
+from transformers_sslam.errors import UserError  # noqa: E402
+from transformers_sslam.recordings import plot  # noqa: E402
+from transformers_sslam.recordings.detect import DetectSettings, detect_files  # noqa: E402
+from transformers_sslam.recordings.embed import EmbedSettings, embed_files  # noqa: E402
+from transformers_sslam.recordings.tag import TagSettings, tag_files  # noqa: E402
+
+
+RATE = 16_000
+CLASSES = ["dog", "<b>rain</b>", "sea"]
+NAMES = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+
+
+def save_detector(folder: Path, **config) -> Path:
+    """Untrained, with scores that are spread over [0, 1] in each class over `sound()`: so there are events at any threshold."""
+    torch.manual_seed(0)
+    detector = SSLAMForAudioFrameClassification(tiny_config(**NAMES, initializer_range=0.3, **config))
+    extractor, head = SSLAMFeatureExtractor(max_length=64), detector.frame_classifier
+    scores = detector.score_steps(sound(), extractor).scores.astype(np.float64)
+    logits = torch.from_numpy(np.log(scores) - np.log1p(-scores)).float()
+    scale = 2 / logits.std(0)
+    head.weight.data *= scale[:, None]
+    head.bias.data = (head.bias.data - logits.mean(0)) * scale
+    detector.save_pretrained(folder)
+    extractor.save_pretrained(folder)
+    return folder
+
+
+def save_classifier(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = tiny_config(**NAMES, initializer_range=0.3, problem_type="multi_label_classification")
+    SSLAMForAudioClassification(config).save_pretrained(folder)
+    SSLAMFeatureExtractor(max_length=64).save_pretrained(folder)
+    return folder
+
+
+def sound() -> np.ndarray:
+    return noise(6.0) + speech_like(6.0)
+
+
+@pytest.fixture
+def detector(tmp_path) -> Path:
+    return save_detector(tmp_path / "detector")
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    """Not at the model's rate, and stereo."""
+    path = tmp_path / "street.flac"
+    soundfile.write(path, np.stack([noise(5.0, sampling_rate=44_100) + speech_like(5.0, 44_100)] * 2, axis=1), 44_100)
+    return path
+
+
+def listen(model: Path, file: Path, folder: Path, **settings):
+    """A listener, and what it keeps of a file."""
+    listener = open_listener(AppSettings(model=str(model), device="cpu", **settings))
+    folder.mkdir()
+    return listener, listener.listen(file, file.name, folder, lambda done, what: None)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as text:
+        return [{name: cell for name, cell in row.items() if name != "path"} for row in csv.DictReader(text)]
+
+
+def positions(listener) -> tuple[float, float]:
+    return listener.sliders[0].value, listener.sliders[1].value
+
+
+# --- what is found
+
+
+@pytest.mark.parametrize(
+    ("own", "moved", "flags"),
+    [
+        (None, {}, {}),
+        (None, {0: 0.7, 1: 0.48}, {"threshold": 0.7, "median_filter": 0.48}),
+        ({"threshold": {"dog": 0.2, "sea": 0.9}, "median_filter": 0.48, "max_gap": 0.32}, {}, {}),
+        ({"threshold": {"dog": 0.2, "sea": 0.9}, "min_duration": 0.3}, {0: 0.6}, {"threshold": 0.6}),
+        # Hysteresis stays for classes whose onset threshold is above the slider.
+        ({"threshold": 0.2, "onset_threshold": {"dog": 0.8}}, {0: 0.5}, {"threshold": 0.5, "onset_threshold": {"dog": 0.8}}),
+        ({"threshold": 0.2, "onset_threshold": 0.4}, {0: 0.5}, {"threshold": 0.5, "onset_threshold": 0.5}),
+    ],
+)
+def test_events_are_those_of_the_command_detect(tmp_path, file, own, moved, flags):
+    model = save_detector(tmp_path / "model", event_detection=own)
+    listener, recording = listen(model, file, tmp_path / "kept")
+    first, second = (moved.get(i, value) for i, value in enumerate(positions(listener)))
+    events = listener.events(recording, first, second)
+    listener.write(recording, events)
+    output = tmp_path / "events.csv"
+    detect_files(DetectSettings(model=str(model), inputs=str(file), output=str(output), device="cpu", label_files="audacity", **flags))
+    assert len(events) > 3
+    assert table(recording.file(TABLE)) == table(output)
+    assert (recording.file(LABELS)).read_bytes() == (tmp_path / "events.audacity" / f"{file.name}.txt").read_bytes()
+
+
+def test_a_higher_threshold_needs_no_model_and_leaves_shorter_events(detector, file, tmp_path, monkeypatch):
+    listener, recording = listen(detector, file, tmp_path / "kept")
+    monkeypatch.setattr(listener, "model", type("NoModel", (), {"config": listener.model.config}))
+    low, high = (sum(event.end - event.start for event in listener.events(recording, position, 0.0)) for position in (0.3, 0.8))
+    assert low > high > 0
+
+
+def test_a_model_with_a_threshold_for_each_class_says_where_they_are_used(tmp_path):
+    model = save_detector(tmp_path / "model", event_detection={"threshold": {"dog": 0.2, "sea": 0.9}})
+    listener = open_listener(AppSettings(model=str(model), device="cpu"))
+    assert listener.sliders[0].value == 0.5  # the median
+    assert "each class has the model's own threshold" in listener.sliders[0].info
+    assert listener.thresholds(0.5).tolist() == [0.2, 0.5, 0.9]
+    assert listener.thresholds(0.6).tolist() == [0.6, 0.6, 0.6]
+
+
+@pytest.mark.parametrize(("moved", "flags"), [({}, {}), ({0: 0.5, 1: 1.0}, {"threshold": 0.5, "top_k": 1})])
+def test_segments_are_those_of_the_command_tag(tmp_path, file, moved, flags):
+    model = save_classifier(tmp_path / "model")
+    listener, recording = listen(model, file, tmp_path / "kept")
+    first, second = (moved.get(i, value) for i, value in enumerate(positions(listener)))
+    listener.write(recording, listener.events(recording, first, second))
+    output = tmp_path / "tags.csv"
+    tag_files(TagSettings(model=str(model), inputs=str(file), output=str(output), device="cpu", **flags))
+    assert table(recording.file(TABLE)) == table(output)
+
+
+def test_a_recording_without_events_has_one_row_as_in_the_command(detector, file, tmp_path):
+    listener, recording = listen(detector, file, tmp_path / "kept")
+    assert listener.events(recording, 1.0, 0.0) == []
+    listener.write(recording, [])
+    assert table(recording.file(TABLE)) == [{"start": "0.0", "end": "5.0", "label": "", "score": "", "error": ""}]
+
+
+def test_embeddings_are_those_of_the_command_embed(detector, file, tmp_path):
+    listener, recording = listen(detector, file, tmp_path / "kept")
+    made = pq.read_table(listener.embed(recording))
+    output = tmp_path / "vectors.parquet"
+    embed_files(EmbedSettings(model=str(detector), inputs=str(file), output=str(output), per="window", device="cpu"))
+    expected = pq.read_table(output)
+    assert made.schema == expected.schema
+    assert made["path"].to_pylist() == ["street.flac"] * len(expected)
+    assert made["start"].to_pylist() == expected["start"].to_pylist()
+    assert made["end"].to_pylist() == expected["end"].to_pylist()
+    assert relative_error(made["vector"].to_pylist(), expected["vector"].to_pylist()) < 1e-4  # the sound is kept with 24 bits
+
+
+def test_an_encoder_is_rejected(tmp_path):
+    SSLAMModel(tiny_config()).save_pretrained(tmp_path / "encoder")
+    SSLAMFeatureExtractor(max_length=64).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(UserError, match=r"encoder has no trained classifier \(.*: give a fine-tuned model"):
+        open_listener(AppSettings(model=str(tmp_path / "encoder"), device="cpu"))
+
+
+# --- what is kept
+
+
+def test_the_sound_that_plays_is_what_the_model_receives(detector, file, tmp_path):
+    _, recording = listen(detector, file, tmp_path / "kept")
+    expected = load_waveform(file, RATE)
+    played, rate = soundfile.read(recording.folder / SOUND, dtype="float32")
+    assert rate == RATE
+    assert recording.duration == len(expected) / RATE
+    np.testing.assert_allclose(played, expected, rtol=0, atol=2**-22)
+    assert sorted(path.name for path in recording.folder.iterdir()) == sorted([SOUND, PICTURE])
+
+
+def test_progress_is_told_by_the_seconds_that_the_model_has_received(detector, tmp_path):
+    path = tmp_path / "long.wav"
+    soundfile.write(path, noise(45.0), RATE)
+    listener = open_listener(AppSettings(model=str(detector), device="cpu"))
+    (tmp_path / "kept").mkdir()
+    told = []
+    listener.listen(path, path.name, tmp_path / "kept", lambda done, what: told.append((done, what)))
+    assert told == [(seconds / 45, f"{seconds} of 45 s") for seconds in (0, 10, 20, 30, 40)]
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ({"max_seconds": 4.9}, "my holiday.flac is longer than 4.9 s, the limit of this page: give a part of it"),
+        ({"max_compute_seconds": 1e-6}, "this recording takes more than 1e-06 s, the limit of this page: give a part of it"),
+    ],
+)
+def test_a_recording_above_a_limit_is_rejected(detector, file, tmp_path, limit, message):
+    listener = open_listener(AppSettings(model=str(detector), device="cpu", **limit))
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        listener.listen(file, "my holiday.flac", tmp_path, lambda done, what: None)
+
+
+def test_a_broken_file_is_named_as_its_owner_called_it(detector, tmp_path):
+    (tmp_path / "upload.wav").write_text("no audio")
+    listener = open_listener(AppSettings(model=str(detector), device="cpu"))
+    with pytest.raises(ValueError, match="^my holiday.wav ") as caught:
+        listener.listen(tmp_path / "upload.wav", "my holiday.wav", tmp_path, lambda done, what: None)
+    assert str(tmp_path) not in str(caught.value)
+
+
+# --- the picture
+
+
+def levels(path: Path) -> np.ndarray:
+    image = Image.open(path)
+    assert image.mode == "P"
+    return np.array(image)
+
+
+def test_a_tone_is_bright_where_its_frequency_is_written(tmp_path):
+    tone = (0.5 * np.sin(2 * np.pi * 2000 * np.arange(2 * RATE) / RATE)).astype(np.float32)
+    drawn = LogMelPicture(2.0, RATE)
+    assert np.concatenate(list(drawn.watch([tone[:7001], tone[7001:]]))).tolist() == tone.tolist()
+    drawn.save(tmp_path / "tone.png")
+    brightest = levels(tmp_path / "tone.png").mean(1).argmax()
+    place = float(re.search(r"([\d.]+)%,100% - 7px\)\">2,000 Hz", drawing._frequencies(RATE))[1])
+    assert abs(100 * (1 - (brightest + 0.5) / 128) - place) < 1
+
+
+def test_a_picture_does_not_depend_on_the_blocks(tmp_path):
+    waveform = noise(3.0) * np.linspace(0, 1, 3 * RATE, dtype=np.float32)
+    pictures = []
+    for i, length in enumerate((len(waveform), 16_000, 777, 100)):
+        drawn = LogMelPicture(3.0, RATE)
+        for _ in drawn.watch(waveform[start : start + length] for start in range(0, len(waveform), length)):
+            pass
+        drawn.save(tmp_path / f"{i}.png")
+        pictures.append(levels(tmp_path / f"{i}.png"))
+    assert pictures[0].shape == (128, 298)
+    for other in pictures[1:]:
+        assert np.abs(pictures[0].astype(int) - other).max() <= 1  # rounding
+
+
+def test_a_column_of_a_long_recording_is_the_loudest_of_its_frames(tmp_path, monkeypatch):
+    monkeypatch.setattr(picture, "MOST_COLUMNS", 50)
+    click = np.zeros(3 * RATE, dtype=np.float32)
+    click[RATE] = 1.0
+    drawn = LogMelPicture(3.0, RATE)
+    for _ in drawn.watch([click[:5000], click[5000:]]):
+        pass
+    drawn.save(tmp_path / "click.png")
+    found = levels(tmp_path / "click.png")
+    assert found.shape == (128, 50)  # 298 frames, 6 a column
+    assert np.flatnonzero(found.max(0) > 200).tolist() == [16]  # frames 98 to 100
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length_of_a_recording(detector, tmp_path):
+    """Of 30 minutes, samples would take 115 MB and all log-mels 92 MB."""
+    psutil = pytest.importorskip("psutil")
+    listener = open_listener(AppSettings(model=str(detector), device="cpu"))
+
+    def grown_over(minutes: int, name: str) -> int:
+        path, folder = tmp_path / f"{name}.wav", tmp_path / name
+        folder.mkdir()
+        with soundfile.SoundFile(path, "w", RATE, 1) as output:
+            for minute in range(minutes):
+                output.write(noise(60.0, seed=minute))
+        before = psutil.Process().memory_info().rss
+        listener.listen(path, path.name, folder, lambda done, what: None)
+        return psutil.Process().memory_info().rss - before
+
+    grown_over(2, "warm")
+    assert grown_over(30, "long") < 40 * 2**20
+
+
+# --- what is drawn
+
+
+@pytest.fixture
+def listener(detector):
+    return open_listener(AppSettings(model=str(detector), device="cpu"))
+
+
+def kept(folder: Path, scores: np.ndarray, step: float = 0.16, name: str = "a.wav") -> Recording:
+    edges = step * np.arange(len(scores) + 1)
+    return Recording(name, folder, float(edges[-1]), edges, scores, edges[:-1], edges[1:])
+
+
+def test_overlapping_events_are_bars_in_lanes_above_each_other(listener, tmp_path):
+    recording = kept(tmp_path, np.full((50, 3), 0.1, np.float32))  # 8 s
+    events = [Event(2.0, 4.0, "dog", 0.8), Event(3.0, 8.0, "sea", 0.7)]
+    drawn = drawing.draw_lanes(listener, recording, events, 0.5)
+    lanes = dict(re.findall(r'data-label="([^"]+)">(.*?)(?=<div class="sslam-lane"|<div class="sslam-axis")', drawn))
+    assert list(lanes) == ["dog", "&lt;b&gt;rain&lt;/b&gt;", "sea"]
+    assert re.findall(r"left:([\d.]+)%;width:([\d.]+)%", lanes["dog"]) == [("25.0000", "25.0000")]
+    assert re.findall(r"left:([\d.]+)%;width:([\d.]+)%", lanes["sea"]) == [("37.5000", "62.5000")]
+    assert "sslam-bar" not in lanes["&lt;b&gt;rain&lt;/b&gt;"]
+    assert 'd="M0 50.0H1000"' in lanes["dog"]  # the threshold
+    legend = "eventsscore: 0 at the foot of a lane, 1 at its topthreshold"
+    axis = "".join(f"{second}" for second in (0, 2, 4, 6)) + "s"
+    frequencies = "".join(f"{frequency:,} Hz" for frequency in plot.MEL_TICKS)
+    assert re.sub(r"<[^>]*>", "", drawn) == f"{frequencies}dog&lt;b&gt;rain&lt;/b&gt;sea{axis}{legend}"  # and no more
+
+
+def test_short_events_of_a_long_recording_are_not_drawn_longer_than_they_are(listener, tmp_path, monkeypatch):
+    recording = kept(tmp_path, np.full((12_500, 3), 0.1, np.float32))  # 2000 s
+    events = [Event(100.0, 101.0, "dog", 0.8), Event(200.0, 300.0, "dog", 0.7)]
+    for zoom, thin in ((1, 1), (20, 0)):
+        drawn = drawing.draw_lanes(listener, recording, events, 0.5, zoom)
+        assert drawn.count("sslam-thin") == thin
+        assert drawn.count('class="sslam-bar') == 2
+    monkeypatch.setattr(drawing, "MOST_BARS", 1)
+    drawn = drawing.draw_lanes(listener, recording, events, 0.5)
+    assert "The 1 shortest events are not drawn." in drawn
+    assert re.findall(r'sslam-bar[^>]*data-start="([\d.]+)"', drawn) == ["200.0"]
+
+
+def test_texts_of_files_and_models_are_escaped(listener, tmp_path):
+    evil = '"><img src=x onerror=alert(1)>.wav'
+    recording = kept(tmp_path, np.full((10, 3), 0.9, np.float32), name=evil)
+    events = [Event(0.0, 1.0, CLASSES[1], 0.9)]
+    drawn = [
+        drawing.draw_player(recording),
+        drawing.draw_lanes(listener, recording, events, 0.5),
+        drawing.draw_table(listener, recording, events),
+        drawing.draw_link(recording.file(EMBEDDINGS), "Embeddings"),
+        drawing.draw_error(f"{evil} is broken"),
+    ]
+    for html in drawn:
+        assert "<img src=x" not in html
+        assert "<b>rain" not in html
+    assert "&lt;b&gt;rain&lt;/b&gt;" in drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [
+        ("street.wav", "street.csv"),
+        ("a/../b c.x.wav", "b_c_x.csv"),
+        (".hidden.wav", "_hidden.csv"),
+        ("Straße ♪.wav", "Straße_.csv"),
+    ],
+)
+def test_downloads_have_the_name_of_the_recording(tmp_path, name, saved):
+    file = kept(tmp_path, np.zeros((1, 3)), name=name).file(TABLE)
+    assert file == tmp_path / saved
+
+
+def test_a_curve_is_as_high_as_its_scores(listener, tmp_path):
+    scores = np.array([[0.0], [1.0], [0.25]], np.float32)
+    assert drawing._curve(np.array([0.0, 1.0, 2.0, 4.0]), scores[:, 0], 1) == "M0 100.0V100.0H250.0V0.0H500.0V75.0H1000.0"
+    spike = np.zeros(20_000, np.float32)
+    spike[12_345] = 1
+    for zoom, points in ((1, 1000), (50, 5000)):
+        curve = drawing._curve(np.arange(20_001.0), spike, zoom)
+        assert curve.count("V") == points
+        assert curve.count("V0.0") == 1
+
+
+def test_of_many_events_and_classes_the_rest_is_counted(listener, tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "MOST_LANES", 1)
+    monkeypatch.setattr(drawing, "FEWEST_LANES", 1)
+    monkeypatch.setattr(drawing, "MOST_ROWS", 2)
+    scores = np.tile(np.array([0.6, 0.1, 0.9], np.float32), (10, 1))
+    recording = kept(tmp_path, scores)
+    events = [Event(0.0, 1.0, "dog", 0.6), Event(0.1, 1.0, "sea", 0.9), Event(1.1, 1.5, "sea", 0.9)]
+    lanes = drawing.draw_lanes(listener, recording, events, 0.5)
+    assert re.findall(r'data-label="([^"]+)"', lanes) == ["sea"]
+    assert "1 more classes have events: they are in the table." in lanes
+    rows = drawing.draw_table(listener, recording, events)
+    assert rows.count("<tr data-span") == 2
+    assert "1 more are in the CSV." in rows
+    assert "3 events" in rows
+
+
+@pytest.mark.parametrize(
+    ("duration", "zoom", "ticks"),
+    [
+        (10.0, 1, ["0", "2", "4", "6", "8"]),
+        (0.5, 1, ["0", "0.1", "0.2", "0.3", "0.4"]),
+        (10.0, 5, [f"{i / 2:g}" for i in range(20)]),
+        (1800.0, 1, ["0:00", "5:00", "10:00", "15:00", "20:00", "25:00"]),
+        (150.0, 100, [f"{i * 0.5 // 60:.0f}:{i * 0.5 % 60:04.1f}" for i in range(300)]),
+    ],
+)
+def test_times_are_round_and_closer_when_zoomed(duration, zoom, ticks):
+    assert re.findall(r">([\d.:]+)</span>", drawing._axis(duration, zoom)) == ticks
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.26, "0.3 s"), (59.0, "59.0 s"), (119.7, "2 min"), (1800.0, "30 min"), (61.0, "1 min 1 s")]
+)
+def test_lengths_of_time_are_readable(seconds, text):
+    assert drawing.clock(seconds) == text
+
+
+def test_model_data_and_limits_are_told(detector):
+    front = "license: cc-by-4.0\ndatasets:\n- <i>streets</i>\nbase_model: someone/model\n"
+    (detector / "README.md").write_text(f"---\n{front}---\n\n# Title\n\nA **model** of\nstreets.\n\nMore.\n")
+    text = about.draw_about(open_listener(AppSettings(model=str(detector), device="cpu", max_seconds=90, max_megabytes=7)))
+    for part in (
+        "&lt;i&gt;streets&lt;/i&gt;",
+        "cc-by-4.0",
+        "someone/model",
+        "A model of streets.",
+        "3 classes",
+        "up to 1 min 30 s and 7 MB",
+    ):
+        assert part in text
+    assert "<i>" not in text
+    assert "More." not in text
+
+
+@pytest.mark.parametrize("card", [None, "no front matter", "---\n- a: [\n---\nText.\n", "---\njust text\n---\nText.\n"])
+def test_a_missing_or_damaged_card_is_no_reason_to_stop(detector, card):
+    (detector / "README.md").unlink(missing_ok=True)
+    if card is not None:
+        (detector / "README.md").write_text(card)
+    text = about.draw_about(open_listener(AppSettings(model=str(detector), device="cpu")))
+    assert "This page" in text
+    assert "Licence" not in text
+
+
+# --- what is deleted
+
+
+@pytest.fixture
+def pages():
+    with Sessions(3600) as open_pages:
+        yield open_pages
+
+
+def upload(pages: Sessions, name: str = "a.wav") -> Path:
+    folder = pages.uploads / "hash"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"sound")
+    return folder / name
+
+
+def test_two_visitors_may_upload_the_same_file(pages):
+    path = upload(pages)
+    pages.claim("one", str(path))
+    pages.claim("two", str(path))
+    first, second = pages.upload("one"), pages.upload("two")
+    assert first[1] == second[1] == "a.wav"
+    assert first[2] != second[2]
+    first[0].unlink()
+    assert second[0].read_bytes() == b"sound"
+    assert pages.upload("one") is None  # used
+
+
+def test_what_was_not_uploaded_is_not_taken(pages, tmp_path):
+    (tmp_path / "private.wav").write_bytes(b"secret")
+    (pages.uploads / "link.wav").symlink_to(tmp_path / "private.wav")
+    for path in (tmp_path / "private.wav", pages.uploads / "link.wav", pages.uploads / ".." / "kept" / "x.wav"):
+        with pytest.raises(UserError, match="was not uploaded to this page: choose it again"):
+            pages.claim("one", str(path))
+
+
+def test_a_page_that_is_closed_or_takes_another_recording_leaves_nothing(pages):
+    first = pages.begin("one")
+    pages.keep("one", kept(first, np.zeros((1, 3))))
+    assert pages.recording("one").folder == first
+    second = pages.begin("one")
+    assert not first.exists()
+    assert pages.recording("one") is None
+    pages.end("one")
+    assert not second.exists()
+    pages.keep("one", kept(second, np.zeros((1, 3))))  # the model was not done when the page was closed
+    assert pages.recording("one") is None
+
+
+def test_a_page_sees_its_own_recording_only(pages):
+    folders = [pages.begin(name) for name in ("one", "two")]
+    for name, folder in zip(("one", "two"), folders):
+        pages.keep(name, kept(folder, np.zeros((1, 3)), name=name))
+    assert [pages.recording(name).name for name in ("one", "two")] == ["one", "two"]
+    assert pages.recording("three") is None
+    assert pages.recording(None) is None
+    assert all(len(folder.name) >= 32 for folder in folders)  # cannot be guessed
+
+
+def test_old_uploads_and_recordings_are_swept(monkeypatch):
+    with Sessions(1800) as pages:
+        path = upload(pages)
+        folder = pages.begin("one")
+        pages.sweep()
+        assert path.exists()
+        assert folder.exists()
+        now, monotonic = time.time(), time.monotonic()
+        monkeypatch.setattr(sessions.time, "time", lambda: now + sessions.GRACE + 1)
+        pages.sweep()
+        assert not path.exists()
+        assert folder.exists()
+        monkeypatch.setattr(sessions.time, "monotonic", lambda: monotonic + 1801)
+        pages.sweep()
+        assert not folder.exists()
+
+
+def test_at_the_end_everything_is_deleted():
+    with Sessions(1800) as pages:
+        root = pages.kept.parent
+        upload(pages)
+        assert root.stat().st_mode & 0o077 == 0  # nobody else of this machine may look
+    assert not root.exists()
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_seconds": 0}, "max_seconds is 0, but must be positive"),
+        ({"max_waiting": -1}, "max_waiting is -1, but must be positive"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size is 0, but must be positive"),
+        ({"port": 70_000}, "port is 70000, but a number from 0 to 65535 is expected"),
+    ],
+)
+def test_a_mistake_is_named(changes, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        AppSettings(model="model", **changes)
+
+
+def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("transformers_sslam.app.settings.find_spec", lambda name: None)
+    assert cli.main(["app", "--model", "model"]) == 1
+    expected = 'sslam app: error: the page needs gradio, which is not installed: pip install "transformers-sslam[app]"\n'
+    assert capsys.readouterr().err == expected

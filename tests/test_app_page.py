@@ -1,0 +1,450 @@
+"""The page to listen with, in a real browser without a screen: Chromium, driven by Playwright.
+
+Skipped without Gradio, Playwright for Python or Chromium, which is taken from PATH (Debian's package `chromium`).
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from conftest import SHARED, noise, speech_like
+
+
+soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("torchaudio")
+pytest.importorskip("gradio", reason="needs the extra app")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+from test_app import RATE, save_classifier, save_detector, table  # noqa: E402
+
+from transformers_sslam.app.listening import open_listener  # noqa: E402
+from transformers_sslam.app.page import Page, find_examples, launch  # noqa: E402
+from transformers_sslam.app.sessions import Sessions  # noqa: E402
+from transformers_sslam.app.settings import AppSettings  # noqa: E402
+from transformers_sslam.errors import UserError  # noqa: E402
+from transformers_sslam.recordings.detect import DetectSettings, detect_files  # noqa: E402
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--autoplay-policy=no-user-gesture-required",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
+]
+TEMPORARY = "GRADIO_TEMP_DIR"
+PATIENCE = 120_000  # milliseconds: a machine may be busy
+FILE, LANES, ERROR = "#file input[type=file]", "#lanes .sslam-lane", ".sslam-error"
+USABLE = {  # of ../shared/cases/audio, with their seconds; the others are damaged
+    "aac.m4a": 10.0,
+    "cbr_without_xing_id3.mp3": 20.0,
+    "chained_opus.opus": 16.0,
+    "chained_vorbis.ogg": 16.0,
+    "joined.mp3": 16.1,
+    "tone.mp3": 35.0,
+    "vbr_without_xing.mp3": 20.0,
+    "webm.webm": 10.0,
+    "wma.wma": 10.0,
+}
+DAMAGED = ("cut.m4a", "damaged_page.ogg", "forged_length.flac", "header_says_2.5_GB.wav")
+
+
+class Served:
+    """A page that is served: its address, listener, and sessions."""
+
+    def __init__(self, model: Path, sessions: Sessions, **settings):
+        options = AppSettings(model=str(model), device="cpu", port=0, open_browser=False, **settings)
+        self.listener, self.sessions = open_listener(options), sessions
+        self.page = Page(self.listener, sessions, find_examples(options.examples))
+        self.address = launch(self.page.blocks, options, sessions)
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recordings")
+    soundfile.write(folder / "street.wav", noise(6.0) + speech_like(6.0), RATE)
+    soundfile.write(folder / "park.flac", np.stack([speech_like(4.0, 44_100)] * 2, axis=1), 44_100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, recordings) -> Iterator[Served]:
+    with pytest.MonkeyPatch.context() as patch, Sessions(3600) as sessions:
+        patch.setenv(TEMPORARY, "")  # which a page sets, for its process
+        model = save_detector(tmp_path_factory.mktemp("models") / "detector")
+        server = Served(model, sessions, examples=str(recordings), max_seconds=60)
+        yield server
+        server.page.blocks.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, served):
+    """Opens pages, each as a visitor of its own."""
+    contexts = []
+
+    def opened(address: str = served.address, **options):
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
+        contexts.append(context)
+        context.set_default_timeout(PATIENCE)
+        page = context.new_page()
+        page.goto(address)
+        page.wait_for_selector(FILE, state="attached")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+def give(page, file: Path, until: str = LANES) -> None:
+    """Upload a file, and wait until it is shown."""
+    page.set_input_files(FILE, str(file))
+    page.wait_for_selector(f'#player h2:has-text("{file.name}")' if until == LANES else until)
+    page.wait_for_selector(until)
+
+
+def move(page, slider: str, value: float) -> None:
+    """Type a slider's value, and wait until what is below follows."""
+    before = page.inner_html("#lanes")
+    box = page.locator(f"#{slider} input[type=number]")
+    box.fill(str(value))
+    box.press("Enter")
+    page.wait_for_function("before => document.querySelector('#lanes').innerHTML !== before", arg=before)
+
+
+def shown_events(page) -> list[tuple[str, float, float]]:
+    """Labels, starts and ends in the table."""
+    return [
+        (
+            row.locator("th").inner_text(),
+            float(row.locator("button").get_attribute("data-start")),
+            float(row.locator("td").nth(1).inner_text()),
+        )
+        for row in page.locator("#table tbody tr[data-span]").all()
+    ]
+
+
+def wait_until_time(page, least: float) -> float:
+    page.wait_for_function("least => document.querySelector('#sslam-sound').currentTime >= least", arg=least)
+    return page.evaluate("document.querySelector('#sslam-sound').currentTime")
+
+
+def test_events_are_shown_in_lanes_and_downloads_equal_the_commands(served, visit, recordings, tmp_path):
+    page = visit()
+    give(page, recordings / "street.wav")
+    detect_files(
+        DetectSettings(
+            model=served.listener.settings.model,
+            inputs=str(recordings / "street.wav"),
+            output=str(tmp_path / "events.csv"),
+            device="cpu",
+            label_files="audacity",
+        )
+    )
+    expected = table(tmp_path / "events.csv")
+    assert shown_events(page) == [(row["label"], float(row["start"]), float(row["end"])) for row in expected]
+    assert page.locator(".sslam-bar").count() == len(expected)
+    for name, file in (("CSV", None), ("Audacity labels", tmp_path / "events.audacity" / "street.wav.txt")):
+        with page.expect_download() as download:
+            page.get_by_role("link", name=name).click()
+        got = tmp_path / download.value.suggested_filename
+        download.value.save_as(got)
+        if file is None:
+            assert got.name == "street.csv"
+            assert table(got) == expected
+        else:
+            assert got.name == "street.labels.txt"
+            assert got.read_bytes() == file.read_bytes()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Make embeddings").click()
+        page.get_by_role("link", name="Embeddings (Parquet)").click()
+    assert download.value.suggested_filename == "street.parquet"
+
+
+def test_sliders_act_without_the_model_and_playing_goes_on(served, visit, recordings, monkeypatch):
+    page = visit()
+    give(page, recordings / "street.wav")
+    before = shown_events(page)
+    page.evaluate("document.querySelector('#sslam-sound').play()")
+    monkeypatch.setattr(type(served.listener), "_score", None)
+    move(page, "first", 0.9)
+    fewer = shown_events(page)
+    move(page, "second", 0.96)
+    smoother = shown_events(page)
+    assert len(before) > len(fewer) > len(smoother)
+    assert not page.evaluate("document.querySelector('#sslam-sound').paused")
+    move(page, "first", 0.5)
+    move(page, "second", 0)
+    assert shown_events(page) == before
+
+
+def test_a_click_on_an_event_plays_from_there_and_moves_the_cursor(visit, recordings):
+    page = visit()
+    give(page, recordings / "street.wav")
+    start = shown_events(page)[-1][1]
+    assert start > 1
+    page.locator("#table button[data-start]").last.click()
+    assert start <= wait_until_time(page, start) < start + 5
+    place = page.locator(".sslam-cursor").first.bounding_box()["x"]
+    strip = page.locator(".sslam-mel").bounding_box()
+    assert place - strip["x"] >= strip["width"] * start / 6 - 3
+    page.evaluate("document.querySelector('#sslam-sound').pause()")
+    page.locator(".sslam-mel").click(position={"x": strip["width"] / 4, "y": 20})  # 6 s wide
+    assert page.evaluate("document.querySelector('#sslam-sound').currentTime") == pytest.approx(1.5, abs=0.02)
+    bar = page.locator(".sslam-bar").first
+    bar.click()
+    wait_until_time(page, float(bar.get_attribute("data-start")))
+    assert page.evaluate("document.querySelector('#sslam-sound').paused") is False
+
+
+def test_zoom_widens_and_keeps_the_cursor_in_sight(visit, recordings):
+    page = visit()
+    give(page, recordings / "street.wav")
+    move(page, "zoom", 10)
+    view, strip = (page.locator(name).bounding_box()["width"] for name in (".sslam-scroll", ".sslam-strip"))
+    assert strip == pytest.approx(10 * view, rel=1e-3)
+    page.locator("#table button[data-start]").last.click()
+    page.wait_for_function(
+        "() => { const c = document.querySelector('.sslam-cursor').getBoundingClientRect().x, v = "
+        "document.querySelector('.sslam-scroll').getBoundingClientRect(); "
+        "return document.querySelector('#sslam-sound').currentTime > 1 && c >= v.left - 2 && c <= v.right + 2; }"
+    )
+    left = page.evaluate("document.querySelector('.sslam-scroll').scrollLeft")
+    assert left > view
+    page.evaluate("document.querySelector('#sslam-sound').pause()")
+    left = page.evaluate("document.querySelector('.sslam-scroll').scrollLeft")
+    move(page, "first", 0.4)
+    page.wait_for_timeout(500)
+    assert page.evaluate("document.querySelector('.sslam-scroll').scrollLeft") == pytest.approx(left, abs=2)
+
+
+def test_everything_is_reached_by_keyboard(visit, recordings):
+    page = visit()
+    give(page, recordings / "street.wav")
+    reached = []
+    page.locator("#first input[type=range]").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("document.querySelector('#first input[type=number]').value === '0.51'")
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.className + ' ' + (document.activeElement.dataset.start ?? '')").strip())
+        if page.evaluate("document.activeElement.dataset.start !== undefined"):
+            break
+    assert "sslam-scroll" in reached
+    start = page.evaluate("Number(document.activeElement.dataset.start)")
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"  # where one is can be seen
+    page.keyboard.press("Enter")
+    wait_until_time(page, start + 0.01)
+
+
+def test_examples_are_named_below_their_folder(recordings, tmp_path):
+    (tmp_path / "deep").mkdir()
+    shutil.copy(recordings / "park.flac", tmp_path / "deep")
+    assert find_examples(str(tmp_path)) == {"deep/park.flac": str(tmp_path / "deep" / "park.flac")}
+    assert find_examples(str(recordings / "park.flac")) == {"park.flac": str(recordings / "park.flac")}
+    assert find_examples(None) == {}
+    (tmp_path / "empty").mkdir()
+    for source in ("empty", "nowhere"):
+        with pytest.raises(UserError, match=f"{source}', but a recording, or a folder with some, is expected$"):
+            find_examples(str(tmp_path / source))
+
+
+def test_the_command_serves_until_it_is_stopped_and_leaves_nothing(served, recordings, tmp_path):
+    words = ["--model", served.listener.settings.model, "--port", "0", "--open_browser", "false", "--device", "cpu"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "transformers_sslam", "app", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        said = process.stdout.readline()
+        address = re.fullmatch(r"the page is at (http://127\.0\.0\.1:\d+/); Ctrl-C ends it\n", said)[1]
+        with urlopen(address) as page:
+            assert page.status == 200
+        assert list(tmp_path.glob("sslam-app-*"))
+        process.terminate()
+        assert process.wait(60) == 143
+    assert not list(tmp_path.glob("sslam-app-*"))
+
+
+def test_an_example_is_shown(visit):
+    page = visit()
+    page.locator("#example input").click()
+    page.get_by_role("option", name="park.flac").click()
+    page.wait_for_selector('#player h2:has-text("park.flac")')
+    assert "4.0 s" in page.inner_text("#player h2")
+
+
+def test_what_the_microphone_records_is_shown(visit):
+    page = visit()
+    page.locator("#microphone").get_by_role("button", name="Record").click()
+    page.wait_for_timeout(2500)
+    page.locator("#microphone").get_by_role("button", name="Stop").first.click()
+    page.wait_for_selector(LANES)
+    assert page.evaluate("Number(document.querySelector('#sslam-sound').dataset.duration)") > 1
+    # Chromium's fake microphone beeps once a second.
+    assert page.locator("#player h2").inner_text().startswith("audio")
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_every_format_is_shown_and_plays(visit, name):
+    file = SHARED / "cases" / "audio" / name
+    if not file.is_file():
+        pytest.skip("needs ../shared, which is not part of the repository")
+    page = visit()
+    give(page, file)
+    page.wait_for_function("document.querySelector('#sslam-sound').readyState >= 1")
+    assert page.evaluate("document.querySelector('#sslam-sound').duration") == pytest.approx(USABLE[name], abs=0.1)
+    assert page.evaluate("document.querySelector('.sslam-mel img').naturalHeight") == 128
+
+
+def test_damaged_files_are_named(visit, tmp_path):
+    (tmp_path / "notes.wav").write_text("no audio")
+    files = [tmp_path / "notes.wav"]
+    files += [file for name in DAMAGED if (file := SHARED / "cases" / "audio" / name).is_file()]
+    page = visit()
+    for file in files:
+        give(page, file, until=f'{ERROR}:has-text("{file.name}")')
+        assert page.locator(LANES).count() == 0
+        assert page.locator("[role=alert]").count() == 1
+        assert str(tmp_path) not in page.content()
+
+
+def test_a_recording_above_the_limit_is_rejected(visit, tmp_path):
+    soundfile.write(tmp_path / "long.wav", noise(61.0), RATE)
+    page = visit()
+    give(page, tmp_path / "long.wav", until=ERROR)
+    assert "long.wav is longer than 60 s, the limit of this page: give a part of it" in page.inner_text(ERROR)
+
+
+def test_a_page_recovers_from_an_error(visit, recordings, tmp_path):
+    (tmp_path / "notes.wav").write_text("no audio")
+    page = visit()
+    give(page, tmp_path / "notes.wav", until=ERROR)
+    give(page, recordings / "park.flac")
+    assert page.locator(ERROR).count() == 0
+
+
+def test_visitors_see_their_own_recordings_which_are_deleted_when_they_leave(served, visit, recordings):
+    pages = [visit(), visit()]
+    for page, name in zip(pages, ("street.wav", "park.flac")):
+        page.set_input_files(FILE, str(recordings / name))
+    for page, name in zip(pages, ("street.wav", "park.flac")):
+        page.wait_for_selector(f'#player h2:has-text("{name}")')
+    addresses = [page.evaluate("document.querySelector('#sslam-sound').src") for page in pages]
+    folders = [served.sessions.kept / Path(address).parent.name for address in addresses]
+    assert folders[0] != folders[1]
+    for folder, seconds in zip(folders, (6, 4)):
+        assert soundfile.info(folder / "sound.flac").frames == seconds * RATE
+        assert not list(folder.glob("upload*"))  # used, and deleted
+    move(pages[0], "first", 0.8)
+    assert "street.wav" in pages[0].inner_text("#player h2")
+    assert "park.flac" in pages[1].inner_text("#player h2")
+    pages[0].context.close()
+    deadline = time.monotonic() + 60
+    while folders[0].exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not folders[0].exists()
+    assert folders[1].exists()
+
+
+def test_nothing_is_fetched_from_elsewhere_and_nothing_is_logged(served, visit, recordings, capfd):
+    hosts, failed = set(), []
+    page = visit()
+    page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+    page.on("pageerror", lambda error: failed.append(str(error)))
+    page.reload()
+    page.wait_for_selector(FILE, state="attached")
+    give(page, recordings / "street.wav")
+    assert hosts <= {urlsplit(served.address).netloc, ""}  # "" for data in the page itself
+    assert failed == []
+    out, err = capfd.readouterr()
+    assert "street" not in out + err
+
+
+CONTRASTS = """() => {
+  const numbers = (colour) => { const n = colour.match(/[\\d.]+/g).map(Number); return n.length > 3 ? n : [...n, 1]; };
+  const over = (top, ground) => [0, 1, 2].map((i) => top[i] * top[3] + ground[i] * (1 - top[3]));
+  const light = (colour) => {
+    const [r, g, b] = colour.map((c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const found = [], texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const element = texts.currentNode.parentElement, text = texts.currentNode.textContent.trim();
+    const hidden = ["SCRIPT", "STYLE"].includes(element.tagName) || !element.getClientRects().length;
+    if (!text || hidden || !element.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
+    const layers = [];
+    for (let e = element; e; e = e.parentElement) {
+      layers.unshift(numbers(getComputedStyle(e).backgroundColor));
+      if (layers[0][3] === 1) break;
+    }
+    const ground = layers.reduce((below, layer) => over(layer, below), [255, 255, 255]);
+    const [a, b] = [light(over(numbers(getComputedStyle(element).color), ground)), light(ground)];
+    found.push([text, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_texts_are_readable_on_every_screen_in_light_and_dark(visit, recordings, scheme, width, tmp_path):
+    page = visit(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 844})
+    page.get_by_text("Model, data and limits").click()
+    (tmp_path / "notes.wav").write_text("no audio")
+    for file, until in ((tmp_path / "notes.wav", ERROR), (recordings / "street.wav", LANES)):
+        give(page, file, until)
+        page.wait_for_timeout(500)  # transitions
+        contrasts = page.evaluate(CONTRASTS)
+        assert len(contrasts) > 20
+        assert [(text, ratio) for text, ratio in contrasts if ratio < 4.5] == []  # WCAG AA
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.querySelector('.dark') !== null") == (scheme == "dark")
+
+
+def test_a_classifier_shows_segments(visit, recordings, tmp_path, monkeypatch):
+    monkeypatch.setenv(TEMPORARY, "")
+    with Sessions(3600) as sessions:
+        server = Served(save_classifier(tmp_path / "classifier"), sessions, max_megabytes=1)
+        page = visit(server.address)
+        give(page, recordings / "street.wav")
+        assert "Labels of a window" in page.inner_text("body")
+        assert "segments" in page.inner_text("#table h2")
+        soundfile.write(tmp_path / "big.wav", noise(40.0), RATE)  # 1.28 MB
+        page.set_input_files(FILE, str(tmp_path / "big.wav"))
+        page.wait_for_selector("text=/maximum|too large|exceeds/i")
+        server.page.blocks.close(verbose=False)
+
+
+@pytest.mark.slow
+def test_twenty_uploads_at_once_are_all_answered_and_none_is_mixed_up(visit, tmp_path):
+    pages = [visit() for _ in range(20)]
+    for i in range(20):
+        soundfile.write(tmp_path / f"{i}.wav", noise(2 + 0.25 * i, seed=i), RATE)
+    for i, page in enumerate(pages):
+        page.set_input_files(FILE, str(tmp_path / f"{i}.wav"))
+    for i, page in enumerate(pages):
+        page.wait_for_selector(f'#player h2:has-text("{i}.wav")')
+        assert page.evaluate("Number(document.querySelector('#sslam-sound').dataset.duration)") == 2 + 0.25 * i
+        assert page.locator(LANES).count() > 0
