@@ -147,6 +147,23 @@ def test_tuning_finds_the_highest_f1_of_all_thresholds_and_filters(metric, seed,
     assert tune_events(*data, lengths=lengths[::-1], metric=metric) == tuned
 
 
+def test_tuning_for_psds_takes_the_filter_of_the_largest_area_and_then_the_best_threshold():
+    data = random_problem(0, 0.16)
+    lengths = (0, 0.5, 1.0, 1.5, 2)
+    tuned = tune_events(*data, lengths=lengths, metric="psds")
+    areas = {}
+    for length in lengths:
+        filtered = {name: filter_scores(values, 0.16, CLASSES, EventSettings(median_filter=length)) for name, values in data[0].items()}
+        areas[length] = psds(filtered, *data[1:], dtc=0.7, gtc=0.7, confidence=None).by_class
+    for label in CLASSES:
+        area, length = max((areas[length][label], -length) for length in lengths)  # the shortest of equally good ones
+        assert area > 0
+        assert tuned.median_filter[label] == -length
+        alone = tune_events(*data, lengths=[-length], metric="segment")
+        assert tuned.threshold[label] == alone.threshold[label]
+    assert tuned.median_filter != tune_events(*data, lengths=lengths, metric="segment").median_filter
+
+
 def test_a_threshold_by_hand():
     """Segments of 1 s: 0.9 and 0.6 are dogs, 0.3 is not: F1 is 1 from 0.3 to 0.6, and the threshold lies in the middle."""
     data = {"a": np.array([[0.9, 0.2], [0.6, 0.2], [0.3, 0.2]])}, 1.0, ["dog", "owl"], {"a": [(0.0, 2.0, "dog")]}, {"a": 3.0}
@@ -158,8 +175,8 @@ def test_a_threshold_by_hand():
     close = {"a": np.array([[0.5], [np.nextafter(0.5, 0)]])}, 1.0, ["dog"], {"a": [(0.0, 1.0, "dog")]}, {"a": 2.0}
     threshold = tune_events(*close, lengths=(0,)).threshold["dog"]
     assert np.nextafter(0.5, 0) <= threshold < 0.5
-    with pytest.raises(ValueError, match="metric is 'psds', but 'segment' or 'collar'"):
-        tune_events(*data, metric="psds")
+    with pytest.raises(ValueError, match="metric is 'f1', but one of segment, collar, psds"):
+        tune_events(*data, metric="f1")
     with pytest.raises(ValueError, match="lengths is empty"):
         tune_events(*data, lengths=())
     with pytest.raises(ValueError, match="median_filter is -1"):

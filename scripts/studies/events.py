@@ -5,8 +5,8 @@ python scripts/studies/events.py --data_dir PATH/TO/esc --model runs/tiny/stage2
     --test_backgrounds '[{kind: folder, path: PATH/TO/backgrounds/test}]'
 
 All are trained on mixtures of the training folds, made anew in each epoch (statistics: on fixed ones), tuned on fixed mixtures of the same
-folds, and tested on mixtures of the test folds: PSDS, segment-based and collar-based F1 with bootstrap intervals over clips, also by the
-number of simultaneous sounds. Finished steps are found again.
+folds for each metric by itself, and tested on mixtures of the test folds: PSDS, segment-based and collar-based F1 with bootstrap intervals
+over clips, also by the number of simultaneous sounds. Finished steps are found again.
 """
 
 import json
@@ -32,7 +32,7 @@ from transformers_sslam.audio.rows import LabelledRows, read_rows
 from transformers_sslam.configuration_sslam import ENCODER_FIELDS
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.event_results import evaluate_events
-from transformers_sslam.evaluation.event_tuning import tune_events
+from transformers_sslam.evaluation.event_tuning import TunedMetric, tune_events
 from transformers_sslam.evaluation.scored_events import ScoredEvents, score_events
 from transformers_sslam.files import write_json
 from transformers_sslam.finetuning.repeats import fine_tune_once
@@ -48,6 +48,13 @@ NATIVE = 6.25  # steps in a second
 TAGGING_WINDOWS = (0.64, 1.28, 2.56)  # seconds
 CONTEXT = 3  # steps on each side, whose statistics the baseline has beside those of the step
 METRICS = {"segment_f1": "segment F1", "collar_f1": "collar F1", "psds1": "PSDS1", "psds1_macro": "PSDS1 macro", "psds2": "PSDS2"}
+TUNED_FOR: dict[str, TunedMetric] = {
+    "segment_f1": "segment",
+    "collar_f1": "collar",
+    "psds1": "psds",
+    "psds1_macro": "psds",
+    "psds2": "psds",
+}
 
 
 @dataclass(kw_only=True)
@@ -194,11 +201,30 @@ def run(settings: StudySettings) -> str:
     train, test = (read_rows(splits[name], "events") for name in ("train", "test"))
     tuning = train.select(np.sort(np.random.default_rng(settings.seed).permutation(len(train))[: settings.tuning_clips]))
     for name, score in methods(settings, mixtures, sorted(train.labels.names)):
-        found = tune_events(*score(tuning))
-        results[name] = {"event_detection": asdict(found), **evaluate_events(*score(test), settings=found)}
+        results[name] = evaluate(score(tuning), score(test))
         write_json(Path(settings.output_dir) / "results.json", {"settings": settings_dict(settings), "methods": results})
         print(name, json.dumps({metric: round(results[name]["metrics"][metric], 3) for metric in METRICS}), flush=True)
     return tables(results)
+
+
+def evaluate(tuning: ScoredEvents, test: ScoredEvents) -> dict[str, Any]:
+    """What [`evaluate_events`] gives, each metric with the filters and thresholds that were tuned for it."""
+    found = {metric: tune_events(*tuning, metric=metric) for metric in sorted(set(TUNED_FOR.values()))}
+    by_tuning = {metric: evaluate_events(*test, settings=settings) for metric, settings in found.items()}
+
+    def chosen(of: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        sources = {name: of(by_tuning[metric]) for name, metric in TUNED_FOR.items()}
+        return {key: values[key] for name, values in sources.items() for key in (name, f"{name}_interval") if key in values}
+
+    return {
+        "event_detection": {metric: asdict(settings) for metric, settings in found.items()},
+        "metrics": chosen(lambda results: results["metrics"]),
+        "per_class": {label: chosen(lambda results, label=label: results["per_class"][label]) for label in test.classes},
+        "by_overlap": {
+            number: {"recordings": group["recordings"], **chosen(lambda results, number=number: results["by_overlap"][number])}
+            for number, group in by_tuning["segment"]["by_overlap"].items()
+        },
+    }
 
 
 def tables(results: dict[str, Any]) -> str:

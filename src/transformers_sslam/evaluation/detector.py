@@ -40,8 +40,9 @@ from .calibration import (
     scale_head,
     write_calibration,
 )
-from .event_results import EVENT_METRICS, F1, evaluate_events, event_activity
+from .event_results import EVENT_METRICS, F1, SCENARIOS, evaluate_events, event_activity, filter_scores
 from .event_tuning import tune_events
+from .events import psds
 from .loading import load_model
 from .per_class import PICTURE, TABLE_METRICS, class_table, one_line
 from .scored_events import ScoredEvents, score_events
@@ -205,8 +206,9 @@ def overlap_table(by_overlap: dict[str, dict[str, Any]]) -> str:
 
 
 def tuning_table(tuning: dict[str, Any], chosen: dict[str, Any]) -> str:
-    """A Markdown table of F1 before and after tuning, and of what was chosen."""
-    header = ["class", f"{tuning['metric']} F1 before", "after", "threshold", "median filter (s)"]
+    """A Markdown table of F1, or PSDS, before and after tuning, and of what was chosen."""
+    metric = "PSDS 1" if tuning["metric"] == "psds" else f"{tuning['metric']} F1"
+    header = ["class", f"{metric} before", "after", "threshold", "median filter (s)"]
     rows = []
     for label, before in tuning["before"].items():
         after, threshold, length = tuning["after"][label], chosen["threshold"][label], chosen["median_filter"][label]
@@ -227,10 +229,13 @@ def _with_times(rows: LabelledRows, column: str) -> tuple[LabelledRows, int]:
 
 
 def _compare(scored: ScoredEvents, before: EventSettings, after: EventSettings, metric: str) -> dict[str, Any]:
-    """F1 of each class with events, with the settings before and after tuning."""
+    """F1, or PSDS of scenario 1, of each class with events, with the settings before and after tuning."""
 
-    def f1(settings: EventSettings) -> dict[str, float]:
+    def by_class(settings: EventSettings) -> dict[str, float]:
+        if metric == "psds":
+            filtered = {name: filter_scores(values, scored.step, scored.classes, settings) for name, values in scored.scores.items()}
+            return psds(filtered, *scored[1:], **SCENARIOS["psds1_macro"], confidence=None).by_class
         activity = event_activity(scored.scores, scored.step, scored.classes, settings, scored.durations)
         return F1[f"{metric}_f1"](activity, *scored[1:], 0.5, confidence=None).by_class
 
-    return {"metric": metric, "before": f1(before), "after": f1(after)}
+    return {"metric": metric, "before": by_class(before), "after": by_class(after)}

@@ -6,23 +6,24 @@ evaluate_events(other_scores, step, classes, other_ground_truth, other_durations
 ```
 
 For each class and each length of the filter F1 is computed at every threshold that makes a difference, so that the result is the best one
-there is on these clips. On them F1 is then too high: evaluate on others.
+there is on these clips. On them F1 is then too high: evaluate on others. PSDS, which is over all thresholds, depends on the filter alone:
+it gains from longer ones than segments do.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from ..events_sslam import EventSettings, filter_halves
 from .event_input import MICROSECONDS, Recordings
-from .event_results import filter_scores
-from .events import GroundTruth, largest_matching, true_segments, within_collars
+from .event_results import SCENARIOS, filter_scores
+from .events import GroundTruth, largest_matching, psds, true_segments, within_collars
 from .psd_roc import Timeline
 
 
-TunedMetric = Literal["segment", "collar"]
+TunedMetric = Literal["segment", "collar", "psds"]
 LENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # of median filters, in seconds
 
 
@@ -37,7 +38,8 @@ def tune_events(
     metric: TunedMetric = "segment",
     before: EventSettings | None = None,
 ) -> EventSettings:
-    """The length of the median filter and the threshold of each class that give it the highest F1. Nothing is random.
+    """The length of the median filter and the threshold of each class that give it the highest F1; or the filter of the highest PSDS, and
+    the threshold of the highest segment F1 with it. Nothing is random.
 
     The threshold lies between the lowest score that should count and the next lower one. Of equally good ones the highest is taken, and of
     equally good filters the shortest.
@@ -45,7 +47,8 @@ def tune_events(
     Args:
         scores, step, classes, ground_truth, durations: as of [`event_results.evaluate_events`].
         lengths: of the filter, in seconds. Of those that are the same number of steps, the first is tried.
-        metric: F1 of segments of 1 s, or of collars of 0.2 s ([`events.segment_f1`], [`events.collar_f1`]).
+        metric: F1 of segments of 1 s, or of collars of 0.2 s ([`events.segment_f1`], [`events.collar_f1`]); `"psds"`: PSDS of scenario 1
+            of the class, as systems of DCASE task 4 choose their filters.
         before: settings (by default those of `EventSettings`) of which classes keep filter and threshold if they have no ground-truth
             events, or no threshold finds one.
 
@@ -55,21 +58,22 @@ def tune_events(
     Raises:
         ValueError: as of [`events.psds`], or if there is no length, one is out of range, or the metric is unknown.
     """
-    if metric not in ("segment", "collar"):
-        raise ValueError(f"metric is {metric!r}, but 'segment' or 'collar' is expected")
+    if metric not in get_args(TunedMetric):
+        raise ValueError(f"metric is {metric!r}, but one of {', '.join(get_args(TunedMetric))} is expected")
     if not lengths:
         raise ValueError("lengths is empty, but at least one length of the median filter, in seconds, is expected: give 0 for no filter")
     data = Recordings.of(scores, step, classes, ground_truth, durations)
     kept = (before or EventSettings()).by_class(data.classes)
-    best = [_Choice(0.0, kept["threshold"][c], kept["median_filter"][c]) for c in range(len(data.classes))]
+    best = [_Choice(0.0, 0.0, kept["threshold"][c], kept["median_filter"][c]) for c in range(len(data.classes))]
     tried = filter_halves(np.array(sorted(lengths)), step)
     for length in np.array(sorted(lengths))[np.unique(tried, return_index=True)[1]].tolist():
         settings = EventSettings(median_filter=length)
         filtered = replace(data, scores=[filter_scores(values, step, data.classes, settings) for values in data.scores])
-        of_class = _SegmentCounts(filtered) if metric == "segment" else _CollarCounts(filtered)
+        areas = _psds_by_class(filtered, step, ground_truth, durations) if metric == "psds" else {}
+        of_class = _CollarCounts(filtered) if metric == "collar" else _SegmentCounts(filtered)
         for c in data.with_events.tolist():
-            found = _best_threshold(*of_class(c), length)
-            if found.f1 > best[c].f1:
+            found = _best_threshold(*of_class(c), areas.get(data.classes[c], 0.0), length)
+            if (found.area, found.f1) > (best[c].area, best[c].f1):
                 best[c] = found
     by_label = dict(zip(data.classes, best))
     return EventSettings(
@@ -80,28 +84,36 @@ def tune_events(
 
 @dataclass(frozen=True)
 class _Choice:
+    area: float  # PSDS, where that is asked for
     f1: float
     threshold: float
     length: float
 
 
-def _best_threshold(scores: np.ndarray, true: np.ndarray, found: np.ndarray, total: int, length: float) -> _Choice:
+def _psds_by_class(data: Recordings, step: float, ground_truth: GroundTruth, durations: Mapping[str, float]) -> dict[str, float]:
+    """PSDS of scenario 1 of each class with events."""
+    scores = dict(zip(data.names, data.scores))
+    return psds(scores, step, data.classes, ground_truth, durations, **SCENARIOS["psds1_macro"], confidence=None).by_class
+
+
+def _best_threshold(scores: np.ndarray, true: np.ndarray, found: np.ndarray, total: int, area: float, length: float) -> _Choice:
     """The threshold of the highest F1.
 
     Args:
         scores, true, found: `(n,)`; by how much true positives, and all positives, change where the threshold falls below each score.
         total: number of true positives that there could be.
+        area, length: PSDS with this filter, and its length.
     """
     order = np.argsort(-scores, kind="stable")
     order = order[: (scores > 0).sum()]  # no threshold is lower than 0
     if not len(order):
-        return _Choice(0.0, 0.5, length)
+        return _Choice(0.0, 0.0, 0.5, length)
     scores, true, found = scores[order], np.cumsum(true[order]), np.cumsum(found[order])
     last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
     f1 = 2 * true[last] / (found[last] + total)
     i = int(f1.argmax())
     lower = scores[last[i + 1]] if i + 1 < len(last) else 0.0
-    return _Choice(float(f1[i]), _between(float(lower), float(scores[last[i]])), length)
+    return _Choice(area, float(f1[i]), _between(float(lower), float(scores[last[i]])), length)
 
 
 def _between(lower: float, upper: float) -> float:

@@ -23,7 +23,9 @@ class EventEvaluationSettings(EventFlags):
         False,
     )
     tune_for: TunedMetric = setting(
-        "F1 that tuning maximizes: of segments of 1 s, or of collars of 0.2 s around onset and offset", "segment"
+        "what tuning maximizes: F1 of segments of 1 s, or of collars of 0.2 s around onset and offset; or PSDS by the filters, and then "
+        "segment F1 by the thresholds",
+        "segment",
     )
 
 
