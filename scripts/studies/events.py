@@ -13,7 +13,8 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -212,16 +213,19 @@ def evaluate(tuning: ScoredEvents, test: ScoredEvents) -> dict[str, Any]:
     found = {metric: tune_events(*tuning, metric=metric) for metric in sorted(set(TUNED_FOR.values()))}
     by_tuning = {metric: evaluate_events(*test, settings=settings) for metric, settings in found.items()}
 
-    def chosen(of: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-        sources = {name: of(by_tuning[metric]) for name, metric in TUNED_FOR.items()}
-        return {key: values[key] for name, values in sources.items() for key in (name, f"{name}_interval") if key in values}
+    def chosen(*path: str) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, metric in TUNED_FOR.items():
+            source = reduce(getitem, path, by_tuning[metric])
+            values |= {key: source[key] for key in (name, f"{name}_interval") if key in source}
+        return values
 
     return {
         "event_detection": {metric: asdict(settings) for metric, settings in found.items()},
-        "metrics": chosen(lambda results: results["metrics"]),
-        "per_class": {label: chosen(lambda results, label=label: results["per_class"][label]) for label in test.classes},
+        "metrics": chosen("metrics"),
+        "per_class": {label: chosen("per_class", label) for label in test.classes},
         "by_overlap": {
-            number: {"recordings": group["recordings"], **chosen(lambda results, number=number: results["by_overlap"][number])}
+            number: {"recordings": group["recordings"], **chosen("by_overlap", number)}
             for number, group in by_tuning["segment"]["by_overlap"].items()
         },
     }

@@ -90,7 +90,7 @@ def write_int8(
     if settings.int8 == "static":
         calibration = calibration_inputs(settings.calibration_data, settings.calibration_clips, extractor, with_mask)
     quantize(folder / "model.onnx", settings.int8, calibration)  # type: ignore[arg-type]  # not None here
-    if settings.evaluate_data is not None:
+    if settings.evaluate_data is not None and isinstance(model, SSLAMForAudioClassification):
         options: dict[str, Any] = {"num_threads": settings.num_threads, "torch_dtypes": settings.evaluate_torch}
         with as_user_error("evaluate_data cannot be used"):
             found = compare_on_clips(folder, model, extractor, settings.evaluate_data, with_mask=with_mask, **options)

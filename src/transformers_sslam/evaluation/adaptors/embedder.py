@@ -53,7 +53,8 @@ class Embedder(nn.Module):
         super().__init__()
         self.encoder, self.extractor = load_model(SSLAMModel, model, dtype, device)
         self.encoder.eval().requires_grad_(False)
-        self.pooling, self.layers = pooling, list(layers)
+        self.pooling = pooling
+        self.layers: Sequence[int] = list(layers)
         if pooling not in get_args(ClipPooling):
             raise UserError(f"pooling is {pooling!r}, but one of {', '.join(get_args(ClipPooling))} is expected")
         with as_user_error(f"{model} cannot be embedded this way"):
@@ -109,7 +110,7 @@ class Embedder(nn.Module):
         frames = -(-num_frames(waveforms.shape[1], self.sampling_rate) // patch_size) * patch_size
         frames = min(frames, self.extractor.max_length)  # a window of a whole clip has no padding to compute
         steps: Any = self.encoder.encode(
-            waveforms,
+            list(waveforms),
             self.extractor,
             per="step",
             layers=self.layers,

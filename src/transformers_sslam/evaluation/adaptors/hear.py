@@ -57,7 +57,7 @@ def get_scene_embeddings(audio: torch.Tensor, model: HearModel) -> torch.Tensor:
         ValueError: if the audio has another shape, or is not finite.
     """
     check_batch(audio)
-    return model.embed_clips(audio)
+    return model.embed_clips(list(audio))
 
 
 def get_timestamp_embeddings(audio: torch.Tensor, model: HearModel) -> tuple[torch.Tensor, torch.Tensor]:

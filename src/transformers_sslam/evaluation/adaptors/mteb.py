@@ -37,6 +37,8 @@ class SSLAMEncoder(AbsEncoder):
         UserError: as [`Embedder`].
     """
 
+    mteb_model_meta: ModelMeta
+
     def __init__(
         self,
         model_name: str,
