@@ -1,6 +1,7 @@
 """What several test files need: where reference numbers lie, small models, seeded sounds."""
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -34,6 +35,13 @@ def reference(shared: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_compiled() -> None:
+    """What other files compiled, of other sizes, counts towards the number of graphs of a function that torch allows."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -142,7 +142,6 @@ def test_it_loads_where_the_package_is_not_installed(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_traces_into_one_graph(kind):
-    torch._dynamo.reset()  # what other tests compiled, of other sizes
     model = classifier(kind)
     traced = torch.compile(model, fullgraph=True, backend="eager")
     mask = torch.arange(128) < torch.tensor([[48], [128]])
