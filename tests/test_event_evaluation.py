@@ -348,6 +348,7 @@ def test_what_cannot_be_evaluated_is_rejected_before_anything_is_decoded(tmp_pat
     for changes, message in (
         ({"task": "classification", "threshold": 0.4}, "threshold is set, but task is 'classification'"),
         ({"task": "classification", "tune": True}, "tune is set, but task is 'classification'"),
+        ({"tune_for": "psds"}, "tune_for is 'psds', but has no effect without tune"),
         ({"tune": True, "max_gap": 0.5}, "max_gap is set, but tune chooses thresholds and filters anew"),
     ):
         with pytest.raises(UserError, match=message):

@@ -63,6 +63,8 @@ class EvaluationSettings(EventEvaluationSettings, CalibrationSettings, LabelledD
         given = [*options, *(["tune"] if self.tune else [])]
         if given and self.task != "events":
             raise UserError(f"{given[0]} is set, but task is {self.task!r}, where it has no effect: set task to events")
+        if self.tune_for != "segment" and not self.tune:
+            raise UserError(f"tune_for is {self.tune_for!r}, but has no effect without tune: add --tune true, or leave it out")
         if self.tune and options:
             raise UserError(
                 f"{given[0]} is set, but tune chooses thresholds and filters anew, without the others: leave one of the two out"
