@@ -1,4 +1,4 @@
-"""What the small model of this repository hears, and the start of a pre-training, on sounds that are made up here.
+"""What the small model of this repository finds, and the start of a pre-training, on sounds that are made up here.
 
 python scripts/demo.py                        # under a minute on 2 CPU cores, no network, no data needed
 python scripts/demo.py --file recording.wav   # your own recording alone, of any length, rate and number of channels
