@@ -106,6 +106,10 @@ class SSLAMConfig(PreTrainedConfig):
             every placement equally likely.
         local_target_layers (`int`, *optional*): Top blocks of the teacher whose average is the target of patches; all by default.
         global_target_layers (`int`, *optional*, defaults to 1): Those for the target of CLS; `None` for all, as in stage 1.
+        target_normalization (`str`, defaults to `"instance"`):
+            How each block's outputs are normalised before the targets average them: over each clip's patches (`"instance"`, as published),
+            which makes every channel's mean over a clip 0, so that the target of CLS, the mean over patches, says little about the clip; or
+            by `"running"` statistics over clips, which keep what clips differ in. Small models on little audio learn more with these.
         global_loss_weight (`float`, defaults to 1.0): Weight of the global (CLS) loss.
         global_loss_reduction (`str`, defaults to `"sum"`):
             `"sum"`, over views, so that the weight of the global loss grows with the batch, as published, or `"mean"`.
@@ -174,6 +178,7 @@ class SSLAMConfig(PreTrainedConfig):
     unmixed_span_placement: Literal["published", "uniform"] = "published"
     local_target_layers: int | None = None
     global_target_layers: int | None = 1
+    target_normalization: Literal["instance", "running"] = "instance"
     global_loss_weight: float | int = 1.0
     global_loss_reduction: Literal["sum", "mean"] = "sum"
     source_retention_loss_weight: float | int = 2.0

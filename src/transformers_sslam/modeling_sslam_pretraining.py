@@ -18,7 +18,7 @@ from .configuration_sslam import SSLAMConfig
 from .masking import count_visible, inverse_block_masks, num_visible_patches
 from .mixing import check_unmixed_spans, draw_unmixed_spans, mixed_time_patches, partial_mixture
 from .modeling_sslam import SSLAMModel, SSLAMPreTrainedModel, gather_patches
-from .objective_sslam import SSLAMForPreTrainingOutput, Targets, channel_std, content_share, ema_decay, squared_error
+from .objective_sslam import RunningNorm, SSLAMForPreTrainingOutput, Targets, channel_std, content_share, ema_decay, squared_error
 
 
 class SSLAMDecoder(nn.Module):
@@ -65,8 +65,17 @@ class SSLAMTeacher(SSLAMModel):
 
     def __init__(self, config: SSLAMConfig):
         super().__init__(config)
+        self.target_norm = RunningNorm(config.num_hidden_layers, config.hidden_size) if config.target_normalization == "running" else None
         self.float()
         self.train(False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, RunningNorm):
+            for buffer in module.buffers():
+                init.zeros_(buffer)
+        else:
+            super()._init_weights(module)
 
     def train(self, mode: bool = True) -> "SSLAMTeacher":
         return super().train(False)
@@ -81,11 +90,12 @@ class SSLAMTeacher(SSLAMModel):
         return super()._apply(keep_wide, recurse)
 
     @torch.no_grad()
-    def targets(self, tokens: torch.Tensor, *num_layers: int) -> list[torch.Tensor]:
+    def targets(self, tokens: torch.Tensor, *num_layers: int, update_norm: bool = False) -> list[torch.Tensor]:
         """For each number of top blocks, their target: (clips, 1 + n, hidden_size) -> (clips, n, hidden_size), float32.
 
-        Each block's MLP output, before its residual and without CLS, is instance-normalised over the patches that are there; the blocks are
-        averaged, and the average layer-normalised.
+        Each block's MLP output, before its residual and without CLS, is normalised as `config.target_normalization` says: over the patches
+        of the clip that are there, or by running statistics, into which `update_norm` takes this batch first. The blocks are averaged, and
+        the average layer-normalised.
         """
         sums = {n: torch.zeros((), device=tokens.device) for n in num_layers}
         for from_top, layer in zip(range(len(self.layers), 0, -1), self.layers):
@@ -93,9 +103,12 @@ class SSLAMTeacher(SSLAMModel):
             if from_top > max(num_layers):
                 continue
             patches = mlp_output[:, 1:].float()
-            # Over the second axis a mean of squares takes a quarter of the time of `torch.var_mean`, on a CPU.
-            patches = patches - patches.mean(1, keepdim=True)
-            normalised = patches * (patches.square().mean(1, keepdim=True) + 1e-5).rsqrt()
+            if self.target_norm is not None:
+                normalised = self.target_norm(patches, len(self.layers) - from_top, update_norm)
+            else:
+                # Over the second axis a mean of squares takes a quarter of the time of `torch.var_mean`, on a CPU.
+                patches = patches - patches.mean(1, keepdim=True)
+                normalised = patches * (patches.square().mean(1, keepdim=True) + 1e-5).rsqrt()
             sums = {n: total + normalised if from_top <= n else total for n, total in sums.items()}
         return [nn.functional.layer_norm(sums[n] / n, tokens.shape[-1:]) for n in num_layers]
 
@@ -137,8 +150,9 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
     def initialize_weights(self) -> None:
         """Initialise what no checkpoint held, at construction and after loading; the teacher as a copy of the student."""
         super().initialize_weights()
-        for teacher, student in zip(self.teacher.state_dict(keep_vars=True).values(), self.sslam.state_dict().values(), strict=True):
-            init.copy_(teacher, student)
+        teacher = self.teacher.state_dict(keep_vars=True)  # which may have statistics of targets beside the weights
+        for name, student in self.sslam.state_dict().items():
+            init.copy_(teacher[name], student)
         self.teacher.requires_grad_(False)  # again each time: loading replaces parameters by new ones
 
     def requires_grad_(self, requires_grad: bool = True) -> "SSLAMForPreTraining":
@@ -153,7 +167,8 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
     def update_teacher(self, step: int, skipped: torch.Tensor | None = None) -> None:
         """Move the teacher towards the student: `teacher = d * teacher + (1 - d) * student` with `d` from [`ema_decay`].
 
-        Positions are copied. Call it after each optimiser step, on the unwrapped model.
+        Positions are copied, and statistics of targets averaged over processes. Call it after each optimiser step, on the unwrapped model,
+        in all processes.
 
         Args:
             step: which update it is, counting from 1.
@@ -173,8 +188,11 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         else:
             weight = (1 - decay) * (~skipped).to(averages[0].dtype)
             torch._foreach_lerp_(averages, weights, [weight] * len(averages))
-        for teacher, student in zip(self.teacher.buffers(), self.sslam.buffers(), strict=True):
-            teacher.copy_(student)
+        buffers = dict(self.teacher.named_buffers())
+        for name, student in self.sslam.named_buffers():
+            buffers[name].copy_(student)
+        if self.teacher.target_norm is not None:
+            self.teacher.target_norm.average_over_processes()
 
     @can_return_tuple
     def forward(
@@ -300,14 +318,15 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         """
         depth = self.config.num_hidden_layers
         tokens = self.teacher.embeddings(clips)
-        local, last = self.teacher.targets(tokens, self.config.local_target_layers or depth, self.config.global_target_layers or depth)
+        layers = self.config.local_target_layers or depth, self.config.global_target_layers or depth
+        local, last = self.teacher.targets(tokens, *layers, update_norm=self.training)
         overall = last.mean(1)
         if mixed_patches is None or not self.config.source_retention_loss_weight:
             return Targets(local, overall, None)
         batch = len(mixed_patches)
         own, foreign = local[:batch], tokens[:batch].roll(1, dims=0)
         mixed_in = torch.cat((foreign[:, :1], gather_patches(foreign[:, 1:], mixed_patches)), dim=1)
-        (foreign_local,) = self.teacher.targets(mixed_in, self.config.local_target_layers or depth)
+        (foreign_local,) = self.teacher.targets(mixed_in, layers[0])
         index = mixed_patches.unsqueeze(-1).expand_as(foreign_local)
         return Targets(local, overall, (own + own.scatter(1, index, foreign_local)) / 2)
 

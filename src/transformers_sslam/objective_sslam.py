@@ -1,4 +1,4 @@
-"""Parts of the pre-training objective that have no weights: its output, errors, statistics, and the teacher's decay."""
+"""Parts of the pre-training objective that are not trained: output, norm of the targets, errors, statistics, decay of the teacher."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -67,6 +67,40 @@ class Targets(NamedTuple):
     retained: torch.Tensor | None  # (mixed clips, patches, hidden_size), not normalised again
 
 
+class RunningNorm(nn.Module):
+    """Centres and scales the channels of each block by their running mean and variance, over patches and clips.
+
+    Kept are means and mean squares: both are linear in what they average, so that the mean over processes is that of all their clips.
+    """
+
+    smallest_weight = 0.01  # of a new batch: from the hundredth on, the statistics are those of the last hundred or so
+
+    def __init__(self, num_layers: int, width: int):
+        super().__init__()
+        self.register_buffer("statistics", torch.empty(num_layers, 2, width))
+        self.register_buffer("num_batches", torch.empty(num_layers, dtype=torch.int64))
+
+    def forward(self, patches: torch.Tensor, block: int, update: bool) -> torch.Tensor:
+        """The outputs of a block, (clips, patches, hidden_size), normalised; with `update` the statistics take them in first."""
+        if update:
+            self._update(patches, block)
+        mean, mean_square = self.statistics[block].to(patches.dtype)
+        return (patches - mean) * ((mean_square - mean.square()).clamp(min=0) + 1e-5).rsqrt()
+
+    def _update(self, patches: torch.Tensor, block: int) -> None:
+        batch = torch.stack((patches.mean((0, 1)), patches.square().mean((0, 1)))).to(self.statistics.dtype)
+        usable = batch.isfinite().all()  # as all are, but where half precision overflows: then the step is skipped
+        self.num_batches[block] += usable
+        weight = (1 / self.num_batches[block]).clamp(self.smallest_weight, 1) * usable
+        self.statistics[block].lerp_(batch.nan_to_num(0, 0, 0), weight.to(batch.dtype))
+
+    def average_over_processes(self) -> None:
+        """Make the statistics those of all processes, where there are several. Each has to call it, after as many batches."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.statistics)
+            self.statistics /= torch.distributed.get_world_size()
+
+
 def ema_decay(step: int, start: float, end: float, anneal_end_step: int) -> float:
     """Decay of the teacher's moving average at update `step`, which counts from 1: linear from `start` to `end`, then constant."""
     return start + (end - start) * min(step, anneal_end_step) / anneal_end_step
@@ -99,4 +133,4 @@ def variance_over_rows(values: torch.Tensor) -> torch.Tensor:
     return centred.square_().sum(0) / (len(values) - 1)
 
 
-__all__ = ["SSLAMForPreTrainingOutput", "Targets", "channel_std", "content_share", "ema_decay", "squared_error"]
+__all__ = ["RunningNorm", "SSLAMForPreTrainingOutput", "Targets", "channel_std", "content_share", "ema_decay", "squared_error"]
