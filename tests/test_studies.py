@@ -1,5 +1,6 @@
 """Studies: steps that are done once, and comparisons at equal cost."""
 
+import csv
 import importlib.util
 import json
 import subprocess
@@ -27,6 +28,7 @@ from transformers_sslam.finetuning import repeats
 from transformers_sslam.finetuning.repeats import fine_tune_once
 from transformers_sslam.finetuning.settings import FineTuningSettings
 from transformers_sslam.pretraining.monitoring import training_flops_per_clip
+from transformers_sslam.settings import load_yaml
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "studies"
@@ -386,3 +388,56 @@ def test_the_study_of_events_compares_all_methods_on_the_same_mixtures(tmp_path)
     before = model.stat().st_mtime_ns
     assert study.run(settings) == table
     assert model.stat().st_mtime_ns == before
+
+
+def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_from_none_of_the_held_out_fold(tmp_path):
+    study = load_script("everyday")
+    sounds, free = tmp_path / "esc", tmp_path / "free"
+    sounds.mkdir()
+    free.mkdir()
+    lines = ["file_name,label,fold,recording,license,esc10"]
+    for fold in FOLDS:
+        for i, label in enumerate(("hum", "hiss", "hum", "hiss", "click")):
+            waveform = np.zeros(32_000)
+            tone = np.sin(np.arange(12_000) * (0.1 + 0.001 * (10 * fold + i))) if label == "hum" else noise(0.75, seed=10 * fold + i)
+            waveform[8000:20_000] = 0.3 * tone
+            soundfile.write(sounds / f"{fold}-{i}.wav", waveform, 16_000)
+            lines.append(f"{fold}-{i}.wav,{label},{fold},{fold}-{i},{'CC-BY-NC' if i == 3 else 'CC0'},{label == 'hum'}")
+    (sounds / "metadata.csv").write_text("\n".join(lines))
+    soundfile.write(free / "rain.wav", 0.1 * noise(4.0, seed=99), 16_000)
+    (free / "metadata.csv").write_text("file_name,license\nrain.wav,CC0\n")
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "below.wav", 0.01 * noise(4.0, seed=name == "test"), 16_000)
+    small = {"feature_extractor": {"max_length": 128}, "max_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 2}
+    settings = study.StudySettings(
+        data_dir=str(sounds),
+        free_dir=str(free),
+        output_dir=str(tmp_path / "study"),
+        test_folds=[3],
+        clips_of_a_class=6,
+        backgrounds=[{"kind": "folder", "path": str(tmp_path / "train")}],
+        test_backgrounds=[{"kind": "folder", "path": str(tmp_path / "test")}],
+        others=[{"kind": "folder", "path": str(free)}],
+        pretraining={**small, "model_config": {**SIZES, "max_length": 128}},
+        finetuning={"num_train_epochs": 1, "clips_per_epoch": 4, "per_device_train_batch_size": 2, "disable_tqdm": True, "use_cpu": True},
+        clip_seconds=1.2,
+        num_events=[1, 2],
+        mixtures=2,
+    )
+    table = study.copy_sounds(settings)
+    table = {row["file_name"]: row for row in csv.DictReader((table / "metadata.csv").open())}
+    assert set(table) == {f"{fold}-{i}.wav" for fold in FOLDS for i in (0, 1, 2, 4)}  # those under other licences are left out
+    assert json.loads(table["1-0.wav"]["events"]) == [{"onset": 0.5, "offset": 1.25, "label": "hum"}]
+    assert (table["1-4.wav"]["events"], table["1-4.wav"]["sound"][:6]) == ("[]", "other ")  # another sound: learnt to be none of them
+    results = study.run(settings)
+    model = tmp_path / "study" / "without-3-seed-0" / "model"
+    saved = load_yaml((model / "settings.yaml").read_text())
+    assert [str(fold) for fold in saved["train_folds"]] == ["1", "2"]
+    assert results["tags"]["clips"] == 4  # of the held-out fold, under any licence
+    assert results["tags"]["esc10"]["clips"] == 2
+    assert np.sum(results["tags"]["confusion"]) == 4
+    assert len(results["tags"]["highest_scores_of_others"]) == 1
+    assert 0 <= results["events"]["metrics"]["segment_f1"] <= 1
+    assert results["false_alarms"]["free"]["hours"] == pytest.approx(4 / 3600)
+    assert SSLAMConfig.from_pretrained(model).class_names == ["hiss", "hum"]
