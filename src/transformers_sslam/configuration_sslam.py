@@ -109,7 +109,9 @@ class SSLAMConfig(PreTrainedConfig):
         target_normalization (`str`, defaults to `"instance"`):
             How each block's outputs are normalised before the targets average them: over each clip's patches (`"instance"`, as published),
             which makes every channel's mean over a clip 0, so that the target of CLS, the mean over patches, says little about the clip; or
-            by `"running"` statistics over clips, which keep what clips differ in. Small models on little audio learn more with these.
+            by `"running"` statistics over clips, a mean for each position and a variance, which keep what clips differ in, and take away
+            what follows from the position. Small models on little audio learn more with these. They are kept for all positions up to
+            `max_length`.
         global_loss_weight (`float`, defaults to 1.0): Weight of the global (CLS) loss.
         global_loss_reduction (`str`, defaults to `"sum"`):
             `"sum"`, over views, so that the weight of the global loss grows with the batch, as published, or `"mean"`.

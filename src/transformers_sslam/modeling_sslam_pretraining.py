@@ -65,7 +65,10 @@ class SSLAMTeacher(SSLAMModel):
 
     def __init__(self, config: SSLAMConfig):
         super().__init__(config)
-        self.target_norm = RunningNorm(config.num_hidden_layers, config.hidden_size) if config.target_normalization == "running" else None
+        num_patches = config.max_length // config.patch_size * config.num_frequency_patches
+        self.target_norm = None
+        if config.target_normalization == "running":
+            self.target_norm = RunningNorm(config.num_hidden_layers, num_patches, config.hidden_size)
         self.float()
         self.train(False)
 
@@ -90,12 +93,14 @@ class SSLAMTeacher(SSLAMModel):
         return super()._apply(keep_wide, recurse)
 
     @torch.no_grad()
-    def targets(self, tokens: torch.Tensor, *num_layers: int, update_norm: bool = False) -> list[torch.Tensor]:
+    def targets(
+        self, tokens: torch.Tensor, *num_layers: int, positions: torch.Tensor | None = None, update_norm: bool = False
+    ) -> list[torch.Tensor]:
         """For each number of top blocks, their target: (clips, 1 + n, hidden_size) -> (clips, n, hidden_size), float32.
 
         Each block's MLP output, before its residual and without CLS, is normalised as `config.target_normalization` says: over the patches
-        of the clip that are there, or by running statistics, into which `update_norm` takes this batch first. The blocks are averaged, and
-        the average layer-normalised.
+        of the clip that are there, or by running statistics at their `positions`, (clips, n), into which `update_norm` takes this batch
+        first. The blocks are averaged, and the average layer-normalised.
         """
         sums = {n: torch.zeros((), device=tokens.device) for n in num_layers}
         for from_top, layer in zip(range(len(self.layers), 0, -1), self.layers):
@@ -104,7 +109,7 @@ class SSLAMTeacher(SSLAMModel):
                 continue
             patches = mlp_output[:, 1:].float()
             if self.target_norm is not None:
-                normalised = self.target_norm(patches, len(self.layers) - from_top, update_norm)
+                normalised = self.target_norm(patches, len(self.layers) - from_top, positions, update_norm)
             else:
                 # Over the second axis a mean of squares takes a quarter of the time of `torch.var_mean`, on a CPU.
                 patches = patches - patches.mean(1, keepdim=True)
@@ -326,7 +331,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         batch = len(mixed_patches)
         own, foreign = local[:batch], tokens[:batch].roll(1, dims=0)
         mixed_in = torch.cat((foreign[:, :1], gather_patches(foreign[:, 1:], mixed_patches)), dim=1)
-        (foreign_local,) = self.teacher.targets(mixed_in, layers[0])
+        (foreign_local,) = self.teacher.targets(mixed_in, layers[0], positions=mixed_patches)
         index = mixed_patches.unsqueeze(-1).expand_as(foreign_local)
         return Targets(local, overall, (own + own.scatter(1, index, foreign_local)) / 2)
 

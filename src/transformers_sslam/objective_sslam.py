@@ -68,37 +68,54 @@ class Targets(NamedTuple):
 
 
 class RunningNorm(nn.Module):
-    """Centres and scales the channels of each block by their running mean and variance, over patches and clips.
+    """Centres each channel of a block's outputs by its running mean at a patch's position, and scales it by its running variance.
 
-    Kept are means and mean squares: both are linear in what they average, so that the mean over processes is that of all their clips.
+    What follows from the position alone is so taken away, and what clips differ in is kept. Statistics are means of values and of their
+    squares: both are linear in what they average, so that the mean over processes is that of all their clips.
     """
 
-    smallest_weight = 0.01  # of a new batch: from the hundredth on, the statistics are those of the last hundred or so
+    smallest_weight = 0.005  # of a new batch: from the two hundredth on, the statistics are those of the last two hundred or so
 
-    def __init__(self, num_layers: int, width: int):
+    def __init__(self, num_layers: int, num_patches: int, width: int):
         super().__init__()
-        self.register_buffer("statistics", torch.empty(num_layers, 2, width))
-        self.register_buffer("num_batches", torch.empty(num_layers, dtype=torch.int64))
+        self.register_buffer("means", torch.empty(num_layers, num_patches, width))
+        self.register_buffer("mean_squares", torch.empty(num_layers, width))
+        self.register_buffer("num_batches", torch.empty(num_layers, num_patches, dtype=torch.int64))  # that had a patch there
 
-    def forward(self, patches: torch.Tensor, block: int, update: bool) -> torch.Tensor:
-        """The outputs of a block, (clips, patches, hidden_size), normalised; with `update` the statistics take them in first."""
+    def forward(self, patches: torch.Tensor, block: int, positions: torch.Tensor | None = None, update: bool = False) -> torch.Tensor:
+        """Outputs of a block, normalised.
+
+        Args:
+            patches: `(clips, n, width)`.
+            block: which one.
+            positions: `(clips, n)`, of the patches; `None`: the first `n`, as of whole clips.
+            update: whether to take the outputs, which are of whole clips, into the statistics before.
+        """
         if update:
             self._update(patches, block)
-        mean, mean_square = self.statistics[block].to(patches.dtype)
-        return (patches - mean) * ((mean_square - mean.square()).clamp(min=0) + 1e-5).rsqrt()
+        means = self.means[block].to(patches.dtype)
+        seen = (self.num_batches[block] > 0).sum().clamp(min=1)
+        variance = (self.mean_squares[block] - means.square().sum(0) / seen).clamp(min=0).to(patches.dtype)
+        return (patches - (means[: patches.shape[1]] if positions is None else means[positions])) * (variance + 1e-5).rsqrt()
 
     def _update(self, patches: torch.Tensor, block: int) -> None:
-        batch = torch.stack((patches.mean((0, 1)), patches.square().mean((0, 1)))).to(self.statistics.dtype)
-        usable = batch.isfinite().all()  # as all are, but where half precision overflows: then the step is skipped
-        self.num_batches[block] += usable
-        weight = (1 / self.num_batches[block]).clamp(self.smallest_weight, 1) * usable
-        self.statistics[block].lerp_(batch.nan_to_num(0, 0, 0), weight.to(batch.dtype))
+        length = patches.shape[1]
+        means, mean_squares = (values.to(self.means.dtype) for values in (patches.mean(0), patches.square().mean((0, 1))))
+        usable = mean_squares.isfinite().all()  # as all are, but where half precision overflows: then the step is skipped
+        self.num_batches[block, :length] += usable
+        weights = (1 / self.num_batches[block, :length]).clamp(self.smallest_weight, 1).unsqueeze(1) * usable
+        for statistics, batch, weight in (
+            (self.means[block, :length], means, weights),
+            (self.mean_squares[block], mean_squares, weights[0]),
+        ):
+            statistics.lerp_(batch.nan_to_num(0, 0, 0).to(statistics.dtype), weight.to(statistics.dtype))
 
     def average_over_processes(self) -> None:
         """Make the statistics those of all processes, where there are several. Each has to call it, after as many batches."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.statistics)
-            self.statistics /= torch.distributed.get_world_size()
+            for statistics in (self.means, self.mean_squares):
+                torch.distributed.all_reduce(statistics)
+                statistics /= torch.distributed.get_world_size()
 
 
 def ema_decay(step: int, start: float, end: float, anneal_end_step: int) -> float:
