@@ -25,7 +25,7 @@ from transformers_sslam.publishing.conversion import convert_checkpoint
 
 
 RATES = pytest.mark.parametrize(("rate", "per_patch"), [(6.25, 1), (12.5, 2), (25, 4), (100, 16)])
-POOLINGS = pytest.mark.parametrize("pooling", ["mean", "attention", "concatenate"])
+POOLINGS = pytest.mark.parametrize("pooling", ["mean", "attention", "patches"])
 
 
 def detector(**kwargs) -> SSLAMForAudioFrameClassification:
@@ -49,7 +49,7 @@ def by_hand(model: SSLAMForAudioFrameClassification, log_mel: torch.Tensor) -> t
         if model.config.frame_pooling == "attention":
             weights = (patches @ head["frequency_attention.weight"][0] + head["frequency_attention.bias"]).exp()
         pooled = (weights[:, None] * patches).sum(0) / weights.sum()
-        if model.config.frame_pooling == "concatenate":
+        if model.config.frame_pooling == "patches":
             pooled = patches.flatten()
         vectors.append(nn.functional.layer_norm(pooled, pooled.shape, head["layernorm.weight"], head["layernorm.bias"], eps=1e-6))
     per_patch = model.config.patch_size // model.config.frames_per_step

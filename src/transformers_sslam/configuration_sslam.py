@@ -75,7 +75,7 @@ class SSLAMConfig(PreTrainedConfig):
         classifier_dropout (`float`, defaults to 0.0): Dropout before the classifier's linear layer.
         frame_pooling (`str`, defaults to `"mean"`):
             How the patches of a time step become one vector in event detection: their `"mean"`, a weighted mean by learned `"attention"`
-            over frequency, or one after the other (`"concatenate"`), so that the head knows at which frequencies a sound is.
+            over frequency, or one after the other (`"patches"`), so that the head knows at which frequencies a sound is.
         steps_per_second (`float`, defaults to 6.25):
             Time steps of event detection: 6.25, a step for each patch of 160 ms, or 12.5 or 25, between which it interpolates.
         clip_loss_weight (`float`, defaults to 1.0): Weight of the clips' labels in the loss of event detection, beside that of the steps'.
@@ -158,7 +158,7 @@ class SSLAMConfig(PreTrainedConfig):
     classifier_pooling: Literal["cls", "mean"] = "cls"
     layer_pooling: Literal["weighted_sum", "gated"] | None = None
     classifier_dropout: float | int = 0.0
-    frame_pooling: Literal["mean", "attention", "concatenate"] = "mean"
+    frame_pooling: Literal["mean", "attention", "patches"] = "mean"
     steps_per_second: float | int = 6.25
     clip_loss_weight: float | int = 1.0
     event_detection: dict[str, Any] | None = None

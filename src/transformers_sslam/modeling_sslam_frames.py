@@ -60,7 +60,7 @@ class SSLAMForAudioFrameClassification(SSLAMPreTrainedModel, SSLAMDetectionMixin
         self.steps_per_patch = config.patch_size // config.frames_per_step
         self.sslam = SSLAMModel(config)
         self.frequency_attention = nn.Linear(config.hidden_size, 1) if config.frame_pooling == "attention" else None
-        width = config.hidden_size * (config.num_frequency_patches if config.frame_pooling == "concatenate" else 1)
+        width = config.hidden_size * (config.num_frequency_patches if config.frame_pooling == "patches" else 1)
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.frame_classifier = nn.Linear(width, config.num_labels)  # type: ignore[arg-type]  # set in every config
@@ -137,7 +137,7 @@ class SSLAMForAudioFrameClassification(SSLAMPreTrainedModel, SSLAMDetectionMixin
 
     def _pool_frequencies(self, patches: torch.Tensor, sounding: torch.Tensor | None) -> torch.Tensor:
         """`(batch, time, frequency, hidden_size)` -> `(batch, time, width)`: the mean, weighted, or all frequencies one after the other."""
-        if self.config.frame_pooling == "concatenate":
+        if self.config.frame_pooling == "patches":
             return (patches if sounding is None else patches.masked_fill(~sounding.unsqueeze(-1), 0)).flatten(2)
         attend = self.frequency_attention
         scores = patches.new_zeros(patches.shape[:3]) if attend is None else attend(patches).squeeze(-1)
