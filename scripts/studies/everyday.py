@@ -66,6 +66,7 @@ class StudySettings:
     stage2: str = setting("recipe of the second stage", "pretrain_tiny_stage2")
     finetuning_recipe: str = setting("recipe of the fine-tuning", "finetune_everyday")
     pretraining: dict[str, Any] = setting("changes to both recipes of pre-training, by name", {})
+    pretraining_stage2: dict[str, Any] = setting("further changes to that of the second stage", {})
     finetuning: dict[str, Any] = setting("changes to the recipe of fine-tuning, by name", {})
 
 
@@ -108,9 +109,8 @@ def train(settings: StudySettings) -> Path:
     clips = {"kind": "audiofolder", "path": str(sounds), "keep": {"fold": folds}}
     fixed = {"data.sources": [clips, {"kind": "audiofolder", "path": settings.free_dir}], "seed": settings.seed, **settings.pretraining}
     first, _ = pretrain_once(read_settings(PreTrainingSettings, settings.stage1, {**fixed, "output_dir": str(output / "stage1")}))
-    second, _ = pretrain_once(
-        read_settings(PreTrainingSettings, settings.stage2, {**fixed, "model": str(first), "output_dir": str(output / "stage2")})
-    )
+    own = {**settings.pretraining_stage2, "model": str(first), "output_dir": str(output / "stage2")}
+    second, _ = pretrain_once(read_settings(PreTrainingSettings, settings.stage2, {**fixed, **own}))
     run = read_settings(
         FineTuningSettings,
         settings.finetuning_recipe,
