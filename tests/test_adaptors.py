@@ -1,7 +1,11 @@
 """X-ARES and HEAR: the checks of their own programs, on encoders of this package."""
 
 import importlib
+import io
+import os
+import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from transformers_sslam import SSLAMFeatureExtractor, SSLAMModel
 
 pytest.importorskip("tqdm")
 from transformers_sslam import cli
-from transformers_sslam.errors import UserError
+from transformers_sslam.errors import AudioDecodingError, UserError
 from transformers_sslam.evaluation.adaptors import hear, xares
 from transformers_sslam.evaluation.adaptors.embedder import Embedder
 from transformers_sslam.evaluation.features import encode_clips
@@ -157,6 +161,76 @@ def test_xares_layers_and_patches_are_chosen_by_a_subclass(encoder_class):
     assert encoder.output_dim == 2 * 8 * WIDTH == encoded.shape[2]
     last = encoded[..., 8 * WIDTH :].unflatten(2, (8, WIDTH)).mean(2)
     assert relative_difference(last, encoder_class()(audio)) < 1e-5
+
+
+ENCODER_FILE = """
+import webdataset
+
+from transformers_sslam.evaluation.adaptors import xares
+
+
+class TinyEncoder(xares.SSLAMEncoder):
+    model = {model!r}
+
+
+webdataset.torch_audio = xares.decode_audio
+"""
+TASK_FILE = """
+from xares.task import TaskConfig
+
+
+def sounds_config(encoder) -> TaskConfig:
+    return TaskConfig(encoder=encoder, name="sounds", private=True, output_dim=2, label_processor=lambda found: found["label"], epochs=40)
+"""
+
+
+def test_xares_runs_a_task_on_shards_without_ffmpeg(model, encoder_class, tmp_path):
+    """Its own program, as the docs have it: every clip is decoded and encoded, and two kinds of sound are told apart."""
+    pytest.importorskip("xares.run", reason="needs xares, which no extra brings: pip install xares")
+    from xares.audiowebdataset import write_audio_tar
+
+    soundfile = pytest.importorskip("soundfile")
+    (tmp_path / "tiny_encoder.py").write_text(ENCODER_FILE.format(model=model))
+    (tmp_path / "sounds_task.py").write_text(TASK_FILE)
+    shards, waveforms = tmp_path / "env" / "sounds", {}
+    shards.mkdir(parents=True)
+    for split, first in (("train", 0), ("valid", 16), ("test", 24)):
+        for i in range(first, first + (16 if split == "train" else 8)):
+            waveforms[i] = speech_like(0.8) * (1 + i) / 40 if i % 2 else noise(0.8, seed=i)  # of one length: no padding
+            soundfile.write(tmp_path / f"{i:02}.wav", waveforms[i], RATE, subtype="FLOAT")
+        files = [str(tmp_path / f"{i:02}.wav") for i in waveforms if i >= first]
+        write_audio_tar(files, [{"label": i % 2} for i in waveforms if i >= first], str(shards / f"{split}-*.tar"), num_shards=2)
+    (shards / ".audio_tar_ready").touch()
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-m", "xares.run", "tiny_encoder.py", "sounds_task.py", "--max-jobs", "0"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    task, mlp, knn, _ = done.stdout.partition("Results:")[2].splitlines()[2].split()
+    assert (task, float(mlp), float(knn)) == ("sounds", 1.0, 1.0)
+    vectors = {}
+    for tar in (shards / "embeddings" / "TinyEncoder").glob("*.tar"):
+        with tarfile.open(tar) as file:
+            for member in file.getmembers():
+                if member.name.endswith(".npy"):
+                    vectors[int(member.name[:2])] = torch.from_numpy(np.load(io.BytesIO(file.extractfile(member).read())))
+    assert sorted(vectors) == sorted(waveforms)  # no clip was left out
+    encoder = encoder_class()
+    for i, found in vectors.items():
+        assert relative_difference(found, encoder(torch.from_numpy(waveforms[i])[None])[0]) < 1e-5
+
+
+def test_xares_decodes_files_of_shards_by_their_suffix(tmp_path, caplog):
+    soundfile = pytest.importorskip("soundfile")
+    pytest.importorskip("torchaudio")
+    for suffix in ("wav", "flac", "ogg"):
+        soundfile.write(tmp_path / f"a.{suffix}", np.stack([noise(1.0, 0, 44_100), noise(1.0, 1, 44_100)], axis=1), 44_100)
+        decoded, rate = xares.decode_audio(suffix, (tmp_path / f"a.{suffix}").read_bytes())
+        assert (rate, decoded.shape, decoded.dtype) == (RATE, (1, RATE), torch.float32)
+        assert 0.01 < decoded.std() < 0.1
+    assert xares.decode_audio("json", b"{}") is None
+    with pytest.raises(AudioDecodingError):
+        xares.decode_audio("wav", b"no audio")
+    assert "X-ARES leaves a clip out, because it cannot be decoded" in caplog.text
 
 
 # What both share

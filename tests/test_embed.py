@@ -79,6 +79,9 @@ def vectors_of(table: pa.Table) -> np.ndarray:
         {},
         {"layers": [0, 1, -1], "pooling": "cls"},
         {"window": 0.32},
+        {"layers": [0, 2], "pooling": "mean_and_std", "window": 0.32},
+        {"pooling": "max_by_frequency"},
+        {"per": "window", "layers": [1], "pooling": "mean_and_max_by_frequency"},
         {"per": "window", "layers": [1], "pooling": "mean"},
         {"per": "window", "pooling": "cls", "window": 0.48, "hop": 0.2},
         {"per": "step", "layers": [2, 0]},
@@ -231,7 +234,7 @@ def test_vectors_of_other_settings_are_rejected(model, recordings, tmp_path, cha
         ({"output": "embeddings.csv"}, "ends in .parquet"),
         ({"layers": [3]}, r"these settings do not fit the model: layers is \[3\], but numbers from -3 to 2"),
         ({"layers": []}, r"layers is \[\]"),
-        ({"per": "step", "pooling": "cls"}, "the CLS token belongs to no time step"),
+        ({"per": "step", "pooling": "cls"}, "pooling is 'cls' and per is 'step', but a time step has the 'mean' of its patches"),
         ({"pooling": "patches"}, "all patches are kept of a time step only"),
         ({"hop": 0.32}, "hop is 0.32 s, but windows of a whole clip do not overlap"),
         ({"per": "step", "hop": 0.2}, "hop is 0.2 s, but for time steps it must be a multiple of 0.16 s"),
@@ -242,6 +245,28 @@ def test_settings_that_do_not_fit_are_rejected_before_anything_is_written(model,
     with pytest.raises(UserError, match=message):
         embed_files(settings(**{"model": model, "recordings": recordings, "output": tmp_path / "embeddings.parquet", **changes}))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_text_file_is_read_as_a_list_and_the_output_says_so(recordings, tmp_path, capsys):
+    listed, output = tmp_path / "list.txt", tmp_path / "embeddings.parquet"
+    listed.write_text(f"{recordings / 'd.wav'}\n{recordings / 'a.wav'}\n")
+    main(["embed", "--model", str(SMALL_MODEL), "--inputs", str(listed), str(recordings / "b.flac"), "--output", str(output)])
+    assert capsys.readouterr().out.splitlines()[0] == f"{listed} is read as a list: each line is the path of a recording"
+    assert pq.read_table(output)["path"].to_pylist() == [str(recordings / name) for name in ("d.wav", "a.wav", "b.flac")]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", "there is no folder or file nothing, and as a name on the Hub it cannot be loaded either: "),
+        ("./nothing", "there is no folder or file ./nothing: give that of a model, or a name on the Hub"),
+        ("runs/a/model", "there is no folder or file runs/a/model: give that of a model, or a name on the Hub"),
+    ],
+)
+def test_of_a_model_that_is_not_there_that_is_said_first(recordings, tmp_path, name, message):
+    with pytest.raises(UserError) as error:
+        embed_files(settings(name, recordings, tmp_path / "embeddings.parquet"))
+    assert str(error.value).startswith(message)
 
 
 def test_the_command_embeds_a_folder(recordings, tmp_path, capsys):

@@ -332,6 +332,8 @@ def test_what_cannot_be_evaluated_is_rejected_before_anything_is_decoded(tmp_pat
     monkeypatch.setattr("transformers_sslam.evaluation.scored_events.Waveforms", None)
     for changes, message in (
         ({"data_dir": str(wolves)}, "00.wav is labelled 'wolf', which is none of the 3 classes: cat, dog, owl"),
+        ({"label_column": "file_name"}, "label_column is 'file_name', but task is 'events', .* in another column: set it to events"),
+        ({"label_column": "label"}, "label_column is 'label', but task is 'events', .* in another column: set it to events"),
         ({"data_dir": str(weak)}, "column 'events' has no events with onset and offset"),
         ({"model": str(classifier)}, "is not trained for event detection"),
         ({"model": str(wrong)}, "the model cannot be evaluated: threshold has a value for 'wolf'"),

@@ -480,6 +480,12 @@ def test_a_checkpoint_that_lacks_a_part_of_the_encoder_is_refused(settings, chec
         build_model(settings, build_extractor(settings, settings.model), ["a", "b"], multi_label=False, origin=settings.model)
 
 
+@pytest.mark.parametrize("model", ["nothing", "./nothing"])
+def test_of_a_model_that_is_not_there_that_is_said_first(settings, model):
+    with pytest.raises(UserError, match=f"^there is no folder or file {model}"):
+        fine_tune(replace(settings, model=model))
+
+
 @pytest.mark.parametrize(
     ("normalization", "expected"), [("model", (-4.268, 4.569)), ("esc50", (-6.627, 5.359)), ([-5.0, 4.0], (-5.0, 4.0))]
 )

@@ -10,6 +10,7 @@ from conftest import noise, speech_like, tiny_config
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
 from transformers_sslam.batching_sslam import compute_batches, prepare_batches
+from transformers_sslam.pooling_sslam import POOLINGS, pooled_width
 from transformers_sslam.tasks_sslam import Embedding
 from transformers_sslam.windows_sslam import Windowing
 
@@ -313,14 +314,14 @@ def test_memory_is_flat_in_the_length_of_a_recording(monkeypatch):
 # --- clips
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", list(POOLINGS))
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_each_clip_is_encoded_as_if_alone_and_in_its_place(pooling, batch_size):
     model = SSLAMModel(tiny_config(**SENSITIVE | {"classifier_pooling": pooling, "padding_value": 0.46706})).eval()
     extractor = SSLAMFeatureExtractor(max_length=256)
     clips = [noise(seconds, seed=i) for i, seconds in enumerate((2.5, 0.1, 1.0, 0.03, 1.7, 1.0, 0.5, 2.56))]
     vectors = model.encode(clips, extractor, batch_size=batch_size)
-    assert (vectors.shape, vectors.dtype, vectors.device.type) == ((8, 32), torch.float32, "cpu")
+    assert (vectors.shape, vectors.dtype, vectors.device.type) == ((8, pooled_width(pooling, model.config)), torch.float32, "cpu")
     for clip, vector in zip(clips, vectors):
         inputs = extractor(clip, sampling_rate=RATE, padding="longest", return_attention_mask=True, return_tensors="pt")
         with torch.inference_mode():
@@ -379,6 +380,17 @@ def test_a_clip_that_is_too_long_is_the_mean_of_its_pieces_by_their_frames():
     torch.testing.assert_close(model.encode([clip], EXTRACTOR)[0], (64 * first + 64 * second + 30 * rest) / 158, atol=1e-5, rtol=1e-5)
 
 
+def test_the_maximum_of_a_clip_that_is_too_long_is_over_all_its_pieces():
+    model, clip = SSLAMModel(tiny_config(**SENSITIVE)).eval(), recording(1.6)
+    pieces = [clip[start : start + WINDOW] for start in (0, 64 * 160, 128 * 160)]
+    options = {"layers": [1, 2], "pooling": "mean_and_max_by_frequency"}
+    parts, whole = (model.encode(clips, EXTRACTOR, **options).unflatten(1, (2, 2, 8 * 32)) for clips in (pieces, [clip]))
+    weights = torch.tensor([64, 64, 30])[:, None, None] / 158
+    torch.testing.assert_close(whole[0, :, 0], (weights * parts[:, :, 0]).sum(0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole[0, :, 1], parts[:, :, 1].amax(0), atol=1e-5, rtol=1e-5)
+    assert len(parts[:, :, 1].argmax(0).unique()) == 3  # each piece has some of the maxima
+
+
 def test_no_clip_has_no_vector():
     assert SSLAMModel(tiny_config()).encode([], EXTRACTOR).shape == (0, 32)
 
@@ -417,7 +429,7 @@ def test_arguments_out_of_range_are_refused_before_any_audio_is_read(options, me
         ({"per": "second"}, "per is 'second', but one of 'clip', 'window', 'step' is expected"),
         ({"pooling": "max"}, "pooling is 'max'"),
         ({"pooling": "patches"}, "all patches are kept of a time step only"),
-        ({"per": "step", "pooling": "cls"}, "the CLS token belongs to no time step"),
+        ({"per": "step", "pooling": "cls"}, "pooling is 'cls' and per is 'step', but a time step has the 'mean' of its patches"),
         ({"layers": []}, r"layers is \[\], but numbers from -3 to 2"),
         ({"layers": [3]}, r"layers is \[3\]"),
         ({"layers": [-4]}, r"layers is \[-4\]"),
@@ -433,15 +445,18 @@ def test_embeddings_that_cannot_be_made_are_refused(options, message):
     ("audio", "message"),
     [
         (np.zeros(0, dtype=np.float32), "the audio has 0 samples"),
-        ([], "the audio has 0 samples"),
+        (iter([]), "the audio has 0 samples"),
+        ([noise(1.0), noise(1.0)], "the audio is a list of 2, but one recording is expected: call this for each waveform"),
+        ((noise(1.0),), "the audio is a tuple of 1"),
+        ("a.wav", "the audio is a str of 5"),
         (noise(0.02), "320 samples"),
         (np.zeros((2, 16_000), dtype=np.float32), r"shape \(2, 16000\)"),
-        ([0.1, 0.2], "is a float"),
+        (iter([0.1, 0.2]), "is a float"),
         (np.zeros(16_000, dtype=np.int16), "dtype int16"),
         (np.zeros(16_000, dtype=np.complex64), "dtype complex64"),
         (np.ma.masked_less(noise(1.0), 0), "is a masked array"),
         (noise(1.0) * 1e4, "has a peak of"),
-        ([noise(1.0), np.full(8000, np.nan, dtype=np.float32)], "the audio between 1.00 and 1.50 s holds NaN"),
+        (iter([noise(1.0), np.full(8000, np.nan, dtype=np.float32)]), "the audio between 1.00 and 1.50 s holds NaN"),
     ],
 )
 def test_audio_that_cannot_be_scored_is_refused(audio, message):

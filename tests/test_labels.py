@@ -52,6 +52,18 @@ def test_a_stream_reads_the_same(kind):
     assert [reader(row) for row in stream] == expected
 
 
+EVENT = {"label": Value("string"), "onset": Value("float64"), "offset": Value("float64")}
+
+
+@pytest.mark.parametrize("kind", ["table", "stream"])
+def test_a_column_of_events_is_suggested_where_the_asked_one_is_missing(kind):
+    rows = table([[{"label": "hum", "onset": 0.0, "offset": 1.0}]], List(EVENT), "events")
+    with pytest.raises(UserError, match="there is no column 'label', only audio, events: set label_column to events, which holds events"):
+        LabelReader.of(rows if kind == "table" else rows.to_iterable_dataset(), "label")
+    with pytest.raises(UserError, match="there is no column 'label', only audio, name: name another"):
+        LabelReader.of(table(["hum"], column="name"), "label")
+
+
 def test_chosen_rows_of_a_table_give_their_own_labels():
     rows, _, expected, _ = KINDS["lists of classes"]
     assert list(read_rows(rows.select([2, 0]), "label").labels) == [expected[2], expected[0]]

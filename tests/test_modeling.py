@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers_sslam import SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel, attention_sslam
 from transformers_sslam.attention_sslam import CPU_HALF_PRECISION_ATTENTION, MAX_TOKENS_WRITTEN_OUT
 from transformers_sslam.modeling_sslam import SSLAMDropPath, sincos_position_table
+from transformers_sslam.pooling_sslam import POOLINGS
 from transformers_sslam.publishing.conversion import convert_checkpoint
 
 
@@ -154,7 +155,7 @@ def test_outputs_on_request(model):
 
 
 @ATTENTION
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", list(POOLINGS))
 @pytest.mark.parametrize("sounding", [1, 16, 40, 75, 128])
 def test_what_lies_in_the_padding_changes_nothing(model, attention, pooling, sounding):
     model.set_attn_implementation(attention)

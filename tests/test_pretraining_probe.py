@@ -34,7 +34,7 @@ from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.features import encode_clips
 from transformers_sslam.evaluation.probing import Partition, run_probe
 from transformers_sslam.pretraining.loop import PreTrainer
-from transformers_sslam.pretraining.probe import StudentProbe, linear_probe, max_over_time
+from transformers_sslam.pretraining.probe import StudentProbe, linear_probe
 from transformers_sslam.pretraining.settings import PreTrainingSettings, StudentProbeSettings
 from transformers_sslam.settings import parse_settings
 
@@ -150,18 +150,6 @@ def test_curves_are_drawn_in_a_group_of_their_own(sounds, labelled, tmp_path):  
     run.run()
     groups = sorted(f"probe/{name}" for name in FIGURES)
     assert [step for step, names in drawn if names == groups] == [0, 2]
-
-
-def test_padding_never_counts():
-    """Two clips of 3 x 2 patches; one has a frame of sound in its second patch, and none in the third."""
-    tokens = torch.arange(2 * 7 * 2.0).reshape(2, 7, 2)
-    mask = torch.ones(2, 48, dtype=torch.int32)
-    mask[1, 17:] = 0
-    found = max_over_time(tokens, mask, 2)
-    assert found[0].tolist() == [10, 11, 12, 13]  # the last two of seven tokens, 5 and 6
-    assert found[1].tolist() == [20, 21, 22, 23]  # of the second clip's, 3 and 4
-    tokens[1, 5:] = torch.nan
-    assert torch.equal(max_over_time(tokens, mask, 2)[1], found[1])
 
 
 @pytest.mark.parametrize("classes", [2, 3])

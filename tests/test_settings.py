@@ -47,6 +47,8 @@ class Example(Schedule):
     inputs: str | list[str] = setting("files", [])
     statistics: str | list[float] = setting("mean and standard deviation", "model")
     model: dict[str, Any] = setting("arguments", {})
+    kind: Literal["red", "blue"] | None = setting("which one", None)
+    limit: float | dict[str, float] | None = setting("how much", None)
     bf16: bool = setting("in half precision", False)
     group: Group = setting("more", Group())
     other: Group | None = setting("one more", None)
@@ -134,6 +136,12 @@ def test_groups_in_lists_and_dictionaries_are_built():
         ("--learning_rate 1e-3x", "learning_rate is 1e-3x, but float is expected"),
         ("--group.roll 1", "group.roll is 1, but bool is expected"),
         ("--mode slow", "mode is slow, but one of 'fast', 'exact' is expected"),
+        ("--mode exakt", "mode is exakt, but one of 'fast', 'exact' is expected: did you mean exact?"),
+        ("--kind blu", "kind is blu, but one of 'red', 'blue' or null is expected: did you mean blue?"),
+        ("--kind green", "kind is green, but one of 'red', 'blue' or null is expected"),
+        ("--other.gain x", "other.gain is x, but float is expected"),
+        ("--other 5", "other is 5, but Group or null is expected"),
+        ("--limit many", "limit is many, but float or dict[str, float] or null is expected"),
         ("--group.gain -1", "gain is -1.0, but must be at least 0"),
         ("--steps.a 3", "there is no setting steps.a"),
         ("steps", "'steps' stands without a name: write --NAME steps (required: --data_dir); a recipe is given as --config RECIPE"),

@@ -19,6 +19,9 @@ PRETRAINING_STAGES: dict[int, dict[str, Any]] = {
     2: {"use_mixtures": True, "num_views": 8, "global_target_layers": 1},
 }
 
+# How the tokens of a clip become one vector; `pooling_sslam.POOLINGS` says of which parts.
+ClipPooling = Literal["cls", "mean", "mean_and_std", "max_by_frequency", "mean_and_max_by_frequency"]
+
 # Far above every model of this kind. A table or filter bank of a mistaken size would fill the memory before anything else failed.
 LARGEST_SIZES = {
     **{"hidden_size": 65_536, "intermediate_size": 262_144, "decoder_hidden_size": 65_536},
@@ -68,7 +71,11 @@ class SSLAMConfig(PreTrainedConfig):
             Replaces masked frames in patches that also hold sound: the feature extractor's padding after scaling, `(0 - mean) / (2 * std)`.
             The default belongs to AudioSet's mean and standard deviation.
         classifier_pooling (`str`, defaults to `"cls"`):
-            What is `pooler_output`: `"cls"`, the CLS token (as published), or `"mean"`, the mean of the patch tokens that are not masked.
+            What is `pooler_output`, and what a classifier of clips reads: `"cls"`, the CLS token (as published); or, of the patch tokens
+            that are not masked, the `"mean"`; `"mean_and_std"`, mean and standard deviation; `"max_by_frequency"`, the maximum over time
+            of each channel for each patch along frequency; `"mean_and_max_by_frequency"`, mean and maximum, the same way. The last two
+            need all patches (`patch_drop_rate` of 0). Widths are 1, 1, 2, 8 and 16 times `hidden_size`, for 8 patches along frequency.
+            A detector of events, whose clip scores are those of its steps, does not read it.
         layer_pooling (`str`, *optional*):
             What a classifier of clips reads: by default the pooled output of the last block, as published; a `"weighted_sum"` of all
             blocks' pooled outputs, whose learned weights are the same for all clips; or a `"gated"` one, whose weights depend on the clip.
@@ -155,7 +162,7 @@ class SSLAMConfig(PreTrainedConfig):
     num_mel_bins: int = 128
     max_length: int = 12288
     padding_value: float | int = 0.46706
-    classifier_pooling: Literal["cls", "mean"] = "cls"
+    classifier_pooling: ClipPooling = "cls"
     layer_pooling: Literal["weighted_sum", "gated"] | None = None
     classifier_dropout: float | int = 0.0
     frame_pooling: Literal["mean", "attention", "patches"] = "mean"
@@ -297,6 +304,11 @@ class SSLAMConfig(PreTrainedConfig):
         self._require(["padding_value"], math.isfinite, "be finite: it replaces what a mask excludes")
         dropped = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate", "classifier_dropout")
         self._require(dropped, lambda value: 0 <= value < 1, "lie in [0, 1): it is a probability to drop")
+        if self.patch_drop_rate and "by_frequency" in self.classifier_pooling:
+            raise ValueError(
+                f"classifier_pooling is {self.classifier_pooling!r} and patch_drop_rate {self.patch_drop_rate:g}, but this pooling needs "
+                "all patches of each frequency: set patch_drop_rate to 0, or pool by 'mean_and_std'"
+            )
         self._require(
             ["steps_per_second"], lambda rate: 0 < rate <= 100 and 100 % rate == 0, "give steps of whole frames: 6.25, 12.5 or 25"
         )
@@ -322,4 +334,4 @@ class SSLAMConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must {expected}")
 
 
-__all__ = ["ENCODER_FIELDS", "PRETRAINING_STAGES", "SSLAMConfig"]
+__all__ = ["ENCODER_FIELDS", "PRETRAINING_STAGES", "ClipPooling", "SSLAMConfig"]

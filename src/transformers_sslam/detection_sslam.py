@@ -57,7 +57,7 @@ class SSLAMDetectionMixin(nn.Module):
 
         Args:
             audio: `(samples,)`, floats in [-1, 1], mono, at the extractor's rate; or an iterable of successive blocks of one, of any
-                lengths, such as `audio.read_blocks` gives.
+                lengths, such as `audio.read_blocks` gives. A list is rejected, because it might be several recordings.
             feature_extractor: the model's.
             hop: seconds from one window's start to the next one's, a multiple of 0.16; by default half a window.
             window: seconds, a multiple of 0.16; by default as many frames as the extractor gives.

@@ -94,9 +94,10 @@ class SSLAMEncodingMixin(nn.Module):
     ) -> torch.Tensor | list[EmbeddingsOverTime]:
         """Embeddings of clips, or of their windows or time steps, each as if the clip had been encoded alone.
 
-        Clips are read once, in their order, and a sequence that decodes them when asked stays lazy. Padding is masked. Of a clip longer
-        than a window there is the mean over windows that do not overlap, weighted by their frames; the last one is shorter. Of a time step
-        there is the mean over the windows that hold it.
+        Clips are read once, in their order, and a sequence that decodes them when asked stays lazy. Padding is masked. A clip longer
+        than a window is cut into windows that do not overlap; the last one is shorter. Its mean is that of the windows, weighted by their
+        frames (also of the CLS token); standard deviation and maximum are those of all its patches. Of a time step there is the mean over
+        the windows that hold it.
 
         Args:
             clips: waveforms `(samples,)` of any lengths, floats in [-1, 1], at the extractor's rate, or iterables of a long recording's
@@ -104,8 +105,9 @@ class SSLAMEncodingMixin(nn.Module):
             feature_extractor: the model's.
             per: a vector for each `"clip"`, for each `"window"`, or for each time `"step"` of 160 ms.
             layers: whose outputs are taken, and concatenated: -1 for the last one, 0 for the input of the first.
-            pooling: `"mean"` of the patches, the `"cls"` token or, of a time step, all its `"patches"`, from low to high frequencies,
-                concatenated. By default as the model pools (`config.classifier_pooling`), and of a time step the mean.
+            pooling: of clips and windows `"cls"`, `"mean"`, `"mean_and_std"`, `"max_by_frequency"` or `"mean_and_max_by_frequency"`, see
+                [`SSLAMConfig`], by default the model's `config.classifier_pooling`; of a time step the `"mean"` of its patches, by default,
+                or all its `"patches"`, from low to high frequencies, concatenated.
             window: length of a window in seconds, a multiple of 0.16; by default the extractor's `max_length`.
             hop: seconds from one window's start to the next one's; by default half a window. The last window ends where the clip does
                 or, for time steps, holds its last frame.
@@ -114,7 +116,8 @@ class SSLAMEncodingMixin(nn.Module):
 
         Returns:
             `(clips, width)`, float32, on the CPU; for windows and time steps a list with vectors and their times for each clip. `width` is
-            `hidden_size` times the number of layers, and 8 times that with `"patches"`.
+            `hidden_size` times the number of layers, twice that with `"mean_and_std"`, and 8 times with `"max_by_frequency"` and
+            `"patches"`.
 
         Raises:
             ValueError: if an argument is out of range, or a clip is not a finite mono waveform; the message has its number.
@@ -165,7 +168,7 @@ class SSLAMScoringMixin(nn.Module):
 
         Args:
             audio: `(samples,)`, floats in [-1, 1], mono, at the extractor's rate; or an iterable of successive blocks of one, of any
-                lengths, such as `audio.read_blocks` gives.
+                lengths, such as `audio.read_blocks` gives. A list is rejected, because it might be several recordings.
             feature_extractor: the model's.
             hop: seconds from one window's start to the next one's; by default half a window, so that each moment is in two.
             window: seconds, a multiple of 0.16; by default as many frames as the extractor gives. Its last frame needs 15 ms more.

@@ -24,7 +24,7 @@ from .attention_sslam import as_boolean, eager_attention_forward, without_autoca
 from .configuration_sslam import SSLAMConfig
 from .inference_sslam import SSLAMEncodingMixin, SSLAMScoringMixin
 from .loading_sslam import SSLAMLoadingMixin, flatten_patch_projection
-from .pooling_sslam import SSLAMLayerPooling, pool_tokens
+from .pooling_sslam import SSLAMLayerPooling, pool_tokens, pooled_width, sounding_tokens
 
 
 @dataclass
@@ -32,8 +32,8 @@ class SSLAMModelOutput(BaseModelOutputWithPooling):
     """
     Args:
         last_hidden_state: `(batch, 1 + patches, hidden_size)`, output of the last block, CLS first; there is no final norm.
-        pooler_output: `(batch, hidden_size)`, the CLS token or the mean of the patch tokens, see `SSLAMConfig.classifier_pooling`.
-        layer_pooler_outputs: with `config.layer_pooling`, `(batch, blocks, hidden_size)`, the same of each block.
+        pooler_output: `(batch, pooled width)`, the CLS token or the pooled patch tokens, see `SSLAMConfig.classifier_pooling`.
+        layer_pooler_outputs: with `config.layer_pooling`, `(batch, blocks, pooled width)`, the same of each block.
         hidden_states: with `output_hidden_states=True`, the first block's input and each block's output.
         attentions: with `output_attentions=True`, `(batch, heads, tokens, tokens)` for each block (eager attention only).
         mlp_outputs: with `output_mlp_outputs=True`, each block's MLP output before its residual, `(batch, 1 + patches, hidden_size)`: the
@@ -296,12 +296,12 @@ class SSLAMModel(SSLAMPreTrainedModel, SSLAMEncodingMixin):
         if self.training and self.config.patch_drop_rate:
             hidden_states, token_mask = self._drop_patches(hidden_states, token_mask)
         bias = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask)
-        pooling, pooled = self.config.classifier_pooling, []
+        pooling, frequencies, pooled = self.config.classifier_pooling, self.config.num_frequency_patches, []
         for layer in self.layers:
             hidden_states = layer(hidden_states, bias, **kwargs)
             if self.config.layer_pooling is not None:  # copied, as a view would keep all of the block's tokens
-                pooled.append(pool_tokens(hidden_states, token_mask, pooling).clone())
-        last, layers = pool_tokens(hidden_states, token_mask, pooling), torch.stack(pooled, dim=1) if pooled else None
+                pooled.append(pool_tokens(hidden_states, token_mask, pooling, frequencies).clone())
+        last, layers = pool_tokens(hidden_states, token_mask, pooling, frequencies), torch.stack(pooled, dim=1) if pooled else None
         return SSLAMModelOutput(last_hidden_state=hidden_states, pooler_output=last, layer_pooler_outputs=layers)
 
     def frame_embeddings(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
@@ -320,8 +320,7 @@ class SSLAMModel(SSLAMPreTrainedModel, SSLAMEncodingMixin):
         mask = as_boolean(attention_mask)
         if mask.shape == (batch, frames):
             input_values = input_values.masked_fill(~mask.unsqueeze(-1), self.config.padding_value)
-            sounding = mask.unflatten(1, (-1, size)).any(-1).repeat_interleave(patches_per_step, dim=1)
-            mask = nn.functional.pad(sounding, (1, 0), value=True)
+            mask = sounding_tokens(mask, size, patches_per_step)
         elif mask.shape != (batch, tokens):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, but must be over frames, {(batch, frames)}, or over tokens (CLS "
@@ -342,7 +341,8 @@ class SSLAMModel(SSLAMPreTrainedModel, SSLAMEncodingMixin):
 class SSLAMForAudioClassification(SSLAMPreTrainedModel, SSLAMScoringMixin):
     """The encoder with a layer norm and a linear layer on its pooled output, for tags (multi-label) or classes.
 
-    With `config.layer_pooling` the layer norm is applied to the pooled output of each block, and the linear layer reads their combination.
+    Their width depends on `config.classifier_pooling`. With `config.layer_pooling` the layer norm is applied to the pooled output of each
+    block, and the linear layer reads their combination.
     """
 
     # Its loss is the mean over a batch: where gradients are accumulated, `Trainer` has to divide by their number.
@@ -353,12 +353,13 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel, SSLAMScoringMixin):
         config.normalize_labels()
         self.num_labels = config.num_labels
         self.sslam = SSLAMModel(config)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        width = pooled_width(config.classifier_pooling, config)
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.layer_pooling: nn.Module = nn.Identity()  # without parameters: a checkpoint has the same ones as before there was a choice
         if config.layer_pooling is not None:
-            self.layer_pooling = SSLAMLayerPooling(config.num_hidden_layers, config.hidden_size, gated=config.layer_pooling == "gated")
+            self.layer_pooling = SSLAMLayerPooling(config.num_hidden_layers, width, gated=config.layer_pooling == "gated")
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]  # set in every config
+        self.classifier = nn.Linear(width, config.num_labels)  # type: ignore[arg-type]  # set in every config
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

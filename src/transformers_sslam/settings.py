@@ -24,7 +24,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_dumper, set_loader
@@ -101,7 +102,7 @@ def parse_settings(cls: type[Settings], arguments: Sequence[str], *, prog: str =
         try:
             namespace = parser.parse_args(_plain_words(cls, arguments))
         except ArgumentError as error:
-            raise UserError(_explain(str(error), [name for name, *_ in _kinds(cls)])) from error
+            raise UserError(_explain(str(error), {name: kind for name, kind, _ in _kinds(cls)})) from error
         values = parser.instantiate(namespace).as_dict()
         del values["config"]
         return cls(**values)
@@ -349,7 +350,7 @@ def _as_flag(word: str, required: Sequence[str]) -> str:
     return f"--NAME {word}{needed}; a recipe is given as --config RECIPE"
 
 
-def _explain(message: str, known: Sequence[str]) -> str:
+def _explain(message: str, known: Mapping[str, Any]) -> str:
     """What jsonargparse found, in one sentence that says what to do."""
     message = " ".join(message.split())
     if match := re.search(r"unrecognized arguments: --([\w.]+)", message):
@@ -357,9 +358,15 @@ def _explain(message: str, known: Sequence[str]) -> str:
     if match := re.search(r"(?:(?:Group|Parser key) [\"']([\w.]+).*)?[Oo]ption '(.+?)'(?: is not accepted|$)", message):
         name = f"{match[1]}.{match[2]}" if match[1] else match[2]
         return f"there is no setting {name}: {_closest(name, known)}"
+    if (match := re.fullmatch(r'Parser key "([\w.]+)": Does not validate .* Given value: (.*)', message)) and match[1] in known:
+        name, value = match[1], match[2]
+        if (nested := re.fullmatch(r"NestedArg\(key='(.+?)', val='?(.*?)'?\)", value)) and f"{name}.{nested[1]}" in known:
+            name, value = f"{name}.{nested[1]}", nested[2]
+        return _unexpected(name, value, known[name])
     if match := re.fullmatch(r'Parser key "([\w.]+)": Expected a (.+?)\. Got value: (.*)', message):
+        if get_origin(known.get(match[1])) is Literal:
+            return _unexpected(match[1], match[3], known[match[1]])
         kind = re.sub(r"<class '([\w.]+)'>|typing\.", lambda m: m[1] or "", match[2])
-        kind = re.sub(r"^Literal\[(.*)\]$", r"one of \1", kind)
         if nested := re.match(r"NestedArg\(key='(.+?)'", match[3]):
             return f"there is no setting {match[1]}.{nested[1]}, for {match[1]} is {kind}"
         return f"{match[1]} is {match[3]}, but {kind} is expected"
@@ -367,6 +374,19 @@ def _explain(message: str, known: Sequence[str]) -> str:
         name = match[1].split(",")[0]
         return f"{name} is required: write --{name} VALUE, or give it in the recipe"
     return message
+
+
+def _unexpected(name: str, value: str, kind: Any) -> str:
+    """That a value is not of the annotated kind; of names that it may be, the closest one."""
+    options = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
+    values = [value for option in options if get_origin(option) is Literal for value in get_args(option)]
+    expected = [f"one of {', '.join(map(repr, values))}"] if values else []
+    for option in options:
+        if get_origin(option) is not Literal:
+            plain = option.__name__ if isinstance(option, type) and not get_args(option) else str(option).replace("typing.", "")
+            expected.append("null" if option is NoneType else plain)
+    alike = difflib.get_close_matches(value, [one for one in values if isinstance(one, str)], n=1)
+    return f"{name} is {value}, but {' or '.join(expected)} is expected" + (f": did you mean {alike[0]}?" if alike else "")
 
 
 def _closest(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from .batching_sslam import Span, Windows
-from .configuration_sslam import SSLAMConfig
+from .configuration_sslam import ClipPooling, SSLAMConfig
 from .fbank import frame_geometry, num_frames
 from .feature_extraction_sslam import SSLAMFeatureExtractor
+from .pooling_sslam import merge_pooled, pool_tokens, pooled_width, sounding_tokens
 from .windows_sslam import Audio, MergedSteps, Windowing, checked_blocks, cut_into_windows
 
 
 Per = Literal["clip", "window", "step"]
-Pooling = Literal["mean", "cls", "patches"]
+Pooling = Literal[ClipPooling, "patches"]
 Inputs = dict[str, torch.Tensor]
 
 
@@ -111,8 +112,8 @@ class Embedding(Task):
     Attributes:
         per: which of these.
         layers: whose outputs are taken, and concatenated: -1 for the last one, 0 for the input of the first.
-        pooling: of patches: their mean; the CLS token instead; or, of a time step, all patches concatenated. `None`: as the model pools,
-            and of a time step the mean.
+        pooling: of a clip or window, as `config.classifier_pooling`; of a time step, the mean of its patches, or all `"patches"`,
+            concatenated. `None`: as the model pools, and of a time step the mean.
     """
 
     per: Per = "clip"
@@ -131,9 +132,13 @@ class Embedding(Task):
                 f"layers is {list(self.layers)}, but numbers from {-depth - 1} to {depth} are expected: 0 for the input of the first "
                 "layer, -1 for the output of the last one"
             )
-        if self.pooling in (("cls",) if self.per == "step" else ("patches",)):
-            what = "the CLS token belongs to no time step" if self.pooling == "cls" else "all patches are kept of a time step only"
-            raise ValueError(f"pooling is {self.pooling!r} and per is {self.per!r}, but {what}: set one of them to another value")
+        if self.pooling == "patches" and self.per != "step":
+            what = "all patches are kept of a time step only"
+        elif self.per == "step" and self.pooling not in (None, "mean", "patches"):
+            what = "a time step has the 'mean' of its patches, or all 'patches'"
+        else:
+            return
+        raise ValueError(f"pooling is {self.pooling!r} and per is {self.per!r}, but {what}: set one of them to another value")
 
     @property
     def sorted_batches(self) -> int:
@@ -141,8 +146,15 @@ class Embedding(Task):
 
     @property
     def width(self) -> int:
-        patches = self.config.num_frequency_patches if self.pooling == "patches" else 1
-        return len(self.layers) * patches * self.config.hidden_size
+        if self.per == "step":
+            patches = self.config.num_frequency_patches if self.pooling == "patches" else 1
+            return len(self.layers) * patches * self.config.hidden_size
+        return len(self.layers) * pooled_width(self._clip_pooling, self.config)
+
+    @property
+    def _clip_pooling(self) -> ClipPooling:
+        """Of a clip or window."""
+        return self.pooling or self.config.classifier_pooling  # type: ignore[return-value]  # not 'patches', which is of steps
 
     def _frames(self, samples: list[torch.Tensor]) -> int:
         if self.per != "clip":
@@ -161,30 +173,28 @@ class Embedding(Task):
 
     def _pool(self, model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """`(batch, 1 + patches, hidden_size)` -> `(batch, width)`, or `(batch, steps, width)`."""
-        if self.per != "step" and (self.pooling or self.config.classifier_pooling) == "cls":
-            return tokens[:, 0]
-        patches = model.frame_embeddings(tokens)  # (batch, time, frequency, hidden_size)
         if self.per == "step":
+            patches = model.frame_embeddings(tokens)  # (batch, time, frequency, hidden_size)
             return patches.flatten(2) if self.pooling == "patches" else patches.mean(2)
-        steps = patches.mean(2)
-        if mask is None:
-            return steps.mean(1)
-        sounding = mask.bool().unflatten(1, (-1, self.config.patch_size)).any(-1)[..., None]
-        return torch.where(sounding, steps, 0).sum(1) / sounding.sum(1)
+        frequencies = self.config.num_frequency_patches
+        token_mask = None if mask is None else sounding_tokens(mask.bool(), self.config.patch_size, frequencies)
+        return pool_tokens(tokens, token_mask, self._clip_pooling, frequencies)
 
     def rows(self, results: Iterable[tuple[Span, torch.Tensor]]) -> Iterator[Row]:
         if self.per == "window":
             return super().rows(results)
-        return self._mean(results) if self.per == "clip" else self._steps(results)
+        return self._merged(results) if self.per == "clip" else self._steps(results)
 
-    def _mean(self, results: Iterable[tuple[Span, torch.Tensor]]) -> Iterator[Row]:
-        """The mean of a clip's windows, weighted by their frames."""
-        rate, total, count, samples = self.windowing.sampling_rate, torch.zeros(()), 0, 0
+    def _merged(self, results: Iterable[tuple[Span, torch.Tensor]]) -> Iterator[Row]:
+        """A clip's windows together, weighted by their frames; in float64, as there may be many."""
+        rate, count, samples = self.windowing.sampling_rate, 0, 0
+        merged: torch.Tensor | None = None
         for span, values in results:
-            frames = num_frames(span.length, rate)
-            total, count, samples = total + frames * values, count + frames, span.start + span.length
-        if count:
-            yield Row(0.0, samples / rate, total / count)
+            frames, vectors = num_frames(span.length, rate), values.double().unflatten(0, (len(self.layers), -1))
+            count, samples = count + frames, span.start + span.length
+            merged = vectors if merged is None else merge_pooled(merged, vectors, frames / count, self._clip_pooling, self.config)
+        if merged is not None:
+            yield Row(0.0, samples / rate, merged.flatten().float())
 
     def _steps(self, results: Iterable[tuple[Span, torch.Tensor]]) -> Iterator[Row]:
         return rows_of_steps(merged_steps(results, self.windowing, self.config.patch_size), self.windowing.sampling_rate)

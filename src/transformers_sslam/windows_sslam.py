@@ -1,7 +1,7 @@
 """Windows over a recording, which is one array or arrives in blocks: cut in memory that does not grow with its length."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, Self
@@ -107,6 +107,11 @@ def check_frames(config: SSLAMConfig, feature_extractor: SSLAMFeatureExtractor, 
 
 def checked_blocks(audio: Audio, sampling_rate: int) -> Iterator[torch.Tensor]:
     """The blocks of a recording, checked, as float32 tensors of their own, because a producer may use its buffer again."""
+    if isinstance(audio, Sequence):  # clips, as other models take them, or blocks: it cannot be told
+        raise ValueError(
+            f"the audio is a {type(audio).__name__} of {len(audio)}, but one recording is expected: call this for each waveform, and give "
+            "blocks of one recording by an iterator, such as iter(blocks)"
+        )
     begin = 0
     for block in (audio,) if isinstance(audio, Samples) else audio:
         if not isinstance(block, Samples) or block.ndim != 1:

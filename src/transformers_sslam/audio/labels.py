@@ -184,12 +184,15 @@ class LabelReader:
         import pyarrow as pa
 
         if column not in rows.column_names:
+            if events := event_columns(rows):
+                raise UserError(
+                    f"there is no column {column!r}, only {', '.join(rows.column_names)}: set label_column to {' or '.join(events)}, which "
+                    "holds events"
+                )
             raise missing_column(rows, column)
         feature = rows.features[column]
         kind = datasets.Features({column: feature}).arrow_schema.field(column).type
-        item = feature
-        while isinstance(item, (datasets.List, datasets.LargeList)):
-            item = item.feature
+        item = _item(feature)
         if isinstance(item, dict) and "label" in item:
             item = item["label"]
         classes = item.names if isinstance(item, datasets.ClassLabel) else None
@@ -285,6 +288,21 @@ class LabelReader:
             new = [index.get(text, -1) for text in texts]
         places = encoded.indices.fill_null(len(new)).to_numpy(zero_copy_only=False)
         return np.array([*new, -1], dtype=np.int32)[places], names
+
+
+def event_columns(rows: Any) -> list[str]:
+    """The columns of a data set that hold events: lists of label, onset and offset."""
+    items = {name: _item(feature) for name, feature in (rows.features or {}).items()}  # of a stream they may not be known
+    return [name for name, item in items.items() if isinstance(item, dict) and {"label", "onset", "offset"} <= item.keys()]
+
+
+def _item(feature: Any) -> Any:
+    """What a feature of `datasets` holds, in lists or not."""
+    import datasets
+
+    while isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature = feature.feature
+    return feature
 
 
 def missing_column(rows: Any, column: str) -> UserError:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomically
-from .features import POOLINGS
+from .features import TITLES
 
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def plot_by_block(results: dict[str, Any], path: str | Path) -> None:
         axes.remove()
     for i, (axes, (pooling, rows)) in enumerate(zip(grid.flat, panels.items())):
         _draw(axes, rows, {name: row for row in results["probes"] for name in LEVELS if row["probe"] == f"{name}_{pooling}"})
-        axes.set_title(POOLINGS[pooling][0], fontsize=10)  # type: ignore[index]
+        axes.set_title(TITLES[pooling], fontsize=10)  # type: ignore[index]
         axes.set_xlabel("block")
         if i % columns == 0:
             axes.set_ylabel(f"{results['metric'].replace('_', ' ')}, %, with 95 % interval")
@@ -82,7 +82,7 @@ def plot_by_block(results: dict[str, Any], path: str | Path) -> None:
 
 def _panels(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """By pooling, the rows of linear probes, of which there are several."""
-    by_pooling = {name: [row for row in results["probes"] if row["probe"] == f"linear_{name}"] for name in POOLINGS}
+    by_pooling = {name: [row for row in results["probes"] if row["probe"] == f"linear_{name}"] for name in TITLES}
     return {name: rows for name, rows in by_pooling.items() if len(rows) > 1}
 
 

@@ -27,7 +27,9 @@ from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
 from ..events_sslam import EventSettings
 from ..files import read_json, write_atomically, write_json, write_text
+from ..publishing.cards import public_name
 from ..reports import markdown_table
+from .settings import EvaluationSettings
 
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,52 @@ BINS = 15  # of equal width, as in Guo et al. (2017)
 DIAGRAM = "reliability.png"
 WEIGHTS, SECTION = "model.safetensors", "## Calibration"
 MEASURES = {"log_loss": "log loss", "expected_calibration_error": "expected calibration error", "brier_score": "Brier score"}
+
+
+class Calibrator:
+    """What an evaluation does about calibration: measure it, draw it and, with `settings.calibrate`, calibrate the evaluated model.
+
+    Args:
+        settings: of the evaluation.
+        head: the linear layer whose weights and bias a temperature divides.
+
+    Raises:
+        UserError: if `calibrate` is set, and the model is not one that could be changed.
+    """
+
+    def __init__(self, settings: EvaluationSettings, head: str):
+        self.settings, self.head = settings, head
+        self.fitted: dict[str, Any] = {}
+        if settings.calibrate:
+            check_can_be_calibrated(settings.model, head)
+
+    def fit(self, logits: np.ndarray, targets: np.ndarray, exclusive: bool) -> float:
+        """The temperature that the logits are to be divided by before [`measure`]. Arguments and errors as of [`fit_temperature`]."""
+        temperature = fit_temperature(logits, targets, exclusive)
+        self.fitted = {"temperature": temperature, "before": measure_calibration(logits, targets, exclusive)}
+        return temperature
+
+    def measure(self, logits: np.ndarray, targets: np.ndarray, exclusive: bool) -> dict[str, Any]:
+        """What [`measure_calibration`] returns, drawn as `reliability.png` too; after [`fit`] with `temperature`, and the same `before`."""
+        calibration = measure_calibration(logits, targets, exclusive) | self.fitted
+        replace_diagram(Path(self.settings.output_dir), calibration)
+        return calibration
+
+    def write(self, calibration: Mapping[str, Any], clips: int) -> None:
+        """Calibrate the model in its folder, if that was asked for: what [`measure`] returned, of so many clips."""
+        if self.settings.calibrate:
+            description = describe_calibration(calibration, clips, public_name(self.settings.data_dir))
+            write_calibration(Path(self.settings.model), self.head, calibration["temperature"], description)
+
+
+def report_calibration(calibration: Mapping[str, Any], settings: EvaluationSettings) -> None:
+    """Print the table of what [`Calibrator.measure`] returned, where the diagram is, and what was changed."""
+    print("\n" + calibration_table(calibration))
+    if (diagram := Path(settings.output_dir) / DIAGRAM).exists():
+        print(f"\nreliability diagram: {diagram}")
+    if settings.calibrate:
+        where = f"{Path(settings.model) / WEIGHTS}, and config.json there"
+        print(f"\nwritten into {where}. These clips fitted it, so they are no longer a test: evaluate on others")
 
 
 def fit_temperature(logits: np.ndarray, targets: np.ndarray, exclusive: bool) -> float:
@@ -186,11 +234,6 @@ def describe_calibration(calibration: Mapping[str, Any], clips: int, data: str) 
     )
 
 
-def report_written(folder: str | Path) -> str:
-    """The sentence that follows a calibration."""
-    return f"written into {Path(folder) / WEIGHTS}, and config.json there. These clips fitted it, so they are no longer a test"
-
-
 def calibration_table(calibration: Mapping[str, Any]) -> str:
     """A Markdown table of what [`measure_calibration`] returned, with `before`, that of the scores before the calibration, if there is."""
     before = calibration.get("before")
@@ -206,12 +249,6 @@ def replace_diagram(folder: Path, calibration: Mapping[str, Any]) -> None:
             plot_reliability(calibration, folder / DIAGRAM)
         except ImportError as error:
             logger.warning(f"there is no reliability diagram: {error}")
-
-
-def report_diagram(folder: str | Path) -> None:
-    """Print where the diagram is, if it was drawn."""
-    if (Path(folder) / DIAGRAM).exists():
-        print(f"\nreliability diagram: {Path(folder) / DIAGRAM}")
 
 
 def plot_reliability(calibration: Mapping[str, Any], path: str | Path) -> None:

@@ -23,20 +23,9 @@ from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import write_json
 from ..modeling_sslam import SSLAMForAudioClassification
-from ..publishing.cards import public_name
 from ..reports import markdown_table
 from ..settings import settings_dict
-from .calibration import (
-    calibration_table,
-    check_can_be_calibrated,
-    describe_calibration,
-    fit_temperature,
-    measure_calibration,
-    replace_diagram,
-    report_diagram,
-    report_written,
-    write_calibration,
-)
+from .calibration import Calibrator, replace_diagram, report_calibration
 from .detector import report_detector
 from .loading import best_device, input_batches, load_model
 from .per_class import PICTURE, class_table, results_by_class
@@ -61,11 +50,8 @@ def run(settings: EvaluationSettings) -> None:
         if left_out := results["metrics"].get(f"classes_without_{kind}"):
             print(f"\nleft out, because {which} has them: {', '.join(left_out)}")
     print("\n" + class_table(results["per_class"]))
-    if calibration := results["calibration"]:
-        print("\n" + calibration_table(calibration))
-        report_diagram(settings.output_dir)
-    if settings.calibrate:
-        print(f"\n{report_written(settings.model)}: evaluate on others")
+    if results["calibration"]:
+        report_calibration(results["calibration"], settings)
     picture = Path(settings.output_dir) / PICTURE
     print(f"\nevery number is in {Path(settings.output_dir) / 'results.json'}, the logits in scores.npz there")
     if picture.exists():
@@ -80,7 +66,7 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
 
     Returns:
         What `results.json` holds: settings, metrics, class names, number of clips, unreadable files by cause, results by class, what
-        [`measure_calibration`] returns (`calibration`), with `temperature` and the same `before` if the model was calibrated, and, of
+        [`Calibrator.measure`] returns (`calibration`), with `temperature` and the same `before` if the model was calibrated, and, of
         exclusive classes, the confusion matrix, which is also drawn as `confusion_matrix.png`.
 
     Raises:
@@ -89,8 +75,7 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
         FloatingPointError: if logits are not finite.
     """
     output = make_folder(settings)
-    if settings.calibrate:
-        check_can_be_calibrated(settings.model, HEAD)
+    calibrator = Calibrator(settings, HEAD)
     model, extractor, classes = _load(settings)
     rows = select_rows(settings)
     check_has_labels(rows.labels)
@@ -104,12 +89,13 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
     targets = rows.encode(classes).one_hot(range(len(rows)))
     with torch.autocast(model.device.type, dtype=getattr(torch, settings.dtype), enabled=settings.dtype != "float32"):
         logits = _logits(model, extractor, waveforms, settings.per_device_eval_batch_size)
-    calibration = {} if exclusive and multi_label else measure_calibration(logits, targets, exclusive)
     if settings.calibrate:
-        temperature, before = fit_temperature(logits, targets, exclusive), calibration
-        logits /= temperature
-        calibration = {"temperature": temperature, **measure_calibration(logits, targets, exclusive), "before": before}
-    replace_diagram(output, calibration)
+        logits /= calibrator.fit(logits, targets, exclusive)
+    if exclusive and multi_label:
+        calibration: dict[str, Any] = {}
+        replace_diagram(output, calibration)
+    else:
+        calibration = calibrator.measure(logits, targets, exclusive)
     save_scores(output, logits, targets, classes, [rows.name(i) for i in range(len(rows))])
     metrics = _metrics(model, logits, targets, classes, multi_label)
     results = {
@@ -122,10 +108,7 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
         **results_by_class(logits, targets, classes, metrics, multi_label, output),
     }
     write_json(output / "results.json", results)
-    if settings.calibrate:
-        write_calibration(
-            Path(settings.model), HEAD, temperature, describe_calibration(calibration, len(rows), public_name(settings.data_dir))
-        )
+    calibrator.write(calibration, len(rows))
     return results
 
 

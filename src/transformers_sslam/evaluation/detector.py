@@ -24,22 +24,9 @@ from ..errors import UserError, as_user_error
 from ..events_sslam import EventSettings
 from ..files import read_json, write_json
 from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
-from ..publishing.cards import public_name
 from ..reports import markdown_table
 from ..settings import settings_dict
-from .calibration import (
-    as_logits,
-    calibration_table,
-    check_can_be_calibrated,
-    describe_calibration,
-    fit_temperature,
-    measure_calibration,
-    replace_diagram,
-    report_diagram,
-    report_written,
-    scale_head,
-    write_calibration,
-)
+from .calibration import Calibrator, as_logits, report_calibration, scale_head
 from .event_results import EVENT_METRICS, F1, SCENARIOS, evaluate_events, event_activity, filter_scores
 from .event_tuning import tune_events
 from .events import psds
@@ -63,7 +50,7 @@ def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
 
     Returns:
         What `results.json` holds: settings, those of the detection (`event_detection`), what [`event_results.evaluate_events`] returns,
-        class names, numbers of clips, unreadable files by cause, what [`calibration.measure_calibration`] returns of all time steps
+        class names, numbers of clips, unreadable files by cause, what [`Calibrator.measure`] returns of all time steps
         (`calibration`; with `temperature` and the same `before` if the model was calibrated) and, with `tune`, F1 by class before and after
         (`tuning`).
 
@@ -75,8 +62,7 @@ def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
     output = make_folder(settings)
     if settings.tune and not (Path(settings.model) / "config.json").is_file():
         raise UserError(f"tune is set, but model {settings.model} is not a folder whose config.json could be changed: save it in one first")
-    if settings.calibrate:
-        check_can_be_calibrated(settings.model, HEAD)
+    calibrator = Calibrator(settings, HEAD)
     model, extractor = load_model(SSLAMForAudioFrameClassification, settings.model, device=settings.device)
     classes = class_names(model, settings.model)
     with as_user_error("the model cannot be evaluated"):
@@ -95,15 +81,11 @@ def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
     )
     scored, unreadable, cut_events = score()
     targets = step_targets(scored)
-    calibration, temperature = measure_calibration(_logits(scored), targets, exclusive=False), 1.0
     if settings.calibrate:
-        uncalibrated, temperature = calibration, fit_temperature(_logits(scored), targets, exclusive=False)
-        scale_head(model, HEAD, temperature)
+        scale_head(model, HEAD, calibrator.fit(_logits(scored), targets, exclusive=False))
         found = EventSettings.of(model.config, **settings.event_options)
         scored, unreadable, cut_events = score()
-        measured = measure_calibration(_logits(scored), targets, exclusive=False)
-        calibration = {"temperature": temperature, **measured, "before": uncalibrated}
-    replace_diagram(output, calibration)
+    calibration = calibrator.measure(_logits(scored), targets, exclusive=False)
     scored.save(output / "scores.npz")
     (output / PICTURE).unlink(missing_ok=True)  # of an earlier evaluation of a classifier
     tuning = {}
@@ -123,9 +105,7 @@ def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
         **tuning,
     }
     write_json(output / "results.json", results)
-    if settings.calibrate:
-        description = describe_calibration(calibration, len(scored.scores), public_name(settings.data_dir))
-        write_calibration(Path(settings.model), HEAD, temperature, description)
+    calibrator.write(calibration, len(scored.scores))
     if settings.tune:
         write_event_detection(Path(settings.model), found)
     return results
@@ -170,10 +150,7 @@ def report_detector(settings: EvaluationSettings) -> None:
     print("\n" + class_table(results["per_class"]))
     if results["by_overlap"]:
         print("\n" + overlap_table(results["by_overlap"]))
-    print("\n" + calibration_table(results["calibration"]))
-    report_diagram(settings.output_dir)
-    if settings.calibrate:
-        print(f"\n{report_written(settings.model)}: evaluate on others")
+    report_calibration(results["calibration"], settings)
     if tuning := results.get("tuning"):
         print("\n" + tuning_table(tuning, results["event_detection"]))
         config = Path(settings.model) / "config.json"

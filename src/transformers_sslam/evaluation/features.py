@@ -13,10 +13,12 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..configuration_sslam import ClipPooling
 from ..errors import UserError
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import lock, verify, write_folder_atomically
 from ..modeling_sslam import SSLAMModel
+from ..pooling_sslam import POOLINGS, masked_max, masked_mean, masked_std, part_width, pool_part, sounding_tokens
 from .loading import Clips, hash_model, input_batches
 
 
@@ -24,18 +26,19 @@ logger = logging.getLogger(__name__)
 
 LAYOUT = 4  # of the files in a cache folder, a part of its key
 PatchDtype = Literal["float16", "float32"]
-Pooling = Literal["cls", "mean", "mean_and_std", "max_by_frequency", "mean_and_max_by_frequency"]
 Shapes = dict[str, tuple[tuple[int, ...], np.dtype]]
 
-# By name: the title in a table, and the arrays whose vectors are concatenated.
-POOLINGS: dict[Pooling, tuple[str, tuple[str, ...]]] = {
-    "cls": ("CLS token", ("cls",)),
-    "mean": ("mean of patches", ("mean",)),
-    "mean_and_std": ("mean and standard deviation of patches", ("mean", "std")),
-    "max_by_frequency": ("maximum over time by frequency", ("max_by_frequency",)),
-    "mean_and_max_by_frequency": ("mean and maximum over time by frequency", ("mean_by_frequency", "max_by_frequency")),
+PARTS = tuple(dict.fromkeys(part for parts in POOLINGS.values() for part in parts))  # of all poolings, each kept once
+# Of poolings, in tables and pictures.
+TITLES: dict[ClipPooling, str] = {
+    "cls": "CLS token",
+    "mean": "mean of patches",
+    "mean_and_std": "mean and standard deviation of patches",
+    "max_by_frequency": "maximum over time by frequency",
+    "mean_and_max_by_frequency": "mean and maximum over time by frequency",
 }
 LOG_MEL = "log_mel_"  # before the names of the log-mel's arrays
+LOG_MEL_PARTS: dict[str, Callable[..., torch.Tensor]] = {"mean": masked_mean, "std": masked_std, "max_by_frequency": masked_max}
 
 
 @dataclass(frozen=True)
@@ -66,19 +69,19 @@ class Features:
         """Those of the clips with these indices. Nothing is read."""
         return replace(self, rows=self.rows[clips])
 
-    def pooled(self, pooling: Pooling, block: int | None = None) -> np.ndarray:
+    def pooled(self, pooling: ClipPooling, block: int | None = None) -> np.ndarray:
         """Vectors of a block, by default the last of `blocks`: `(clips, width)`.
 
         Raises:
             UserError: if that block was not encoded.
         """
         column = -1 if block is None else self._column(block)
-        return np.concatenate([self.arrays[part][self.rows, column] for part in POOLINGS[pooling][1]], axis=1)
+        return np.concatenate([self.arrays[part][self.rows, column] for part in POOLINGS[pooling]], axis=1)
 
-    def pooled_blocks(self, pooling: Pooling, clips: np.ndarray) -> np.ndarray:
+    def pooled_blocks(self, pooling: ClipPooling, clips: np.ndarray) -> np.ndarray:
         """Vectors of all blocks but 0, of the clips with these indices: `(n, blocks, width)`."""
         columns = [self._column(block) for block in self.blocks if block > 0]
-        return np.concatenate([self.arrays[part][self.rows[clips]][:, columns] for part in POOLINGS[pooling][1]], axis=2)
+        return np.concatenate([self.arrays[part][self.rows[clips]][:, columns] for part in POOLINGS[pooling]], axis=2)
 
     def _column(self, block: int) -> int:
         if block not in self.blocks:
@@ -198,40 +201,15 @@ def _encode_batch(
     def tokens(block: int) -> torch.Tensor:
         return (outputs.last_hidden_state if block == depth else outputs.hidden_states[block]).float()
 
-    steps = mask.unflatten(1, (-1, model.config.patch_size)).any(-1)  # (batch, time), where there is sound
-    by_block = [_pool_block(model.frame_embeddings(tokens(block)), steps) | {"cls": tokens(block)[:, 0]} for block in blocks]
-    pooled = {name: torch.stack([block[name] for block in by_block], dim=1) for name in by_block[0]}
+    frequencies = model.config.num_frequency_patches
+    token_mask = sounding_tokens(mask, model.config.patch_size, frequencies)
+    pooled = {part: torch.stack([pool_part(tokens(block), token_mask, part, frequencies) for block in blocks], dim=1) for part in PARTS}
     # On the CPU in float64, so that a mel bin that never changes has a standard deviation of exactly 0.
-    log_mel, frames = inputs["input_values"].cpu().double(), mask.cpu()
-    mean, std = _masked_moments(log_mel, frames)
-    for name, vectors in (("mean", mean), ("std", std), ("max_by_frequency", _masked_max(log_mel, frames))):
-        pooled[LOG_MEL + name] = vectors[:, None].float()
-    pooled["lengths"] = steps.sum(1) * model.config.num_frequency_patches
+    log_mel, frames = inputs["input_values"].cpu().double(), mask.cpu()[..., None]
+    for part, pool in LOG_MEL_PARTS.items():
+        pooled[LOG_MEL + part] = pool(log_mel, frames)[:, None].float()
+    pooled["lengths"] = token_mask[:, 1:].sum(1)
     return pooled if patch_block is None else pooled | {"patches": tokens(patch_block)[:, 1:]}
-
-
-def _pool_block(grid: torch.Tensor, steps: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Parts of `POOLINGS`, from patch tokens on their grid, `(batch, time, frequency, width)`, and a mask over time, `(batch, time)`."""
-    by_frequency = grid.flatten(2)
-    mean, std = _masked_moments(grid.flatten(1, 2), steps.repeat_interleave(grid.shape[2], dim=1))
-    moments = {"mean": mean, "std": std, "mean_by_frequency": _masked_mean(by_frequency, steps)}
-    return moments | {"max_by_frequency": _masked_max(by_frequency, steps)}
-
-
-def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over positions that are not masked: (n, positions, width) and (n, positions) -> (n, width)."""
-    return torch.where(mask[..., None], values, 0).sum(1) / mask.sum(1)[:, None]  # `where`: masked values may be NaN
-
-
-def _masked_moments(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation over positions, as [`_masked_mean`]."""
-    center = _masked_mean(values, mask)
-    return center, _masked_mean((values - center[:, None]) ** 2, mask).sqrt()
-
-
-def _masked_max(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Maximum over positions, as [`_masked_mean`]."""
-    return torch.where(mask[..., None], values, -torch.inf).amax(1)
 
 
 def _fill(
@@ -261,14 +239,11 @@ def _fill(
 def _shapes(model: SSLAMModel, extractor: SSLAMFeatureExtractor, clips: int, blocks: int, patch_dtype: PatchDtype | None) -> Shapes:
     """Of all arrays, in the order of a clip's; without patch tokens if they have no type."""
     config, float32 = model.config, np.dtype("float32")
-    width, frequencies = config.hidden_size, config.num_frequency_patches
-    widths = {"cls": width, "mean": width, "std": width}
-    widths |= dict.fromkeys(("mean_by_frequency", "max_by_frequency"), frequencies * width)
-    shapes: Shapes = {name: ((clips, blocks, size), float32) for name, size in widths.items()}
-    shapes |= {LOG_MEL + name: ((clips, 1, config.num_mel_bins), float32) for name in ("mean", "std", "max_by_frequency")}
+    shapes: Shapes = {part: ((clips, blocks, part_width(part, config)), float32) for part in PARTS}
+    shapes |= {LOG_MEL + part: ((clips, 1, config.num_mel_bins), float32) for part in LOG_MEL_PARTS}
     shapes["lengths"] = ((clips,), np.dtype("int64"))
-    patches = extractor.max_length // config.patch_size * frequencies
-    return shapes if patch_dtype is None else shapes | {"patches": ((clips, patches, width), np.dtype(patch_dtype))}
+    patches = extractor.max_length // config.patch_size * config.num_frequency_patches
+    return shapes if patch_dtype is None else shapes | {"patches": ((clips, patches, config.hidden_size), np.dtype(patch_dtype))}
 
 
 def _write(folder: Path, shapes: Shapes, fill: Callable[[Mapping[str, np.ndarray]], None]) -> None:

@@ -15,10 +15,11 @@ from ..audio.rows import all_rows, check_apart, choose_classes, fold_names, fold
 from ..errors import UserError
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
+from ..pooling_sslam import POOLINGS
 from ..reports import markdown_table
 from ..settings import setting, settings_dict
 from .best_probe import InnerFold, ProbedBlock, check_inner_folds, choose_best, inner_folds
-from .features import POOLINGS, Features, PatchDtype, block_numbers, encode_clips, hash_waveforms
+from .features import Features, PatchDtype, block_numbers, encode_clips, hash_waveforms
 from .intervals import Summary, format_summary
 from .loading import load_model
 from .probing import (

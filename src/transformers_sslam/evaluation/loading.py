@@ -4,10 +4,13 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor
 
@@ -44,7 +47,7 @@ def load_model(cls: type[Model], model: str, dtype: str = "float32", device: str
         UserError: if they cannot be loaded, weights are missing, or the device cannot be used.
     """
     failed = f"{model} cannot be loaded as a {cls.__name__} with its feature extractor"
-    with as_user_error(failed):
+    with named_model(model), as_user_error(failed):
         source = resolve_model(model)
         extractor = AutoFeatureExtractor.from_pretrained(source)
         if not isinstance(extractor, SSLAMFeatureExtractor):
@@ -67,6 +70,21 @@ def load_model(cls: type[Model], model: str, dtype: str = "float32", device: str
         return network.to(device or best_device()), extractor
     except (RuntimeError, AssertionError) as error:  # unknown, not there, or torch was built without it
         raise UserError(f"device is {device!r}, which cannot be used: {error}") from error
+
+
+@contextmanager
+def named_model(model: str | None) -> Iterator[None]:
+    """Begin an error with the fact that there is no such folder or file, where that is so: what follows is about the Hub."""
+    try:
+        yield
+    except UserError as error:
+        if model is None or Path(model).exists():
+            raise
+        try:
+            validate_repo_id(model)
+        except HFValidationError:
+            raise UserError(f"there is no folder or file {model}: give that of a model, or a name on the Hub") from error
+        raise UserError(f"there is no folder or file {model}, and as a name on the Hub it cannot be loaded either: {error}") from error
 
 
 def input_batches(

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..configuration_sslam import ClipPooling
 from ..errors import UserError
 from ..settings import setting
-from .features import POOLINGS, Features, Pooling
+from .features import TITLES, Features
 from .intervals import Summary, proportion_interval, summarize, summarize_difference, widen_by_clips
 from .loading import best_device
 from .metrics import mean_over_classes
@@ -68,7 +69,7 @@ class Probe(ABC):
     needs_patches = False
     needs_model = True  # whether another network changes the result
     reads: Literal["block", "blocks"] = "block"  # one of them, or all but 0
-    pooling: Pooling | None = None  # of the vectors that it reads
+    pooling: ClipPooling | None = None  # of the vectors that it reads
 
     def __init__(self, settings: ProbeSettings, block: int | None = None):
         self.settings, self.block = settings, block
@@ -97,9 +98,9 @@ class Probe(ABC):
 class LinearProbe(Probe):
     """Logistic regression on standardised features; of tags, one for each."""
 
-    pooling: Pooling
+    pooling: ClipPooling
 
-    def __init__(self, settings: ProbeSettings, block: int | None = None, *, pooling: Pooling, log_mel: bool = False):
+    def __init__(self, settings: ProbeSettings, block: int | None = None, *, pooling: ClipPooling, log_mel: bool = False):
         super().__init__(settings, block)
         self.pooling, self.needs_model = pooling, not log_mel
 
@@ -177,9 +178,9 @@ class BlocksProbe(TrainedProbe):
     """A linear layer on a learned combination of all blocks' pooled outputs."""
 
     reads = "blocks"
-    pooling: Pooling
+    pooling: ClipPooling
 
-    def __init__(self, settings: ProbeSettings, block: int | None = None, *, pooling: Pooling, gated: bool):
+    def __init__(self, settings: ProbeSettings, block: int | None = None, *, pooling: ClipPooling, gated: bool):
         super().__init__(settings, block)
         self.pooling, self.build = pooling, partial(LayerCombination, gated=gated)
 
@@ -189,18 +190,15 @@ class BlocksProbe(TrainedProbe):
 
 # By name: the title in a table, and the class.
 PROBES: dict[str, tuple[str, Callable[..., Probe]]] = {
-    **{f"linear_{name}": (f"linear, {title}", partial(LinearProbe, pooling=name)) for name, (title, _) in POOLINGS.items()},
+    **{f"linear_{name}": (f"linear, {title}", partial(LinearProbe, pooling=name)) for name, title in TITLES.items()},
     "attentive": ("attentive pooling of patches", partial(PatchProbe, build=AttentivePooling)),
     "prototype": ("prototypes against patches", partial(PatchProbe, build=PrototypePooling)),
     "knn": ("k-NN, mean of patches", NearestNeighbors),
     **{
         f"weighted_sum_{name}": (f"weighted sum of blocks, {title}", partial(BlocksProbe, pooling=name, gated=False))
-        for name, (title, _) in POOLINGS.items()
+        for name, title in TITLES.items()
     },
-    **{
-        f"gated_{name}": (f"gates over blocks, {title}", partial(BlocksProbe, pooling=name, gated=True))
-        for name, (title, _) in POOLINGS.items()
-    },
+    **{f"gated_{name}": (f"gates over blocks, {title}", partial(BlocksProbe, pooling=name, gated=True)) for name, title in TITLES.items()},
     "log_mel_statistics": (
         "linear, mean and standard deviation of log-mel bins",
         partial(LinearProbe, pooling="mean_and_std", log_mel=True),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..audio.labelled_data import LabelledDataSettings
+from ..audio.labels import event_columns
 from ..audio.layouts import open_splits
 from ..audio.rows import LabelledRows, read_rows, select_folds, select_split
 from ..errors import UserError, as_user_error
@@ -96,4 +97,10 @@ def select_rows(settings: EvaluationSettings) -> LabelledRows:
         chosen = select_split(splits, settings.test_split)
     else:
         chosen = select_folds(splits, settings.fold_column, settings.test_folds)
+    columns = event_columns(chosen)
+    if settings.task == "events" and columns and settings.label_column not in columns:
+        raise UserError(
+            f"label_column is {settings.label_column!r}, but task is 'events', and the events of these clips are in another column: set it "
+            f"to {' or '.join(columns)}"
+        )
     return read_rows(chosen, settings.label_column, settings.label_separator)

@@ -253,6 +253,11 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
                 raise UserError(f"{name} is {value!r}, but task is 'events', where a clip may have several labels: leave it out")
         if self.model_config.get("patch_drop_rate"):
             raise UserError("model_config.patch_drop_rate is set, but task is 'events', where each step needs its patches: leave it out")
+        if (pooling := self.model_config.get("classifier_pooling", "cls")) not in ("cls", "mean"):  # which some shared recipes have
+            raise UserError(
+                f"model_config.classifier_pooling is {pooling!r}, but task is 'events', whose scores of a clip are those of its steps: "
+                "leave it out"
+            )
         if self.loss == "cross_entropy":
             raise UserError("loss is 'cross_entropy', but task is 'events', where labels overlap: leave it out")
         if self.streaming:

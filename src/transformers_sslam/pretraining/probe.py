@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from ..configuration_sslam import ClipPooling
 from ..errors import UserError
 from ..evaluation.frozen import read_task
 from ..evaluation.probing import Partition, score
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
+from ..pooling_sslam import masked_mean, masked_std, pool_tokens, sounding_tokens
 from .settings import StudentProbeSettings
 
 
@@ -23,6 +25,9 @@ try:
     from sklearn.preprocessing import StandardScaler
 except ImportError as error:
     raise ImportError('probes need scikit-learn: pip install "transformers-sslam[train]"') from error
+
+
+POOLING: ClipPooling = "max_by_frequency"  # under which an untrained network is not at a disadvantage, as it is under the mean
 
 
 class StudentProbe:
@@ -60,8 +65,10 @@ class StudentProbe:
         for inputs in self._batches():
             inputs = {name: values.to(encoder.device) for name, values in inputs.items()}
             hidden_states = encoder(**inputs, output_hidden_states=True).hidden_states  # the first block's input, and each block's output
+            frequencies = encoder.config.num_frequency_patches
+            mask = sounding_tokens(inputs["attention_mask"].bool(), encoder.config.patch_size, frequencies)
             for found, tokens in ((first, hidden_states[1]), (last, hidden_states[-1])):
-                found.append(max_over_time(tokens, inputs["attention_mask"], encoder.config.num_frequency_patches).cpu().numpy())
+                found.append(pool_tokens(tokens.float(), mask, POOLING, frequencies).cpu().numpy())
         values = {name: self._evaluate(np.concatenate(found)) for name, found in (("last_block", last), ("first_block", first))}
         return {f"probe_{name}": value for name, value in (*values.items(), ("log_mel", self.log_mel))}
 
@@ -78,30 +85,10 @@ class StudentProbe:
         return linear_probe(features, self.task.targets, self.task.partitions, self.settings.inverse_regularization)
 
 
-def max_over_time(tokens: torch.Tensor, attention_mask: torch.Tensor, num_frequency_patches: int) -> torch.Tensor:
-    """The largest value over time of each channel, for each frequency, without padding: a pooling under which an untrained network is not
-    at a disadvantage, as it is under the mean of all patches.
-
-    Args:
-        tokens: `(batch, 1 + patches, hidden_size)`, CLS first.
-        attention_mask: `(batch, frames)`, 0 in padding. A patch that holds any sound counts.
-        num_frequency_patches: how many there are at one time.
-
-    Returns:
-        `(batch, num_frequency_patches * hidden_size)`, float32.
-    """
-    patches = tokens[:, 1:].float().unflatten(1, (-1, num_frequency_patches))
-    sounding = attention_mask.bool().unflatten(1, (patches.shape[1], -1)).any(-1)
-    return patches.masked_fill(~sounding[:, :, None, None], -torch.inf).amax(1).flatten(1)
-
-
 def log_mel_statistics(input_values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """`(batch, 2 * mel bins)`: mean and standard deviation over the frames `(batch, frames, mel bins)` that are not padding."""
-    weights = attention_mask[..., None].double()  # in float64 a bin that never changes has a standard deviation of exactly 0
-    values, count = input_values.double(), weights.sum(1)
-    mean = (values * weights).sum(1) / count
-    variance = ((values - mean[:, None]) ** 2 * weights).sum(1) / count
-    return torch.cat((mean, variance.sqrt()), dim=1).float()
+    values, mask = input_values.double(), attention_mask.bool()[..., None]  # so that a bin that never changes has a deviation of exactly 0
+    return torch.cat((masked_mean(values, mask), masked_std(values, mask)), dim=1).float()
 
 
 def linear_probe(features: np.ndarray, targets: np.ndarray, partitions: Sequence[Partition], inverse_regularization: float) -> float:
@@ -124,4 +111,4 @@ def linear_probe(features: np.ndarray, targets: np.ndarray, partitions: Sequence
     return float(np.mean(values))
 
 
-__all__ = ["StudentProbe", "linear_probe", "log_mel_statistics", "max_over_time"]
+__all__ = ["StudentProbe", "linear_probe", "log_mel_statistics"]

@@ -22,7 +22,7 @@ from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
 from ..settings import setting
-from ..tasks_sslam import Embedding
+from ..tasks_sslam import Embedding, Pooling
 from ..windows_sslam import Windowing
 from .formats import utf8, write_tables, write_unusable
 from .parts import Parts
@@ -35,8 +35,9 @@ class EmbedSettings(RecordingsSettings):
 
     per: Literal["clip", "window", "step"] = setting("a vector for each file, each window, or each time step of 160 ms", "clip")
     layers: list[int] = setting("layers whose outputs are taken, and concatenated; -1: the last, 0: the input of the first", [-1])
-    pooling: Literal["mean", "cls", "patches"] | None = setting(
-        "mean of the patches, the CLS token, or all patches of a time step, concatenated; null: as the model pools, or the mean of a step",
+    pooling: Pooling | None = setting(
+        "how the CLS token or the patches become a vector; of a time step mean, or patches (all, concatenated); null: as the model pools, "
+        "and the mean of a step",
         None,
     )
 

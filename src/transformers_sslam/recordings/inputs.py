@@ -37,6 +37,12 @@ def absolute_path(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)
 
 
+def lists_among(inputs: str | Sequence[str]) -> list[str]:
+    """The inputs that [`find_recordings`] reads as lists of paths: files that are not audio by their name."""
+    names = [inputs] if isinstance(inputs, str) else inputs
+    return [name for name in names if Path(name).is_file() and Path(name).suffix.lower() not in AUDIO_SUFFIXES]
+
+
 def find_recordings(inputs: str | Sequence[str]) -> list[str]:
     """Paths of all recordings, each file once by whatever name: those below folders sorted, those of lists in their order.
 

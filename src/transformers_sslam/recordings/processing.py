@@ -30,7 +30,7 @@ from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import lock
 from ..settings import setting
 from ..tasks_sslam import Row, Task
-from .inputs import Recording, current_state, cut_into_portions, find_recordings, read_windows
+from .inputs import Recording, current_state, cut_into_portions, find_recordings, lists_among, read_windows
 from .parts import OUTPUTS, Parts, cause_of
 
 
@@ -114,6 +114,8 @@ def report(work: Callable[[Any], Summary], settings: RecordingsSettings) -> None
     transformers.logging.disable_progress_bar()
     if str(settings.device or best_device()) == "cpu":
         keep_freed_memory()
+    for name in lists_among(settings.inputs):
+        print(f"{name} is read as a list: each line is the path of a recording")
     try:
         summary = work(settings)
     except KeyboardInterrupt:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ...configuration_sslam import ClipPooling
 from ...errors import UserError
 from ...reports import markdown_table
 from ...settings import setting
-from .embedder import ClipPooling
 
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class SuiteSettings:
     model: str = setting("encoder: a folder, a Hub id, or an official checkpoint")
     suite: Literal["mteb"] = setting("benchmark suite; the programs of X-ARES and HEAR take this package's adaptors themselves", "mteb")
     tasks: list[str] = setting("names of tasks or benchmarks of the suite, and Python files with task classes of your own")
-    pooling: ClipPooling = setting("embedding of a clip: the CLS token, the patches' mean, or their mean and standard deviation", "mean")
+    pooling: ClipPooling = setting("how the CLS token or the patches become the embedding of a clip", "mean")
     layers: list[int] = setting("whose outputs are concatenated; -1: the last one, 0: the input of the first", [-1])
     output_dir: str = setting("folder for the results, as the suite writes them", "runs/benchmark")
     per_device_eval_batch_size: int = setting("clips in a forward pass", 16)

@@ -1,26 +1,25 @@
 """What the adaptors share: a frozen encoder, and which embedding of it is evaluated."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from ...batching_sslam import Span, check_batch_size
+from ...batching_sslam import check_batch_size
+from ...configuration_sslam import ClipPooling
 from ...errors import UserError, as_user_error
 from ...fbank import frame_geometry, num_frames
 from ...inference_sslam import by_recording
 from ...modeling_sslam import SSLAMModel
-from ...tasks_sslam import Embedding, Row
+from ...tasks_sslam import Embedding
 from ...windows_sslam import Windowing
 from ..loading import Clips, load_model
 
 
 DEFAULT_MODEL = "ta012/SSLAM_pretrain"  # of suites that build an encoder without arguments
 BATCH_SIZE = 16  # windows in a forward pass
-ClipPooling = Literal["cls", "mean", "mean_and_std"]
 StepPooling = Literal["mean", "patches"]
 
 
@@ -32,7 +31,7 @@ class Embedder(nn.Module):
 
     Args:
         model: folder, Hub id, or an official checkpoint.
-        pooling: of a clip: the CLS token, the mean of the patches, or their mean and standard deviation.
+        pooling: of a clip, as `SSLAMConfig.classifier_pooling`.
         layers: whose outputs are taken, and concatenated: -1 for the last one, 0 for the input of the first.
         device: by default an accelerator, if there is one.
         dtype: of the weights.
@@ -58,14 +57,8 @@ class Embedder(nn.Module):
         if pooling not in get_args(ClipPooling):
             raise UserError(f"pooling is {pooling!r}, but one of {', '.join(get_args(ClipPooling))} is expected")
         with as_user_error(f"{model} cannot be embedded this way"):
-            self.task = self._task()
-
-    def _task(self) -> Embedding:
-        config = self.encoder.config
-        windowing = Windowing.of_model(config, self.extractor, per="clip")
-        if self.pooling == "mean_and_std":
-            return MeanAndStd(config, self.extractor, windowing, "clip", self.layers, "mean")
-        return Embedding(config, self.extractor, windowing, "clip", self.layers, self.pooling)
+            windowing = Windowing.of_model(self.encoder.config, self.extractor, per="clip")
+            self.task = Embedding(self.encoder.config, self.extractor, windowing, "clip", self.layers, pooling)
 
     @property
     def sampling_rate(self) -> int:
@@ -123,33 +116,6 @@ class Embedder(nn.Module):
     def _at_least_a_frame(self, waveform: torch.Tensor) -> torch.Tensor:
         missing = frame_geometry(self.sampling_rate)[0] - waveform.shape[-1]
         return nn.functional.pad(waveform, (0, missing)) if missing > 0 else waveform
-
-
-@dataclass(frozen=True)
-class MeanAndStd(Embedding):
-    """Mean and standard deviation of a clip's patches, `(2 * hidden_size,)` of each layer. The mean is that of [`Embedding`].
-
-    A window's results are mean and variance; the variance of a clip of several windows is that of all their patches.
-    """
-
-    @property
-    def width(self) -> int:
-        return 2 * super().width
-
-    def _pool(self, model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        mean = super()._pool(model, tokens, mask)
-        variance = super()._pool(model, (tokens - mean[:, None]) ** 2, mask)
-        return torch.cat((mean, variance), dim=-1)
-
-    def _mean(self, results: Iterable[tuple[Span, torch.Tensor]]) -> Iterator[Row]:
-        spans, values = zip(*results)
-        rate = self.windowing.sampling_rate
-        weights = torch.tensor([num_frames(span.length, rate) for span in spans], dtype=torch.float32)
-        weights = (weights / weights.sum())[:, None, None]
-        means, variances = torch.stack(values).unflatten(1, (len(self.layers), 2, -1)).unbind(2)  # (windows, layers, hidden_size)
-        mean = (weights * means).sum(0)
-        variance = (weights * (variances + (means - mean) ** 2)).sum(0)
-        yield Row(0.0, (spans[-1].start + spans[-1].length) / rate, torch.stack((mean, variance.sqrt()), dim=1).flatten())
 
 
 def check_batch(waveforms: torch.Tensor) -> None:

@@ -17,12 +17,12 @@ from mteb.models.modality_collators import AudioCollator
 from mteb.models.model_meta import ModelMeta
 from tqdm.auto import tqdm
 
-from ...configuration_sslam import SSLAMConfig
+from ...configuration_sslam import ClipPooling, SSLAMConfig
 from ...fbank import frame_geometry
 from ...modeling_sslam import SSLAMModel
 from ...publishing.cards import CITATIONS
 from ..loading import hash_model
-from .embedder import BATCH_SIZE, ClipPooling, Embedder
+from .embedder import BATCH_SIZE, Embedder
 
 
 class SSLAMEncoder(AbsEncoder):

@@ -13,13 +13,50 @@ class RainEncoder(xares.SSLAMEncoder):
 
 X-ARES keeps embeddings by the name of the class: give each checkpoint, and each choice of layers, a name of its own. It pads the clips of
 a batch with zeros to the longest and does not pass their lengths on, so the zeros are embedded as silence.
+
+Its shards are decoded by torchaudio, which needs FFmpeg's libraries. Where there are none, every clip is left out without a word, and
+the run ends with "Empty dataloader". One line in the file of the encoder lets this package decode instead:
+
+```python
+webdataset.torch_audio = xares.decode_audio
+```
 """
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
+from ...audio.decode import AUDIO_SUFFIXES, load_waveform
+from ...errors import AudioDecodingError
 from . import embedder
+
+
+logger = logging.getLogger(__name__)
+
+DECODED_RATE = 16_000  # Hz; X-ARES resamples for an encoder of another rate
+
+
+def decode_audio(key: str, data: bytes) -> tuple[torch.Tensor, int] | None:
+    """A file of a shard, in the form of `webdataset.torch_audio`.
+
+    Args:
+        key: its name behind the first dot.
+        data: its bytes.
+
+    Returns:
+        The waveform, mixed down, `(1, samples)`, and its rate in Hz; `None` if the file is not audio.
+
+    Raises:
+        AudioDecodingError: if it cannot be decoded. It is logged, because X-ARES leaves such a clip out without a word.
+    """
+    if f".{key.rpartition('.')[2].lower()}" not in AUDIO_SUFFIXES:
+        return None
+    try:
+        return torch.from_numpy(load_waveform(data, DECODED_RATE)).unsqueeze(0), DECODED_RATE
+    except AudioDecodingError as error:
+        logger.warning(f"X-ARES leaves a clip out, because it cannot be decoded: {error}")
+        raise
 
 
 class SSLAMEncoder(embedder.Embedder):
