@@ -1,4 +1,4 @@
-"""A Hub for tests: the few endpoints that `huggingface_hub` needs to make a model repository, fill it and read it, on this machine.
+"""A Hub for tests: the few endpoints that `huggingface_hub` needs to make a repository, fill it and read it, on this machine.
 
 Weights go the way of large files. Whatever changes something needs the token, and is noted in `writes`.
 """
@@ -14,7 +14,8 @@ from urllib.parse import unquote, urlsplit
 
 
 TOKEN = "hf_of_the_tests"
-NAME = r"(?P<name>[\w.-]+/[\w.-]+)"
+NAME = r"(?P<name>(?:spaces/)?[\w.-]+/[\w.-]+)"  # of a Space with its kind, as in addresses
+API = rf"/api/(?:models/|(?=spaces/)){NAME}"
 
 
 def git_hash(content: bytes) -> str:
@@ -108,10 +109,14 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         asked = json.loads(self.body)
         name = f"{asked['organization']}/{asked['name']}"
+        if asked.get("type") == "space":
+            if asked.get("sdk") != "gradio":
+                return self.send(400, {"error": "a Space of these tests has the SDK gradio"})
+            name = f"spaces/{name}"
         exists = name in self.hub.repositories
         private = asked.get("private", False) or asked.get("visibility") == "private"  # older clients say the one, newer the other
         self.hub.repositories.setdefault(name, Repository(private))
-        self.send(409 if exists else 200, {"url": f"{self.hub.url}/{name}", "name": name})
+        return self.send(409 if exists else 200, {"url": f"{self.hub.url}/{name}", "name": name})
 
     def branch(self, name: str, branch: str) -> None:
         branches = self.hub.repositories[name].branches
@@ -165,7 +170,16 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories[name]
         files = repository.files(revision or "main")
         siblings = [{"rfilename": path} for path in files]
-        self.send(200, {"id": name, "private": repository.private, "sha": repository.sha(files), "siblings": siblings, "tags": []})
+        self.send(
+            200,
+            {
+                "id": name.removeprefix("spaces/"),
+                "private": repository.private,
+                "sha": repository.sha(files),
+                "siblings": siblings,
+                "tags": [],
+            },
+        )
 
     def tree(self, name: str, revision: str) -> None:
         entries = []
@@ -187,13 +201,13 @@ class _Handler(BaseHTTPRequestHandler):
 ROUTES = [
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", "/api/validate-yaml", _Handler.validate),
-    ("POST", rf"/api/models/{NAME}/branch/(?P<branch>.+)", _Handler.branch),
-    ("POST", rf"/api/models/{NAME}/preupload/(?P<revision>.+)", _Handler.preupload),
+    ("POST", rf"{API}/branch/(?P<branch>.+)", _Handler.branch),
+    ("POST", rf"{API}/preupload/(?P<revision>.+)", _Handler.preupload),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", r"/objects/(?P<oid>\w+)", _Handler.store),
-    ("POST", rf"/api/models/{NAME}/commit/(?P<revision>.+)", _Handler.commit),
-    ("GET", rf"/api/models/{NAME}", _Handler.info),
-    ("GET", rf"/api/models/{NAME}/revision/(?P<revision>.+)", _Handler.info),
-    ("GET", rf"/api/models/{NAME}/tree/(?P<revision>[^/]+)", _Handler.tree),
+    ("POST", rf"{API}/commit/(?P<revision>.+)", _Handler.commit),
+    ("GET", rf"{API}", _Handler.info),
+    ("GET", rf"{API}/revision/(?P<revision>.+)", _Handler.info),
+    ("GET", rf"{API}/tree/(?P<revision>[^/]+)", _Handler.tree),
     ("GET|HEAD", rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
 ]

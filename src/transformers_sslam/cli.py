@@ -44,7 +44,7 @@ COMMANDS = {
     "convert": Command("publishing.conversion", "ConversionSettings", "convert an official SSLAM or EAT checkpoint", ""),
     "export": Command("publishing.onnx_export", "ExportSettings", "export a model to ONNX and compare it with PyTorch", "onnx"),
     "card": Command("publishing.cards", "CardSettings", "write the model card of a saved model", ""),
-    "publish": Command("publishing.hub", "PublicationSettings", "push a saved model to the Hugging Face Hub", ""),
+    "publish": Command("publishing.publish", "PublicationSettings", "push a saved model, or a page that runs it, to the Hub", ""),
 }
 
 

@@ -1,4 +1,4 @@
-"""The code that a saved model needs to load anywhere, and the way of a model to the Hugging Face Hub."""
+"""The code that a saved model needs to load anywhere, and the way of a model, or a Space, to the Hugging Face Hub."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -33,7 +33,7 @@ from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import hash_file, read_json, write_json, write_text
-from ..settings import load_yaml, setting
+from ..settings import load_yaml
 from .cards import PLACEHOLDER, generate_model_card, is_description, without_folders
 
 
@@ -78,34 +78,6 @@ class PublishError(UserError):
     """A model cannot be published: why, and what to do."""
 
 
-@dataclass(kw_only=True)
-class PublicationSettings:
-    """Publication"""
-
-    model: str = setting("folder where the model was saved; it is not changed")
-    repo_id: str = setting("owner/name on the Hub; the token is that of `hf auth login`, or HF_TOKEN")
-    results: str | None = setting("JSON file that describes the model, for its card and results.json; by default the folder's own", None)
-    dry_run: bool = setting("check, list and stop", False)
-    private: bool = setting("make a new repository private", False)
-    revision: str | None = setting("branch to push to, created if need be; by default main", None)
-
-
-def run(settings: PublicationSettings) -> None:
-    """List the files, and publish them unless `dry_run` is set."""
-    with prepare_publication(settings.model, settings.repo_id, settings.results) as publication:
-        for name, size in publication.files.items():
-            print(f"{size:>14,} bytes  {name}")
-        print(f"{sum(publication.files.values()):>14,} bytes  in all")
-        if publication.left_out:
-            print(f"stays here: {', '.join(publication.left_out)}")
-        for note in publication.notes:
-            print(f"note: {note}")
-        if settings.dry_run:
-            print(f"dry run: nothing was sent to {settings.repo_id}")
-        else:
-            print(f"published: {upload(publication, settings.private, settings.revision)}")
-
-
 # --- code beside a saved model
 
 
@@ -142,24 +114,29 @@ def _remote_code() -> list[Path]:
 
 @dataclass(frozen=True)
 class Publication:
-    """A model that is ready for upload.
+    """A model, or a Space, that is ready for upload.
 
     Attributes:
-        folder: a temporary copy of exactly what is published; weights are links to the source's.
+        folder: exactly what is published.
         repo_id: `owner/name` on the Hub.
-        left_out: what stays in the source; folders end in "/".
+        left_out: what stays in the source of the model; folders end in "/".
         notes: sentences about gaps that do not prevent publication.
+        kind: of the repository.
+        replaced: folders of which nothing else remains in the repository; its other files are left alone.
     """
 
     folder: Path
     repo_id: str
     left_out: list[str]
     notes: list[str]
+    kind: Literal["model", "space"] = "model"
+    replaced: tuple[str, ...] = ()
 
     @property
     def files(self) -> dict[str, int]:
         """Size in bytes by name."""
-        return {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
+        paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
 
 
 @contextmanager
@@ -178,12 +155,7 @@ def prepare_publication(folder: str | Path, repo_id: str, results: str | Path | 
         PublishError: if the folder is not whole, or a file is a link to outside or holds a credential.
     """
     source = Path(folder)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise PublishError(f"{repo_id!r} is not a name for a repository ({error}): give owner/name") from error
-    if "/" not in repo_id:  # the card's examples load what it says
-        raise PublishError(f"{repo_id!r} is a name without its owner: give owner/name")
+    check_repo_id(repo_id)
     if results is None and is_description(source / "results.json"):
         results = source / "results.json"
     _check_presence(source, has_description=results is not None)
@@ -210,11 +182,22 @@ def prepare_publication(folder: str | Path, repo_id: str, results: str | Path | 
         yield publication
 
 
+def check_repo_id(repo_id: str) -> None:
+    """`PublishError` if it is not `owner/name`."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PublishError(f"{repo_id!r} is not a name for a repository ({error}): give owner/name") from error
+    if "/" not in repo_id:  # the card's examples load what it says
+        raise PublishError(f"{repo_id!r} is a name without its owner: give owner/name")
+
+
 def upload(publication: Publication, private: bool = False, revision: str | None = None, api: HfApi | None = None) -> str:
-    """Send what the repository does not hold yet, compare what it then holds, and return its address. Its other files are left alone.
+    """Send what the repository does not hold yet, compare what it then holds, and return its address. Its other files are left alone, but
+    for those in folders that are replaced.
 
     Args:
-        publication: from [`prepare_publication`].
+        publication: from [`prepare_publication`], or a Space.
         private: make a new repository private; one that exists and is public is an error then.
         revision: a branch, created if need be; by default "main".
         api: the client; by default of the Hub that `HF_ENDPOINT` names, with the token of `hf auth login` or `HF_TOKEN`.
@@ -222,21 +205,24 @@ def upload(publication: Publication, private: bool = False, revision: str | None
     Raises:
         PublishError: if the Hub cannot be reached, rejects the upload, or does not hold the same bytes afterwards.
     """
-    api = api or HfApi()
+    api, kind = api or HfApi(), publication.kind
     with _hub_failures(publication.repo_id):
-        url = api.create_repo(publication.repo_id, private=True if private else None, exist_ok=True)
-        if private and not api.model_info(url.repo_id).private:
+        sdk = "gradio" if kind == "space" else None
+        url = api.create_repo(publication.repo_id, repo_type=kind, space_sdk=sdk, private=True if private else None, exist_ok=True)
+        repository: Any = {"repo_id": url.repo_id, "repo_type": kind}
+        if private and not api.repo_info(**repository).private:
             raise PublishError(f"{url.repo_id} exists already and is public: make it private on the Hub first, or leave --private out")
         if revision is not None:
-            api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+            api.create_branch(**repository, branch=revision, exist_ok=True)
         api.upload_folder(
-            repo_id=url.repo_id,
+            **repository,
             folder_path=publication.folder,
-            allow_patterns=list(publication.files),
+            delete_patterns=[f"{folder}/*" for folder in publication.replaced] or None,
             revision=revision,
-            commit_message="Upload model, code, card and results",
+            commit_message="Upload model, code, card and results" if kind == "model" else "Upload the page, its code and its model",
         )
-        remote = {entry.path: entry for entry in api.list_repo_tree(url.repo_id, revision=revision) if isinstance(entry, RepoFile)}
+        entries = api.list_repo_tree(**repository, recursive=True, revision=revision)
+        remote = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     if different := [name for name in publication.files if not _same_bytes(publication.folder / name, remote.get(name))]:
         raise PublishError(f"{url.repo_id} does not hold what was sent ({', '.join(different)} missing or different): publish again")
     return str(url) if revision is None else f"{url}/tree/{revision}"
