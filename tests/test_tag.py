@@ -14,7 +14,7 @@ import torch
 from conftest import noise, speech_like, tiny_config
 from filelock import FileLock
 
-from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForAudioFrameClassification, SSLAMModel
 
 
 soundfile = pytest.importorskip("soundfile")
@@ -622,3 +622,24 @@ def test_a_run_without_a_usable_recording_writes_the_causes_and_fails(tmp_path, 
         assert [line["cause"] for line in lines(tmp_path / "tags.jsonl")] == ["unreadable"]
     (tmp_path / "broken.wav").write_bytes(encoded(noise(2.0)))
     assert main(arguments) == 0
+
+
+def test_a_detector_of_events_gives_the_labels_of_whole_windows(recordings, tmp_path):
+    torch.manual_seed(0)
+    names = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+    detector = SSLAMForAudioFrameClassification(tiny_config(**names, initializer_range=0.3)).eval()
+    detector.save_pretrained(tmp_path / "detector")
+    extractor = SSLAMFeatureExtractor(max_length=64)
+    extractor.save_pretrained(tmp_path / "detector")
+    tag_files(settings(tmp_path / "detector", recordings, tmp_path / "tags.jsonl", per="window", top_k=3, threshold=0.0, hop=0.48))
+    found = {Path(line["path"]).name: line for line in lines(tmp_path / "tags.jsonl")}
+    for name, waveform in (("a.wav", noise(2.0)), ("c.ogg", load_waveform(recordings / "deep" / "c.ogg"))):
+        for window in found[name]["windows"]:
+            start = round(window["start"] * RATE)
+            clip = waveform[start : start + 63 * 160 + 400]
+            with torch.inference_mode():
+                inputs = extractor(clip, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True)
+                expected = detector(**inputs).clip_logits[0].sigmoid()
+            scores = {tag["label"]: tag["score"] for tag in window["tags"]}
+            assert [scores[label] for label in CLASSES] == pytest.approx(expected.tolist(), abs=2e-3 if name == "a.wav" else 1e-4)
+    assert found["c.ogg"]["windows"][0]["end"] == pytest.approx(0.4)  # shorter than a window: its padding is masked

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import chain, groupby, islice
 from numbers import Number
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -144,9 +144,10 @@ class SSLAMEncodingMixin(nn.Module):
 
 
 class SSLAMScoringMixin(nn.Module):
-    """`score_windows` and `score_over_time`, for a classifier."""
+    """`score_windows` and `score_over_time`, for a model that scores clips."""
 
     config: SSLAMConfig
+    scoring: ClassVar[type[Scoring]] = Scoring
 
     def score_windows(
         self,
@@ -183,7 +184,7 @@ class SSLAMScoringMixin(nn.Module):
         check_batch_size(batch_size)
         check_sampling_rate(feature_extractor, sampling_rate)
         windowing = Windowing.of_model(self.config, feature_extractor, hop=hop, window=window)
-        task = Scoring(self.config, feature_extractor, windowing)
+        task = self.scoring(self.config, feature_extractor, windowing)
         return self._score_windows(task, audio, batch_size)
 
     def _score_windows(self, task: Scoring, audio: Audio, batch_size: int) -> Iterator[WindowScores]:

@@ -12,7 +12,9 @@ from transformers.utils.generic import can_return_tuple
 from .attention_sslam import as_boolean, without_autocast
 from .configuration_sslam import SSLAMConfig
 from .detection_sslam import SSLAMDetectionMixin
+from .inference_sslam import SSLAMScoringMixin
 from .modeling_sslam import SSLAMModel, SSLAMModelOutput, SSLAMPreTrainedModel
+from .tasks_sslam import ClipScoring
 
 
 UNKNOWN = -100  # a label that has no part in the loss
@@ -31,7 +33,7 @@ class SSLAMFrameClassifierOutput(TokenClassifierOutput):
     clip_logits: torch.FloatTensor | None = None
 
 
-class SSLAMForAudioFrameClassification(SSLAMPreTrainedModel, SSLAMDetectionMixin):
+class SSLAMForAudioFrameClassification(SSLAMPreTrainedModel, SSLAMDetectionMixin, SSLAMScoringMixin):
     """The encoder with a layer norm and a linear layer on each time step, and attention over time for the labels of a clip.
 
     Step `j` covers the seconds from `j / steps_per_second` to `(j + 1) / steps_per_second`. Patches of one time are pooled over frequency
@@ -39,6 +41,7 @@ class SSLAMForAudioFrameClassification(SSLAMPreTrainedModel, SSLAMDetectionMixin
     clip are those of its steps, weighted by a softmax over time (as in PretrainedSED, Schmid et al., ICASSP 2025, arXiv 2409.09546).
     """
 
+    scoring = ClipScoring
     # Nor a classifier's head, which is on the pooled output.
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^teacher\.", r"^classifier\."]
     # Its loss is the mean over a batch: where gradients are accumulated, `Trainer` has to divide by their number.

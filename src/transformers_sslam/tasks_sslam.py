@@ -106,6 +106,20 @@ class Scoring(Task):
 
 
 @dataclass(frozen=True)
+class ClipScoring(Scoring):
+    """Scores `(classes,)` of each window in [0, 1] by a detector of events: of the window as a clip."""
+
+    masks_padding: ClassVar[bool] = True
+
+    def __post_init__(self):
+        pass  # each class has a sigmoid of its own, one class too
+
+    def compute(self, model: Any, inputs: Inputs) -> torch.Tensor:
+        with inference(model):
+            return model(**inputs, return_dict=True).clip_logits.float().sigmoid().cpu()
+
+
+@dataclass(frozen=True)
 class Embedding(Task):
     """Vectors of each clip, window, or time step of 160 ms.
 
@@ -311,4 +325,7 @@ def _padded_frames(shortest: int, longest: int, unit: int, most: int) -> int:
     return min(most, -(-longest // bucket) * bucket)
 
 
-__all__ = ["Detection", "Embedding", "Inputs", "Per", "Pooling", "Row", "Scoring", "Steps", "Task", "first_device", "inference"]
+__all__ = [
+    *("ClipScoring", "Detection", "Embedding", "Inputs", "Per", "Pooling", "Row", "Scoring", "Steps", "Task", "first_device"),
+    "inference",
+]

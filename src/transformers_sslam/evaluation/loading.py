@@ -72,6 +72,21 @@ def load_model(cls: type[Model], model: str, dtype: str = "float32", device: str
         raise UserError(f"device is {device!r}, which cannot be used: {error}") from error
 
 
+def tagger_class(model: str) -> type[SSLAMForAudioClassification] | type[SSLAMForAudioFrameClassification]:
+    """The class of a model that gives clips labels: a detector's, if it is one, and otherwise a classifier's.
+
+    Args:
+        model: folder, Hub id, or an official checkpoint.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    with named_model(model), as_user_error(f"{model} cannot be loaded"):
+        config = SSLAMConfig.from_pretrained(resolve_model(model))
+    detects = SSLAMForAudioFrameClassification.__name__ in (config.architectures or ())
+    return SSLAMForAudioFrameClassification if detects else SSLAMForAudioClassification
+
+
 @contextmanager
 def named_model(model: str | None) -> Iterator[None]:
     """Begin an error with the fact that there is no such folder or file, where that is so: what follows is about the Hub."""

@@ -22,9 +22,9 @@ import pyarrow as pa
 
 from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError
+from ..evaluation.loading import tagger_class
 from ..events_sslam import Event
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
-from ..modeling_sslam import SSLAMForAudioClassification
 from ..settings import setting
 from ..tasks_sslam import Scoring
 from ..windows_sslam import Windowing
@@ -43,7 +43,6 @@ class TagSettings(RecordingsSettings):
     pool: Literal["max", "mean"] = setting("how the scores of windows become those of a recording (.jsonl)", "max")
     per: Literal["segment", "window"] = setting("labels of segments, which are successive windows joined, or of each window", "segment")
 
-    model_class: ClassVar = SSLAMForAudioClassification
     suffixes: ClassVar = (".jsonl", ".csv", ".parquet")
 
     def __post_init__(self):
@@ -51,9 +50,15 @@ class TagSettings(RecordingsSettings):
         if self.top_k < 1 or not 0 <= self.threshold <= 1:
             raise UserError(f"top_k is {self.top_k} and threshold {self.threshold:g}, but at least 1 and a score in [0, 1] are expected")
 
+    @property
+    def model_class(self) -> type:  # type: ignore[override]  # which of two, the model tells
+        """Classifier, or detector of events, which scores clips too."""
+        return tagger_class(self.model)
+
     def task(self, config: SSLAMConfig, extractor: SSLAMFeatureExtractor) -> Scoring:
         """Scores of each window."""
-        return Scoring(config, extractor, Windowing.of_model(config, extractor, hop=self.hop, window=self.window))
+        windowing = Windowing.of_model(config, extractor, hop=self.hop, window=self.window)
+        return tagger_class(self.model).scoring(config, extractor, windowing)
 
 
 @dataclass
