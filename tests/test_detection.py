@@ -346,16 +346,17 @@ def test_arguments_out_of_range_are_rejected_before_any_audio_is_read(method, op
 @pytest.mark.parametrize(
     ("audio", "message"),
     [
-        ([], "the audio has 0 samples"),
+        (lambda: iter([]), "the audio has 0 samples"),
+        ([noise(1.0), noise(1.0)], "the audio is a list of 2, but one recording is expected: call this for each waveform"),
         (noise(0.02), "320 samples"),
         (np.zeros((2, 16_000), dtype=np.float32), r"shape \(2, 16000\)"),
         (np.zeros(16_000, dtype=np.int16), "dtype int16"),
-        ([noise(1.0), np.full(8000, np.nan, dtype=np.float32)], "the audio between 1.00 and 1.50 s holds NaN"),
+        (lambda: iter([noise(1.0), np.full(8000, np.nan, dtype=np.float32)]), "the audio between 1.00 and 1.50 s holds NaN"),
     ],
 )
 def test_audio_that_cannot_be_scored_is_rejected(method, audio, message):
     with pytest.raises(ValueError, match=message):
-        getattr(detector(), method)(audio, EXTRACTOR)
+        getattr(detector(), method)(audio() if callable(audio) else audio, EXTRACTOR)
 
 
 def test_scores_that_are_not_finite_are_an_error():

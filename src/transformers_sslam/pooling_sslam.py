@@ -35,7 +35,8 @@ def pool_part(tokens: torch.Tensor, token_mask: torch.Tensor | None, part: str, 
         return tokens[:, 0]
     patches, mask = tokens[:, 1:], None if token_mask is None else token_mask[:, 1:, None]
     if part.endswith("by_frequency"):
-        patches, mask = (None if one is None else one.unflatten(1, (-1, num_frequency_patches)) for one in (patches, mask))
+        grid = (-1, num_frequency_patches)
+        patches, mask = patches.unflatten(1, grid), None if mask is None else mask.unflatten(1, grid)
     pool = {"mean": masked_mean, "std": masked_std, "max": masked_max}[part.removesuffix("_by_frequency")]
     return pool(patches.to(torch.promote_types(patches.dtype, torch.float32)), mask).flatten(1).to(tokens.dtype)
 
