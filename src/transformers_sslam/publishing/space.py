@@ -33,7 +33,7 @@ DISTRIBUTION, EXTRA = "transformers-sslam", "app"
 MODELS, EXAMPLES = "models", "examples"
 LONGEST = 120.0  # seconds of a recording, examples included
 SAMPLING_RATE = 16_000  # that lengths are measured at
-START_TIMEOUT = 300.0  # seconds, for the largest models on a busy machine
+START_TIMEOUT = 600.0  # seconds: a busy machine may take minutes
 
 APP = '''"""The page of `sslam app`, as a Space runs it. `python app.py` starts it on any machine, at port 7860 of all its networks."""
 
