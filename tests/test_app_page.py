@@ -24,7 +24,10 @@ pytest.importorskip("torchaudio")
 pytest.importorskip("gradio", reason="needs the extra app")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
 from test_app import RATE, save_classifier, save_detector, table  # noqa: E402
+from test_app_index import embed  # noqa: E402
+from test_app_live import save_noise_detector  # noqa: E402
 
+from transformers_sslam.app.index import SoundIndex  # noqa: E402
 from transformers_sslam.app.listening import open_listener  # noqa: E402
 from transformers_sslam.app.page import Page, find_examples, launch  # noqa: E402
 from transformers_sslam.app.sessions import Sessions  # noqa: E402
@@ -68,7 +71,8 @@ class Served:
     def __init__(self, model: Path, sessions: Sessions, **settings):
         options = AppSettings(model=str(model), device="cpu", port=0, open_browser=False, **settings)
         self.listener, self.sessions = open_listener(options), sessions
-        self.page = Page(self.listener, sessions, find_examples(options.examples))
+        index = None if options.index is None else SoundIndex(options.index, self.listener)
+        self.page = Page(self.listener, sessions, find_examples(options.examples), index)
         self.address = launch(self.page.blocks, options, sessions)
 
 
@@ -91,11 +95,37 @@ def served(tmp_path_factory, recordings) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def browser():
+def index(tmp_path_factory, recordings, served) -> Path:
+    """Of the recordings, and of one that then moved."""
+    folder = tmp_path_factory.mktemp("index") / "archive"
+    shutil.copytree(recordings, folder)
+    soundfile.write(folder / "gone.wav", noise(2.0, seed=7), RATE)
+    output = embed(Path(served.listener.settings.model), folder)
+    (folder / "gone.wav").unlink()
+    return output
+
+
+@pytest.fixture
+def indexed(served, index, monkeypatch) -> Iterator[Served]:
+    """A page of the same model, with an index."""
+    monkeypatch.setenv(TEMPORARY, "")
+    with Sessions(3600) as sessions:
+        server = Served(Path(served.listener.settings.model), sessions, index=str(index))
+        yield server
+        server.page.blocks.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def driver():
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
+        yield driver
+
+
+@pytest.fixture(scope="module")
+def browser(driver):
+    browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    yield browser
+    browser.close()
 
 
 @pytest.fixture
@@ -336,6 +366,21 @@ def test_a_recording_above_the_limit_is_rejected(visit, tmp_path):
     assert "long.wav is longer than 60 s, the limit of this page: give a part of it" in page.inner_text(ERROR)
 
 
+def test_nothing_is_said_of_a_former_file_when_the_next_one_is_not_taken(visit, recordings, tmp_path):
+    """Gradio itself rejects files of other kinds, and says so."""
+    (tmp_path / "notes.txt").write_text("no audio")
+    (tmp_path / "notes.wav").write_text("no audio")
+    page = visit()
+    for former, until in ((tmp_path / "notes.wav", ERROR), (recordings / "park.flac", LANES), (tmp_path / "notes.wav", ERROR)):
+        give(page, former, until)
+        assert "Error)" not in page.inner_text("#player")  # the name of an exception
+        page.set_input_files(FILE, str(tmp_path / "notes.txt"))
+        page.wait_for_selector("text=Invalid file type: notes.txt")
+        page.wait_for_selector(until, state="hidden")
+        assert page.inner_text("#player").strip() == ""
+    give(page, recordings / "park.flac")
+
+
 def test_a_page_recovers_from_an_error(visit, recordings, tmp_path):
     (tmp_path / "notes.wav").write_text("no audio")
     page = visit()
@@ -435,6 +480,182 @@ def test_a_classifier_shows_segments(visit, recordings, tmp_path, monkeypatch):
         page.set_input_files(FILE, str(tmp_path / "big.wav"))
         page.wait_for_selector("text=/maximum|too large|exceeds/i")
         server.page.blocks.close(verbose=False)
+
+
+# --- sounds like this
+
+
+def choice(page) -> tuple[float, float]:
+    """The numbers, and the same as marked in the picture."""
+    numbers = tuple(float(page.input_value(f"#{name} input")) for name in ("from", "to"))
+    strip, marked = (page.locator(name).bounding_box() for name in (".sslam-strip", ".sslam-choice"))
+    scale = page.evaluate("Number(document.querySelector('#sslam-sound').dataset.duration)") / strip["width"]
+    assert (marked["x"] - strip["x"]) * scale == pytest.approx(numbers[0], abs=3 * scale)
+    assert (marked["x"] + marked["width"] - strip["x"]) * scale == pytest.approx(numbers[1], abs=5 * scale)  # with its borders
+    return numbers
+
+
+def find(page) -> list[tuple[str, str, str, float]]:
+    """Start, end, recording and similarity of what was found."""
+    before = page.inner_html("#matches")
+    page.get_by_role("button", name="Find similar").click()
+    page.wait_for_function("before => document.querySelector('#matches').innerHTML !== before", arg=before)
+    page.wait_for_selector("#matches tbody tr")
+    rows = [row.locator("td, th").all_inner_texts() for row in page.locator("#matches tbody tr").all()]
+    return [(start.strip("\u25b6 "), end, name, float(similarity)) for start, end, name, similarity in rows]
+
+
+def test_a_dragged_span_is_found_where_it_is_and_plays(indexed, visit, recordings):
+    page = visit(indexed.address)
+    give(page, recordings / "street.wav")
+    page.wait_for_function("document.querySelector('#to input').value === '0.64'")  # a window
+    assert choice(page) == (0, 0.64)
+    strip = page.locator(".sslam-mel").bounding_box()
+    places = [strip["x"] + strip["width"] * seconds / 6 for seconds in (1.92, 2.2, 2.575)]
+    page.mouse.move(places[0], strip["y"] + 20)
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(place, strip["y"] + 40, steps=3)
+    page.mouse.up()
+    assert choice(page) == (pytest.approx(1.92, abs=0.01), pytest.approx(2.575, abs=0.01))
+    assert page.evaluate("document.querySelector('#sslam-sound').currentTime") == 0  # a drag is not a click
+    start, end, name, similarity = find(page)[0]
+    assert (start, end, name) == ("1.92", "2.58", "street.wav")
+    assert similarity > 0.99
+    page.locator("#matches button").first.click()
+    page.wait_for_function("document.querySelector('#sslam-match')?.currentTime > 0")
+    assert page.evaluate("document.querySelector('#sslam-match').duration") == pytest.approx(0.655, abs=0.01)
+    assert page.inner_text("#match h2") == "street.wav, 1.92 to 2.58 s"
+
+
+def test_a_clicked_event_and_typed_seconds_are_chosen(indexed, visit, recordings):
+    page = visit(indexed.address)
+    give(page, recordings / "street.wav")
+    _, start, end = shown_events(page)[-1]
+    page.locator("#table button[data-start]").last.click()
+    assert choice(page) == (start, end)
+    page.fill("#from input", "0.32")
+    page.fill("#to input", "0.97")
+    assert choice(page) == (0.32, 0.97)
+    assert find(page)[0][:3] == ("0.32", "0.97", "street.wav")
+    page.fill("#to input", "0.1")
+    page.get_by_role("button", name="Find similar").click()
+    page.wait_for_selector("#matches .sslam-error")
+    assert "from 0.32 to 0.1 s is not a span of this recording of 6.00 s" in page.inner_text("#matches")
+    page.fill("#to input", "")
+    page.get_by_role("button", name="Find similar").click()
+    page.wait_for_selector("#matches .sslam-error:has-text('Choose a span')")
+
+
+def test_a_recording_that_moved_is_told_and_nothing_else_is_served(indexed, visit, tmp_path):
+    soundfile.write(tmp_path / "gone.wav", noise(2.0, seed=7), RATE)
+    page = visit(indexed.address)
+    give(page, tmp_path / "gone.wav")
+    page.fill("#from input", "0")
+    page.fill("#to input", "0.65")
+    assert find(page)[0][:3] == ("0.00\nmoved or changed", "0.66", "gone.wav")
+    page.locator("#matches button").first.click()
+    page.wait_for_selector("#sslam-match")
+    address = page.evaluate("document.querySelector('#sslam-match').src")
+    assert page.request.get(address).ok
+    file = Path(indexed.listener.settings.index).parent / "archive" / "street.wav"
+    assert file.is_file()
+    folder = address.rsplit("/", 1)[0]
+    for other in (f"{indexed.address}gradio_api/file={file}", f"{folder}/../../../..{file}", f"{folder}/..%2f..%2f..%2f..{file}"):
+        assert page.request.get(other).status in (403, 404)
+
+
+def test_a_page_without_an_index_does_not_offer_to_search(visit, recordings):
+    page = visit()
+    give(page, recordings / "street.wav")
+    page.locator("#table button[data-start]").last.click()
+    assert page.get_by_role("button", name="Find similar").count() == 0
+    assert not page.locator(".sslam-choice").is_visible()
+
+
+# --- live
+
+
+@pytest.fixture
+def microphone(driver, tmp_path) -> Iterator:
+    """Opens a page whose microphone plays a second of noise in 5 s of silence, again and again."""
+    burst = np.concatenate((np.zeros(96_000), noise(1.0, 1, 48_000), np.zeros(144_000)))
+    soundfile.write(tmp_path / "burst.wav", burst, 48_000)
+    flags = [*FLAGS, f"--use-file-for-fake-audio-capture={tmp_path / 'burst.wav'}"]
+    browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+
+    def opened(address: str):
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.goto(address)
+        page.get_by_text("Listen live with the microphone").click()
+        return page
+
+    yield opened
+    browser.close()
+
+
+def test_events_of_a_microphone_appear_while_it_listens_with_their_delay(microphone, tmp_path, monkeypatch):
+    monkeypatch.setenv(TEMPORARY, "")
+    with Sessions(3600) as sessions:
+        server = Served(save_noise_detector(tmp_path / "model"), sessions, live_window=0.64, live_hop=0.16)
+        page = microphone(server.address)
+        page.get_by_role("button", name="Start listening").click()
+        page.wait_for_selector(".sslam-live-events tbody tr")
+        assert page.get_by_role("button", name="Stop", exact=True).is_visible()  # while it listens
+        start, end, label, score, delay = page.locator(".sslam-live-events tbody tr").last.locator("td, th").all_inner_texts()
+        assert label == "dog"
+        assert float(end) - float(start) == pytest.approx(1, abs=0.33)  # two steps
+        assert float(score) > 0.5
+        assert page.inner_text(".sslam-live-latest").startswith("Latest: dog, from ")
+        stated, windows, block, measured = map(float, re.findall(r"(\d+\.\d+) s", page.inner_text(".sslam-live-delay")))
+        assert windows == pytest.approx(server.listener.live_delay(), abs=0.0051)
+        assert block == 0.16
+        assert stated == pytest.approx(windows + block + measured, abs=0.06)
+        assert 0 < float(delay) < server.listener.live_delay() + 0.16 + 1.0  # a machine may be busy for a second
+        assert page.locator('.sslam-live .sslam-lane[data-label="dog"] .sslam-bar').count() >= 1
+        other = microphone(server.address)
+        other.get_by_role("button", name="Start listening").click()
+        other.wait_for_selector("text=1 at a time can listen live, the limit of this page: try again in a while")
+        page.get_by_role("button", name="Stop", exact=True).click()
+        page.wait_for_selector(".sslam-live-state:has-text('Stopped.')")
+        page.wait_for_timeout(500)  # for the last answer
+        heard = page.inner_text(".sslam-live-time"), page.inner_text(".sslam-live-events")
+        page.wait_for_timeout(1500)
+        assert (page.inner_text(".sslam-live-time"), page.inner_text(".sslam-live-events")) == heard
+        other.get_by_role("button", name="Start listening").click()  # there is room again
+        other.wait_for_selector(".sslam-live-state:has-text('Listening.')")
+        assert not list(sessions.uploads.rglob("*"))  # no sound is kept
+        server.page.blocks.close(verbose=False)
+
+
+def test_why_there_is_no_microphone_is_told(visit):
+    page = visit()
+    page.evaluate("() => { navigator.mediaDevices.getUserMedia = async () => { throw new DOMException('', 'NotAllowedError'); }; }")
+    page.get_by_text("Listen live with the microphone").click()
+    page.get_by_role("button", name="Start listening").click()
+    page.wait_for_selector("text=The browser does not give the microphone: allow it for this page.")
+    assert page.get_by_role("button", name="Start listening").is_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_search_and_live_mode_are_readable_on_every_screen(indexed, visit, recordings, scheme, width):
+    page = visit(indexed.address, color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 844})
+    give(page, recordings / "street.wav")
+    find(page)
+    page.locator("#matches button").first.click()
+    page.wait_for_selector("#sslam-match")
+    page.get_by_text("Listen live with the microphone").click()
+    page.get_by_role("button", name="Start listening").click()
+    page.wait_for_selector(".sslam-live-events tbody tr")
+    page.get_by_role("button", name="Stop", exact=True).click()
+    page.wait_for_timeout(1000)  # transitions, and the last answer
+    contrasts = page.evaluate(CONTRASTS)
+    assert {"Most like 0.00 to 0.64 s", "Stopped.", "not known yet"} <= {text for text, _ in contrasts}
+    assert [(text, ratio) for text, ratio in contrasts if ratio < 4.5] == []  # WCAG AA
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from transformers.utils import cached_file
 from ..errors import UserError
 from ..settings import load_yaml
 from .drawing import clock
+from .index import SoundIndex
 from .listening import Listener
 from .settings import LimitSettings
 
@@ -19,7 +20,7 @@ FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n(.*)\Z", re.DOTALL)
 MOST_CLASSES = 60  # that are listed
 
 
-def draw_about(listener: Listener) -> str:
+def draw_about(listener: Listener, index: SoundIndex | None = None) -> str:
     """Model, data and limits, as HTML."""
     front, text = read_card(listener.settings.model)
     classes = ", ".join(map(escape, listener.classes[:MOST_CLASSES]))
@@ -33,6 +34,7 @@ def draw_about(listener: Listener) -> str:
         "Data": _listed(front.get("datasets")),
         "Licence": _listed(front.get("license_name") or front.get("license")),
         "From its card": escape(text),
+        "Searched": escape(index.about) if index else "",
         "This page": escape(limits(listener.settings)),
     }
     rows = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items() if value)
@@ -41,12 +43,14 @@ def draw_about(listener: Listener) -> str:
 
 def limits(settings: LimitSettings) -> str:
     """What the page accepts, and what becomes of it, in sentences."""
+    most = f"{settings.live_at_once} microphone{'s' if settings.live_at_once > 1 else ''}"
+    live = f"The live mode listens to {most} at a time and keeps no sound. " if settings.live_at_once else ""
     return (
         f"Recordings of up to {clock(settings.max_seconds)} and {settings.max_megabytes} MB, {settings.at_once} at a time, each for up to "
         f"{clock(settings.max_compute_seconds)} of computing. A file is deleted within two minutes after the model has received it. What "
         "is kept to play it is deleted when you choose another one or close the page, or after "
-        f"{clock(60 * settings.keep_minutes)}. No recording is logged. A model knows its own classes only, and makes mistakes: listen "
-        "before you rely on it."
+        f"{clock(60 * settings.keep_minutes)}. No recording is logged. {live}A model knows its own classes only, and makes mistakes: "
+        "listen before you rely on it."
     )
 
 

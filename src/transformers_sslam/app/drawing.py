@@ -15,6 +15,7 @@ import numpy as np
 from ..events_sslam import Event
 from ..fbank import LOWEST_FREQUENCY
 from ..recordings.plot import MEL_TICKS
+from .index import Match
 from .listening import LABELS, PICTURE, SOUND, TABLE, Listener, Recording
 
 
@@ -42,9 +43,9 @@ def draw_player(recording: Recording) -> str:
     )
 
 
-def draw_error(message: str) -> str:
-    """Why a recording cannot be shown."""
-    return f'<div class="sslam-error" role="alert"><strong>This recording cannot be used.</strong> {escape(message)}</div>'
+def draw_error(message: str, what: str = "This recording cannot be used.") -> str:
+    """What cannot be done, and why."""
+    return f'<div class="sslam-error" role="alert"><strong>{what}</strong> {escape(message)}</div>'
 
 
 def draw_lanes(listener: Listener, recording: Recording, events: Sequence[Event], threshold: float, zoom: float = 1.0) -> str:
@@ -68,7 +69,8 @@ def draw_lanes(listener: Listener, recording: Recording, events: Sequence[Event]
         '<div class="sslam-scroll" tabindex="0" role="group" aria-label="Over time; scrolls when zoomed">'
         f'<div class="sslam-strip" style="width:{100 * zoom:g}%"><div class="sslam-mel sslam-track">{_frequencies(listener.rate)}'
         f'<img src="{picture}" alt="Log-mel of {escape(recording.name)}"><div class="sslam-cursor" aria-hidden="true"></div></div>'
-        f"{lanes}{_axis(recording.duration, zoom)}</div></div>{''.join(f'<p>{note}</p>' for note in notes)}"
+        f"{lanes}{_axis(recording.duration, zoom)}"
+        f"<div class='sslam-choice' aria-hidden='true'></div></div></div>{''.join(f'<p>{note}</p>' for note in notes)}"
         f'<p class="sslam-legend"><span><i class="sslam-key-bar"></i>{listener.finds}</span><span><i class="sslam-key-curve"></i>score: '
         '0 at the foot of a lane, 1 at its top</span><span><i class="sslam-key-limit"></i>threshold</span></p></section>'
     )
@@ -89,6 +91,46 @@ def draw_table(listener: Listener, recording: Recording, events: Sequence[Event]
         f'<section aria-label="Table of {listener.finds}"><h2>{len(events)} {listener.finds}</h2><div class="sslam-table"><table>'
         '<thead><tr><th scope="col">start (s)</th><th scope="col">end (s)</th><th scope="col">label</th><th scope="col">score</th></tr>'
         f'</thead><tbody>{rows}</tbody></table></div>{more}<p class="sslam-links">Download: {links}</p></section>'
+    )
+
+
+def draw_search(about: str) -> str:
+    """What the search compares, and how a span is chosen."""
+    return (
+        '<section class="sslam-player" aria-label="Sounds like this"><h2>Sounds like this</h2><p>Choose a span: drag over the picture '
+        "with a mouse, click an event, or type its seconds. One about as long as a window of the index is compared best. Searched are "
+        f"{escape(about)}.</p></section>"
+    )
+
+
+def draw_matches(matches: Sequence[Match], start: float, end: float) -> str:
+    """Spans that sound like a chosen one; the buttons play them."""
+    rows = "".join(
+        f"<tr><td>{_play_match(match)}</td><td>{match.end:.2f}</td>"
+        f'<th scope="row">{escape(match.recording)}</th><td>{match.similarity:.3f}</td></tr>'
+        for match in matches
+    )
+    return (
+        f'<section aria-label="Similar spans"><h2>Most like {start:.2f} to {end:.2f} s</h2><div class="sslam-table"><table>'
+        '<thead><tr><th scope="col">start (s)</th><th scope="col">end (s)</th><th scope="col">recording</th>'
+        f'<th scope="col">similarity</th></tr></thead><tbody>{rows}</tbody></table></div></section>'
+    )
+
+
+def _play_match(match: Match) -> str:
+    if not match.is_there:
+        return f"{match.start:.2f}<br><strong>moved or changed</strong>"
+    return (
+        f'<button type="button" data-row="{match.row}" aria-label="Play {escape(match.recording)} from {match.start:.2f} seconds">'
+        f'<span aria-hidden="true">&#9654;</span> {match.start:.2f}</button>'
+    )
+
+
+def draw_match(file: Path, caption: str) -> str:
+    """A span that was found: its sound, which starts by itself."""
+    return (
+        f'<section class="sslam-player" aria-label="Similar span"><h2>{escape(caption)}</h2>'
+        f'<audio id="sslam-match" controls autoplay src="{escape(address(file))}"></audio></section>'
     )
 
 
@@ -183,4 +225,7 @@ def _mel(frequency: float) -> float:
     return 1127 * math.log1p(frequency / 700)
 
 
-__all__ = ["address", "clock", "draw_error", "draw_lanes", "draw_link", "draw_player", "draw_table"]
+__all__ = [
+    *("address", "clock", "draw_error", "draw_lanes", "draw_link", "draw_match", "draw_matches"),
+    *("draw_player", "draw_search", "draw_table"),
+]

@@ -4,6 +4,7 @@ import os
 import re
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,19 +13,18 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pyarrow as pa
 import soundfile
-from transformers import AutoConfig
 
 from ..audio.decode import read_blocks
 from ..audio.paths import printable_path
 from ..errors import UserError, as_user_error
-from ..evaluation.loading import load_model
+from ..evaluation.loading import load_model, tagger_class
 from ..events_sslam import Event, EventSettings, find_events
 from ..modeling_sslam import SSLAMForAudioClassification
 from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
-from ..publishing.conversion import resolve_model
 from ..recordings.formats import rounded, seconds, utf8, write_audacity, write_rows, write_tables
 from ..recordings.segments import join_windows
 from ..recordings.tag import TagSettings
+from ..windows_sslam import Windowing
 from .picture import LogMelPicture
 from .settings import AppSettings
 
@@ -32,6 +32,9 @@ from .settings import AppSettings
 SOUND, PICTURE = "sound.flac", "log_mel.png"
 TABLE, LABELS, EMBEDDINGS = ".csv", ".labels.txt", ".parquet"  # behind the name of a recording
 ROWS_AT_ONCE = 2**12  # of the embeddings
+LIVE_WINDOW, LIVE_HOP = 1.92, 0.32  # seconds, unless the settings say otherwise
+RECENT = 30.0  # seconds before the latest event of a live source, of which earlier ones are kept
+EXCEPTION = re.compile(r" \(\w+Error\)")  # as messages about files of some kinds name it
 Progress = Callable[[float, str], None]  # a fraction in [0, 1], and what is done
 
 
@@ -73,7 +76,11 @@ class Recording:
 
 
 class Listener(ABC):
-    """A model, for one recording at a time; threads may share it. See [`open_listener`]."""
+    """A model, for one recording at a time; threads may share it. See [`open_listener`].
+
+    Attributes:
+        live_options: `window` and `hop` of the live mode, in seconds.
+    """
 
     model_class: ClassVar[type]
     finds: ClassVar[str]  # what the model finds, for people
@@ -84,6 +91,9 @@ class Listener(ABC):
         self.model, self.extractor = loaded[0].eval(), loaded[1]
         self.settings, self.classes, self.rate = settings, self.model.config.class_names, self.extractor.sampling_rate
         self._options = {"hop": settings.hop, "window": settings.window, "batch_size": settings.per_device_eval_batch_size}
+        window, hop = settings.live_window, settings.live_hop
+        window = min(LIVE_WINDOW, self.extractor.max_length / 100) if window is None else window
+        self.live_options = {"window": window, "hop": min(LIVE_HOP, window) if hop is None else hop}
 
     @abstractmethod
     def events(self, recording: Recording, threshold: float, second: float) -> list[Event]:
@@ -92,6 +102,15 @@ class Listener(ABC):
     @abstractmethod
     def thresholds(self, threshold: float) -> np.ndarray:
         """`(classes,)`, with this position of the first slider."""
+
+    @abstractmethod
+    def live(self, blocks: Iterable[np.ndarray]) -> Iterator[list[Event]]:
+        """The events of the last seconds of a source that arrives in blocks, as they are written, whenever there are others. The settings
+        are the model's own."""
+
+    @abstractmethod
+    def live_delay(self) -> float:
+        """Seconds of sound after the end of an event until [`live`] has it, at most; the length of a block is to be added."""
 
     @abstractmethod
     def _score(self, blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -115,8 +134,9 @@ class Listener(ABC):
             picture = LogMelPicture(duration, self.rate)
             blocks = self._watched(read_blocks(file, self.rate), duration, deadline, progress)
             edges, scores, starts, ends = self._score(picture.watch(blocks))
-        except ValueError as error:  # it may name a file of this machine
-            raise ValueError(str(error).replace(printable_path(str(file)), printable_path(name))) from error
+        except ValueError as error:  # it may name a file of this machine, or an exception's class, which tells visitors nothing
+            message = str(error).replace(printable_path(str(file)), printable_path(name))
+            raise ValueError(EXCEPTION.sub(": choose a file that holds sound, and is whole", message)) from error
         picture.save(folder / PICTURE)
         return Recording(name, folder, duration, edges, scores, starts, ends)
 
@@ -189,13 +209,16 @@ class DetectorListener(Listener):
         self._own = own.by_class(self.classes)
         step = self.model.config.frames_per_step / 100
         threshold, median = (float(np.median(self._own[name])) for name in ("threshold", "median_filter"))
-        several = ["threshold"] * bool(np.ptp(self._own["threshold"])) + ["filter"] * bool(np.ptp(self._own["median_filter"]))
-        note = f" Where it starts, each class has the model's own {' and '.join(several)}." if several else ""
-        above = f"Steps of {step * 1000:.0f} ms with a higher score belong to an event.{note}"
-        self.sliders = (
-            Slider("Threshold", above, 0, 1, 0.01, round(threshold, 2)),
-            Slider("Median filter (seconds)", "Removes shorter events and closes shorter gaps; 0: no filter.", 0, 3, step, median),
-        )
+        above = f"Steps of {step * 1000:.0f} ms with a higher score belong to an event."
+        shorter = "Removes shorter events and closes shorter gaps; 0: no filter."
+        self._shifts = bool(np.ptp(self._own["threshold"]))
+        first = Slider("Threshold", above, 0, 1, 0.01, round(threshold, 2))
+        if self._shifts:
+            added = f"Each class has a threshold of its own, from {{:g}} to {{:g}}; this is added to all. {above}"
+            first = Slider("Shift of all thresholds", added.format(*_range(self._own["threshold"])), -1, 1, 0.01, 0)
+        if np.ptp(self._own["median_filter"]):
+            shorter += " Until it is moved, each class has its own, from {:g} to {:g}.".format(*_range(self._own["median_filter"]))
+        self.sliders = (first, Slider("Median filter (seconds)", shorter, 0, 3, step, median))
 
     def events(self, recording: Recording, threshold: float, second: float) -> list[Event]:
         settings = self._settings(threshold, second)
@@ -210,11 +233,23 @@ class DetectorListener(Listener):
         """The model's own, but for sliders that were moved."""
         given: dict[str, Any] = {}
         if threshold != self.sliders[0].value:
-            onset = np.maximum(self._own["onset_threshold"], threshold)  # where it is lower, there is no hysteresis
-            given = {"threshold": threshold, "onset_threshold": dict(zip(self.classes, onset.tolist()))}
+            levels, onsets = np.full(len(self.classes), threshold), self._own["onset_threshold"]
+            if self._shifts:
+                levels, onsets = ((self._own[name] + threshold).clip(0, 1).round(4) for name in ("threshold", "onset_threshold"))
+            values = {"threshold": levels, "onset_threshold": np.maximum(onsets, levels)}  # where it is lower, there is no hysteresis
+            given = {name: dict(zip(self.classes, column.tolist())) for name, column in values.items()}
         if median != self.sliders[1].value:
             given["median_filter"] = median
         return EventSettings.of(self.model.config, **given)
+
+    def live(self, blocks: Iterable[np.ndarray]) -> Iterator[list[Event]]:
+        recent: list[Event] = []
+        for event in self.model.detect_stream(blocks, self.extractor, **self.live_options):
+            recent = [*(known for known in recent if known.end > event.end - RECENT), rounded(event)]
+            yield recent
+
+    def live_delay(self) -> float:
+        return self.model.detection_delay(self.extractor, **self.live_options)
 
     def _score(self, blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         result = self.model.score_steps(blocks, self.extractor, **self._options)
@@ -245,22 +280,44 @@ class ClassifierListener(Listener):
     def thresholds(self, threshold: float) -> np.ndarray:
         return np.full(len(self.classes), threshold)
 
+    def live(self, blocks: Iterable[np.ndarray]) -> Iterator[list[Event]]:
+        """Segments of the windows of the last seconds: one that began before that begins with the first of these."""
+        length = Windowing.of_model(self.model.config, self.extractor, **self.live_options).length / self.rate
+        recent: deque[tuple[float, np.ndarray]] = deque()
+        for batch in self.model.score_windows(blocks, self.extractor, batch_size=1, **self.live_options):
+            recent.append((batch.starts[0], batch.scores[0]))
+            while recent[0][0] < batch.starts[0] - RECENT:
+                recent.popleft()
+            starts, scores = (np.array(column) for column in zip(*recent))
+            found = join_windows(starts, starts + length, scores, self.classes, int(self.sliders[1].value), self.sliders[0].value)
+            yield [rounded(segment) for segment in found]
+
+    def live_delay(self) -> float:
+        """A window that holds a sound's end ends at most a hop after it, and is known when one more sample has arrived."""
+        windowing = Windowing.of_model(self.model.config, self.extractor, **self.live_options)
+        return (windowing.hop + 1) / self.rate
+
     def _score(self, blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         result = self.model.score_over_time(blocks, self.extractor, **self._options)
         return result.edges, result.scores, result.starts, np.minimum(result.starts + result.window, result.duration)
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    return float(values.min()), float(values.max())
 
 
 def open_listener(settings: AppSettings) -> Listener:
     """A listener of the kind that the model needs.
 
     Raises:
-        UserError: if the model cannot be loaded, or neither detects nor classifies.
+        UserError: if the model cannot be loaded, or neither detects nor classifies, or its live mode cannot have the windows of `settings`.
     """
-    with as_user_error(f"{settings.model} cannot be loaded"):
-        config = AutoConfig.from_pretrained(resolve_model(settings.model))
-    architectures = config.architectures or ()
-    kind = DetectorListener if SSLAMForAudioFrameClassification.__name__ in architectures else ClassifierListener
-    return kind(settings)
+    kind = DetectorListener if tagger_class(settings.model) is SSLAMForAudioFrameClassification else ClassifierListener
+    listener = kind(settings)
+    if settings.live_at_once:
+        with as_user_error("the live mode (live_window, live_hop; live_at_once 0 for none)"):
+            listener.live_delay()
+    return listener
 
 
 __all__ = ["ClassifierListener", "DetectorListener", "Listener", "Recording", "Slider", "open_listener"]

@@ -31,17 +31,59 @@
     if (sound() && !sound().paused) requestAnimationFrame(frame);
   }
 
-  document.addEventListener("click", (event) => {
-    const audio = sound(), target = event.target.closest?.("[data-start], .sslam-track");
-    if (!audio || !target) return;
-    if (target.dataset.start !== undefined) {
-      audio.currentTime = Number(target.dataset.start);
-      audio.play();
-    } else {
-      const box = target.getBoundingClientRect();
-      audio.currentTime = ((event.clientX - box.left) / box.width) * Number(audio.dataset.duration);
+  // --- the span that is compared with others: two numbers, which a page without an index does not have
+  const number = (name) => document.querySelector(`#${name} input`);
+
+  function choose(start, end) {
+    if (!number("from")) return;
+    for (const [name, value] of [["from", start], ["to", end]]) {
+      number(name).value = value.toFixed(2);
+      number(name).dispatchEvent(new Event("input", { bubbles: true })); // by which Gradio knows
     }
+  }
+
+  function mark() {
+    const audio = sound(), style = document.documentElement.style;
+    if (!audio || !number("from")) return;
+    const [start, end] = ["from", "to"].map((name) => Math.min(1, Math.max(0, Number(number(name).value) / Number(audio.dataset.duration))));
+    style.setProperty("--sslam-from", start);
+    style.setProperty("--sslam-to", Math.max(start, end));
+    style.setProperty("--sslam-chosen", "block");
+  }
+
+  const at = (track, event) => {
+    const box = track.getBoundingClientRect();
+    return Math.min(1, Math.max(0, (event.clientX - box.left) / box.width)) * Number(sound().dataset.duration);
+  };
+  let drag = null; // where it began, and whether it has moved; fingers scroll instead
+  document.addEventListener("pointerdown", (event) => {
+    const track = event.target.closest?.("#lanes .sslam-track");
+    drag = track && sound() && event.pointerType !== "touch" && event.button === 0 ? { track, x: event.clientX, start: at(track, event) } : null;
   });
+  document.addEventListener("pointermove", (event) => {
+    if (!drag || !(event.buttons & 1)) return;
+    drag.moved ||= Math.abs(event.clientX - drag.x) > 4;
+    if (drag.moved) choose(...[drag.start, at(drag.track, event)].sort((a, b) => a - b));
+  });
+  document.addEventListener("pointerup", () => setTimeout(() => { drag = null; })); // after the click that follows
+  document.addEventListener("dragstart", (event) => { if (drag) event.preventDefault(); }); // of the picture itself
+  document.addEventListener("input", (event) => { if (event.target.closest("#from, #to")) mark(); });
+
+  document.addEventListener("click", (event) => {
+    const audio = sound(), target = event.target.closest?.("[data-start], #lanes .sslam-track");
+    if (!audio || !target || drag?.moved) return;
+    if (target.dataset.start !== undefined) {
+      const [start, end] = target.closest("[data-span]").dataset.span.split(" ").map(Number);
+      choose(start, end);
+      audio.currentTime = start;
+      audio.play();
+    } else audio.currentTime = at(target, event);
+  });
+  // What is said of a former file goes as soon as another one is chosen, also one that Gradio then rejects.
+  const forget = ({ target }) => target.closest?.("#file") && document.getElementById("clear")?.click();
+  document.addEventListener("change", forget, true);
+  document.addEventListener("drop", forget, true);
+
   document.addEventListener("scroll", ({ target }) => {
     if (target === view()) centre = (target.scrollLeft + target.clientWidth / 2) / target.scrollWidth;
   }, true);
@@ -50,8 +92,12 @@
     const strip = view();
     if (strip) strip.scrollLeft = centre * strip.scrollWidth - strip.clientWidth / 2;
     follow();
+    mark();
   });
   // Media events do not bubble: they are caught on their way down.
   for (const name of ["loadedmetadata", "seeked", "pause", "timeupdate"]) document.addEventListener(name, follow, true);
-  document.addEventListener("play", frame, true);
+  document.addEventListener("play", ({ target }) => {
+    for (const other of document.querySelectorAll("#sslam-sound, #sslam-match")) if (other !== target) other.pause();
+    frame();
+  }, true);
 })();

@@ -1,4 +1,4 @@
-"""The page: what a visitor may do on it, and what follows. What it looks like is in `drawing`, `page.css` and `page.js`."""
+"""The page: what a visitor may do on it, and what follows. What it looks like is in `drawing`, `live_page`, `page.css` and `page.js`."""
 
 import os
 import signal
@@ -13,15 +13,26 @@ from ..audio.decode import AUDIO_SUFFIXES
 from ..audio.paths import find_files, printable_path
 from ..errors import UserError
 from .about import draw_about, model_name
-from .drawing import draw_error, draw_lanes, draw_link, draw_player, draw_table
-from .listening import Listener, Recording, Slider, open_listener
+from .drawing import draw_error, draw_lanes, draw_link, draw_match, draw_matches, draw_player, draw_search, draw_table
+from .index import SoundIndex
+from .listening import SOUND, Listener, Recording, Slider, open_listener
+from .live_page import draw_live, live_functions
 from .sessions import Sessions
 from .settings import AppSettings
 
 
 HERE = Path(__file__).parent
 GONE = "It is no longer kept: choose it again."
+NOT_FOUND = "Nothing can be compared."
+NOT_PLAYED = "This span cannot be played."
 DRAWN = "() => { document.dispatchEvent(new Event('sslam-drawn')); }"
+CLEAR = "() => ['', { __type__: 'update', visible: false }]"
+PLAYED_AT_ONCE = 4  # spans of indexed recordings, which are decoded up to there
+# A button of the list of matches, which Gradio draws anew, was pressed.
+PLAY = """element.addEventListener("click", ({ target }) => {
+  const button = target.closest("[data-row]");
+  if (button) trigger("click", { row: Number(button.dataset.row) });
+});"""
 ZOOM = Slider("Zoom", "Widens what is below, which then scrolls.", 1, 50, 1, 1)
 PROGRESS = gr.Progress()  # Gradio finds it among the defaults
 SLIDER_WIDTH = 260  # pixels, at least: on a phone they are below each other
@@ -31,9 +42,10 @@ def serve(settings: AppSettings) -> None:
     """Load the model, and answer until Ctrl-C."""
     examples = find_examples(settings.examples)
     listener = open_listener(settings)
+    index = None if settings.index is None else SoundIndex(settings.index, listener)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that recordings are deleted
     with Sessions(60 * settings.keep_minutes) as sessions:
-        page = Page(listener, sessions, examples).blocks
+        page = Page(listener, sessions, examples, index).blocks
         print(f"the page is at {launch(page, settings, sessions)}; Ctrl-C ends it", flush=True)
         page.block_thread()
 
@@ -79,13 +91,14 @@ class Page:
         listener: the model.
         sessions: where uploads are, and what is kept of them.
         examples: paths of recordings by their names.
+        index: what is searched for spans that sound alike.
 
     Attributes:
         blocks: the page, for Gradio.
     """
 
-    def __init__(self, listener: Listener, sessions: Sessions, examples: dict[str, str]):
-        self._listener, self._sessions, self._examples = listener, sessions, examples
+    def __init__(self, listener: Listener, sessions: Sessions, examples: dict[str, str], index: SoundIndex | None = None):
+        self._listener, self._sessions, self._examples, self._index = listener, sessions, examples, index
         os.environ["GRADIO_TEMP_DIR"] = str(sessions.uploads)  # which components read when they are made
         with gr.Blocks(title=f"Listen with {model_name(listener.settings.model)}", analytics_enabled=False) as self.blocks:
             self._build()
@@ -100,16 +113,28 @@ class Page:
                 example = gr.Dropdown(
                     names, value=None, label="Or choose an example", visible=bool(names), filterable=False, elem_id="example"
                 )
+        if self._listener.settings.live_at_once:
+            with gr.Accordion("Listen live with the microphone", open=False, elem_id="live"):
+                script = (HERE / "live.js").read_text(encoding="utf-8")
+                _html(draw_live(self._listener), server_functions=live_functions(self._listener), js_on_load=script)
         player = _html(elem_id="player")
         with gr.Column(visible=False) as results:
             with gr.Row():
                 sliders = zip((*self._listener.sliders, ZOOM), ("first", "second", "zoom"))
                 positions = [_slider(slider, name) for slider, name in sliders]
-            lanes, table = _html(elem_id="lanes"), _html(elem_id="table")
+            lanes = _html(elem_id="lanes")
+            with gr.Column(visible=self._index is not None, elem_id="search"):
+                _html(draw_search(self._index.about) if self._index else "")
+                with gr.Row():
+                    start, end = (_seconds(name) for name in ("From", "To"))
+                    find = gr.Button("Find similar", elem_id="find", min_width=160)
+                match, matches = _html(elem_id="match"), _html(elem_id="matches", js_on_load=PLAY)
+            table = _html(elem_id="table")
             embed = gr.Button("Make embeddings (Parquet)", size="sm", elem_id="embed")
             link = _html(elem_id="embeddings")
         with gr.Accordion("Model, data and limits", open=False):
-            _html(draw_about(self._listener))
+            _html(draw_about(self._listener, self._index))
+        clear = gr.Button(visible="hidden", elem_id="clear")
 
         # Handlers that answer at once take no turn. The others wait for the model, and Gradio shows how many are before them.
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -118,14 +143,21 @@ class Page:
             "concurrency_limit": self._listener.settings.at_once,
             "api_visibility": "private",
         }
-        shown = [player, results, lanes, table, link]
+        shown = [player, results, lanes, table, link, start, end, match, matches]
+        # Nothing is said of a former file any more, whether the next one is taken or not. `page.js` presses the button.
+        gr.on([clear.click, microphone.start_recording], None, None, shown[:2], js=CLEAR)
         for component, event in ((file, file.upload), (microphone, microphone.stop_recording)):
             claimed = event(self._claim, component, component, **at_once)
-            claimed.then(self._hear_upload, positions, shown, show_progress_on=player, **in_turn)
-        example.input(self._hear_example, [example, *positions], shown, show_progress_on=player, **in_turn)
+            heard = claimed.then(self._hear_upload, positions, shown, show_progress_on=player, **in_turn)
+            heard.then(None, js=DRAWN)
+        heard = example.input(self._hear_example, [example, *positions], shown, show_progress_on=player, **in_turn)
+        heard.then(None, js=DRAWN)
         moved = gr.on([slider.change for slider in positions], self._show, positions, [lanes, table], trigger_mode="always_last", **at_once)
         moved.then(None, js=DRAWN)
         embed.click(self._embed, None, link, **in_turn)
+        find.click(self._find, [start, end], [match, matches], show_progress_on=matches, **in_turn)
+        apart: dict[str, Any] = {"concurrency_id": "play", "concurrency_limit": PLAYED_AT_ONCE, "show_progress": "minimal"}
+        matches.click(self._play, None, match, api_visibility="private", **apart)
         self.blocks.unload(self._leave)
 
     def _claim(self, file: str | None, request: gr.Request) -> None:
@@ -157,7 +189,9 @@ class Page:
         try:
             recording = self._listener.listen(file, name, folder, lambda done, what: progress(done, desc=what))
             self._sessions.keep(session, recording)
-            return [draw_player(recording), gr.update(visible=True), *self._draw(recording, *positions), ""]
+            window = recording.duration if self._index is None else self._index.window
+            span = 0.0, min(window, recording.duration)
+            return [draw_player(recording), gr.update(visible=True), *self._draw(recording, *positions), "", *span, "", ""]
         except (ValueError, OSError, FloatingPointError) as error:
             self._sessions.end(session)
             return _failed(str(error))
@@ -176,17 +210,41 @@ class Page:
         recording = self._sessions.recording(request.session_hash)
         return draw_error(GONE) if recording is None else draw_link(self._listener.embed(recording), "Embeddings (Parquet)")
 
+    def _find(self, start: float | None, end: float | None, request: gr.Request) -> list[str]:
+        recording = self._sessions.recording(request.session_hash)
+        if recording is None or self._index is None:
+            return ["", draw_error(GONE, NOT_FOUND)]
+        if start is None or end is None:
+            return ["", draw_error("Choose a span: drag over the picture, click an event, or type its seconds.", NOT_FOUND)]
+        try:
+            return ["", draw_matches(self._index.find(recording.folder / SOUND, start, end), start, end)]
+        except (ValueError, OSError, FloatingPointError) as error:
+            return ["", draw_error(str(error), NOT_FOUND)]
+
+    def _play(self, event: gr.EventData, request: gr.Request) -> str:
+        recording = self._sessions.recording(request.session_hash)
+        if recording is None or self._index is None:
+            return draw_error(GONE, NOT_PLAYED)
+        try:
+            return draw_match(*self._index.cut(event.row, recording.folder))
+        except (ValueError, OSError) as error:
+            return draw_error(str(error), NOT_PLAYED)
+
     def _leave(self, request: gr.Request) -> None:
         self._sessions.end(request.session_hash)
 
 
 def _failed(message: str) -> list[Any]:
-    return [draw_error(message), gr.update(visible=False), "", "", ""]
+    return [draw_error(message), gr.update(visible=False), "", "", "", None, None, "", ""]
 
 
 def _slider(slider: Slider, name: str) -> gr.Slider:
     about: dict[str, Any] = {"label": slider.label, "info": slider.info, "min_width": SLIDER_WIDTH}
     return gr.Slider(slider.least, slider.largest, slider.value, step=slider.step, elem_id=name, **about)
+
+
+def _seconds(name: str) -> gr.Number:
+    return gr.Number(label=f"{name} (seconds)", precision=2, min_width=120, elem_id=name.lower())
 
 
 def _html(text: str = "", **options: Any) -> gr.HTML:
