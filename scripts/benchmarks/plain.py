@@ -28,8 +28,8 @@ class PlainDecoder(SSLAMDecoder):
 
 class PlainTeacher(SSLAMTeacher):
     @torch.no_grad()
-    def targets(self, tokens: torch.Tensor, *num_layers: int) -> list[torch.Tensor]:
-        outputs = []
+    def targets(self, tokens: torch.Tensor, *num_layers: int, positions=None, update_norm=False) -> list[torch.Tensor]:
+        outputs = []  # normalised over each clip, as published: positions play no part
         for layer in self.layers:
             tokens, mlp_output = layer(tokens, return_mlp_output=True)
             outputs.append(nn.functional.instance_norm(mlp_output[:, 1:].float().transpose(1, 2)).transpose(1, 2))

@@ -83,10 +83,12 @@ def copy_sounds(settings: StudySettings) -> Path:
     rules, events, sounds = MixtureSettings(), [], []
     for i, waveform in enumerate(waveforms):
         sound = find_sound(waveform, i, table["label"][i], rules)
-        learnt = sound is not None and numbers[sound.label] == settings.clips_of_a_class
-        times = {"onset": sound.start / 16_000, "offset": sound.start / 16_000 + len(sound.power) / FRAMES_PER_SECOND} if learnt else {}
-        events.append(json.dumps([{**times, "label": sound.label}] if learnt else []))
-        sounds.append(sound.label if learnt else f"other {i % OTHERS}")
+        label, found = table["label"][i], []
+        if sound is not None and numbers[label] == settings.clips_of_a_class:
+            onset = sound.start / 16_000
+            found.append({"onset": onset, "offset": onset + len(sound.power) / FRAMES_PER_SECOND, "label": label})
+        events.append(json.dumps(found))
+        sounds.append(label if found else f"other {i % OTHERS}")
     with write_folder_atomically(output) as unfinished:
         for name in table["file_name"]:
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)

@@ -74,6 +74,9 @@ class RunningNorm(nn.Module):
     squares: both are linear in what they average, so that the mean over processes is that of all their clips.
     """
 
+    means: torch.Tensor
+    mean_squares: torch.Tensor
+    num_batches: torch.Tensor
     smallest_weight = 0.005  # of a new batch: from the two hundredth on, the statistics are those of the last two hundred or so
 
     def __init__(self, num_layers: int, num_patches: int, width: int):

@@ -93,7 +93,7 @@ class Listener(ABC):
         self._options = {"hop": settings.hop, "window": settings.window, "batch_size": settings.per_device_eval_batch_size}
         window, hop = settings.live_window, settings.live_hop
         window = min(LIVE_WINDOW, self.extractor.max_length / 100) if window is None else window
-        self.live_options = {"window": window, "hop": min(LIVE_HOP, window) if hop is None else hop}
+        self.live_options: dict[str, Any] = {"window": window, "hop": min(LIVE_HOP, window) if hop is None else hop}
 
     @abstractmethod
     def events(self, recording: Recording, threshold: float, second: float) -> list[Event]:
