@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a machine that has Python 3.11 or newer and make.
-# FILE=recording.wav lets the demonstration classify and draw this recording alone; TRANSFORMERS=5.17.0 tests against that release of Transformers, in an environment of its own.
+# FILE=recording.wav lets the demonstration detect the sounds of this recording alone; TRANSFORMERS=5.17.0 tests against that release of Transformers, in an environment of its own.
 PYTHON ?= python3
 TRANSFORMERS ?=
 VENV ?= .venv$(TRANSFORMERS)

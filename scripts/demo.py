@@ -1,4 +1,4 @@
-"""What the small model of this repository finds, and the start of a pre-training, on sounds that are made up here.
+"""What the small model of this repository detects, and the start of a pre-training, on sounds that are made up here.
 
 python scripts/demo.py                        # under a minute on 2 CPU cores, no network, no data needed
 python scripts/demo.py --file recording.wav   # your own recording alone, of any length, rate and number of channels
@@ -20,17 +20,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no
 
 import numpy as np
 import soundfile
+import torch
 import transformers
-from transformers import AudioClassificationPipeline, pipeline
 
-from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
+from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioFrameClassification
 from transformers_sslam.audio import load_waveform
 from transformers_sslam.audio.labels import Event
 from transformers_sslam.errors import AudioDecodingError
-from transformers_sslam.recordings.plot import plot_scores
+from transformers_sslam.events_sslam import EventSettings, find_events
+from transformers_sslam.recordings.plot import plot_events
 
 
-MODEL = Path(__file__).resolve().parents[1] / "model_cards" / "sslam-tiny-esc10"
+MODEL = Path(__file__).resolve().parents[1] / "model_cards" / "sslam-small-everyday"
 SAMPLING_RATE = 16_000
 SECONDS = 5.0
 SAMPLES = round(SECONDS * SAMPLING_RATE)
@@ -38,7 +39,7 @@ TIME = np.arange(SAMPLES) / SAMPLING_RATE
 TRAINING_CLIPS = 8  # of each kind, for the pre-training
 AVERAGED = 10  # updates in a mean loss
 # A recording in which sounds follow each other and overlap: kind and where it begins, in seconds. Each lasts SECONDS.
-SCENE = (("sea_waves", 0), ("fire_crackling", 5), ("clock_tick", 10), ("rooster", 13), ("rain", 18), ("baby_cry", 20))
+SCENE = (("sea_waves", 0), ("crackling_fire", 5), ("clock_tick", 10), ("rooster", 13), ("rain", 18), ("crying_baby", 20))
 
 
 # --- sounds. Each function gives (SAMPLES,), at any scale. They imitate what makes the real sound, not any recording.
@@ -105,7 +106,7 @@ def clock_tick(generator: np.random.Generator) -> np.ndarray:
     return knocks + 0.002 * band_noise(generator, 50, 500)
 
 
-def fire_crackling(generator: np.random.Generator) -> np.ndarray:
+def crackling_fire(generator: np.random.Generator) -> np.ndarray:
     """Snaps at random, few of them loud, over a soft low roar."""
     snaps = generator.poisson(14 * SECONDS)
     loudness = generator.pareto(1.5, snaps).clip(max=12)
@@ -139,7 +140,7 @@ def rooster(generator: np.random.Generator) -> np.ndarray:
     return level * voice(pitch, (1100, 2600, 4200), 0.01, generator) + 0.003 * band_noise(generator, 50, 500)
 
 
-def baby_cry(generator: np.random.Generator) -> np.ndarray:
+def crying_baby(generator: np.random.Generator) -> np.ndarray:
     """Cries of most of a second, rising and falling, with gasps between."""
     period, top = generator.uniform(0.9, 1.3), generator.uniform(420, 560)
     phase = (TIME / period + generator.uniform(0, 1)) % 1
@@ -148,7 +149,7 @@ def baby_cry(generator: np.random.Generator) -> np.ndarray:
 
 
 SOUNDS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
-    sound.__name__: sound for sound in (rain, sea_waves, clock_tick, fire_crackling, helicopter, chainsaw, rooster, baby_cry)
+    sound.__name__: sound for sound in (rain, sea_waves, clock_tick, crackling_fire, helicopter, chainsaw, rooster, crying_baby)
 }
 
 
@@ -173,40 +174,43 @@ def make_scene() -> tuple[np.ndarray, list[Event]]:
 # --- the steps
 
 
-def classify_sounds(classify: AudioClassificationPipeline, folder: Path) -> None:
-    """One made-up sound of each kind, written to `folder`, through the pipeline; prints what it is and what the model takes it for."""
+def tag_sounds(model: SSLAMForAudioFrameClassification, extractor: SSLAMFeatureExtractor, folder: Path) -> None:
+    """One made-up sound of each kind, written to `folder`; prints what it is and what the model takes the clip for."""
     folder.mkdir(parents=True, exist_ok=True)
     right = 0
     for name in SOUNDS:
         soundfile.write(folder / f"{name}.wav", make_sound(name, 0), SAMPLING_RATE)
-        guesses = classify(load_waveform(folder / f"{name}.wav"), top_k=3)
-        right += guesses[0]["label"] == name
-        said = ", ".join(f"{guess['label']} {guess['score']:.2f}" for guess in guesses)
-        print(f"   {'right' if guesses[0]['label'] == name else 'wrong'}: made-up {name:<14} taken for {said}")
+        inputs = extractor(load_waveform(folder / f"{name}.wav"), sampling_rate=SAMPLING_RATE, return_tensors="pt")
+        with torch.inference_mode():
+            scores = model(**inputs).clip_logits[0].sigmoid()
+        best = [(model.config.class_names[i], scores[i].item()) for i in scores.argsort(descending=True)[:3]]
+        right += best[0][0] == name
+        said = ", ".join(f"{label} {score:.2f}" for label, score in best)
+        print(f"   {'right' if best[0][0] == name else 'wrong'}: made-up {name:<14} taken for {said}")
     print(
         f"   {right} of {len(SOUNDS)} right. The model learnt from real recordings, and these only imitate them: no measure of the model,"
     )
     print("   which its card has.")
 
 
-def score_recording(
-    model: SSLAMForAudioClassification,
+def detect_events(
+    model: SSLAMForAudioFrameClassification,
     extractor: SSLAMFeatureExtractor,
     waveform: np.ndarray,
     picture: Path,
     title: str,
     truth: Sequence[Event] = (),
 ) -> None:
-    """Score windows over a recording, print where each of the likeliest classes is likeliest, and write the picture."""
-    result = model.score_over_time(waveform, extractor, hop=1.0)
-    best = result.scores.argmax(0)
-    for i in result.scores.max(0).argsort()[::-1][: max(5, len({event.label for event in truth}))]:
-        start = result.starts[best[i]]
-        end = min(start + result.window, result.duration)
-        print(f"   {result.classes[i]:<15} at most {result.scores[best[i], i]:.2f}, from {start:.1f} to {end:.1f} s")
+    """Print which sounds are in a recording, from when to when, and write the picture."""
+    scores = model.score_steps(waveform, extractor)
+    events = find_events(scores.scores, scores.step, scores.classes, EventSettings.of(model.config), scores.duration)
+    for event in events:
+        print(f"   {event.start:6.2f} to {event.end:6.2f} s  {event.label:<15} {event.score:.2f}")
+    if not events:
+        print(f"   none of the {model.num_labels} kinds of sounds")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    plot_scores(result, waveform, picture, title, truth)
-    print(f"   log-mel and scores over time: {picture}")
+    plot_events(scores, events, waveform, picture, title, truth)
+    print(f"   log-mel, events and their scores: {picture}")
 
 
 def pre_train(checkpoint: Path, sounds: Path, output: Path) -> None:
@@ -228,14 +232,15 @@ def pre_train(checkpoint: Path, sounds: Path, output: Path) -> None:
         print(f"   {name:<22}{first:8.3f} -> {last:.3f}")
 
 
-def print_what_next(checkpoint: Path, sounds: Path) -> None:
+def print_what_next(checkpoint: Path, scene: Path) -> None:
     print(f"""
 What to try next. The model lies in {checkpoint}; any mono waveform at 16 kHz will do:
 
 import transformers_sslam
-from transformers import pipeline
+from transformers import AutoFeatureExtractor, AutoModelForAudioFrameClassification
 from transformers_sslam.audio import load_waveform
-print(pipeline("audio-classification", model="{checkpoint}")(load_waveform("{sounds / "rain.wav"}")))
+model = AutoModelForAudioFrameClassification.from_pretrained("{checkpoint}")
+print(model.detect(load_waveform("{scene}"), AutoFeatureExtractor.from_pretrained("{checkpoint}")))
 
 Your own recording: make demo FILE=recording.wav. Training on your own sounds: docs/fine_tuning.md.""")
 
@@ -243,38 +248,37 @@ Your own recording: make demo FILE=recording.wav. Training on your own sounds: d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/demo"), help="for sounds, pictures and the pre-training")
-    parser.add_argument("--file", type=Path, help="a recording of yours to classify, and nothing else")
-    parser.add_argument("--model", type=Path, default=MODEL, help="folder of a SSLAM classifier, with its feature extractor")
+    parser.add_argument("--file", type=Path, help="a recording of yours, in which sounds are detected, and nothing else")
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of a SSLAM event detector, with its feature extractor")
     arguments = parser.parse_args()
     folder, file, checkpoint = arguments.folder, arguments.file, arguments.model
     transformers.logging.disable_progress_bar()
     if not (checkpoint / "config.json").is_file():
-        sys.exit(f"error: there is no model in {checkpoint}: give the folder of a SSLAM classifier with --model")
+        sys.exit(f"error: there is no model in {checkpoint}: give the folder of a SSLAM event detector with --model")
     try:
         recording = None if file is None else load_waveform(file)  # first, so that nobody waits to learn of a broken file
     except AudioDecodingError as error:
         sys.exit(f"error: {error}")
-    model, extractor = SSLAMForAudioClassification.from_pretrained(checkpoint), SSLAMFeatureExtractor.from_pretrained(checkpoint)
-    classify = pipeline("audio-classification", model=model, feature_extractor=extractor)
+    model, extractor = SSLAMForAudioFrameClassification.from_pretrained(checkpoint), SSLAMFeatureExtractor.from_pretrained(checkpoint)
     print(f"Model: {checkpoint}, {model.num_parameters():,} parameters, {model.num_labels} classes")
 
     if file is not None and recording is not None:
-        print(f"\nClassifying {file}, in windows", flush=True)
+        print(f"\nSounds in {file}", flush=True)
         try:
-            score_recording(model, extractor, recording, folder / "file_scores.png", file.name)
+            detect_events(model, extractor, recording, folder / "file_events.png", file.name)
         except ValueError as error:  # too short, or out of scale
-            sys.exit(f"error: {file} cannot be classified: {error}")
+            sys.exit(f"error: {file} cannot be used: {error}")
         return
     steps = itertools.count(1)
-    print(f"\n{next(steps)}. Making up a sound of each of {len(SOUNDS)} kinds, and classifying it", flush=True)
-    classify_sounds(classify, folder / "sounds")
-    print(f"\n{next(steps)}. Classifying a made-up recording in which sounds follow each other and overlap, in windows", flush=True)
+    print(f"\n{next(steps)}. Making up a sound of each of {len(SOUNDS)} kinds, and tagging it", flush=True)
+    tag_sounds(model, extractor, folder / "sounds")
+    print(f"\n{next(steps)}. Detecting events in a made-up recording in which sounds follow each other and overlap", flush=True)
     scene, events = make_scene()
     soundfile.write(folder / "scene.wav", scene, SAMPLING_RATE)
-    score_recording(model, extractor, load_waveform(folder / "scene.wav"), folder / "scores.png", "A made-up recording", events)
+    detect_events(model, extractor, load_waveform(folder / "scene.wav"), folder / "events.png", "A made-up recording", events)
     print(f"\n{next(steps)}. Pre-training for half a minute on {TRAINING_CLIPS * len(SOUNDS)} made-up sounds, streamed", flush=True)
     pre_train(checkpoint, folder / "training_sounds", folder / "pretraining")
-    print_what_next(checkpoint, folder / "sounds")
+    print_what_next(checkpoint, folder / "scene.wav")
 
 
 if __name__ == "__main__":

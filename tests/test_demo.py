@@ -13,7 +13,7 @@ import torch
 from conftest import noise, speech_like, tiny_config
 from transformers import pipeline
 
-from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
+from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForAudioFrameClassification
 
 
 soundfile = pytest.importorskip("soundfile")
@@ -45,10 +45,18 @@ def classifier(classes=("dog", "rain", "sea"), **config) -> SSLAMForAudioClassif
     return SSLAMForAudioClassification(tiny_config(**labels, **sensitive, **config)).eval()
 
 
-def save(model: SSLAMForAudioClassification, folder: Path, frames: int) -> Path:
+def save(model: SSLAMForAudioClassification | SSLAMForAudioFrameClassification, folder: Path, frames: int) -> Path:
     model.save_pretrained(folder)
     SSLAMFeatureExtractor(max_length=frames).save_pretrained(folder)
     return folder
+
+
+def detector(**config) -> SSLAMForAudioFrameClassification:
+    """Random, of three classes, one of which the threshold always finds and one never."""
+    torch.manual_seed(0)
+    names = {"id2label": {0: "dog", 1: "rain", 2: "sea"}, "label2id": {"dog": 0, "rain": 1, "sea": 2}}
+    thresholds = {"event_detection": {"threshold": {"dog": 0.0, "rain": 1.0, "sea": 0.5}}}
+    return SSLAMForAudioFrameClassification(tiny_config(**names, **thresholds, initializer_range=0.3, **config)).eval()
 
 
 def score(waveform, hop=0.25, batch_size=8, **config):
@@ -153,21 +161,41 @@ def test_of_many_classes_the_likeliest_and_the_true_ones_are_drawn(tmp_path, mon
 # --- the program
 
 
-def test_a_stereo_file_of_another_rate_is_scored_as_its_mono_mix(demo, tmp_path, capsys):
+def test_events_of_a_stereo_file_of_another_rate_are_those_of_its_mono_mix(demo, tmp_path, capsys):
     t = np.arange(3 * 44_100) / 44_100
     left, right = 0.3 * np.sin(2 * np.pi * 440 * t), 0.1 * np.sin(2 * np.pi * 1500 * t)
     soundfile.write(tmp_path / "stereo.wav", np.stack((left, right), axis=1), 44_100, subtype="FLOAT")
     extractor = SSLAMFeatureExtractor(max_length=FRAMES)
-    demo.score_recording(
-        classifier(), extractor, demo.load_waveform(tmp_path / "stereo.wav"), tmp_path / "new" / "scores.png", "stereo.wav"
-    )
+    waveform = demo.load_waveform(tmp_path / "stereo.wav")
+    demo.detect_events(detector(), extractor, waveform, tmp_path / "new" / "events.png", "stereo.wav")
 
     t = np.arange(3 * RATE) / RATE
     mono = (0.15 * np.sin(2 * np.pi * 440 * t) + 0.05 * np.sin(2 * np.pi * 1500 * t)).astype(np.float32)
-    expected = score(mono, hop=1.0).scores
-    likeliest = expected.max(0).argmax()
-    assert f"{['dog', 'rain', 'sea'][likeliest]:<15} at most {expected.max():.2f}, from " in capsys.readouterr().out
-    assert matplotlib_image.imread(tmp_path / "new" / "scores.png").shape[1] == 1500
+    said = capsys.readouterr().out
+    found = detector().detect(mono, extractor)
+    assert [event.label for event in found if event.label != "sea"] == ["dog"]
+    for event in found:
+        assert f"   {event.start:6.2f} to {event.end:6.2f} s  {event.label:<15} {event.score:.2f}\n" in said
+    assert matplotlib_image.imread(tmp_path / "new" / "events.png").shape[1] == 1500
+
+
+def test_where_nothing_is_found_the_program_says_so(demo, tmp_path, capsys):
+    model = detector()
+    model.config.event_detection = {"threshold": 1.0}
+    demo.detect_events(model, SSLAMFeatureExtractor(max_length=FRAMES), noise(2.0), tmp_path / "events.png", "noise")
+    assert "   none of the 3 kinds of sounds\n" in capsys.readouterr().out
+
+
+def test_tags_of_the_made_up_sounds_are_the_scores_of_whole_clips(demo, tmp_path, capsys):
+    model, extractor = detector(max_length=512), SSLAMFeatureExtractor(max_length=512)
+    demo.tag_sounds(model, extractor, tmp_path / "sounds")
+    said = capsys.readouterr().out
+    scores = model.score_over_time(demo.load_waveform(tmp_path / "sounds" / "rain.wav"), extractor).scores
+    assert len(scores) == 1
+    best = scores[0].argmax()
+    verdict = "right" if model.config.class_names[best] == "rain" else "wrong"
+    assert f"   {verdict}: made-up {'rain':<14} taken for {model.config.class_names[best]} {scores[0, best]:.2f}, " in said
+    assert f" of {len(demo.SOUNDS)} right." in said
 
 
 @pytest.mark.parametrize(
@@ -175,11 +203,11 @@ def test_a_stereo_file_of_another_rate_is_scored_as_its_mono_mix(demo, tmp_path,
     [
         ("text.wav", "text.wav cannot be read as audio"),
         ("nowhere.wav", "nowhere.wav is not there"),
-        ("short.wav", "short.wav cannot be classified: the audio has 320 samples, but one frame takes 400"),
+        ("short.wav", "short.wav cannot be used: the audio has 320 samples, but one frame takes 400"),
     ],
 )
-def test_a_file_that_cannot_be_classified_is_refused_in_one_sentence(demo, tmp_path, monkeypatch, file, reason):
-    save(classifier(), tmp_path / "model", FRAMES)
+def test_a_file_that_cannot_be_used_is_rejected_in_one_sentence(demo, tmp_path, monkeypatch, file, reason):
+    save(detector(), tmp_path / "model", FRAMES)
     (tmp_path / "text.wav").write_text("no audio")
     soundfile.write(tmp_path / "short.wav", noise(0.02), RATE)
     monkeypatch.chdir(tmp_path)
@@ -188,31 +216,31 @@ def test_a_file_that_cannot_be_classified_is_refused_in_one_sentence(demo, tmp_p
         demo.main()
 
 
-def test_with_a_file_nothing_but_this_file_is_classified_and_drawn(demo, tmp_path, monkeypatch, capsys):
-    save(classifier(), tmp_path / "model", FRAMES)
+def test_with_a_file_nothing_but_this_file_is_used_and_drawn(demo, tmp_path, monkeypatch, capsys):
+    save(detector(), tmp_path / "model", FRAMES)
     soundfile.write(tmp_path / "own.wav", np.stack([noise(3.0)] * 2, axis=1), RATE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["demo.py", "out", "--model", "model", "--file", "own.wav"])
     demo.main()
-    assert [str(path.relative_to("out")) for path in Path("out").rglob("*")] == ["file_scores.png"]
-    assert capsys.readouterr().out.endswith("log-mel and scores over time: out/file_scores.png\n")
+    assert [str(path.relative_to("out")) for path in Path("out").rglob("*")] == ["file_events.png"]
+    assert capsys.readouterr().out.endswith("log-mel, events and their scores: out/file_events.png\n")
 
 
 def test_a_missing_model_is_named(demo, monkeypatch):
     monkeypatch.setattr("sys.argv", ["demo.py", "--model", "nowhere"])
-    with pytest.raises(SystemExit, match="^error: there is no model in nowhere: give the folder of a SSLAM classifier with --model$"):
+    with pytest.raises(SystemExit, match="^error: there is no model in nowhere: give the folder of a SSLAM event detector with --model$"):
         demo.main()
 
 
 @pytest.mark.slow
 def test_the_whole_demonstration_runs_and_its_losses_fall(demo, tmp_path):
-    save(classifier(classes=[*demo.SOUNDS, "dog_bark"], max_length=512), tmp_path / "model", 512)
+    save(detector(max_length=512), tmp_path / "model", 512)
     command = [sys.executable, SCRIPT, tmp_path / "demo", "--model", tmp_path / "model"]
     for _ in range(2):  # a second time, it begins anew in the same folder
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
         process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert process.returncode == 0, process.stderr
-    for name in ("scores.png", "scene.wav", "sounds/rain.wav", "pretraining/model/config.json"):
+    for name in ("events.png", "scene.wav", "sounds/rain.wav", "pretraining/model/config.json"):
         assert (tmp_path / "demo" / name).is_file(), name
     losses = [json.loads(line)["loss"] for line in (tmp_path / "demo" / "pretraining" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 60

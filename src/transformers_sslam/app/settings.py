@@ -2,7 +2,7 @@
 
 ```bash
 sslam app --model runs/detector                                     # opens http://127.0.0.1:7860
-sslam app --model model_cards/sslam-tiny-esc10 --examples recordings
+sslam app --model model_cards/sslam-small-everyday --examples recordings
 sslam app --model MODEL --index embeddings.parquet                  # which sslam embed wrote: finds what sounds like a chosen span
 sslam app --model MODEL --host 0.0.0.0 --max_seconds 120 --max_megabytes 20 --max_waiting 16 --open_browser false
 ```
