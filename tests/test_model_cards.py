@@ -41,7 +41,7 @@ OFFICIAL = {
     "eat-base": (768, 12, 12, 0),
     "eat-large": (1024, 24, 16, 0),
 }
-CLASSES = {cls.__name__: cls for cls in (SSLAMModel, SSLAMForAudioClassification, SSLAMForPreTraining)}
+CLASSES = {cls.__name__: cls for cls in (SSLAMModel, SSLAMForAudioClassification, SSLAMForAudioFrameClassification, SSLAMForPreTraining)}
 MINIMAL = {"name": "small", "title": "Small", "summary": "Recognises little."}
 RESULT = {"task_type": "audio-classification", "dataset_type": "esc50", "dataset_name": "ESC-50", "metric_type": "accuracy"}
 
@@ -103,6 +103,8 @@ def test_the_code_of_a_card_runs(name, tmp_path, monkeypatch):
     exec(program.replace(f'"{name}"', '"stand-in"'), names)
     if kind == "SSLAMForAudioClassification":
         assert len(names["classify"](names["waveform"])) == 2
+    elif kind == "SSLAMForAudioFrameClassification":
+        assert names["model"].score_steps(names["waveform"], names["extractor"]).scores.shape == (7, 2)  # of a second, 160 ms each
     else:
         assert names["outputs"].pooler_output.shape == (1, 32)
         assert names["model"].frame_embeddings(names["outputs"].last_hidden_state).shape == (1, 8, 8, 32)

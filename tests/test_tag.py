@@ -538,7 +538,7 @@ def test_an_output_that_cannot_be_written_is_rejected(model, recordings, tmp_pat
         ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size is 0"),
         ({"ray_workers": 0}, "ray_workers is 0"),
         ({"window": 10.24}, "a window of 10.24 s gives 1024 frames"),
-        ({"model": "nowhere/at/all"}, "model nowhere/at/all cannot be read"),
+        ({"model": "nowhere/at/all"}, "there is no folder or file nowhere/at/all"),
         ({"device": "abacus"}, "device is 'abacus', which cannot be used"),
     ],
 )

@@ -68,7 +68,7 @@ def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
     with as_user_error("the model cannot be evaluated"):
         found = EventSettings.of(model.config, **settings.event_options)
         model.score_steps(np.zeros(extractor.sampling_rate, dtype=np.float32), extractor)
-    rows, without_times = _with_times(select_rows(settings), settings.label_column)
+    rows, without_times = _with_times(select_rows(settings, events=True), settings.label_column)
     score = partial(
         score_events,
         model,

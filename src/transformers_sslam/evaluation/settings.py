@@ -90,15 +90,15 @@ def class_names(model: Any, source: str) -> list[str]:
     return classes
 
 
-def select_rows(settings: EvaluationSettings) -> LabelledRows:
-    """The clips to evaluate on."""
+def select_rows(settings: LabelledDataSettings, *, events: bool = False) -> LabelledRows:
+    """The clips to evaluate on; with `events`, on which event detection is evaluated."""
     splits = open_splits(settings.data_dir, settings.layout, subset=settings.subset)
     if settings.fold_column is None:
         chosen = select_split(splits, settings.test_split)
     else:
         chosen = select_folds(splits, settings.fold_column, settings.test_folds)
     columns = event_columns(chosen)
-    if settings.task == "events" and columns and settings.label_column not in columns:
+    if events and columns and settings.label_column not in columns:
         raise UserError(
             f"label_column is {settings.label_column!r}, but task is 'events', and the events of these clips are in another column: set it "
             f"to {' or '.join(columns)}"

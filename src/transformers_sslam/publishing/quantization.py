@@ -237,7 +237,7 @@ def compare_on_clips(
     from ..evaluation.scores import evaluate_predictions
     from ..evaluation.settings import class_names, select_rows
 
-    rows = select_rows(data)  # type: ignore[arg-type]  # of an evaluation's settings those of the data alone are read
+    rows = select_rows(data)
     check_has_labels(rows.labels)
     classes = class_names(model, "the model")
     rows.encode(classes)
