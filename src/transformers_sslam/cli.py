@@ -30,7 +30,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "tag": Command("recordings.tag", "TagSettings", "label recordings of any length with a classifier", "audio"),
+    "tag": Command("recordings.tag", "TagSettings", "label recordings of any length, with a classifier or a detector", "audio"),
     "detect": Command("recordings.detect", "DetectSettings", "detect sound events in recordings: which sounds, from when to when", "audio"),
     "embed": Command("recordings.embed", "EmbedSettings", "embed recordings of any length with an encoder", "audio"),
     "app": Command("app.settings", "AppSettings", "open a page to listen with: log-mel, events and sound of a recording", "app"),
