@@ -220,7 +220,7 @@ def test_recordings_that_moved_or_changed_are_told(tmp_path, archive, model):
     os.utime(archive / "chirp.wav", (1, 1))
     states = {match.recording: match.is_there for match in index.find(kept, 0, LONG)}
     assert states == {"noise.wav": False, "chirp.wav": False, "deep/voice.flac": True}
-    with pytest.raises(UserError, match=r"^noise.wav is no longer where it was, or has changed: give sslam embed again$"):
+    with pytest.raises(UserError, match=r"^noise.wav was moved or has changed: run sslam embed again$"):
         index.cut(row, tmp_path)
 
 

@@ -18,7 +18,7 @@ from test_app import CLASSES, RATE, save_classifier, save_detector, sound
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioFrameClassification
 from transformers_sslam.app import live, live_page
 from transformers_sslam.app.listening import RECENT, open_listener
-from transformers_sslam.app.live import BLOCK, Heard, LiveSession, LiveSessions
+from transformers_sslam.app.live import BLOCK, LiveSession, LiveSessions, LiveState
 from transformers_sslam.app.settings import AppSettings
 from transformers_sslam.errors import UserError
 from transformers_sslam.events_sslam import Event
@@ -54,8 +54,8 @@ def blocks(waveform: np.ndarray, length: int = SAMPLES) -> list[np.ndarray]:
     return [waveform[start : start + length] for start in range(0, len(waveform), length)]
 
 
-def hear_all(session: LiveSession, waveform: np.ndarray) -> list[Heard]:
-    return [*(session.hear(block) for block in blocks(waveform)), session.stop()]
+def receive_all(session: LiveSession, waveform: np.ndarray) -> list[LiveState]:
+    return [*(session.receive(block) for block in blocks(waveform)), session.stop()]
 
 
 @pytest.mark.parametrize("own", [None, {"median_filter": 0.48, "max_gap": 0.32}])
@@ -63,30 +63,30 @@ def test_events_are_those_of_a_recording_and_as_late_as_is_stated(tmp_path, own)
     model = save_detector(tmp_path / "model", event_detection=own)
     listener = open_listener(AppSettings(model=str(model), device="cpu", live_window=0.64, live_hop=0.16))
     assert listener.live_delay() == listener.model.detection_delay(listener.extractor, window=0.64, hop=0.16)
-    heard = hear_all(LiveSession(listener), sound())
-    found = sorted({event for state in heard for event, _ in state.events})
+    states = receive_all(LiveSession(listener), sound())
+    found = sorted({event for state in states for event, _ in state.events})
     expected = listener.model.detect(sound(), listener.extractor, window=0.64, hop=0.16)
     assert len(found) > 5
     assert found == sorted(map(rounded, expected))
-    late = {event: delay for state in heard[:-1] for event, delay in state.events}
-    slowest = max(state.computing for state in heard)
+    late = {event: delay for state in states[:-1] for event, delay in state.events}
+    slowest = max(state.computing for state in states)
     assert len(late) > 3
     assert all(0 < delay <= listener.live_delay() + BLOCK + slowest + 1e-3 for delay in late.values())  # times are in milliseconds
-    for state in heard[:-1]:  # and not known before it was heard
-        assert all(event.end <= state.seconds for event, _ in state.events)
+    for before in states[:-1]:  # and not known before it was received
+        assert all(event.end <= before.seconds for event, _ in before.events)
 
 
 def test_a_classifier_has_segments_of_its_windows(tmp_path):
     model = save_classifier(tmp_path / "model")
     listener = open_listener(AppSettings(model=str(model), device="cpu", live_window=0.64, live_hop=0.32))
     assert listener.live_delay() == pytest.approx(0.32, abs=1e-4)
-    heard = hear_all(LiveSession(listener), sound())
+    states = receive_all(LiveSession(listener), sound())
     whole = listener.model.score_over_time(sound(), listener.extractor, window=0.64, hop=0.32)
     (tmp_path / "kept").mkdir()
     recording = type("Scored", (), {"starts": whole.starts, "ends": whole.starts + whole.window, "scores": whole.scores})
-    assert sorted(event for event, _ in heard[-1].events) == sorted(listener.events(recording, *(s.value for s in listener.sliders)))
-    assert heard[3].events == []  # less than a window
-    assert heard[4].events != []
+    assert sorted(event for event, _ in states[-1].events) == sorted(listener.events(recording, *(s.value for s in listener.sliders)))
+    assert states[3].events == []  # less than a window
+    assert states[4].events != []
 
 
 def test_what_was_heard_long_ago_is_forgotten(detector, monkeypatch):
@@ -94,8 +94,8 @@ def test_what_was_heard_long_ago_is_forgotten(detector, monkeypatch):
     monkeypatch.setattr(live, "RECENT", 2.0)
     session = LiveSession(detector)
     for block in blocks(np.tile(sound(), 5)):
-        heard = session.hear(block)
-        assert all(event.end > heard.seconds - 2.0 for event, _ in heard.events)
+        state = session.receive(block)
+        assert all(event.end > state.seconds - 2.0 for event, _ in state.events)
         assert len(session._found) < 60  # of 30 s there are more
     session.stop()
 
@@ -109,7 +109,7 @@ def test_memory_does_not_grow_with_time(tmp_path, save):
 
     def resident_after(minutes: int) -> int:
         for _ in range(60 * minutes):
-            session.hear(second)
+            session.receive(second)
         return psutil.Process().memory_info().rss
 
     before = resident_after(2)
@@ -119,10 +119,10 @@ def test_memory_does_not_grow_with_time(tmp_path, save):
 
 def test_the_machine_that_computes_is_given_what_was_recorded_meanwhile(detector):
     """Blocks of any lengths give the same."""
-    expected = hear_all(LiveSession(detector), sound())[-1].events
+    expected = receive_all(LiveSession(detector), sound())[-1].events
     session = LiveSession(detector)
     for block in blocks(sound(), 5 * SAMPLES):
-        session.hear(block)
+        session.receive(block)
     assert [event for event, _ in session.stop().events] == [event for event, _ in expected]
 
 
@@ -139,8 +139,8 @@ def test_more_microphones_than_allowed_are_rejected_until_one_stops(detector):
     assert other != name
     assert len(other) > 30  # cannot be guessed
     with pytest.raises(UserError, match="^listening has ended: start it again$"):
-        sessions.hear(name, encoded(noise(0.16)))
-    assert sessions.hear(other, encoded(noise(0.16))).seconds == 0.16
+        sessions.receive(name, encoded(noise(0.16)))
+    assert sessions.receive(other, encoded(noise(0.16))).seconds == 0.16
     assert sessions.stop(name) is None
 
 
@@ -148,13 +148,13 @@ def test_a_microphone_that_falls_silent_leaves_its_place(detector, monkeypatch):
     monkeypatch.setattr(live, "SILENT", 0.2)
     sessions = LiveSessions(detector)
     name = sessions.start()
-    sessions.hear(name, encoded(noise(1.0)))
+    sessions.receive(name, encoded(noise(1.0)))
     threads = threading.active_count()
     deadline = time.monotonic() + 30
     while sessions._sessions[name].is_on and time.monotonic() < deadline:
         time.sleep(0.05)
     with pytest.raises(UserError, match="^nothing was received for a while, so listening has ended: start it again$"):
-        sessions.hear(name, encoded(noise(0.16)))
+        sessions.receive(name, encoded(noise(0.16)))
     sessions.start()
     assert threading.active_count() <= threads + 1
 
@@ -163,13 +163,13 @@ def test_listening_ends_at_the_limit_of_the_page(tmp_path):
     settings = {"model": str(save_detector(tmp_path / "model")), "device": "cpu", "max_seconds": 2.0}
     sessions = LiveSessions(open_listener(AppSettings(**settings)))
     name = sessions.start()
-    assert sessions.hear(name, encoded(noise(1.9))).seconds == 1.9
+    assert sessions.receive(name, encoded(noise(1.9))).seconds == 1.9
     with pytest.raises(UserError, match=r"^2.0 s are over, the limit of this page: start again$"):
-        sessions.hear(name, encoded(noise(0.2)))
+        sessions.receive(name, encoded(noise(0.2)))
     name = sessions.start()  # there is room again; and nobody stays by sending little
     sessions._sessions[name].started -= 2.0
     with pytest.raises(UserError, match="are over"):
-        sessions.hear(name, "")
+        sessions.receive(name, "")
 
 
 @pytest.mark.parametrize(
@@ -184,8 +184,8 @@ def test_blocks_that_are_none_are_rejected(detector, block, message):
     sessions = LiveSessions(detector)
     name = sessions.start()
     with pytest.raises(UserError, match=f"^{message}$"):
-        sessions.hear(name, block)
-    assert sessions.hear(name, encoded(noise(0.16))).seconds == 0.16  # it is still on
+        sessions.receive(name, block)
+    assert sessions.receive(name, encoded(noise(0.16))).seconds == 0.16  # it is still on
 
 
 def test_a_model_that_fails_is_told_and_ends_the_session(detector, monkeypatch):
@@ -196,14 +196,14 @@ def test_a_model_that_fails_is_told_and_ends_the_session(detector, monkeypatch):
     monkeypatch.setattr(detector.model, "forward", broken)
     for _ in range(2):  # also the next time
         with pytest.raises(UserError, match="^what the model gives is not finite$"):
-            session.hear(noise(2.0))
+            session.receive(noise(2.0))
     assert not session.is_on
     session.stop()
 
 
 def test_stopping_at_once_is_no_error(detector):
-    heard = LiveSession(detector).stop()
-    assert (heard.seconds, heard.events) == (0.0, [])
+    state = LiveSession(detector).stop()
+    assert (state.seconds, state.events) == (0.0, [])
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_negative_number_of_microphones_is_rejected():
 
 def test_events_move_away_from_now_and_delays_are_written(detector):
     events = [(Event(30.0, 33.0, "dog", 0.8), 1.5), (Event(36.0, 39.0, CLASSES[1], 0.7), 2.25)]
-    drawn = live_page.draw_heard(detector, Heard(45.0, 0.5, events, 0.01))
+    drawn = live_page.draw_state(detector, LiveState(45.0, 0.5, events, 0.01))
     assert re.findall(r'sslam-bar" style="left:([\d.]+)%;width:([\d.]+)%', drawn) == [("70.00", "10.00"), ("50.00", "10.00")]
     assert re.findall(r'data-label="([^"]+)"', drawn) == ["&lt;b&gt;rain&lt;/b&gt;", "dog"]
     assert re.findall(r"<tr><td>([\d.]+)</td><td>([\d.]+)</td>.*?([\d.]+)</td></tr>", drawn) == [
@@ -236,26 +236,26 @@ def test_events_move_away_from_now_and_delays_are_written(detector):
     (unknown,) = set(re.findall(r'sslam-unknown" style="width:([\d.]+)%', drawn))
     assert float(unknown) == pytest.approx(100 * (detector.live_delay() + BLOCK) / RECENT, abs=0.01)
     assert "<b>" not in drawn
-    assert live_page.name_latest(Heard(45.0, 0.5, events, 0.01)) == "Latest: <b>rain</b>, from 36.0 s"  # shown as text
-    assert live_page.draw_heard(detector, Heard(45.0, 0.5, [], 0.01)) == "<p>No events in the last 30 s.</p>"
+    assert live_page.name_latest(LiveState(45.0, 0.5, events, 0.01)) == "Latest: <b>rain</b>, from 36.0 s"  # shown as text
+    assert live_page.draw_state(detector, LiveState(45.0, 0.5, [], 0.01)) == "<p>No events in the last 30 s.</p>"
 
 
 def test_what_browsers_call_answers_with_words(detector):
-    start, hear, stop = live_page.live_functions(detector)
+    start, receive, stop = live_page.live_functions(detector)
     name = start(None)["name"]
     assert start(None) == {"error": "1 at a time can listen live, the limit of this page: try again in a while"}
-    heard = hear([name, encoded(noise(0.16))])
-    assert (heard["seconds"], heard["latest"], heard["html"]) == (0.16, "", "<p>No events in the last 30 s.</p>")
-    assert heard["level"] == pytest.approx(np.abs(noise(0.16)).max(), abs=1e-3)
-    assert hear([name, "!"]) == {"error": "a block of sound arrived damaged: start again"}
+    state = receive([name, encoded(noise(0.16))])
+    assert (state["seconds"], state["latest"], state["html"]) == (0.16, "", "<p>No events in the last 30 s.</p>")
+    assert state["level"] == pytest.approx(np.abs(noise(0.16)).max(), abs=1e-3)
+    assert receive([name, "!"]) == {"error": "a block of sound arrived damaged: start again"}
     assert stop(name)["seconds"] == 0.16
     assert stop(name) == {}
-    assert hear([name, ""]) == {"error": "listening has ended: start it again"}
+    assert receive([name, ""]) == {"error": "listening has ended: start it again"}
 
 
 def test_a_known_sound_is_found_where_it_is(tmp_path):
     listener = open_listener(AppSettings(model=str(save_noise_detector(tmp_path / "model")), device="cpu"))
     silence = np.zeros(2 * RATE, np.float32)
-    (event,) = hear_all(LiveSession(listener), np.concatenate((silence, noise(1.0, seed=5), silence)))[-1].events
+    (event,) = receive_all(LiveSession(listener), np.concatenate((silence, noise(1.0, seed=5), silence)))[-1].events
     assert event[0].label == "dog"
     assert (event[0].start, event[0].end) == (pytest.approx(2, abs=0.17), pytest.approx(3, abs=0.17))

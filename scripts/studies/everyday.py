@@ -1,6 +1,6 @@
 """The model to ship, sslam-small-everyday: tags and events of everyday sounds, from clips whose licences allow it.
 
-python scripts/studies/everyday.py --data_dir PATH/TO/esc --free_dir PATH/TO/free --test_folds 4      # what it is worth: fold 4 held out
+python scripts/studies/everyday.py --data_dir PATH/TO/esc --free_dir PATH/TO/free --test_folds 4      # evaluate: fold 4 held out
 python scripts/studies/everyday.py --data_dir PATH/TO/esc --free_dir PATH/TO/free --test_folds '[]'   # the model itself, of all folds
 
 Pre-training in both stages without labels, of the training folds and the further recordings; then event detection, of mixtures that are

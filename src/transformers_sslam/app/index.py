@@ -109,7 +109,7 @@ class SoundIndex:
         what it is. Nothing but what is indexed can be asked for.
 
         Raises:
-            UserError: if there is no such row, or its recording cannot be read any more; the message is meant for the visitor.
+            UserError: if there is no such row, or its recording can no longer be read; the message is meant for the visitor.
         """
         if not isinstance(row, int) or row not in range(len(self._starts)):
             raise UserError(f"{row!r} is not a row of the index: search again")
@@ -117,7 +117,7 @@ class SoundIndex:
         start, end = self._span(row)
         end, rate = min(end, start + self._listener.settings.max_seconds), self._listener.rate
         if current_state([recording.path]) != [recording]:
-            raise UserError(f"{name} is no longer where it was, or has changed: give sslam embed again")
+            raise UserError(f"{name} was moved or has changed: run sslam embed again")
         file = folder / f"found-{row}.flac"
         first, last, position = round(start * rate), round(end * rate), 0
         unfinished = file.with_suffix(".unfinished")
@@ -135,7 +135,7 @@ class SoundIndex:
 
     def _check(self, folder: Path, identity: dict[str, Any]) -> None:
         """Raise a `UserError` unless the index is of vectors that this model gives of a span."""
-        listener, again = self._listener, "give sslam embed again, with another --output"
+        listener, again = self._listener, "run sslam embed again, with another --output"
         if identity.get("task") != Embedding.__name__:
             raise UserError(f"index {folder} holds no embeddings: give what sslam embed wrote, not sslam tag or sslam detect")
         if identity.get("per") not in ("clip", "window"):

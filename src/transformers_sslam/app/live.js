@@ -26,10 +26,10 @@ function encode(blocks) {
   return btoa(bytes);
 }
 
-function show(heard) {
+function show(state) {
   const latest = find(".sslam-live-latest");
-  find(".sslam-live-events").innerHTML = heard.html;
-  if (latest.textContent !== heard.latest) latest.textContent = heard.latest;
+  find(".sslam-live-events").innerHTML = state.html;
+  if (latest.textContent !== state.latest) latest.textContent = state.latest;
 }
 
 async function start() {
@@ -61,14 +61,14 @@ async function send(mine) {
   try {
     while (mine.on && mine.blocks.length) {
       if (mine.blocks.length * block > most) throw new Error("Sound comes faster than it is computed: a larger live_hop needs less.");
-      const { at } = mine.blocks[0], heard = await server.live_hear([mine.name, encode(mine.blocks.splice(0))]);
-      if (heard.error) throw new Error(heard.error);
+      const { at } = mine.blocks[0], state = await server.live_receive([mine.name, encode(mine.blocks.splice(0))]);
+      if (state.error) throw new Error(state.error);
       const way = (performance.now() - at) / 1000;
-      show(heard);
-      find(".sslam-level i").style.width = `${100 * heard.level}%`;
+      show(state);
+      find(".sslam-level i").style.width = `${100 * state.level}%`;
       find(".sslam-live-delay").textContent = `Shown at most ${(delay + block + way).toFixed(1)} s after the end of a sound: ` +
         `${delay.toFixed(2)} s for windows, ${block} s to record a block, and ${way.toFixed(2)} s, measured now, to send and compute it.`;
-      find(".sslam-live-time").textContent = `${Math.floor(heard.seconds)} s`;
+      find(".sslam-live-time").textContent = `${Math.floor(state.seconds)} s`;
     }
   } catch (error) {
     stop(mine, error.message);
@@ -89,8 +89,8 @@ async function stop(mine, reason) {
 async function close(mine) {
   mine.stream?.getTracks().forEach((track) => track.stop());
   if (mine.context?.state !== "closed") mine.context?.close();
-  const heard = mine.name && (await server.live_stop(mine.name).catch(() => null));
-  if (heard?.html && !microphone) show(heard);
+  const state = mine.name && (await server.live_stop(mine.name).catch(() => null));
+  if (state?.html && !microphone) show(state);
 }
 
 function draw() {

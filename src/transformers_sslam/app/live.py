@@ -23,7 +23,7 @@ SILENT = 10.0  # seconds without a block, after which a browser is taken to be g
 FULL_SCALE = 2**15
 
 
-class Heard(NamedTuple):
+class LiveState(NamedTuple):
     """What is known of a live source.
 
     Attributes:
@@ -52,7 +52,7 @@ class LiveSession:
         self.is_on, self.started = True, time.monotonic()
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def hear(self, block: np.ndarray) -> Heard:
+    def receive(self, block: np.ndarray) -> LiveState:
         """What is known after one more block `(samples,)`, as soon as the model has computed all that it can.
 
         Raises:
@@ -64,12 +64,12 @@ class LiveSession:
             self._samples += len(block)
             return self._pass(block, float(np.abs(block).max(initial=0)))
 
-    def stop(self) -> Heard:
+    def stop(self) -> LiveState:
         """What is known at the end."""
         with self._lock:
             return self._pass(None, 0.0)
 
-    def _pass(self, block: np.ndarray | None, level: float) -> Heard:
+    def _pass(self, block: np.ndarray | None, level: float) -> LiveState:
         started = time.monotonic()
         if self.is_on:
             self._blocks.put(block)
@@ -79,7 +79,7 @@ class LiveSession:
             raise UserError(self._error)
         recent = [event for event in self._found if event.end > seconds - RECENT]
         self._delays = {event: self._delays.get(event, seconds - event.end + computing) for event in recent}
-        return Heard(seconds, level, list(self._delays.items()), computing)
+        return LiveState(seconds, level, list(self._delays.items()), computing)
 
     def _listen(self) -> None:
         try:
@@ -122,7 +122,7 @@ class LiveSessions:
             self._sessions[name] = LiveSession(self._listener)
             return name
 
-    def hear(self, name: str, encoded: str) -> Heard:
+    def receive(self, name: str, encoded: str) -> LiveState:
         """What is known after one more block, of 16-bit samples in base 64.
 
         Raises:
@@ -139,17 +139,17 @@ class LiveSessions:
             raise UserError("a block of sound arrived damaged: start again") from error
         if len(samples) > MOST * rate:
             raise UserError(f"more than {MOST:g} s of sound arrived at once: start again")
-        heard = session.hear(samples)
-        if max(heard.seconds, time.monotonic() - session.started) > most:
+        state = session.receive(samples)
+        if max(state.seconds, time.monotonic() - session.started) > most:
             self.stop(name)
             raise UserError(f"{clock(most)} are over, the limit of this page: start again")
-        return heard
+        return state
 
-    def stop(self, name: str) -> Heard | None:
+    def stop(self, name: str) -> LiveState | None:
         """End a session; what is known at its end, or `None` if there is none of this name."""
         with self._lock:
             session = self._sessions.pop(name, None)
         return None if session is None else session.stop()
 
 
-__all__ = ["BLOCK", "MOST", "Heard", "LiveSession", "LiveSessions"]
+__all__ = ["BLOCK", "MOST", "LiveSession", "LiveSessions", "LiveState"]

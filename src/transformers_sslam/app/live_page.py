@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import UserError
 from .drawing import MOST_LANES, MOST_ROWS
 from .listening import RECENT, Listener
-from .live import BLOCK, MOST, Heard, LiveSessions
+from .live import BLOCK, MOST, LiveSessions, LiveState
 
 
 TICKS = 3  # of the time before now
@@ -25,15 +25,15 @@ def draw_live(listener: Listener) -> str:
     )
 
 
-def draw_heard(listener: Listener, heard: Heard) -> str:
+def draw_state(listener: Listener, state: LiveState) -> str:
     """Lanes of the last seconds, now at their right, and the table of the same events, the latest first. Of many classes those with the
     latest events have lanes."""
-    latest = sorted(heard.events, key=lambda item: (-item[0].end, item[0].label))
+    latest = sorted(state.events, key=lambda item: (-item[0].end, item[0].label))
     labels = sorted(list(dict.fromkeys(event.label for event, _ in latest))[:MOST_LANES])
     unknown = f"{100 * min(1.0, (listener.live_delay() + BLOCK) / RECENT):.2f}%"
     lanes = "".join(
         f'<div class="sslam-lane" data-label="{escape(label)}"><span class="sslam-name">{escape(label)}</span><div class="sslam-track">'
-        + "".join(_bar(event.start, event.end, heard.seconds) for event, _ in heard.events if event.label == label)
+        + "".join(_bar(event.start, event.end, state.seconds) for event, _ in state.events if event.label == label)
         + f'<div class="sslam-unknown" style="width:{unknown}"></div></div></div>'
         for label in labels
     )
@@ -55,11 +55,11 @@ def draw_heard(listener: Listener, heard: Heard) -> str:
     )
 
 
-def name_latest(heard: Heard) -> str:
+def name_latest(state: LiveState) -> str:
     """The latest event in words, plain text. They are read aloud when they change, which they do not while a segment grows."""
-    if not heard.events:
+    if not state.events:
         return ""
-    event, _ = max(heard.events, key=lambda item: (item[0].end, item[0].score))
+    event, _ = max(state.events, key=lambda item: (item[0].end, item[0].score))
     return f"Latest: {event.label}, from {event.start:.1f} s"
 
 
@@ -67,11 +67,11 @@ def live_functions(listener: Listener) -> list[Callable[[Any], dict[str, Any]]]:
     """What browsers call. What they send may be anything; an answer has an `error`, in words for the visitor, if there is one."""
     sessions = LiveSessions(listener)
 
-    def drawn(heard: Heard | None) -> dict[str, Any]:
-        if heard is None:
+    def drawn(state: LiveState | None) -> dict[str, Any]:
+        if state is None:
             return {}
-        about = {"seconds": heard.seconds, "level": heard.level, "latest": name_latest(heard)}
-        return {"html": draw_heard(listener, heard), **about}
+        about = {"seconds": state.seconds, "level": state.level, "latest": name_latest(state)}
+        return {"html": draw_state(listener, state), **about}
 
     def live_start(_: Any) -> dict[str, Any]:
         try:
@@ -79,17 +79,17 @@ def live_functions(listener: Listener) -> list[Callable[[Any], dict[str, Any]]]:
         except UserError as error:
             return {"error": str(error)}
 
-    def live_hear(data: Any) -> dict[str, Any]:
+    def live_receive(data: Any) -> dict[str, Any]:
         try:
             name, block = map(str, data)
-            return drawn(sessions.hear(name, block))
+            return drawn(sessions.receive(name, block))
         except (TypeError, ValueError) as error:
             return {"error": str(error)}
 
     def live_stop(name: Any) -> dict[str, Any]:
         return drawn(sessions.stop(str(name)))
 
-    return [live_start, live_hear, live_stop]
+    return [live_start, live_receive, live_stop]
 
 
 def _bar(start: float, end: float, now: float) -> str:
@@ -98,4 +98,4 @@ def _bar(start: float, end: float, now: float) -> str:
     return f'<span class="sslam-bar" style="left:{first:.2f}%;width:{last - first:.2f}%"></span>'
 
 
-__all__ = ["draw_heard", "draw_live", "live_functions", "name_latest"]
+__all__ = ["draw_live", "draw_state", "live_functions", "name_latest"]
