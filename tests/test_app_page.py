@@ -29,7 +29,8 @@ from test_app_live import save_noise_detector  # noqa: E402
 
 from transformers_sslam.app.index import SoundIndex  # noqa: E402
 from transformers_sslam.app.listening import open_listener  # noqa: E402
-from transformers_sslam.app.page import Page, find_examples, launch  # noqa: E402
+from transformers_sslam.app.page import Page  # noqa: E402
+from transformers_sslam.app.server import find_examples, launch  # noqa: E402
 from transformers_sslam.app.sessions import Sessions  # noqa: E402
 from transformers_sslam.app.settings import AppSettings  # noqa: E402
 from transformers_sslam.errors import UserError  # noqa: E402

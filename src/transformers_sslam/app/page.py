@@ -1,8 +1,6 @@
 """The page: what a visitor may do on it, and what follows. What it looks like is in `drawing`, `live_page`, `page.css` and `page.js`."""
 
 import os
-import signal
-import sys
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,15 +8,12 @@ from typing import Any
 import gradio as gr
 
 from ..audio.decode import AUDIO_SUFFIXES
-from ..audio.paths import find_files, printable_path
-from ..errors import UserError
 from .about import draw_about, model_name
 from .drawing import draw_error, draw_lanes, draw_link, draw_match, draw_matches, draw_player, draw_search, draw_table
 from .index import SoundIndex
-from .listening import SOUND, Listener, Recording, Slider, open_listener
+from .listening import SOUND, Listener, Recording, Slider
 from .live_page import draw_live, live_functions
 from .sessions import Sessions
-from .settings import AppSettings
 
 
 HERE = Path(__file__).parent
@@ -36,52 +31,6 @@ PLAY = """element.addEventListener("click", ({ target }) => {
 ZOOM = Slider("Zoom", "Widens what is below, which then scrolls.", 1, 50, 1, 1)
 PROGRESS = gr.Progress()  # Gradio finds it among the defaults
 SLIDER_WIDTH = 260  # pixels, at least: on a phone they are below each other
-
-
-def serve(settings: AppSettings) -> None:
-    """Load the model, and answer until Ctrl-C."""
-    examples = find_examples(settings.examples)
-    listener = open_listener(settings)
-    index = None if settings.index is None else SoundIndex(settings.index, listener)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that recordings are deleted
-    with Sessions(60 * settings.keep_minutes) as sessions:
-        page = Page(listener, sessions, examples, index).blocks
-        print(f"the page is at {launch(page, settings, sessions)}; Ctrl-C ends it", flush=True)
-        page.block_thread()
-
-
-def launch(page: gr.Blocks, settings: AppSettings, sessions: Sessions) -> str:
-    """Serve a page in the background; its address."""
-    _, address, _ = page.queue(max_size=settings.max_waiting).launch(
-        quiet=True,
-        server_name=settings.host,
-        server_port=settings.port or None,
-        inbrowser=settings.open_browser,
-        prevent_thread_lock=True,
-        allowed_paths=[str(sessions.kept)],
-        max_file_size=settings.max_megabytes * 10**6,
-        theme=_theme(),
-        css_paths=HERE / "page.css",
-        head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
-        footer_links=[],
-        run_history=False,  # nothing of a visitor's recordings is stored, in a browser either
-        share=False,
-        ssr_mode=False,
-        enable_monitoring=False,
-    )
-    return address
-
-
-def find_examples(source: str | None) -> dict[str, str]:
-    """Recordings that a visitor may choose, by their names below the folder."""
-    if source is None:
-        return {}
-    if Path(source).is_file():
-        return {printable_path(Path(source).name): source}
-    names, _ = find_files(Path(source), AUDIO_SUFFIXES) if Path(source).is_dir() else ([], {})
-    if not names:
-        raise UserError(f"examples is {source!r}, but a recording, or a folder with some, is expected")
-    return {printable_path(name): str(Path(source) / name) for name in names}
 
 
 class Page:
@@ -252,7 +201,7 @@ def _html(text: str = "", **options: Any) -> gr.HTML:
     return gr.HTML(text, apply_default_css=False, **options)
 
 
-def _theme() -> gr.themes.Base:
+def theme() -> gr.themes.Base:
     """Fonts of the reader's system, so that nothing is fetched; texts with a contrast of at least 4.5 on their grounds (WCAG AA)."""
     fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return gr.themes.Default(primary_hue="blue", secondary_hue="blue", neutral_hue="slate", **fonts).set(
@@ -265,4 +214,4 @@ def _theme() -> gr.themes.Base:
     )
 
 
-__all__ = ["Page", "find_examples", "launch", "serve"]
+__all__ = ["HERE", "Page", "theme"]

@@ -66,7 +66,7 @@ def run(settings: AppSettings) -> None:
     """Open the page, until Ctrl-C."""
     if find_spec("gradio") is None:
         raise UserError('the page needs gradio, which is not installed: pip install "transformers-sslam[app]"')
-    from .page import serve
+    from .server import serve
 
     serve(settings)
 
