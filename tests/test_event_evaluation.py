@@ -17,9 +17,11 @@ from transformers_sslam.cli import main
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.classifier import evaluate_classifier
 from transformers_sslam.evaluation.detector import detector_table, evaluate_detector
+from transformers_sslam.evaluation.event_input import Recordings
 from transformers_sslam.evaluation.event_results import evaluate_events, event_activity, filter_scores, max_overlap
 from transformers_sslam.evaluation.event_tuning import tune_events
 from transformers_sslam.evaluation.events import collar_f1, psds, segment_f1
+from transformers_sslam.evaluation.false_alarms import Choice, choose_within, count_false_alarms, front
 from transformers_sslam.evaluation.scored_events import ScoredEvents
 from transformers_sslam.evaluation.settings import EvaluationSettings
 from transformers_sslam.events_sslam import EventSettings, find_events
@@ -193,6 +195,99 @@ def test_filters_help_where_scores_flicker():
         assert evaluate_events(*data, tuned, confidence=None)["metrics"][f"{metric}_f1"] == 1
 
 
+# False alarms
+
+
+def peaks(length, **seconds):
+    """Scores of 0.1 but for single steps of 1 s: `_3=0.8` is 0.8 at 3 s."""
+    values = np.full(length, 0.1)
+    for name, score in seconds.items():
+        values[int(name[1:])] = score
+    return values
+
+
+def test_false_alarms_by_hand():
+    """A tenth of an event in ground truth of its class is enough; what is of another class, or in a recording without events, is not."""
+    dog, cat = np.zeros((3, 11)), np.zeros((3, 11))
+    dog[0, 1:11] = 0.9  # 1 s of 10 s is true
+    cat[0, 0:2] = 0.9  # there is a dog
+    dog[1] = 0.9  # 1 s of 11 s is true
+    dog[2, [0, 2, 3]] = 0.9  # two events where there is none
+    scores = {name: np.stack(columns, axis=1) for name, columns in zip("abc", zip(dog, cat))}
+    truth = {"a": [(0.0, 2.0, "dog")], "b": [(4.0, 5.0, "dog")], "c": []}
+    data = scores, 1.0, ["dog", "cat"], truth, dict.fromkeys("abc", 11.0)
+    found = evaluate_events(*data, EventSettings(), confidence=None)["false_alarms"]
+    assert found == {"per_hour": pytest.approx(4 / 33 * 3600), "hours": pytest.approx(33 / 3600), "by_class": {"dog": 3, "cat": 1}}
+    joined = evaluate_events(*data, EventSettings(max_gap=1.0, min_duration={"cat": 3.0}), confidence=None)["false_alarms"]
+    assert joined["by_class"] == {"dog": 2, "cat": 0}  # of the events that the settings lead to
+
+
+def test_thresholds_within_a_number_of_false_alarms_by_hand():
+    """In 20 s one false alarm is 180 an hour. Dogs: F1 2/3 without, 4/5 with one. Cats: nothing without, 4/5 with one. No owls."""
+    dog, cat, owl = peaks(20, _0=0.9, _2=0.8, _4=0.6), peaks(20, _8=0.9, _10=0.7, _12=0.7), peaks(20, _15=0.6)
+    truth = [(0.0, 1.0, "dog"), (4.0, 5.0, "dog"), (10.0, 11.0, "cat"), (12.0, 13.0, "cat")]
+    data = {"a": np.stack([dog, cat, owl], axis=1)}, 1.0, ["dog", "cat", "owl"], {"a": truth}, {"a": 20.0}
+    for limit, thresholds, alarms in (
+        (None, {"dog": 0.35, "cat": 0.4, "owl": 0.5}, {"dog": 1, "cat": 1, "owl": 1}),
+        (720, {"dog": 0.35, "cat": 0.4, "owl": 0.8}, {"dog": 1, "cat": 1, "owl": 0}),
+        (359, {"dog": 0.85, "cat": 0.4, "owl": 0.8}, {"dog": 0, "cat": 1, "owl": 0}),
+        (0, {"dog": 0.85, "cat": 0.95, "owl": 0.8}, {"dog": 0, "cat": 0, "owl": 0}),
+    ):
+        tuned = tune_events(*data, lengths=(0,), max_false_alarms=limit)
+        assert tuned.threshold == thresholds
+        assert evaluate_events(*data, tuned, confidence=None)["false_alarms"]["by_class"] == alarms
+    before = EventSettings(threshold={"cat": 0.97, "owl": 0.3}, median_filter={"owl": 3.0})  # which leaves 0.1 of the owl's peak
+    tuned = tune_events(*data, lengths=(0,), max_false_alarms=0, before=before)
+    assert (tuned.threshold["cat"], tuned.threshold["owl"], tuned.median_filter["owl"]) == (0.97, 0.3, 3.0)
+    certain = {"a": np.where(data[0]["a"] == 0.9, 1.0, data[0]["a"])}, *data[1:]
+    assert tune_events(*certain, lengths=(0,), max_false_alarms=0).threshold["cat"] == 1.0
+    with pytest.raises(ValueError, match="max_false_alarms is -1, but a number an hour that is not negative"):
+        tune_events(*data, max_false_alarms=-1)
+
+
+@pytest.mark.parametrize("metric", F1)
+@pytest.mark.parametrize("alarms", [0, 3, 10])
+def test_no_thresholds_have_a_higher_mean_f1_with_as_few_false_alarms(metric, alarms):
+    """Against all combinations of a grid that lies between all scores, without thresholds below the best ones."""
+    data = random_problem(5)
+    limit = alarms / (sum(data[4].values()) / 3600)
+    f1, counts = [], []
+    for threshold in np.arange(0.005, 1, 0.01):
+        found = F1[metric](*data, threshold, confidence=None).by_class
+        number = count_false_alarms(Recordings.of(*data), threshold)["by_class"]
+        f1.append([found[label] for label in CLASSES])
+        counts.append([number[label] for label in CLASSES])
+    lower = np.arange(100)[:, None] < 99 - np.argmax(f1[::-1], axis=0)  # than the highest of the best ones without a limit
+    (a, b, c), (i, j, k) = np.transpose(np.where(lower, 0, f1)), np.transpose(counts)
+    together = i[:, None, None] + j[:, None] + k <= alarms
+    best = np.where(together, a[:, None, None] + b[:, None] + c, 0).max() / 3
+    results = evaluate_events(*data, tune_events(*data, lengths=(0,), metric=metric, max_false_alarms=limit), confidence=None)
+    assert results["metrics"][f"{metric}_f1"] == pytest.approx(best, abs=1e-12)
+    assert results["false_alarms"]["per_hour"] <= limit + 1e-9
+    free = evaluate_events(*data, tune_events(*data, lengths=(0,), metric=metric), confidence=None)
+    assert results["metrics"][f"{metric}_f1"] < free["metrics"][f"{metric}_f1"]  # the limit has an effect
+    assert free == evaluate_events(*data, tune_events(*data, lengths=(0,), metric=metric, max_false_alarms=1e6), confidence=None)
+
+
+def test_choices_within_a_budget_are_the_best_of_all():
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        every = [
+            [Choice(0.0, float(f1), int(alarms), 0.5, 0.0) for f1, alarms in zip(random.random(6), random.integers(0, 8, 6))]
+            for _ in range(4)
+        ]
+        fronts = {c: front(choices) for c, choices in enumerate(every)}
+        for budget in (0, 1, 5, 12, 50):
+            chosen = choose_within(fronts, budget)
+            nothing = Choice(0.0, 0.0, 0, 1.0, 0.0)
+            best = max(
+                sum(one.f1 for one in some) for some in product(*([nothing, *choices] for choices in every))
+                if sum(one.alarms for one in some) <= budget
+            )  # fmt: skip
+            assert sum(choice.alarms for choice in chosen.values()) <= budget
+            assert sum(choice.f1 for choice in chosen.values()) == pytest.approx(best)
+
+
 # The command
 
 
@@ -298,6 +393,13 @@ def test_tuning_is_written_into_the_model_and_used_by_it(tmp_path, capsys):
     name = next(iter(scored.scores))
     expected = find_events(scored.scores[name], scored.step, CLASSES, EventSettings(**tuned), scored.durations[name])
     assert [event[:3] for event in network.detect(waveform(clips, 0), extractor)] == [event[:3] for event in expected]
+    limit = results["false_alarms"]["per_hour"] * 0.9
+    assert limit > 0
+    assert main([*arguments, "--tune", "--max_false_alarms", str(limit)]) == 0
+    alarms = json.loads((tmp_path / "out" / "results.json").read_text())["false_alarms"]
+    assert alarms["per_hour"] <= limit
+    total, hours = sum(alarms["by_class"].values()), alarms["hours"]
+    assert f"false alarms: {total / hours:.1f} an hour ({total} in {hours:.3g} h" in capsys.readouterr().out
 
 
 def test_events_beyond_the_end_of_a_clip(tmp_path, capsys):
@@ -351,6 +453,8 @@ def test_what_cannot_be_evaluated_is_rejected_before_anything_is_decoded(tmp_pat
         ({"task": "classification", "threshold": 0.4}, "threshold is set, but task is 'classification'"),
         ({"task": "classification", "tune": True}, "tune is set, but task is 'classification'"),
         ({"tune_for": "psds"}, "tune_for is 'psds', but has no effect without tune"),
+        ({"max_false_alarms": 6.0}, "max_false_alarms is 6, but has no effect without tune"),
+        ({"tune": True, "max_false_alarms": -1.0}, "max_false_alarms is -1.0, but a number an hour that is not negative"),
         ({"tune": True, "max_gap": 0.5}, "max_gap is set, but tune chooses thresholds and filters anew"),
     ):
         with pytest.raises(UserError, match=message):

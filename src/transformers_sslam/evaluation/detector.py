@@ -90,7 +90,7 @@ def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
     (output / PICTURE).unlink(missing_ok=True)  # of an earlier evaluation of a classifier
     tuning = {}
     if settings.tune:
-        before, found = found, tune_events(*scored, metric=settings.tune_for, before=found)
+        before, found = found, tune_events(*scored, metric=settings.tune_for, max_false_alarms=settings.max_false_alarms, before=found)
         tuning = {"tuning": _compare(scored, before, found, settings.tune_for)}
     results = {
         "settings": settings_dict(settings),
@@ -138,6 +138,7 @@ def report_detector(settings: EvaluationSettings) -> None:
     """Evaluate, and print tables."""
     results = evaluate_detector(settings)
     print(detector_table(results))
+    print("\n" + false_alarm_line(results["false_alarms"]))
     if without := results["metrics"]["classes_without_events"]:
         print(f"\nleft out, because no clip has events of them: {', '.join(map(one_line, without))}")
     for count, what in (
@@ -169,6 +170,14 @@ def detector_table(results: dict[str, Any]) -> str:
         low, high = metrics[f"{name}_interval"]
         rows.append([title, f"{metrics[name]:.4f} [{low:.4f}, {high:.4f}]"])
     return markdown_table([f"{results['clips']} clips", "value [95 % interval over clips]"], rows)
+
+
+def false_alarm_line(alarms: dict[str, Any], most: int = 5) -> str:
+    """How many false alarms there are an hour, and of which classes most."""
+    by_class = sorted(((count, label) for label, count in alarms["by_class"].items() if count), reverse=True)
+    some = ", ".join(f"{one_line(label)} {count}" for count, label in by_class[:most]) + (" ..." if len(by_class) > most else "")
+    total = sum(count for count, _ in by_class)
+    return f"false alarms: {alarms['per_hour']:.1f} an hour ({total} in {alarms['hours']:.3g} h{some and f': {some}'})"
 
 
 def overlap_table(by_overlap: dict[str, dict[str, Any]]) -> str:

@@ -16,7 +16,9 @@ import numpy as np
 from scipy.ndimage import median_filter
 
 from ..events_sslam import EventSettings, filter_halves, find_events
+from .event_input import Recordings
 from .events import EventMetric, GroundTruth, collar_f1, psds, segment_f1
+from .false_alarms import count_false_alarms
 
 
 # DESED's scenarios in DCASE task 4. The macro variant has no penalty for differences between classes, as PretrainedSED reports.
@@ -56,6 +58,9 @@ def evaluate_events(
         `by_overlap`: `recordings` and the metrics of those with 1, 2, ... simultaneous ground-truth events at most; recordings without
         events are in none. Empty if all recordings with events have the same number.
 
+        `false_alarms`: of the events that these settings find, those of which less than a tenth lies in ground truth of their class:
+        `per_hour`, `hours` of all recordings, and `by_class` their number.
+
         `merged_events`: how many ground-truth events were merged into another of their class, which they overlap or touch.
 
     Raises:
@@ -82,6 +87,7 @@ def evaluate_events(
         "metrics": _flat(found) | {"classes_without_events": list(found["psds1"].classes_without_events)},
         "per_class": {label: _of_class(found, label) for label in classes},
         "by_overlap": by_overlap,
+        "false_alarms": count_false_alarms(Recordings.of(activity, step, classes, ground_truth, durations), 0.5),
         "merged_events": found["psds1"].merged_events,
     }
 

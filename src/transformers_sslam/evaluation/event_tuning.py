@@ -1,7 +1,7 @@
 """Median filters and thresholds of event detection, chosen for each class on validation clips.
 
 ```python
-settings = tune_events(scores, step, classes, ground_truth, durations, metric="segment")
+settings = tune_events(scores, step, classes, ground_truth, durations, metric="segment", max_false_alarms=6)
 evaluate_events(other_scores, step, classes, other_ground_truth, other_durations, settings)
 ```
 
@@ -11,7 +11,7 @@ it gains from longer ones than segments do.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -20,7 +20,8 @@ from ..events_sslam import EventSettings, filter_halves
 from .event_input import MICROSECONDS, Recordings
 from .event_results import SCENARIOS, filter_scores
 from .events import GroundTruth, largest_matching, psds, true_segments, within_collars
-from .psd_roc import Timeline
+from .false_alarms import Choice, choose_within, front, hours_of, wrong_detections
+from .psd_roc import Detections, Timeline
 
 
 TunedMetric = Literal["segment", "collar", "psds"]
@@ -36,6 +37,7 @@ def tune_events(
     *,
     lengths: Sequence[float] = LENGTHS,
     metric: TunedMetric = "segment",
+    max_false_alarms: float | None = None,
     before: EventSettings | None = None,
 ) -> EventSettings:
     """The length of the median filter and the threshold of each class that give it the highest F1; or the filter of the highest PSDS, and
@@ -44,11 +46,18 @@ def tune_events(
     The threshold lies between the lowest score that should count and the next lower one. Of equally good ones the highest is taken, and of
     equally good filters the shortest.
 
+    With `max_false_alarms` those of all classes are chosen together: the highest mean F1 with no more false alarms
+    ([`false_alarms.choose_within`]), of thresholds that are not lower than the best ones without a limit for the same filter. Of equally
+    good ones of a class, those of the fewest false alarms are taken. A class that finds nothing within the
+    limit, or has no ground-truth events, has no false alarms: its filter stays as before, and so does its threshold unless a score is
+    above it, when it is raised above the highest.
+
     Args:
         scores, step, classes, ground_truth, durations: as of [`event_results.evaluate_events`].
         lengths: of the filter, in seconds. Of those that are the same number of steps, the first is tried.
         metric: F1 of segments of 1 s, or of collars of 0.2 s ([`events.segment_f1`], [`events.collar_f1`]); `"psds"`: PSDS of scenario 1
             of the class, as systems of DCASE task 4 choose their filters.
+        max_false_alarms: an hour, of all classes together, on these recordings: see the module `false_alarms`. `None`: any number.
         before: settings (by default those of `EventSettings`) of which classes keep filter and threshold if they have no ground-truth
             events, or no threshold finds one.
 
@@ -56,38 +65,51 @@ def tune_events(
         Settings with `threshold` and `median_filter` by label, and neither hysteresis, gaps nor a shortest duration.
 
     Raises:
-        ValueError: as of [`events.psds`], or if there is no length, one is out of range, or the metric is unknown.
+        ValueError: as of [`events.psds`], or if there is no length, one is out of range, the metric is unknown, or the limit negative.
     """
     if metric not in get_args(TunedMetric):
         raise ValueError(f"metric is {metric!r}, but one of {', '.join(get_args(TunedMetric))} is expected")
     if not lengths:
         raise ValueError("lengths is empty, but at least one length of the median filter, in seconds, is expected: give 0 for no filter")
-    data = Recordings.of(scores, step, classes, ground_truth, durations)
+    check_limit(max_false_alarms)
+    data, limited = Recordings.of(scores, step, classes, ground_truth, durations), max_false_alarms is not None
     kept = (before or EventSettings()).by_class(data.classes)
-    best = [_Choice(0.0, 0.0, kept["threshold"][c], kept["median_filter"][c]) for c in range(len(data.classes))]
+    found: dict[int, list[Choice]] = {c: [] for c in data.with_events.tolist()}
     tried = filter_halves(np.array(sorted(lengths)), step)
     for length in np.array(sorted(lengths))[np.unique(tried, return_index=True)[1]].tolist():
-        settings = EventSettings(median_filter=length)
-        filtered = replace(data, scores=[filter_scores(values, step, data.classes, settings) for values in data.scores])
+        filtered = _filtered(data, step, EventSettings(median_filter=length))
         areas = _psds_by_class(filtered, step, ground_truth, durations) if metric == "psds" else {}
         of_class = _CollarCounts(filtered) if metric == "collar" else _SegmentCounts(filtered)
-        for c in data.with_events.tolist():
-            found = _best_threshold(*of_class(c), areas.get(data.classes[c], 0.0), length)
-            if (found.area, found.f1) > (best[c].area, best[c].f1):
-                best[c] = found
-    by_label = dict(zip(data.classes, best))
+        timeline = Timeline(filtered)
+        for c, choices in found.items():
+            wrong = wrong_detections(timeline, c) if limited else None
+            area = areas.get(data.classes[c], 0.0)
+            if choices and area > choices[0].area:
+                choices.clear()
+            if not choices or area == choices[0].area:
+                choices += _choices(*of_class(c), wrong, area, length)
+    fronts = {c: front(choices) for c, choices in found.items()}
+    if max_false_alarms is None:
+        chosen = {c: choices[-1] for c, choices in fronts.items() if choices}
+    else:
+        chosen = choose_within(fronts, int(max_false_alarms * hours_of(data) + 1e-9))
+        highest = np.max([values.max(0) for values in _filtered(data, step, before or EventSettings()).scores], axis=0)
+        silent = [_between(value, 1.0) if value < 1 else 1.0 for value in highest.tolist()]
+        kept["threshold"] = np.where(kept["threshold"] >= highest, kept["threshold"], silent)
     return EventSettings(
-        threshold={label: float(choice.threshold) for label, choice in by_label.items()},
-        median_filter={label: float(choice.length) for label, choice in by_label.items()},
+        threshold={label: chosen[c].threshold if c in chosen else float(kept["threshold"][c]) for c, label in enumerate(data.classes)},
+        median_filter={label: chosen[c].length if c in chosen else float(kept["median_filter"][c]) for c, label in enumerate(data.classes)},
     )
 
 
-@dataclass(frozen=True)
-class _Choice:
-    area: float  # PSDS, where that is asked for
-    f1: float
-    threshold: float
-    length: float
+def check_limit(max_false_alarms: float | None) -> None:
+    """`ValueError` unless it is a number of false alarms an hour, or `None`."""
+    if max_false_alarms is not None and not 0 <= max_false_alarms < np.inf:
+        raise ValueError(f"max_false_alarms is {max_false_alarms}, but a number an hour that is not negative is expected, for example 6")
+
+
+def _filtered(data: Recordings, step: float, settings: EventSettings) -> Recordings:
+    return replace(data, scores=[filter_scores(values, step, data.classes, settings) for values in data.scores])
 
 
 def _psds_by_class(data: Recordings, step: float, ground_truth: GroundTruth, durations: Mapping[str, float]) -> dict[str, float]:
@@ -96,24 +118,36 @@ def _psds_by_class(data: Recordings, step: float, ground_truth: GroundTruth, dur
     return psds(scores, step, data.classes, ground_truth, durations, **SCENARIOS["psds1_macro"], confidence=None).by_class
 
 
-def _best_threshold(scores: np.ndarray, true: np.ndarray, found: np.ndarray, total: int, area: float, length: float) -> _Choice:
-    """The threshold of the highest F1.
+def _choices(
+    scores: np.ndarray, true: np.ndarray, found: np.ndarray, total: int, wrong: Detections | None, area: float, length: float
+) -> list[Choice]:
+    """The thresholds, from that of the highest F1 upwards, of which no other one has as high an F1 with as few false alarms; of equal ones
+    the highest. Lower ones are left out, because where a class is found nearly all the time, false alarms are few, but long.
 
     Args:
         scores, true, found: `(n,)`; by how much true positives, and all positives, change where the threshold falls below each score.
         total: number of true positives that there could be.
+        wrong: false alarms, if they count.
         area, length: PSDS with this filter, and its length.
     """
+    alarms = np.zeros_like(true)
+    if wrong is not None:
+        one = np.ones(len(wrong.appears), dtype=int)
+        scores = np.concatenate((scores, wrong.appears, wrong.vanishes))
+        alarms = np.concatenate((alarms, one, -one))
+        true, found = (np.append(counts, np.zeros(2 * len(one), dtype=int)) for counts in (true, found))
     order = np.argsort(-scores, kind="stable")
     order = order[: (scores > 0).sum()]  # no threshold is lower than 0
     if not len(order):
-        return _Choice(0.0, 0.0, 0.5, length)
-    scores, true, found = scores[order], np.cumsum(true[order]), np.cumsum(found[order])
+        return []
+    scores = scores[order]
     last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
-    f1 = 2 * true[last] / (found[last] + total)
-    i = int(f1.argmax())
-    lower = scores[last[i + 1]] if i + 1 < len(last) else 0.0
-    return _Choice(area, float(f1[i]), _between(float(lower), float(scores[last[i]])), length)
+    true, found, alarms = (np.cumsum(counts[order])[last] for counts in (true, found, alarms))
+    f1, scores = 2 * true / (found + total), np.append(scores[last], 0.0)
+    f1, alarms = (values[: f1.argmax() + 1] for values in (f1, alarms))
+    by_alarms = np.lexsort((-f1, alarms))
+    best = by_alarms[np.diff(np.maximum.accumulate(f1[by_alarms]), prepend=0.0) > 0]
+    return [Choice(area, float(f1[i]), int(alarms[i]), _between(float(scores[i + 1]), float(scores[i])), length) for i in best.tolist()]
 
 
 def _between(lower: float, upper: float) -> float:
@@ -123,7 +157,7 @@ def _between(lower: float, upper: float) -> float:
 
 
 class _SegmentCounts:
-    """For [`events.segment_f1`] with segments of 1 s: by class, what [`_best_threshold`] takes."""
+    """For [`events.segment_f1`] with segments of 1 s: by class, what [`_choices`] takes."""
 
     def __init__(self, data: Recordings):
         self.data = data
@@ -144,7 +178,7 @@ class _SegmentCounts:
 
 
 class _CollarCounts:
-    """For [`events.collar_f1`]: by class, what [`_best_threshold`] takes.
+    """For [`events.collar_f1`]: by class, what [`_choices`] takes.
 
     The pairs of a detection and an event within its collars are few, so the largest matching is computed wherever one of them changes.
     """

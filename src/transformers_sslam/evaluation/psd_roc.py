@@ -93,6 +93,11 @@ class Timeline:
                 total[first : first + len(times)] += np.clip(times, onset, offset) - onset
         return total
 
+    def counts(self, c: int, found: Detections, dtc: float) -> np.ndarray:
+        """Which detections of class `c` count: at least `dtc` of each lies in its ground truth."""
+        covered = self.covered(c)
+        return covered[found.stop] - covered[found.start] >= np.rint(dtc * (self.bounds[found.stop] - self.bounds[found.start]))
+
     def detections(self, c: int) -> Detections:
         flat = np.full(len(self.bounds), -np.inf)
         for first, values in zip(self.first, self.data.scores):
@@ -117,8 +122,8 @@ def changes_by_class(data: Recordings, dtc: float, gtc: float, cttc: float | Non
     timeline = Timeline(data)
     changes, wrong = {}, {}
     for c in data.with_events:
-        found, covered = timeline.detections(c), timeline.covered(c)
-        counts = covered[found.stop] - covered[found.start] >= np.rint(dtc * (timeline.bounds[found.stop] - timeline.bounds[found.start]))
+        found = timeline.detections(c)
+        counts = timeline.counts(c, found, dtc)
         wrong[c] = found.at(np.flatnonzero(~counts))
         changes[c] = wrong[c].changes(0) + _true_changes(data, c, timeline.bounds, found.at(np.flatnonzero(counts)), gtc)
     for other in data.with_events if cttc is not None else ():

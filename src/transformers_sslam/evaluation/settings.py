@@ -11,7 +11,7 @@ from ..audio.rows import LabelledRows, read_rows, select_folds, select_split
 from ..errors import UserError, as_user_error
 from ..settings import setting
 from .event_flags import EventFlags
-from .event_tuning import TunedMetric
+from .event_tuning import TunedMetric, check_limit
 
 
 @dataclass(kw_only=True)
@@ -28,6 +28,7 @@ class EventEvaluationSettings(EventFlags):
         "segment F1 by the thresholds",
         "segment",
     )
+    max_false_alarms: float | None = setting("most false alarms an hour, of all classes together, on the clips that tune; null: any", None)
 
 
 @dataclass(kw_only=True)
@@ -66,6 +67,12 @@ class EvaluationSettings(EventEvaluationSettings, CalibrationSettings, LabelledD
             raise UserError(f"{given[0]} is set, but task is {self.task!r}, where it has no effect: set task to events")
         if self.tune_for != "segment" and not self.tune:
             raise UserError(f"tune_for is {self.tune_for!r}, but has no effect without tune: add --tune true, or leave it out")
+        if self.max_false_alarms is not None and not self.tune:
+            raise UserError(
+                f"max_false_alarms is {self.max_false_alarms:g}, but has no effect without tune: add --tune true, or leave it out"
+            )
+        with as_user_error("tune"):
+            check_limit(self.max_false_alarms)
         if self.tune and options:
             raise UserError(
                 f"{given[0]} is set, but tune chooses thresholds and filters anew, without the others: leave one of the two out"
