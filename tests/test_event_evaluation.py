@@ -353,6 +353,7 @@ def test_results_are_those_of_score_steps(tmp_path, batch_size):
     assert results["event_detection"]["threshold"]["cat"] == 0.45
     assert results["event_detection"]["median_filter"] == 0.3
     assert results["metrics"]["classes_without_events"] == ["owl"]
+    assert results["false_alarms"]["hours"] == pytest.approx(sum(scored.durations.values()) / 3600)  # of clips without events too
     assert set(results["by_overlap"]) == {"1", "2"}
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert written["metrics"]["psds1"] == results["metrics"]["psds1"]

@@ -409,6 +409,61 @@ def test_a_folder_with_a_column_of_events(tmp_path, suffix):
     assert events_of(rows) == FOUND
 
 
+NOTHING = {"label": None, "onset": None, "offset": None}  # a row without times and label
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet", "text in parquet"])
+def test_a_row_without_times_and_label_is_a_clip_without_events(tmp_path, suffix):
+    write_metadata(tmp_path / "some", suffix, [CELLS[0], [NOTHING], [NOTHING, *CELLS[2]], None if "parquet" in suffix else []])
+    (rows,) = open_splits(tmp_path / "some").values()
+    assert events_of(rows) == {**FOUND, "3.wav": []}
+    labels = read_rows(rows, "events").labels
+    assert labels.has_times(1)
+    np.testing.assert_array_equal(labels.step_targets(1, 0.5, 3), np.zeros((3, 2)))  # a negative of every class
+    assert sorted(labels.names) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "lines", [["file_name,events", "0.wav,", "1.wav,"], ['{"file_name": "0.wav", "events": null}', '{"file_name": "1.wav"}']]
+)
+def test_a_folder_in_which_no_clip_has_events(tmp_path, lines):
+    write_clips(tmp_path, "0", "1")
+    write_text(tmp_path / f"metadata.{'csv' if ',' in lines[0][:10] else 'jsonl'}", *lines)
+    (rows,) = open_splits(tmp_path).values()
+    assert events_of(rows) == {"0.wav": [], "1.wav": []}
+
+
+def test_strong_labels_say_that_a_clip_has_no_events(tmp_path):
+    for layout, folder, lines in (
+        ("idmt_desed", "metadata", [STRONG, "a.wav\t0\t1\tCat", "b.wav\t\t\t", "c.wav\t \t \t ", "d.wav"]),
+        ("urban_sed", "annotations", ["0\t1\tsiren"]),
+    ):
+        root = tmp_path / layout
+        write_clips(root / "audio" / "train", *"abcd")
+        if folder == "metadata":
+            write_text(root / "metadata" / "train.tsv", *lines)
+        else:
+            for name, text in zip("abcd", (lines, [], [""], ["\t\t"])):
+                write_text(root / "annotations" / "train" / f"{name}.txt", *text)
+        (rows,) = open_splits(root, layout).values()
+        found = read(rows)
+        assert found.pop("a.wav") == [Event("Cat" if layout == "idmt_desed" else "siren", 0.0, 1.0)]
+        assert found == {"b.wav": [], "c.wav": [], "d.wav": []}
+
+
+def test_audioset_says_that_a_clip_has_no_events(audioset_strong):
+    table = audioset_strong / "audioset_eval_strong.tsv"
+    write_text(table, *table.read_text().splitlines(), "abcdefghijk_30000\t\t\t")
+    write_clips(audioset_strong / "eval", "abcdefghijk_30000")
+    assert read(open_splits(audioset_strong, "audioset_strong")["test"])["abcdefghijk_30000.wav"] == []
+
+
+def test_maestro_says_that_a_clip_has_no_events(maestro):
+    text = next((maestro / "development_annotation" / "soft_labels" / "grocery_store").iterdir())
+    write_text(text, "onset\toffset\tevent_label\tsoft_label", "\t\t\t")
+    assert read(open_splits(maestro, "maestro")["train"])["grocery_store_00.wav"] == []
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_the_type_of_events_does_not_depend_on_which_occur(tmp_path, suffix):
     write_metadata(tmp_path / "train", suffix, CELLS)

@@ -31,7 +31,8 @@ def read_table(table: Path, columns: Sequence[str], delimiter: str = ",") -> lis
 
 
 def read_texts(paths: Iterable[Path], classes: Collection[str] | None = None, soft: bool = False) -> Events:
-    """Files of `onset<TAB>offset<TAB>label`, with soft labels followed by `<TAB>value`; by name without suffix."""
+    """Files of `onset<TAB>offset<TAB>label`, with soft labels followed by `<TAB>value`; by name without suffix. A file without events is
+    empty, or has lines of blanks."""
     form = ("onset", "offset", "label", *(("value",) if soft else ()))
     annotations: Events = {}
     for path in sorted(paths):
@@ -39,6 +40,8 @@ def read_texts(paths: Iterable[Path], classes: Collection[str] | None = None, so
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
             place, values = f"line {number} of {path}", line.split("\t")
             if soft and number == 1 and values[:2] == ["onset", "offset"]:
+                continue
+            if not line.strip():
                 continue
             if len(values) != len(form):
                 raise UserError(f"{place} is {line!r}, but must be {'<TAB>'.join(form)}")
@@ -69,7 +72,7 @@ def read_jams(paths: Iterable[Path], classes: Collection[str] | None) -> Events:
 
 def read_dcase(table: Path, classes: Collection[str] | None) -> Events:
     """A TSV, by name of the clip without suffix: `filename onset offset event_label`, for soft labels with `confidence`; or of weak labels
-    `filename event_labels`, joined by commas."""
+    `filename event_labels`, joined by commas. A row of a name alone is a clip without events."""
     header = read_header(table)
     weak = "event_labels" in header and "event_label" not in header
     soft = "confidence" in header
@@ -78,7 +81,7 @@ def read_dcase(table: Path, classes: Collection[str] | None) -> Events:
     for place, (name, *values) in read_table(table, columns, "\t"):
         path = Path(name)
         events = annotations[path.stem if path.suffix.lower() in AUDIO_SUFFIXES else path.name]
-        if not weak and any(values):
+        if not weak and any(map(str.strip, values)):
             events.append(make_event(place, classes, *values))
         elif weak:
             labels = [label.strip() for label in values[0].split(",")] if values[0] else []

@@ -165,8 +165,8 @@ class LabelReader:
 
     Args:
         column: of `ClassLabel`s, text or numbers: one class a clip. Or of lists of these, of names joined by `separator`, or of lists of
-            events `{label, onset, offset}`, in seconds: any number of classes. An event without both times is a weak label; `value`, from
-            0 to 1, makes it a soft one.
+            events `{label, onset, offset}`, in seconds: any number of classes. An event without both times is a weak label, and one
+            without label too is none; `value`, from 0 to 1, makes it a soft one.
         separator: between the names in a column of text. Space around a name is dropped; an empty cell means no class.
         classes: all names, in order, if the data set declares them.
         kind: the column's type in Arrow.
@@ -247,6 +247,10 @@ class LabelReader:
 
         records = values if pa.types.is_struct(values.type) else None
         if records is not None:
+            given = ~np.array(pc.and_(*(pc.is_null(pc.struct_field(records, name)) for name in ("onset", "offset"))))
+            given |= np.array(pc.is_valid(pc.struct_field(records, "label")))
+            rows = np.repeat(np.arange(len(cells)), lengths)[given]
+            records, starts = records.filter(pa.array(given)), offsets_of(np.bincount(rows, minlength=len(cells)))
             values = pc.struct_field(records, "label")
         codes, names = self._codes(values)
         if self.separator is not None:  # empty texts are not labels

@@ -43,8 +43,8 @@ def read_metadata(file: Path, boundary: Path) -> Metadata:
     """Read a metadata file, whose column `file_name` holds paths relative to it. Rows without one are left out, with a warning.
 
     The cells of a CSV file stay text, those of the others keep their types. But a column `events` holds lists of `{"label", "onset",
-    "offset"}`, in seconds, which in text are JSON; `value` makes an event a soft label, null for both times a weak one. An empty cell, as
-    `[]`, is a clip without events.
+    "offset"}`, in seconds, which in text are JSON; `value` makes an event a soft label, null for both times a weak one. An empty cell, `[]`
+    and an event without label and times are a clip without events.
 
     Raises:
         UserError: if it cannot be read, has no column `file_name`, lists an absolute path or one outside of the folder `boundary`, or has
@@ -86,8 +86,10 @@ def _read_events(metadata: Metadata) -> Metadata:
     column = metadata.columns["events"]
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         cells = column.to_pylist()
-        if not any(cell and cell.lstrip().startswith("[") for cell in cells):
+        if any(cells) and not any(cell and cell.lstrip().startswith("[") for cell in cells):
             return metadata
+    elif metadata.file.suffix != ".parquet" and pa.types.is_null(column.type):
+        cells = column.to_pylist()
     elif metadata.file.suffix == ".jsonl" and pa.types.is_list(column.type):
         if not (pa.types.is_struct(column.type.value_type) or pa.types.is_null(column.type.value_type)):
             return metadata
@@ -100,9 +102,12 @@ def _read_events(metadata: Metadata) -> Metadata:
 
 
 def _events(cell: Any, metadata: Metadata, row: int) -> list[dict[str, Any]]:
-    """One cell, checked. Fields beyond those of `EVENTS` are left out."""
+    """One cell, checked. Fields beyond those of `EVENTS` are left out, and events without label and times."""
     try:
-        events = json.loads(cell) if isinstance(cell, str) else cell or []
+        events: Any = json.loads(cell) if isinstance(cell, str) and cell.strip() else cell or None
+        events = [] if events is None else events
+        if isinstance(events, list):
+            events = [event for event in events if not _is_nothing(event)]
         valid = isinstance(events, list) and all(_is_event(event) for event in events)
     except ValueError:
         valid = False
@@ -112,6 +117,12 @@ def _events(cell: Any, metadata: Metadata, row: int) -> list[dict[str, Any]]:
             '{"label": text, "onset": seconds, "offset": seconds}'
         )
     return events
+
+
+def _is_nothing(event: Any) -> bool:
+    """As tables of events say that a clip has none."""
+    names = ("label", "onset", "offset")
+    return isinstance(event, dict) and set(names) <= event.keys() and all(event[name] in (None, "") for name in names)
 
 
 def _is_event(event: Any) -> bool:

@@ -240,7 +240,8 @@ def open_audioset_strong(root: Path, subset: str | None) -> "DatasetDict":
 
     The tables have the columns `segment_id` (`YTID_MILLISECONDS`), `start_time_seconds`, `end_time_seconds`, from the start of the clip,
     and `label`, an id as `/m/09x0r`, which `mid_to_display_name.tsv` (id<TAB>name, without header) turns into a name if it is there. Ids of
-    one name stay apart, as `name (id)`. Clips are named as for the layout `audioset`, and those that are not there are counted.
+    one name stay apart, as `name (id)`. A row of a `segment_id` alone is a clip without events. Clips are named as for the layout
+    `audioset`, and those that are not there are counted.
 
     Args:
         root: the folder of the tables, below which the clips are.
@@ -255,11 +256,14 @@ def open_audioset_strong(root: Path, subset: str | None) -> "DatasetDict":
         segments[split] = defaultdict(list)
         columns = ("segment_id", "start_time_seconds", "end_time_seconds", "label")
         for place, (segment, onset, offset, mid) in read_table(root / file, columns, "\t"):
-            if names and mid not in names:
+            events = segments[split][segment[:11]]
+            named = any(map(str.strip, (onset, offset, mid)))
+            if named and names and mid not in names:
                 raise UserError(f"{place} has the label {mid!r}, which is not in {root / 'mid_to_display_name.tsv'}: download both again")
             if ids.setdefault((split, segment[:11]), segment) != segment:
                 raise UserError(f"{place} is of a second segment of the video {segment[:11]}, beside {ids[split, segment[:11]]}: keep one")
-            segments[split][segment[:11]].append(make_event(place, None, onset, offset, names.get(mid, mid)))
+            if named:
+                events.append(make_event(place, None, onset, offset, names.get(mid, mid)))
     clips = clips_by_video(root, {video for rows in segments.values() for video in rows})
     classes = sorted({event["label"] for rows in segments.values() for events in rows.values() for event in events})
     splits = {split: present_clips(f"AudioSet, strong, {split}", root, list(rows.items()), clips) for split, rows in segments.items()}
