@@ -23,6 +23,7 @@ from .folders import hash_files, import_datasets, open_audio_folder, open_folder
 from .paths import confined_path, contents, find_files
 from .published import EXPECTED, PUBLISHED
 from .published_events import EXPECTED_EVENTS, PUBLISHED_EVENTS
+from .published_music import EXPECTED_MUSIC, PUBLISHED_MUSIC
 from .shard_index import SHARD_INDEX, check_shards, read_index
 
 
@@ -57,8 +58,8 @@ def open_splits(
 
     Returns:
         Splits by name. "audiofolder", "parquet", "webdataset" and "hub" keep their columns; the others have `label`, or `labels`, and where
-        they are known `events` (`label`, and `onset` and `offset` in seconds, null for weak labels) and `fold`. `audio["path"]` is as
-        `encode_path` writes it.
+        they are known `events` (`label`, and `onset` and `offset` in seconds, null for weak labels), `fold` and others, as `speaker`.
+        `audio["path"]` is as `encode_path` writes it.
 
     Raises:
         UserError: if the layout is unknown or has no such subset, or the files are not those of the layout.
@@ -143,7 +144,8 @@ def _load(builder: str, path: Path, audio_column: str | None, **arguments) -> "S
     try:
         splits = datasets.load_dataset(builder, **arguments)
     except (pa.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, LookupError, StopIteration) as error:
-        raise UserError(f"the data set {path} cannot be opened: {type(error).__name__}: {error}") from error
+        said = " ".join(str(error).split()) or "it holds no rows"
+        raise UserError(f"the data set {path} cannot be opened ({said}): check path, subset and revision, or download it again") from error
     for name, rows in splits.items():
         features = rows.features or {}
         of_audio = [column for column, feature in features.items() if _is_audio(feature)]
@@ -206,7 +208,7 @@ _LAYOUTS = {
     "hub": _Layout("the id of a data set on the Hub, or its folder, without a script; subset: its configuration", _open_hub, None, "id"),
     **{
         name: _Layout(expects[name], lambda root, subset, open_published=open_published, **_: open_published(root, subset), subsets)
-        for published, expects in ((PUBLISHED, EXPECTED), (PUBLISHED_EVENTS, EXPECTED_EVENTS))
+        for published, expects in ((PUBLISHED, EXPECTED), (PUBLISHED_EVENTS, EXPECTED_EVENTS), (PUBLISHED_MUSIC, EXPECTED_MUSIC))
         for name, (open_published, subsets) in published.items()
     },
 }

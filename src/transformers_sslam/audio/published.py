@@ -1,8 +1,10 @@
-"""Data sets with labels of clips as their authors distribute them, read into tables of files: ESC-50, Speech Commands, AudioSet."""
+"""Data sets with labels of clips as their authors distribute them, read into tables of files: ESC-50, Speech Commands, Free Spoken Digit
+Dataset, AudioSet."""
 
 import csv
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from .annotations import read_table
 from .folders import AUDIO_SUFFIXES, import_datasets, table_of_files
-from .paths import files_below
+from .paths import contents, files_below
 
 
 if TYPE_CHECKING:
@@ -20,12 +22,14 @@ logger = logging.getLogger(__name__)
 
 KEYWORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 KEYWORD_CLASSES = (*KEYWORDS, "_unknown_", "_silence_")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS_V1 = (
     *KEYWORDS,
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+    *DIGITS,
     *("bed", "bird", "cat", "dog", "happy", "house", "marvin", "sheila", "tree", "wow"),
 )
 WORDS_V2 = (*WORDS_V1, "backward", "follow", "forward", "learn", "visual")
+TEST_TAKES = 5  # of the Free Spoken Digit Dataset: recordings 0 to 4 of each digit of each speaker are the official test
 
 AUDIOSET_SEGMENTS = {
     "20k": {"train": ["balanced_train"], "test": ["eval"]},
@@ -35,7 +39,9 @@ AUDIOSET_SEGMENTS = {
 
 EXPECTED = {
     "esc50": "the folder of meta/esc50.csv and audio/; subset: null, or esc10",
-    "speech_commands": "an extracted archive; subset: v1 (30 words), v2 (35), or v1_12, of two: speech_commands{,_test_set}_v0.01/",
+    "speech_commands": "an extracted archive; subset: v1 (30 words), v2 (35), v1_digits, v2_digits, or v1_12, of two: "
+    "speech_commands{,_test_set}_v0.01/",
+    "fsdd": "the Free Spoken Digit Dataset: recordings/DIGIT_SPEAKER_INDEX.wav",
     "audioset": "{eval,balanced_train,unbalanced_train}_segments.csv, class_labels_indices.csv, clips YTID.wav at any depth; subset: "
     + ", ".join(AUDIOSET_SEGMENTS),
 }
@@ -88,15 +94,22 @@ def open_esc50(root: Path, subset: str | None) -> "DatasetDict":
 
 
 def open_speech_commands(root: Path, subset: str) -> "DatasetDict":
-    """Google's Speech Commands (Warden, arXiv 1804.03209): all 30 or 35 words, or the twelve classes of SUPERB's keyword spotting.
+    """Google's Speech Commands (Warden, arXiv 1804.03209): all 30 or 35 words, the ten digits of either version, or the twelve classes of
+    SUPERB's keyword spotting.
+
+    `speaker` is the part of a clip's name before `_nohash_`, which the authors made of the speaker: no speaker is in two splits.
 
     The twelve: ten keywords; every other word is `_unknown_`; `_silence_` is, in training only, the whole recordings of
     `_background_noise_` (about a minute each, cut at random when they are used). The test clips have an archive of their own. SUPERB draws
     its training clips by class: use `class_balanced`.
     """
     if subset != "v1_12":
-        words = WORDS_V1 if subset == "v1" else WORDS_V2
-        return tables_of_splits(_speech_commands_splits(root, words), {"label": import_datasets().ClassLabel(names=sorted(words))})
+        words = WORDS_V1 if subset.startswith("v1") else WORDS_V2
+        chosen = DIGITS if subset.endswith("_digits") else words
+        found = _speech_commands_splits(root, words)
+        rows = {split: [(clip, word, _speaker(clip)) for clip, word in clips if word in chosen] for split, clips in found.items()}
+        datasets = import_datasets()
+        return tables_of_splits(rows, {"label": datasets.ClassLabel(names=sorted(chosen)), "speaker": datasets.Value("string")})
     main, test = root / "speech_commands_v0.01", root / "speech_commands_test_set_v0.01"
     splits = _speech_commands_splits(main, WORDS_V1)
     clips = {name: [(clip, word if word in KEYWORDS else "_unknown_") for clip, word in splits[name]] for name in ("train", "validation")}
@@ -106,6 +119,13 @@ def open_speech_commands(root: Path, subset: str) -> "DatasetDict":
     clips["train"] += [(clip, "_silence_") for clip in background]
     clips["test"] = _class_folders(test, KEYWORD_CLASSES)
     return tables_of_splits(clips, {"label": import_datasets().ClassLabel(names=list(KEYWORD_CLASSES))})
+
+
+def _speaker(clip: Path) -> str:
+    speaker, mark, _ = clip.name.partition("_nohash_")
+    if not (speaker and mark):
+        raise UserError(f"{clip} does not tell its speaker, as SPEAKER_nohash_0.wav does: extract the archive again")
+    return speaker
 
 
 def _speech_commands_splits(root: Path, words: Sequence[str]) -> dict[str, list[tuple[Path, str]]]:
@@ -137,6 +157,28 @@ def _class_folders(root: Path, classes: Sequence[str]) -> list[tuple[Path, str]]
     if empty := set(classes) - {label for _, label in clips}:
         raise UserError(f"class folders of {root} without a clip: {first_names(empty)}; extract the archive again")
     return clips
+
+
+def open_fsdd(root: Path, subset: None) -> "DatasetDict":
+    """Free Spoken Digit Dataset (Jackson et al., github.com/Jakobovski/free-spoken-digit-dataset, Zenodo 10.5281/zenodo.1342401): digits
+    by a few speakers, 8 kHz.
+
+    Clips are `recordings/DIGIT_SPEAKER_INDEX.wav`; those of index 0 to 4 are the split test, the others train, as its page says. So every
+    speaker is in both. `label` is the digit, `speaker` the name.
+    """
+    folder = root / "recordings"
+    names = sorted(files_below(folder, AUDIO_SUFFIXES)) if folder.is_dir() else []
+    if not names:
+        found = f"{folder} is empty" if folder.is_dir() else f"{root} holds {contents(root)}"
+        raise UserError(f"{found}, but expected is {EXPECTED['fsdd']}")
+    parts = {name: re.fullmatch(r"([0-9])_([^_/]+)_([0-9]+)\.wav", name) for name in names}
+    if wrong := [name for name, part in parts.items() if part is None]:
+        raise UserError(f"clips in {folder} that are not named DIGIT_SPEAKER_INDEX.wav: {first_names(wrong)}; remove them")
+    splits: dict[str, list[tuple[Path, str, str]]] = {"train": [], "test": []}
+    for name, (digit, speaker, index) in sorted((name, part.groups()) for name, part in parts.items() if part):
+        splits["test" if int(index) < TEST_TAKES else "train"].append((folder / name, digit, speaker))
+    datasets = import_datasets()
+    return tables_of_splits(splits, {"label": datasets.ClassLabel(names=list("0123456789")), "speaker": datasets.Value("string")})
 
 
 def open_audioset(root: Path, subset: str) -> "DatasetDict":
@@ -208,6 +250,7 @@ def clips_by_video(root: Path, videos: set[str]) -> dict[str, Path]:
 # How to open each, and its subsets.
 PUBLISHED: dict[str, tuple[Callable[..., "DatasetDict"], tuple[str | None, ...]]] = {
     "esc50": (open_esc50, (None, "esc10")),
-    "speech_commands": (open_speech_commands, ("v1", "v2", "v1_12")),
+    "speech_commands": (open_speech_commands, ("v1", "v2", "v1_digits", "v2_digits", "v1_12")),
+    "fsdd": (open_fsdd, (None,)),
     "audioset": (open_audioset, tuple(AUDIOSET_SEGMENTS)),
 }

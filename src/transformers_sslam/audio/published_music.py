@@ -1,0 +1,141 @@
+"""Data sets of instruments as their authors distribute them, read into tables of files: NSynth, IRMAS.
+
+None of them was at hand when this was written: files and columns are as their papers and pages describe them.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..files import read_json
+from .folders import AUDIO_SUFFIXES, import_datasets
+from .paths import contents, files_below
+from .published import first_names, tables_of_splits
+
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+# In the order of their official numbers.
+NSYNTH_FAMILIES = ("bass", "brass", "flute", "guitar", "keyboard", "mallet", "organ", "reed", "string", "synth_lead", "vocal")
+NSYNTH_FOLDERS = {"train": "nsynth-train", "validation": "nsynth-valid", "test": "nsynth-test"}
+IRMAS_CLASSES = {
+    **{"cel": "cello", "cla": "clarinet", "flu": "flute", "gac": "acoustic guitar", "gel": "electric guitar", "org": "organ"},
+    **{"pia": "piano", "sax": "saxophone", "tru": "trumpet", "vio": "violin", "voi": "voice"},
+}
+IRMAS_GENRES = ("cou_fol", "cla", "pop_roc", "lat_sou", "jaz_blu")
+IRMAS_TRAINING = "IRMAS-TrainingData"
+EXPECTED_MUSIC = {
+    "nsynth": "some of nsynth-train/, nsynth-valid/ and nsynth-test/ (json/wav), each with examples.json and audio/",
+    "irmas": "IRMAS-TrainingData/{cel,cla,...,voi}/*.wav, or folders IRMAS-TestingData-* with CLIP.wav and CLIP.txt at any depth, or both",
+}
+
+
+def open_nsynth(root: Path, subset: None) -> "DatasetDict":
+    """NSynth (Engel et al., ICML 2017, arXiv 1704.01279): notes of 4 s of many instruments, 16 kHz.
+
+    Splits are the folders that are there, of `nsynth-train`, `nsynth-valid` (validation) and `nsynth-test`. `label` is the family of the
+    instrument; `instrument` its name, as `guitar_acoustic_010` (those of train are in no other split); `source` is acoustic, electronic or
+    synthetic; `pitch` a MIDI number and `velocity` from 0 to 127.
+    """
+    datasets = import_datasets()
+    features = {"label": datasets.ClassLabel(names=list(NSYNTH_FAMILIES))}
+    features |= {name: datasets.Value("string") for name in ("instrument", "source")}
+    features |= {name: datasets.Value("int64") for name in ("pitch", "velocity")}
+    splits = {split: list(_notes(root / name)) for split, name in NSYNTH_FOLDERS.items() if (root / name).is_dir()}
+    if not splits:
+        raise UserError(f"{root} holds {contents(root)}, but expected are {EXPECTED_MUSIC['nsynth']}")
+    return tables_of_splits(splits, features)
+
+
+def _notes(folder: Path) -> Iterator[tuple[Path, str, str, str, int, int]]:
+    """The clips of a split, sorted, with their values for each feature."""
+    notes = _read_object(folder / "examples.json")
+    clips = {Path(name).stem: folder / "audio" / name for name in files_below(folder / "audio", AUDIO_SUFFIXES)}
+    _check_same(folder, "examples.json", notes, clips)
+    for name in sorted(notes):
+        try:
+            family, instrument, source = (notes[name][key] for key in ("instrument_family_str", "instrument_str", "instrument_source_str"))
+            pitch, velocity = (int(notes[name][key]) for key in ("pitch", "velocity"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder / 'examples.json'} lacks {error} of the note {name}: download NSynth (json/wav) again") from error
+        if family not in NSYNTH_FAMILIES:
+            raise UserError(f"{folder / 'examples.json'} says that {name} is of the family {family!r}, which is none of NSynth's")
+        yield clips[name], family, instrument, source, pitch, velocity
+
+
+def _check_same(folder: Path, table: str, listed: Collection[str], clips: Collection[str]) -> None:
+    """Raise a `UserError` unless a table lists the clips of a folder, no others and all of them."""
+    if missing := set(listed) - set(clips):
+        raise UserError(f"clips of {folder / table} that are not in {folder / 'audio'}: {first_names(missing)}; extract the archive again")
+    if unlisted := set(clips) - set(listed):
+        raise UserError(f"clips in {folder / 'audio'} that {table} does not list: {first_names(unlisted)}; remove them")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"there is no {path}: extract the archive again")
+    return read_json(path)
+
+
+def open_irmas(root: Path, subset: None) -> "DatasetDict":
+    """IRMAS (Bosch et al., ISMIR 2012; Zenodo 10.5281/zenodo.1290750): the predominant instruments of excerpts of music, 44.1 kHz.
+
+    Training excerpts, of 3 s, lie in a folder for each of eleven instruments, and have one label. Their names, as
+    `[cel][nod][cla]0058__1.wav`, say more: `genre`; `drums`, null where the name does not tell; and the number of the excerpt in its
+    recording, without which the name, with its folder, is `recording`. Test excerpts, of 5 to 20 s, have one or more labels, the codes in
+    the lines of `CLIP.txt`, and none of these. Either split may be missing. Instruments that are not predominant have no label.
+    """
+    splits: dict[str, list[tuple[Any, ...]]] = {}
+    if training := sorted(path for path in (root, *root.rglob(IRMAS_TRAINING)) if path.name == IRMAS_TRAINING and path.is_dir()):
+        splits["train"] = list(_irmas_training(training[0]))
+    if test := list(_irmas_test(root)):
+        splits["test"] = test
+    if not splits:
+        raise UserError(f"{root} holds {contents(root)}, but expected is {EXPECTED_MUSIC['irmas']}")
+    datasets = import_datasets()
+    text = datasets.Value("string")
+    labels = datasets.List(datasets.ClassLabel(names=list(IRMAS_CLASSES.values())))
+    return tables_of_splits(splits, {"labels": labels, "genre": text, "drums": datasets.Value("bool"), "recording": text})
+
+
+def _irmas_training(folder: Path) -> Iterator[tuple[Path, list[str], str | None, bool | None, str]]:
+    if found := {path.name for path in folder.iterdir() if path.is_dir()}.symmetric_difference(IRMAS_CLASSES):
+        raise UserError(
+            f"{folder} holds {contents(folder)}, but expected is a folder for each of {', '.join(IRMAS_CLASSES)}: {first_names(found)} "
+            "differ; extract the archive again"
+        )
+    for code, instrument in IRMAS_CLASSES.items():
+        names = sorted(files_below(folder / code, (".wav",)))
+        if not names:
+            raise UserError(f"{folder / code} has no excerpt: extract the archive again")
+        for name in names:
+            tags = re.findall(r"\[(\w+)\]", name)[1:]  # the first is the instrument, and `cla` may follow as a genre
+            genre = next((tag for tag in tags if tag in IRMAS_GENRES), None)
+            drums = {"dru": True, "nod": False}.get(next((tag for tag in tags if tag in ("dru", "nod")), ""))
+            recording = re.sub(r"__\d+$", "", Path(name).stem)
+            yield folder / code / name, [instrument], genre, drums, f"{code}/{recording}"
+
+
+def _irmas_test(root: Path) -> Iterator[tuple[Path, list[str], None, None, None]]:
+    """The excerpts outside of the training data, each with a text of its name."""
+    for name in sorted(files_below(root, (".wav",))):
+        clip = root / name
+        if IRMAS_TRAINING in clip.parts:
+            continue
+        text = clip.with_suffix(".txt")
+        if not text.is_file():
+            raise UserError(f"{clip} has no {text.name} beside it with its instruments, but expected is {EXPECTED_MUSIC['irmas']}")
+        codes = list(dict.fromkeys(text.read_text(encoding="utf-8").split()))
+        if not codes or not IRMAS_CLASSES.keys() >= set(codes):
+            raise UserError(f"{text} holds {' '.join(codes)!r}, but a line for each instrument is expected, of {', '.join(IRMAS_CLASSES)}")
+        yield clip, [IRMAS_CLASSES[code] for code in codes], None, None, None
+
+
+# How to open each, and its subsets.
+PUBLISHED_MUSIC: dict[str, tuple[Callable[..., "DatasetDict"], tuple[str | None, ...]]] = {
+    "nsynth": (open_nsynth, (None,)),
+    "irmas": (open_irmas, (None,)),
+}
