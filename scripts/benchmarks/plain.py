@@ -8,8 +8,10 @@ their masks, all of the teacher's blocks kept until they are averaged, a moving 
 import torch
 from torch import nn
 
-from transformers_sslam.modeling_sslam_pretraining import SSLAMDecoder, SSLAMForPreTraining, SSLAMTeacher
+from transformers_sslam.decoder_sslam import SSLAMDecoder
+from transformers_sslam.modeling_sslam_pretraining import SSLAMForPreTraining
 from transformers_sslam.objective_sslam import SSLAMForPreTrainingOutput, ema_decay
+from transformers_sslam.teacher_sslam import SSLAMTeacher
 
 
 class PlainDecoder(SSLAMDecoder):

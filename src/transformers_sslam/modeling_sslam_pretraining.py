@@ -4,7 +4,6 @@ Stage 1 (EAT, arXiv 2401.03497) and stage 2 (SSLAM, arXiv 2506.12222, with parti
 `PRETRAINING_STAGES`.
 """
 
-from collections.abc import Callable
 from typing import Unpack
 
 import torch
@@ -15,107 +14,12 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention_sslam import as_boolean
 from .configuration_sslam import SSLAMConfig
+from .decoder_sslam import SSLAMDecoder
 from .masking import count_visible, inverse_block_masks, num_visible_patches
 from .mixing import check_unmixed_spans, draw_unmixed_spans, mixed_time_patches, partial_mixture
 from .modeling_sslam import SSLAMModel, SSLAMPreTrainedModel, gather_patches
-from .objective_sslam import RunningNorm, SSLAMForPreTrainingOutput, Targets, channel_std, content_share, ema_decay, squared_error
-
-
-class SSLAMDecoder(nn.Module):
-    """Predicts the masked patches from the visible ones around them: grouped convolutions over the grid of patches, and a projection."""
-
-    gradient_checkpointing = False  # `gradient_checkpointing_enable` sets it, and beside it the function
-    _gradient_checkpointing_func: Callable[..., torch.Tensor]
-
-    def __init__(self, config: SSLAMConfig):
-        super().__init__()
-        if config.hidden_size % config.decoder_num_groups:
-            raise ValueError(
-                f"hidden_size is {config.hidden_size} and decoder_num_groups is {config.decoder_num_groups}, but the decoder needs a width "
-                "that is a multiple of its groups: change one of them"
-            )
-        width, kernel = config.decoder_hidden_size, config.decoder_kernel_size
-        inputs = [config.hidden_size] + [width] * (config.decoder_num_hidden_layers - 1)
-        self.layers = nn.ModuleList(
-            nn.Conv2d(channels, width, kernel, padding=kernel // 2, groups=config.decoder_num_groups) for channels in inputs
-        )
-        self.projection = nn.Linear(width, config.hidden_size)
-
-    def forward(self, grid: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """(views, time, frequency, hidden_size) and indices (views, n) of masked patches -> (views, n, hidden_size)."""
-        for convolution in self.layers:
-            if self.gradient_checkpointing and self.training:
-                grid = self._gradient_checkpointing_func(self._convolve, convolution, grid)
-            else:
-                grid = self._convolve(convolution, grid)
-        return self.projection(gather_patches(grid.flatten(1, 2), masked))
-
-    @staticmethod
-    def _convolve(convolution: nn.Module, grid: torch.Tensor) -> torch.Tensor:
-        # Seen as (views, hidden_size, time, frequency), a grid with its channels last in memory is just what is fastest here.
-        features = convolution(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        features = nn.functional.gelu(nn.functional.layer_norm(features, features.shape[-1:]))
-        # In place, because no backward pass needs the activation's output, and in its type: under autocast what the norm returns, which
-        # is float32 on a GPU and half precision on a CPU.
-        return features.add_(grid) if grid.shape == features.shape else features
-
-
-class SSLAMTeacher(SSLAMModel):
-    """A moving average of the student that makes the targets: never trained, always in eval mode, never narrower than float32."""
-
-    def __init__(self, config: SSLAMConfig):
-        super().__init__(config)
-        num_patches = config.max_length // config.patch_size * config.num_frequency_patches
-        self.target_norm = None
-        if config.target_normalization == "running":
-            self.target_norm = RunningNorm(config.num_hidden_layers, num_patches, config.hidden_size)
-        self.float()
-        self.train(False)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, RunningNorm):
-            for buffer in module.buffers():
-                init.zeros_(buffer)
-        else:
-            super()._init_weights(module)
-
-    def train(self, mode: bool = True) -> "SSLAMTeacher":
-        return super().train(False)
-
-    def _apply(self, fn, recurse: bool = True):
-        # Behind `.to()`, `.half()`, `.cuda()` and the like. An update of 2e-4 does not move a bfloat16 weight at all, so devices change,
-        # but the type is never narrower than float32.
-        def keep_wide(tensor: torch.Tensor) -> torch.Tensor:
-            probe = fn(tensor.new_empty(0))
-            return tensor.to(probe.device, torch.float32) if probe.element_size() < 4 else fn(tensor)
-
-        return super()._apply(keep_wide, recurse)
-
-    @torch.no_grad()
-    def targets(
-        self, tokens: torch.Tensor, *num_layers: int, positions: torch.Tensor | None = None, update_norm: bool = False
-    ) -> list[torch.Tensor]:
-        """For each number of top blocks, their target: (clips, 1 + n, hidden_size) -> (clips, n, hidden_size), float32.
-
-        Each block's MLP output, before its residual and without CLS, is normalised as `config.target_normalization` says: over the patches
-        of the clip that are there, or by running statistics at their `positions`, (clips, n), into which `update_norm` takes this batch
-        first. The blocks are averaged, and the average layer-normalised.
-        """
-        sums = {n: torch.zeros((), device=tokens.device) for n in num_layers}
-        for from_top, layer in zip(range(len(self.layers), 0, -1), self.layers):
-            tokens, mlp_output = layer(tokens, return_mlp_output=True)
-            if from_top > max(num_layers):
-                continue
-            patches = mlp_output[:, 1:].float()
-            if self.target_norm is not None:
-                normalised = self.target_norm(patches, len(self.layers) - from_top, positions, update_norm)
-            else:
-                # Over the second axis a mean of squares takes a quarter of the time of `torch.var_mean`, on a CPU.
-                patches = patches - patches.mean(1, keepdim=True)
-                normalised = patches * (patches.square().mean(1, keepdim=True) + 1e-5).rsqrt()
-            sums = {n: total + normalised if from_top <= n else total for n, total in sums.items()}
-        return [nn.functional.layer_norm(sums[n] / n, tokens.shape[-1:]) for n in num_layers]
+from .objective_sslam import SSLAMForPreTrainingOutput, Targets, channel_std, content_share, ema_decay, squared_error
+from .teacher_sslam import SSLAMTeacher
 
 
 class SSLAMForPreTraining(SSLAMPreTrainedModel):

@@ -1,0 +1,70 @@
+"""The teacher of pre-training, which receives all patches and makes the targets."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .configuration_sslam import SSLAMConfig
+from .modeling_sslam import SSLAMModel
+from .objective_sslam import RunningNorm
+
+
+class SSLAMTeacher(SSLAMModel):
+    """A moving average of the student that makes the targets: never trained, always in eval mode, never narrower than float32."""
+
+    def __init__(self, config: SSLAMConfig):
+        super().__init__(config)
+        num_patches = config.max_length // config.patch_size * config.num_frequency_patches
+        self.target_norm = None
+        if config.target_normalization == "running":
+            self.target_norm = RunningNorm(config.num_hidden_layers, num_patches, config.hidden_size)
+        self.float()
+        self.train(False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, RunningNorm):
+            for buffer in module.buffers():
+                init.zeros_(buffer)
+        else:
+            super()._init_weights(module)
+
+    def train(self, mode: bool = True) -> "SSLAMTeacher":
+        return super().train(False)
+
+    def _apply(self, fn, recurse: bool = True):
+        # Behind `.to()`, `.half()`, `.cuda()` and the like. An update of 2e-4 does not move a bfloat16 weight at all, so devices change,
+        # but the type is never narrower than float32.
+        def keep_wide(tensor: torch.Tensor) -> torch.Tensor:
+            probe = fn(tensor.new_empty(0))
+            return tensor.to(probe.device, torch.float32) if probe.element_size() < 4 else fn(tensor)
+
+        return super()._apply(keep_wide, recurse)
+
+    @torch.no_grad()
+    def targets(
+        self, tokens: torch.Tensor, *num_layers: int, positions: torch.Tensor | None = None, update_norm: bool = False
+    ) -> list[torch.Tensor]:
+        """For each number of top blocks, their target: (clips, 1 + n, hidden_size) -> (clips, n, hidden_size), float32.
+
+        Each block's MLP output, before its residual and without CLS, is normalised as `config.target_normalization` says: over the patches
+        of the clip that are there, or by running statistics at their `positions`, (clips, n), into which `update_norm` takes this batch
+        first. The blocks are averaged, and the average layer-normalised.
+        """
+        sums = {n: torch.zeros((), device=tokens.device) for n in num_layers}
+        for from_top, layer in zip(range(len(self.layers), 0, -1), self.layers):
+            tokens, mlp_output = layer(tokens, return_mlp_output=True)
+            if from_top > max(num_layers):
+                continue
+            patches = mlp_output[:, 1:].float()
+            if self.target_norm is not None:
+                normalised = self.target_norm(patches, len(self.layers) - from_top, positions, update_norm)
+            else:
+                # Over the second axis a mean of squares takes a quarter of the time of `torch.var_mean`, on a CPU.
+                patches = patches - patches.mean(1, keepdim=True)
+                normalised = patches * (patches.square().mean(1, keepdim=True) + 1e-5).rsqrt()
+            sums = {n: total + normalised if from_top <= n else total for n, total in sums.items()}
+        return [nn.functional.layer_norm(sums[n] / n, tokens.shape[-1:]) for n in num_layers]
+
+
+__all__ = ["SSLAMTeacher"]
