@@ -20,8 +20,9 @@ Image = pytest.importorskip("PIL.Image", reason="needs Pillow, which comes with 
 import pyarrow.parquet as pq  # noqa: E402
 
 from transformers_sslam.app import about, drawing, picture, sessions  # noqa: E402
-from transformers_sslam.app.listening import EMBEDDINGS, LABELS, PICTURE, SOUND, TABLE, Recording, open_listener  # noqa: E402
+from transformers_sslam.app.listening import open_listener  # noqa: E402
 from transformers_sslam.app.picture import LogMelPicture  # noqa: E402
+from transformers_sslam.app.recording import EMBEDDINGS, LABELS, PICTURE, SOUND, TABLE, Found, Recording  # noqa: E402
 from transformers_sslam.app.sessions import Sessions  # noqa: E402
 from transformers_sslam.app.settings import AppSettings  # noqa: E402
 from transformers_sslam.audio.decode import load_waveform  # noqa: E402
@@ -89,8 +90,9 @@ def table(path: Path) -> list[dict[str, str]]:
         return [{name: cell for name, cell in row.items() if name != "path"} for row in csv.DictReader(text)]
 
 
-def positions(listener) -> tuple[float, float]:
-    return listener.sliders[0].value, listener.sliders[1].value
+def positions(listener, **moved: float) -> list[float]:
+    """Of the sliders: where they start, but for some."""
+    return [moved.get(slider.name, slider.value) for slider in listener.sliders]
 
 
 # --- what is found
@@ -100,29 +102,28 @@ def positions(listener) -> tuple[float, float]:
     ("own", "moved", "flags"),
     [
         (None, {}, {}),
-        (None, {0: 0.7, 1: 0.48}, {"threshold": 0.7, "median_filter": 0.48}),
+        (None, {"threshold": 0.7, "median_filter": 0.48, "max_gap": 0.64}, {"threshold": 0.7, "median_filter": 0.48, "max_gap": 0.64}),
         ({"threshold": {"dog": 0.2, "sea": 0.9}, "median_filter": 0.48, "max_gap": 0.32}, {}, {}),
         # Thresholds of their own are shifted together, and those of beginnings with them.
         (
             {"threshold": {"dog": 0.2, "sea": 0.9}, "min_duration": 0.3},
-            {0: -0.1},
+            {"threshold": -0.1},
             {"threshold": {"dog": 0.1, "<b>rain</b>": 0.4, "sea": 0.8}},
         ),
         (
             {"threshold": {"dog": 0.2}, "onset_threshold": {"dog": 0.9}},
-            {0: 0.2},
-            {"threshold": {"dog": 0.4, "<b>rain</b>": 0.7, "sea": 0.7}, "onset_threshold": {"dog": 1.0, "<b>rain</b>": 0.7, "sea": 0.7}},
+            {"threshold": 0.2},
+            {"threshold": {"dog": 0.4, "<b>rain</b>": 0.7, "sea": 0.7}, "onset_threshold": {"dog": 0.925, "<b>rain</b>": 0.7, "sea": 0.7}},
         ),
-        # Hysteresis stays for classes whose onset threshold is above the slider.
-        ({"threshold": 0.2, "onset_threshold": {"dog": 0.8}}, {0: 0.5}, {"threshold": 0.5, "onset_threshold": {"dog": 0.8}}),
-        ({"threshold": 0.2, "onset_threshold": 0.4}, {0: 0.5}, {"threshold": 0.5, "onset_threshold": 0.5}),
+        # Onset thresholds move in proportion, up and down.
+        ({"threshold": 0.2, "onset_threshold": {"dog": 0.8}}, {"threshold": 0.5}, {"threshold": 0.5, "onset_threshold": {"dog": 0.875}}),
+        ({"threshold": 0.4, "onset_threshold": 0.8}, {"threshold": 0.3}, {"threshold": 0.3, "onset_threshold": 0.6}),
     ],
 )
 def test_events_are_those_of_the_command_detect(tmp_path, file, own, moved, flags):
     model = save_detector(tmp_path / "model", event_detection=own)
     listener, recording = listen(model, file, tmp_path / "kept")
-    first, second = (moved.get(i, value) for i, value in enumerate(positions(listener)))
-    events = listener.events(recording, first, second)
+    events = listener.find(recording, positions(listener, **moved)).events
     listener.write(recording, events)
     output = tmp_path / "events.csv"
     detect_files(DetectSettings(model=str(model), inputs=str(file), output=str(output), device="cpu", label_files="audacity", **flags))
@@ -134,7 +135,10 @@ def test_events_are_those_of_the_command_detect(tmp_path, file, own, moved, flag
 def test_a_higher_threshold_needs_no_model_and_leaves_shorter_events(detector, file, tmp_path, monkeypatch):
     listener, recording = listen(detector, file, tmp_path / "kept")
     monkeypatch.setattr(listener, "model", type("NoModel", (), {"config": listener.model.config}))
-    low, high = (sum(event.end - event.start for event in listener.events(recording, position, 0.0)) for position in (0.3, 0.8))
+    low, high = (
+        sum(event.end - event.start for event in listener.find(recording, positions(listener, threshold=position)).events)
+        for position in (0.3, 0.8)
+    )
     assert low > high > 0
 
 
@@ -142,25 +146,69 @@ def test_thresholds_of_their_own_are_shifted_together_and_the_slider_says_so(tmp
     own = {"threshold": {"dog": 0.2, "sea": 0.9}, "median_filter": {"dog": 0.48}}
     model = save_detector(tmp_path / "model", event_detection=own)
     listener = open_listener(AppSettings(model=str(model), device="cpu"))
-    first, second = listener.sliders
-    assert (first.label, first.value) == ("Shift of all thresholds", 0)
-    assert "Each class has a threshold of its own, from 0.2 to 0.9; this is added to all." in first.info
-    assert "Until it is moved, each class has its own, from 0 to 0.48." in second.info
+    first, second, third = listener.sliders
+    assert (first.label, first.value) == ("How sure must the model be? (added to all thresholds)", 0)
+    assert "Each kind of sound has a threshold of its own, from 0.2 to 0.9; this is added to all." in first.info
+    assert "Until it is moved, each kind of sound has its own, from 0 to 0.48." in second.info
+    assert "Until" not in third.info
     for shift, expected in ((0.0, [0.2, 0.5, 0.9]), (0.05, [0.25, 0.55, 0.95]), (0.3, [0.5, 0.8, 1.0]), (-0.6, [0.0, 0.0, 0.3])):
-        assert listener.thresholds(shift).tolist() == pytest.approx(expected, abs=1e-9)
+        found = listener.find(kept(tmp_path, np.zeros((4, 3), np.float32)), positions(listener, threshold=shift))
+        assert found.thresholds.tolist() == pytest.approx(expected, abs=1e-9)
 
 
-def test_one_threshold_for_all_classes_is_set_as_it_is(listener):
-    assert (listener.sliders[0].label, listener.sliders[0].value) == ("Threshold", 0.5)
-    assert listener.thresholds(0.6).tolist() == [0.6, 0.6, 0.6]
+def test_one_threshold_for_all_classes_is_set_as_it_is(listener, tmp_path):
+    assert (listener.sliders[0].label, listener.sliders[0].value) == ("How sure must the model be? (threshold)", 0.5)
+    found = listener.find(kept(tmp_path, np.zeros((4, 3), np.float32)), positions(listener, threshold=0.6))
+    assert found.thresholds.tolist() == [0.6, 0.6, 0.6]
 
 
-@pytest.mark.parametrize(("moved", "flags"), [({}, {}), ({0: 0.5, 1: 1.0}, {"threshold": 0.5, "top_k": 1})])
+def test_a_lower_threshold_finds_what_the_onset_threshold_kept_away(tmp_path):
+    """With hysteresis both lines are drawn, and at the lowest position every score above 0 is found."""
+    own = {"threshold": 0.5, "onset_threshold": 0.9}
+    listener = open_listener(AppSettings(model=str(save_detector(tmp_path / "model", event_detection=own)), device="cpu"))
+    recording = kept(tmp_path, np.full((10, 3), 0.45, np.float32))
+    for threshold, onset, events in ((0.5, 0.9, 0), (0.3, 0.54, 0), (0.2, 0.36, 3), (0.0, 0.0, 3)):
+        found = listener.find(recording, positions(listener, threshold=threshold))
+        assert (found.thresholds[0], found.onsets[0], len(found.events)) == (threshold, pytest.approx(onset), events)
+        drawn = drawing.draw_lanes(listener, recording, found)
+        assert drawn.count(f'class="sslam-limit" d="M0 {100 * (1 - threshold):.1f}H1000"') == 3
+        assert drawn.count('class="sslam-onset"') == (3 if onset > threshold else 0)
+        assert ("an event needs a score above this line" in drawn) == (onset > threshold)
+
+
+@pytest.mark.parametrize("median", [0.0, 0.48, 1.44])
+def test_a_curve_is_above_the_dashed_line_exactly_where_there_are_events(listener, tmp_path, median):
+    """It is of the scores that thresholds are compared with: after the median filter."""
+    scores = np.random.default_rng(0).random((200, 3)).astype(np.float32)
+    recording = kept(tmp_path, scores)
+    found = listener.find(recording, positions(listener, threshold=0.55, median_filter=median))
+    assert len(found.events) > 10
+    assert (len(found.events) < len(listener.find(recording, positions(listener, threshold=0.55)).events)) == (median > 0)
+    drawn = drawing.draw_lanes(listener, recording, found)
+    for label, curve in zip(CLASSES, re.findall(r'class="sslam-curve" d="([^"]*)"', drawn)):
+        levels = np.array(re.findall(r"V([\d.]+)H", curve), dtype=float)
+        covered = np.zeros(200, dtype=bool)
+        for event in found.events:
+            if event.label == label:
+                covered[round(event.start / 0.16) : round(event.end / 0.16)] = True
+        assert (levels < 45)[covered].all()
+        assert (levels >= 45)[~covered].all()
+
+
+def test_the_gap_between_events_that_is_closed_is_set(listener, tmp_path):
+    scores = np.zeros((20, 3), np.float32)
+    scores[[2, 3, 6, 7], 0] = 0.9
+    recording = kept(tmp_path, scores)
+    for gap, expected in ((0.0, [(0.32, 0.64), (0.96, 1.28)]), (0.32, [(0.32, 1.28)])):
+        found = listener.find(recording, positions(listener, max_gap=gap))
+        assert [(event.start, event.end) for event in found.events] == expected
+
+
+@pytest.mark.parametrize(("moved", "flags"), [({}, {}), ({"threshold": 0.5, "top_k": 1.0}, {"threshold": 0.5, "top_k": 1})])
 def test_segments_are_those_of_the_command_tag(tmp_path, file, moved, flags):
     model = save_classifier(tmp_path / "model")
     listener, recording = listen(model, file, tmp_path / "kept")
-    first, second = (moved.get(i, value) for i, value in enumerate(positions(listener)))
-    listener.write(recording, listener.events(recording, first, second))
+    listener.write(recording, listener.find(recording, positions(listener, **moved)).events)
     output = tmp_path / "tags.csv"
     tag_files(TagSettings(model=str(model), inputs=str(file), output=str(output), device="cpu", **flags))
     assert table(recording.file(TABLE)) == table(output)
@@ -168,7 +216,7 @@ def test_segments_are_those_of_the_command_tag(tmp_path, file, moved, flags):
 
 def test_a_recording_without_events_has_one_row_as_in_the_command(detector, file, tmp_path):
     listener, recording = listen(detector, file, tmp_path / "kept")
-    assert listener.events(recording, 1.0, 0.0) == []
+    assert listener.find(recording, positions(listener, threshold=1.0)).events == []
     listener.write(recording, [])
     assert table(recording.file(TABLE)) == [{"start": "0.0", "end": "5.0", "label": "", "score": "", "error": ""}]
 
@@ -311,6 +359,11 @@ def listener(detector):
     return open_listener(AppSettings(model=str(detector), device="cpu"))
 
 
+def found(recording: Recording, events: list[Event], threshold: float = 0.5) -> Found:
+    limits = np.full(recording.scores.shape[1], threshold)
+    return Found(events, recording.scores, limits, limits)
+
+
 def kept(folder: Path, scores: np.ndarray, step: float = 0.16, name: str = "a.wav") -> Recording:
     edges = step * np.arange(len(scores) + 1)
     return Recording(name, folder, float(edges[-1]), edges, scores, edges[:-1], edges[1:])
@@ -319,7 +372,7 @@ def kept(folder: Path, scores: np.ndarray, step: float = 0.16, name: str = "a.wa
 def test_overlapping_events_are_bars_in_lanes_above_each_other(listener, tmp_path):
     recording = kept(tmp_path, np.full((50, 3), 0.1, np.float32))  # 8 s
     events = [Event(2.0, 4.0, "dog", 0.8), Event(3.0, 8.0, "sea", 0.7)]
-    drawn = drawing.draw_lanes(listener, recording, events, 0.5)
+    drawn = drawing.draw_lanes(listener, recording, found(recording, events))
     lanes = dict(re.findall(r'data-label="([^"]+)">(.*?)(?=<div class="sslam-lane"|<div class="sslam-axis")', drawn))
     assert list(lanes) == ["dog", "&lt;b&gt;rain&lt;/b&gt;", "sea"]
     assert re.findall(r"left:([\d.]+)%;width:([\d.]+)%", lanes["dog"]) == [("25.0000", "25.0000")]
@@ -336,11 +389,11 @@ def test_short_events_of_a_long_recording_are_not_drawn_longer_than_they_are(lis
     recording = kept(tmp_path, np.full((12_500, 3), 0.1, np.float32))  # 2000 s
     events = [Event(100.0, 101.0, "dog", 0.8), Event(200.0, 300.0, "dog", 0.7)]
     for zoom, thin in ((1, 1), (20, 0)):
-        drawn = drawing.draw_lanes(listener, recording, events, 0.5, zoom)
+        drawn = drawing.draw_lanes(listener, recording, found(recording, events), zoom)
         assert drawn.count("sslam-thin") == thin
         assert drawn.count('class="sslam-bar') == 2
     monkeypatch.setattr(drawing, "MOST_BARS", 1)
-    drawn = drawing.draw_lanes(listener, recording, events, 0.5)
+    drawn = drawing.draw_lanes(listener, recording, found(recording, events))
     assert "The 1 shortest events are not drawn." in drawn
     assert re.findall(r'sslam-bar[^>]*data-start="([\d.]+)"', drawn) == ["200.0"]
 
@@ -351,7 +404,7 @@ def test_texts_of_files_and_models_are_escaped(listener, tmp_path):
     events = [Event(0.0, 1.0, CLASSES[1], 0.9)]
     drawn = [
         drawing.draw_player(recording),
-        drawing.draw_lanes(listener, recording, events, 0.5),
+        drawing.draw_lanes(listener, recording, found(recording, events)),
         drawing.draw_table(listener, recording, events),
         drawing.draw_link(recording.file(EMBEDDINGS), "Embeddings"),
         drawing.draw_error(f"{evil} is broken"),
@@ -394,7 +447,7 @@ def test_of_many_events_and_classes_the_rest_is_counted(listener, tmp_path, monk
     scores = np.tile(np.array([0.6, 0.1, 0.9], np.float32), (10, 1))
     recording = kept(tmp_path, scores)
     events = [Event(0.0, 1.0, "dog", 0.6), Event(0.1, 1.0, "sea", 0.9), Event(1.1, 1.5, "sea", 0.9)]
-    lanes = drawing.draw_lanes(listener, recording, events, 0.5)
+    lanes = drawing.draw_lanes(listener, recording, found(recording, events))
     assert re.findall(r'data-label="([^"]+)"', lanes) == ["sea"]
     assert "1 more classes have events: they are in the table." in lanes
     rows = drawing.draw_table(listener, recording, events)

@@ -17,7 +17,8 @@ from test_app import RATE, save_classifier, save_detector  # noqa: E402
 from transformers_sslam import SSLAMModel  # noqa: E402
 from transformers_sslam.app import drawing  # noqa: E402
 from transformers_sslam.app.index import Match, SoundIndex  # noqa: E402
-from transformers_sslam.app.listening import SOUND, open_listener  # noqa: E402
+from transformers_sslam.app.listening import open_listener  # noqa: E402
+from transformers_sslam.app.recording import SOUND  # noqa: E402
 from transformers_sslam.app.settings import AppSettings  # noqa: E402
 from transformers_sslam.errors import UserError  # noqa: E402
 from transformers_sslam.recordings.embed import EmbedSettings, embed_files  # noqa: E402

@@ -84,7 +84,7 @@ def test_a_classifier_has_segments_of_its_windows(tmp_path):
     whole = listener.model.score_over_time(sound(), listener.extractor, window=0.64, hop=0.32)
     (tmp_path / "kept").mkdir()
     recording = type("Scored", (), {"starts": whole.starts, "ends": whole.starts + whole.window, "scores": whole.scores})
-    assert sorted(event for event, _ in states[-1].events) == sorted(listener.events(recording, *(s.value for s in listener.sliders)))
+    assert sorted(event for event, _ in states[-1].events) == sorted(listener.find(recording, [s.value for s in listener.sliders]).events)
     assert states[3].events == []  # less than a window
     assert states[4].events != []
 

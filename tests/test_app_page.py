@@ -219,15 +219,21 @@ def test_sliders_act_without_the_model_and_playing_goes_on(served, visit, record
     before = shown_events(page)
     page.evaluate("document.querySelector('#sslam-sound').play()")
     monkeypatch.setattr(type(served.listener), "_score", None)
-    move(page, "first", 0.9)
+    move(page, "threshold", 0.9)
     fewer = shown_events(page)
-    move(page, "second", 0.96)
+    move(page, "median_filter", 0.96)
     smoother = shown_events(page)
-    assert len(before) > len(fewer) > len(smoother)
+    move(page, "median_filter", 0)
+    move(page, "max_gap", 0.96)
+    joined = shown_events(page)
+    assert len(before) > len(fewer) > max(len(smoother), len(joined))
     assert not page.evaluate("document.querySelector('#sslam-sound').paused")
-    move(page, "first", 0.5)
-    move(page, "second", 0)
+    move(page, "zoom", 2)
+    page.get_by_role("button", name="Back to the model's own settings").click()
+    page.wait_for_function("count => document.querySelectorAll('#table tbody tr[data-span]').length === count", arg=len(before))
     assert shown_events(page) == before
+    shown = [page.input_value(f"#{name} input[type=number]") for name in ("threshold", "median_filter", "max_gap", "zoom")]
+    assert shown == ["0.5", "0", "0", "1"]
 
 
 def test_a_click_on_an_event_plays_from_there_and_moves_the_cursor(visit, recordings):
@@ -265,7 +271,7 @@ def test_zoom_widens_and_keeps_the_cursor_in_sight(visit, recordings):
     assert left > view
     page.evaluate("document.querySelector('#sslam-sound').pause()")
     left = page.evaluate("document.querySelector('.sslam-scroll').scrollLeft")
-    move(page, "first", 0.4)
+    move(page, "threshold", 0.4)
     page.wait_for_timeout(500)
     assert page.evaluate("document.querySelector('.sslam-scroll').scrollLeft") == pytest.approx(left, abs=2)
 
@@ -274,9 +280,9 @@ def test_everything_is_reached_by_keyboard(visit, recordings):
     page = visit()
     give(page, recordings / "street.wav")
     reached = []
-    page.locator("#first input[type=range]").focus()
+    page.locator("#threshold input[type=range]").focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.querySelector('#first input[type=number]').value === '0.51'")
+    page.wait_for_function("document.querySelector('#threshold input[type=number]').value === '0.51'")
     for _ in range(40):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.className + ' ' + (document.activeElement.dataset.start ?? '')").strip())
@@ -402,7 +408,7 @@ def test_visitors_see_their_own_recordings_which_are_deleted_when_they_leave(ser
     for folder, seconds in zip(folders, (6, 4)):
         assert soundfile.info(folder / "sound.flac").frames == seconds * RATE
         assert not list(folder.glob("upload*"))  # used, and deleted
-    move(pages[0], "first", 0.8)
+    move(pages[0], "threshold", 0.8)
     assert "street.wav" in pages[0].inner_text("#player h2")
     assert "park.flac" in pages[1].inner_text("#player h2")
     pages[0].context.close()
@@ -475,7 +481,7 @@ def test_a_classifier_shows_segments(visit, recordings, tmp_path, monkeypatch):
         server = Served(save_classifier(tmp_path / "classifier"), sessions, max_megabytes=1)
         page = visit(server.address)
         give(page, recordings / "street.wav")
-        assert "Labels of a window" in page.inner_text("body")
+        assert "Labels of a piece, at most" in page.inner_text("body")
         assert "segments" in page.inner_text("#table h2")
         soundfile.write(tmp_path / "big.wav", noise(40.0), RATE)  # 1.28 MB
         page.set_input_files(FILE, str(tmp_path / "big.wav"))

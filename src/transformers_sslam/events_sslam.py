@@ -299,6 +299,15 @@ class EventDecoder:
         return events
 
 
+def filter_scores(
+    scores: np.ndarray | torch.Tensor, step: float, classes: Sequence[str], settings: EventSettings, duration: float | None = None
+) -> np.ndarray:
+    """What [`find_events`] compares with the thresholds, `(steps, classes)`: the scores after the median filter."""
+    scores = _checked_scores(scores if duration is None else scores[: steps_within(duration, step)], len(classes))
+    medians = _MedianFilter(filter_halves(settings.by_class(classes)["median_filter"], step))
+    return np.concatenate((medians.push(scores), medians.finish()))
+
+
 def find_events(
     scores: np.ndarray | torch.Tensor, step: float, classes: Sequence[str], settings: EventSettings, duration: float | None = None
 ) -> list[Event]:
@@ -348,5 +357,5 @@ def _checked_scores(scores: np.ndarray | torch.Tensor, classes: int) -> np.ndarr
 
 __all__ = [
     *("ByClass", "Event", "EventDecoder", "EventOptions", "EventSettings"),
-    *("filter_halves", "find_events", "in_order", "steps_within"),
+    *("filter_halves", "filter_scores", "find_events", "in_order", "steps_within"),
 ]

@@ -16,7 +16,8 @@ from ..events_sslam import Event
 from ..fbank import LOWEST_FREQUENCY
 from ..recordings.plot import MEL_TICKS
 from .index import Match
-from .listening import LABELS, PICTURE, SOUND, TABLE, Listener, Recording
+from .listening import Listener
+from .recording import LABELS, PICTURE, SOUND, TABLE, Found, Recording
 
 
 MOST_LANES, FEWEST_LANES, MOST_ROWS, MOST_BARS = 24, 3, 500, 4000
@@ -48,22 +49,24 @@ def draw_error(message: str, what: str = "This recording cannot be used.") -> st
     return f'<div class="sslam-error" role="alert"><strong>{what}</strong> {escape(message)}</div>'
 
 
-def draw_lanes(listener: Listener, recording: Recording, events: Sequence[Event], threshold: float, zoom: float = 1.0) -> str:
-    """The log-mel, and below it a lane for each class: its scores as a curve, the threshold as a line, and its events as bars.
+def draw_lanes(listener: Listener, recording: Recording, found: Found, zoom: float = 1.0) -> str:
+    """The log-mel, and below it a lane for each class: its scores as a curve, the threshold as a line, and its events as bars. With
+    hysteresis the onset threshold is a second line.
 
     It is `zoom` times as wide as the page, and scrolls.
     """
-    shown, hidden = _classes_to_show(listener.classes, recording, events)
-    limits = listener.thresholds(threshold)
+    shown, hidden = _classes_to_show(listener.classes, found)
     names = {listener.classes[i] for i in shown}
-    bars = sorted((event for event in events if event.label in names), key=lambda event: event.start - event.end)
+    bars = sorted((event for event in found.events if event.label in names), key=lambda event: event.start - event.end)
     lanes = "".join(
-        _lane(listener.classes[i], recording, [bar for bar in bars[:MOST_BARS] if bar.label == listener.classes[i]], i, limits[i], zoom)
+        _lane(listener.classes[i], recording, found, [bar for bar in bars[:MOST_BARS] if bar.label == listener.classes[i]], i, zoom)
         for i in shown
     )
     notes = [f"{hidden} more classes have {listener.finds}: they are in the table."] if hidden else []
     notes += [f"The {len(bars) - MOST_BARS} shortest {listener.finds} are not drawn."] if len(bars) > MOST_BARS else []
     picture = escape(address(recording.folder / PICTURE))
+    hysteresis = bool((found.onsets > found.thresholds)[shown].any())
+    onset = '<span><i class="sslam-key-onset"></i>an event needs a score above this line</span>' if hysteresis else ""
     return (
         f'<section aria-label="Log-mel and {listener.finds}">'
         '<div class="sslam-scroll" tabindex="0" role="group" aria-label="Over time; scrolls when zoomed">'
@@ -72,7 +75,7 @@ def draw_lanes(listener: Listener, recording: Recording, events: Sequence[Event]
         f"{lanes}{_axis(recording.duration, zoom)}"
         f"<div class='sslam-choice' aria-hidden='true'></div></div></div>{''.join(f'<p>{note}</p>' for note in notes)}"
         f'<p class="sslam-legend"><span><i class="sslam-key-bar"></i>{listener.finds}</span><span><i class="sslam-key-curve"></i>score: '
-        '0 at the foot of a lane, 1 at its top</span><span><i class="sslam-key-limit"></i>threshold</span></p></section>'
+        f'0 at the foot of a lane, 1 at its top</span><span><i class="sslam-key-limit"></i>threshold</span>{onset}</p></section>'
     )
 
 
@@ -143,14 +146,14 @@ def _link(file: Path, text: str) -> str:
     return f'<a href="{escape(address(file))}" download>{text}</a>'
 
 
-def _classes_to_show(classes: Sequence[str], recording: Recording, events: Sequence[Event]) -> tuple[list[int], int]:
+def _classes_to_show(classes: Sequence[str], found: Found) -> tuple[list[int], int]:
     """Numbers of the classes with events and, of few, of those with the highest scores; and how many with events are left out."""
-    found, highest = {event.label for event in events}, recording.scores.max(0)
-    ranked = sorted(range(len(classes)), key=lambda i: (classes[i] not in found, -highest[i]))
-    return sorted(ranked[: max(min(len(found), MOST_LANES), FEWEST_LANES)]), max(0, len(found) - MOST_LANES)
+    labels, highest = {event.label for event in found.events}, found.scores.max(0)
+    ranked = sorted(range(len(classes)), key=lambda i: (classes[i] not in labels, -highest[i]))
+    return sorted(ranked[: max(min(len(labels), MOST_LANES), FEWEST_LANES)]), max(0, len(labels) - MOST_LANES)
 
 
-def _lane(label: str, recording: Recording, events: Sequence[Event], number: int, limit: float, zoom: float) -> str:
+def _lane(label: str, recording: Recording, found: Found, events: Sequence[Event], number: int, zoom: float) -> str:
     name = escape(label)
 
     def thin(event: Event) -> str:
@@ -165,14 +168,19 @@ def _lane(label: str, recording: Recording, events: Sequence[Event], number: int
         f'aria-label="Play {name}, {event.start:.2f} to {event.end:.2f} seconds"></button>'
         for event in events
     )
-    level = HEIGHT * (1 - limit)
+    threshold, onset = (float(limits[number]) for limits in (found.thresholds, found.onsets))
+    curve = _curve(recording.edges[: len(found.scores) + 1], found.scores[:, number], zoom)
+    lines = _line("sslam-limit", threshold) + (_line("sslam-onset", onset) if onset > threshold else "")
     return (
         f'<div class="sslam-lane" data-label="{name}"><span class="sslam-name">{name}</span><div class="sslam-track">'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">'
-        f'<path class="sslam-curve" d="{_curve(recording.edges, recording.scores[:, number], zoom)}"/>'
-        f'<path class="sslam-limit" d="M0 {level:.1f}H{WIDTH}"/></svg>{bars}'
+        f'<path class="sslam-curve" d="{curve}"/>{lines}</svg>{bars}'
         '<div class="sslam-cursor" aria-hidden="true"></div></div></div>'
     )
+
+
+def _line(kind: str, score: float) -> str:
+    return f'<path class="{kind}" d="M0 {HEIGHT * (1 - score):.1f}H{WIDTH}"/>'
 
 
 def _curve(edges: np.ndarray, scores: np.ndarray, zoom: float) -> str:

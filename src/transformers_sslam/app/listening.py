@@ -5,8 +5,8 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,7 +18,7 @@ from ..audio.decode import read_blocks
 from ..audio.paths import printable_path
 from ..errors import UserError, as_user_error
 from ..evaluation.loading import load_model, tagger_class
-from ..events_sslam import Event, EventSettings, find_events
+from ..events_sslam import Event, EventSettings, filter_scores, find_events
 from ..modeling_sslam import SSLAMForAudioClassification
 from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
 from ..recordings.formats import rounded, seconds, utf8, write_audacity, write_rows, write_tables
@@ -26,53 +26,16 @@ from ..recordings.segments import join_windows
 from ..recordings.tag import TagSettings
 from ..windows_sslam import Windowing
 from .picture import LogMelPicture
+from .recording import EMBEDDINGS, LABELS, PICTURE, SOUND, TABLE, Found, Recording, Slider
 from .settings import AppSettings
 
 
-SOUND, PICTURE = "sound.flac", "log_mel.png"
-TABLE, LABELS, EMBEDDINGS = ".csv", ".labels.txt", ".parquet"  # behind the name of a recording
 ROWS_AT_ONCE = 2**12  # of the embeddings
+LONGEST_SECONDS = 3.0  # of a slider, unless the model has more
 LIVE_WINDOW, LIVE_HOP = 1.92, 0.32  # seconds, unless the settings say otherwise
 RECENT = 30.0  # seconds before the latest event of a live source, of which earlier ones are kept
 EXCEPTION = re.compile(r" \(\w+Error\)")  # as messages about files of some kinds name it
 Progress = Callable[[float, str], None]  # a fraction in [0, 1], and what is done
-
-
-class Slider(NamedTuple):
-    """A setting that acts on kept scores."""
-
-    label: str
-    info: str
-    least: float
-    largest: float
-    step: float
-    value: float
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What is kept of a recording.
-
-    Attributes:
-        name: as its owner called it.
-        folder: of its files.
-        duration: in seconds.
-        edges: `(n + 1,)`, in seconds: row `i` of the scores is drawn between `edges[i]` and `edges[i + 1]`.
-        scores: `(n, classes)`, of time steps or windows.
-        starts, ends: `(n,)`, in seconds: what each row covers. Windows overlap.
-    """
-
-    name: str
-    folder: Path
-    duration: float
-    edges: np.ndarray
-    scores: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
-
-    def file(self, ending: str) -> Path:
-        """For download: browsers save it under this name, which has nothing but letters, digits, hyphens and underscores."""
-        return self.folder / (re.sub(r"[^\w-]+", "_", Path(self.name).stem)[:80] + ending)
 
 
 class Listener(ABC):
@@ -84,7 +47,7 @@ class Listener(ABC):
 
     model_class: ClassVar[type]
     finds: ClassVar[str]  # what the model finds, for people
-    sliders: tuple[Slider, Slider]
+    sliders: tuple[Slider, ...]
 
     def __init__(self, settings: AppSettings):
         loaded: Any = load_model(self.model_class, settings.model, settings.dtype, settings.device)
@@ -96,12 +59,8 @@ class Listener(ABC):
         self.live_options: dict[str, Any] = {"window": window, "hop": min(LIVE_HOP, window) if hop is None else hop}
 
     @abstractmethod
-    def events(self, recording: Recording, threshold: float, second: float) -> list[Event]:
-        """What the kept scores say with these positions of the sliders, as it is written."""
-
-    @abstractmethod
-    def thresholds(self, threshold: float) -> np.ndarray:
-        """`(classes,)`, with this position of the first slider."""
+    def find(self, recording: Recording, positions: Sequence[float]) -> Found:
+        """What the kept scores say with these positions of the sliders."""
 
     @abstractmethod
     def live(self, blocks: Iterable[np.ndarray]) -> Iterator[list[Event]]:
@@ -196,6 +155,28 @@ class Listener(ABC):
             )
 
 
+class SecondsSlider(NamedTuple):
+    """A slider for a field of [`EventSettings`] in seconds."""
+
+    setting: str
+    label: str
+    info: str
+
+
+SECONDS_SLIDERS = (
+    SecondsSlider(
+        "median_filter",
+        "Smooth the scores over (median filter, seconds)",
+        "A longer one removes short events and closes short gaps; 0 switches it off.",
+    ),
+    SecondsSlider(
+        "max_gap",
+        "Join events with a gap of up to (seconds)",
+        "Two events of the same kind become one if the pause between them is as short.",
+    ),
+)
+
+
 class DetectorListener(Listener):
     """A model of event detection, as `sslam detect` uses it."""
 
@@ -207,40 +188,45 @@ class DetectorListener(Listener):
         with as_user_error("config.event_detection"):
             own = EventSettings.of(self.model.config)
         self._own = own.by_class(self.classes)
-        step = self.model.config.frames_per_step / 100
-        threshold, median = (float(np.median(self._own[name])) for name in ("threshold", "median_filter"))
-        above = f"Steps of {step * 1000:.0f} ms with a higher score belong to an event."
-        shorter = "Removes shorter events and closes shorter gaps; 0: no filter."
-        self._shifts = bool(np.ptp(self._own["threshold"]))
-        first = Slider("Threshold", above, 0, 1, 0.01, round(threshold, 2))
-        if self._shifts:
-            added = f"Each class has a threshold of its own, from {{:g}} to {{:g}}; this is added to all. {above}"
-            first = Slider("Shift of all thresholds", added.format(*_range(self._own["threshold"])), -1, 1, 0.01, 0)
-        if np.ptp(self._own["median_filter"]):
-            shorter += " Until it is moved, each class has its own, from {:g} to {:g}.".format(*_range(self._own["median_filter"]))
-        self.sliders = (first, Slider("Median filter (seconds)", shorter, 0, 3, step, median))
+        self._step = self.model.config.frames_per_step / 100
+        self.sliders = (self._threshold_slider(), *map(self._seconds_slider, SECONDS_SLIDERS))
 
-    def events(self, recording: Recording, threshold: float, second: float) -> list[Event]:
-        settings = self._settings(threshold, second)
-        step = self.model.config.frames_per_step / 100
-        found = find_events(recording.scores, step, self.classes, settings, recording.duration)
-        return [rounded(event) for event in found]
+    def find(self, recording: Recording, positions: Sequence[float]) -> Found:
+        settings = self._settings(positions)
+        limits = settings.by_class(self.classes)
+        scores = filter_scores(recording.scores, self._step, self.classes, settings, recording.duration)
+        found = find_events(scores, self._step, self.classes, replace(settings, median_filter=0.0), recording.duration)
+        return Found([rounded(event) for event in found], scores, limits["threshold"], limits["onset_threshold"])
 
-    def thresholds(self, threshold: float) -> np.ndarray:
-        return self._settings(threshold, self.sliders[1].value).by_class(self.classes)["threshold"]
+    def _threshold_slider(self) -> Slider:
+        own = self._own["threshold"]
+        about = "The score that a sound needs, from 0 to 1: lower it to find more, raise it to find less."
+        if not np.ptp(own):
+            return Slider("threshold", "How sure must the model be? (threshold)", about, 0, 1, 0.01, round(float(own[0]), 2))
+        about += f" Each kind of sound has a threshold of its own, from {own.min():g} to {own.max():g}; this is added to all."
+        return Slider("threshold", "How sure must the model be? (added to all thresholds)", about, -1, 1, 0.01, 0)
 
-    def _settings(self, threshold: float, median: float) -> EventSettings:
-        """The model's own, but for sliders that were moved."""
+    def _seconds_slider(self, slider: SecondsSlider) -> Slider:
+        own, about = self._own[slider.setting], slider.info
+        if np.ptp(own):
+            about += f" Until it is moved, each kind of sound has its own, from {own.min():g} to {own.max():g}."
+        largest = max(LONGEST_SECONDS, float(own.max(initial=0)))
+        return Slider(slider.setting, slider.label, about, 0, largest, self._step, float(np.median(own)))
+
+    def _settings(self, positions: Sequence[float]) -> EventSettings:
+        """The model's own, but for sliders that were moved. Onset thresholds move with the thresholds: a lower threshold lowers them by
+        the same factor, to 0 at 0, and a higher one brings them nearer to 1 by the same factor. So a lower threshold always finds more."""
         given: dict[str, Any] = {}
-        if threshold != self.sliders[0].value:
-            levels, onsets = np.full(len(self.classes), threshold), self._own["onset_threshold"]
-            if self._shifts:
-                levels, onsets = ((self._own[name] + threshold).clip(0, 1).round(4) for name in ("threshold", "onset_threshold"))
-            values = {"threshold": levels, "onset_threshold": np.maximum(onsets, levels)}  # where it is lower, there is no hysteresis
+        first, *others = self.sliders
+        if positions[0] != first.value:
+            own, onset = self._own["threshold"], self._own["onset_threshold"]
+            level = ((own if np.ptp(own) else np.zeros_like(own)) + positions[0]).clip(0, 1)
+            with np.errstate(divide="ignore", invalid="ignore"):  # what is not a number is not the larger one below
+                moved = np.where(level < own, onset * level / own, 1 - (1 - onset) * (1 - level) / (1 - own))
+            values = {"threshold": level.round(4), "onset_threshold": np.fmax(moved, level).round(4)}
             given = {name: dict(zip(self.classes, column.tolist())) for name, column in values.items()}
-        if median != self.sliders[1].value:
-            given["median_filter"] = median
-        return EventSettings.of(self.model.config, **given)
+        moves = zip(others, positions[1:])
+        return EventSettings.of(self.model.config, **given, **{slider.name: value for slider, value in moves if value != slider.value})
 
     def live(self, blocks: Iterable[np.ndarray]) -> Iterator[list[Event]]:
         recent: list[Event] = []
@@ -268,21 +254,22 @@ class ClassifierListener(Listener):
         defaults = {field.name: field.default_factory for field in fields(TagSettings) if field.name in ("threshold", "top_k")}
         threshold, top_k = (defaults[name]() for name in ("threshold", "top_k"))  # type: ignore[operator]  # `setting` gives a factory
         most = len(self.classes)
+        length = self._windowing(settings.window, settings.hop).length / self.rate
+        sure = f"The score that a label needs, from 0 to 1, in a piece of {length:.3g} s (window): lower it for more labels."
         self.sliders = (
-            Slider("Threshold", "Windows with at least this score have the label.", 0, 1, 0.01, threshold),
-            Slider("Labels of a window", "At most; those with the highest scores.", 1, min(20, most), 1, min(top_k, most)),
+            Slider("threshold", "How sure must the model be? (threshold)", sure, 0, 1, 0.01, threshold),
+            Slider("top_k", "Labels of a piece, at most (top k)", "Those with the highest scores.", 1, min(20, most), 1, min(top_k, most)),
         )
 
-    def events(self, recording: Recording, threshold: float, second: float) -> list[Event]:
-        found = join_windows(recording.starts, recording.ends, recording.scores, self.classes, int(second), threshold)
-        return [rounded(segment) for segment in found]
-
-    def thresholds(self, threshold: float) -> np.ndarray:
-        return np.full(len(self.classes), threshold)
+    def find(self, recording: Recording, positions: Sequence[float]) -> Found:
+        threshold, top_k = positions
+        found = join_windows(recording.starts, recording.ends, recording.scores, self.classes, int(top_k), threshold)
+        limits = np.full(len(self.classes), threshold)
+        return Found([rounded(segment) for segment in found], recording.scores, limits, limits)
 
     def live(self, blocks: Iterable[np.ndarray]) -> Iterator[list[Event]]:
         """Segments of the windows of the last seconds: one that began before that begins with the first of these."""
-        length = Windowing.of_model(self.model.config, self.extractor, **self.live_options).length / self.rate
+        length = self._windowing(**self.live_options).length / self.rate
         recent: deque[tuple[float, np.ndarray]] = deque()
         for batch in self.model.score_windows(blocks, self.extractor, batch_size=1, **self.live_options):
             recent.append((batch.starts[0], batch.scores[0]))
@@ -294,16 +281,14 @@ class ClassifierListener(Listener):
 
     def live_delay(self) -> float:
         """A window that holds a sound's end ends at most a hop after it, and is known when one more sample has arrived."""
-        windowing = Windowing.of_model(self.model.config, self.extractor, **self.live_options)
-        return (windowing.hop + 1) / self.rate
+        return (self._windowing(**self.live_options).hop + 1) / self.rate
+
+    def _windowing(self, window: float | None, hop: float | None) -> Windowing:
+        return Windowing.of_model(self.model.config, self.extractor, window=window, hop=hop)
 
     def _score(self, blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         result = self.model.score_over_time(blocks, self.extractor, **self._options)
         return result.edges, result.scores, result.starts, np.minimum(result.starts + result.window, result.duration)
-
-
-def _range(values: np.ndarray) -> tuple[float, float]:
-    return float(values.min()), float(values.max())
 
 
 def open_listener(settings: AppSettings) -> Listener:
@@ -320,4 +305,4 @@ def open_listener(settings: AppSettings) -> Listener:
     return listener
 
 
-__all__ = ["ClassifierListener", "DetectorListener", "Listener", "Recording", "Slider", "open_listener"]
+__all__ = ["ClassifierListener", "DetectorListener", "Listener", "open_listener"]

@@ -1,6 +1,7 @@
 """The page: what a visitor may do on it, and what follows. What it looks like is in `drawing`, `live_page`, `page.css` and `page.js`."""
 
 import os
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from ..audio.decode import AUDIO_SUFFIXES
 from .about import draw_about, model_name
 from .drawing import draw_error, draw_lanes, draw_link, draw_match, draw_matches, draw_player, draw_search, draw_table
 from .index import SoundIndex
-from .listening import SOUND, Listener, Recording, Slider
+from .listening import Listener
 from .live_page import draw_live, live_functions
+from .recording import SOUND, Recording, Slider
 from .sessions import Sessions
 
 
@@ -28,7 +30,7 @@ PLAY = """element.addEventListener("click", ({ target }) => {
   const button = target.closest("[data-row]");
   if (button) trigger("click", { row: Number(button.dataset.row) });
 });"""
-ZOOM = Slider("Zoom", "Widens what is below, which then scrolls.", 1, 50, 1, 1)
+ZOOM = Slider("zoom", "Zoom", "Widens the picture, which then scrolls.", 1, 50, 1, 1)
 PROGRESS = gr.Progress()  # Gradio finds it among the defaults
 SLIDER_WIDTH = 260  # pixels, at least: on a phone they are below each other
 
@@ -68,9 +70,10 @@ class Page:
                 _html(draw_live(self._listener), server_functions=live_functions(self._listener), js_on_load=script)
         player = _html(elem_id="player")
         with gr.Column(visible=False) as results:
-            with gr.Row():
-                sliders = zip((*self._listener.sliders, ZOOM), ("first", "second", "zoom"))
-                positions = [_slider(slider, name) for slider, name in sliders]
+            sliders = (*self._listener.sliders, ZOOM)
+            with gr.Row(elem_id="sliders"):
+                positions = [_slider(slider) for slider in sliders]
+            reset = gr.Button("Back to the model's own settings", size="sm", elem_id="reset")
             lanes = _html(elem_id="lanes")
             with gr.Column(visible=self._index is not None, elem_id="search"):
                 _html(draw_search(self._index.about) if self._index else "")
@@ -103,6 +106,7 @@ class Page:
         heard.then(None, js=DRAWN)
         moved = gr.on([slider.change for slider in positions], self._show, positions, [lanes, table], trigger_mode="always_last", **at_once)
         moved.then(None, js=DRAWN)
+        reset.click(None, None, positions, js=f"() => {[slider.value for slider in sliders]}")
         embed.click(self._embed, None, link, **in_turn)
         find.click(self._find, [start, end], [match, matches], show_progress_on=matches, **in_turn)
         apart: dict[str, Any] = {"concurrency_id": "play", "concurrency_limit": PLAYED_AT_ONCE, "show_progress": "minimal"}
@@ -114,46 +118,43 @@ class Page:
         if file is not None:
             self._sessions.claim(str(request.session_hash), str(file))
 
-    def _hear_upload(self, first: float, second: float, zoom: float, request: gr.Request, progress: gr.Progress = PROGRESS) -> list[Any]:
+    def _hear_upload(self, request: gr.Request, progress: gr.Progress = PROGRESS, *positions: float) -> list[Any]:
         session = str(request.session_hash)
         waiting = self._sessions.upload(session)
         if waiting is None:
             return _failed(GONE)
         file, name, folder = waiting
         try:
-            return self._hear(session, file, name, folder, (first, second, zoom), progress)
+            return self._hear(session, file, name, folder, positions, progress)
         finally:
             file.unlink(missing_ok=True)
 
-    def _hear_example(
-        self, name: str, first: float, second: float, zoom: float, request: gr.Request, progress: gr.Progress = PROGRESS
-    ) -> list[Any]:
+    def _hear_example(self, request: gr.Request, progress: gr.Progress = PROGRESS, name: str = "", *positions: float) -> list[Any]:
         session = str(request.session_hash)
-        return self._hear(session, Path(self._examples[name]), name, self._sessions.begin(session), (first, second, zoom), progress)
+        return self._hear(session, Path(self._examples[name]), name, self._sessions.begin(session), positions, progress)
 
-    def _hear(
-        self, session: str, file: Path, name: str, folder: Path, positions: tuple[float, float, float], progress: gr.Progress
-    ) -> list[Any]:
+    def _hear(self, session: str, file: Path, name: str, folder: Path, positions: Sequence[float], progress: gr.Progress) -> list[Any]:
         """What the components show of a recording."""
         try:
             recording = self._listener.listen(file, name, folder, lambda done, what: progress(done, desc=what))
             self._sessions.keep(session, recording)
             window = recording.duration if self._index is None else self._index.window
             span = 0.0, min(window, recording.duration)
-            return [draw_player(recording), gr.update(visible=True), *self._draw(recording, *positions), "", *span, "", ""]
+            return [draw_player(recording), gr.update(visible=True), *self._draw(recording, positions), "", *span, "", ""]
         except (ValueError, OSError, FloatingPointError) as error:
             self._sessions.end(session)
             return _failed(str(error))
 
-    def _show(self, first: float, second: float, zoom: float, request: gr.Request) -> list[Any]:
+    def _show(self, request: gr.Request, *positions: float) -> list[Any]:
         """What follows from kept scores."""
         recording = self._sessions.recording(request.session_hash)
-        return [draw_error(GONE), ""] if recording is None else self._draw(recording, first, second, zoom)
+        return [draw_error(GONE), ""] if recording is None else self._draw(recording, positions)
 
-    def _draw(self, recording: Recording, first: float, second: float, zoom: float) -> list[str]:
-        events = self._listener.events(recording, first, second)
-        self._listener.write(recording, events)
-        return [draw_lanes(self._listener, recording, events, first, zoom), draw_table(self._listener, recording, events)]
+    def _draw(self, recording: Recording, positions: Sequence[float]) -> list[str]:
+        *settings, zoom = positions
+        found = self._listener.find(recording, settings)
+        self._listener.write(recording, found.events)
+        return [draw_lanes(self._listener, recording, found, zoom), draw_table(self._listener, recording, found.events)]
 
     def _embed(self, request: gr.Request) -> str:
         recording = self._sessions.recording(request.session_hash)
@@ -187,9 +188,9 @@ def _failed(message: str) -> list[Any]:
     return [draw_error(message), gr.update(visible=False), "", "", "", None, None, "", ""]
 
 
-def _slider(slider: Slider, name: str) -> gr.Slider:
+def _slider(slider: Slider) -> gr.Slider:
     about: dict[str, Any] = {"label": slider.label, "info": slider.info, "min_width": SLIDER_WIDTH}
-    return gr.Slider(slider.least, slider.largest, slider.value, step=slider.step, elem_id=name, **about)
+    return gr.Slider(slider.least, slider.largest, slider.value, step=slider.step, elem_id=slider.name, **about)
 
 
 def _seconds(name: str) -> gr.Number:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UserError
-from .listening import Recording
+from .recording import Recording
 
 
 # Two equal files, uploaded by two visitors, are one file of the server, so that neither may delete it for the other. What a visitor has
