@@ -808,9 +808,9 @@ def finish(folder: Path, settings: dict, processes: int, forked: bool = False) -
     assert code == 0, (folder / "log").read_text()[-3000:]
 
 
-def kill_at_random_moments(sounds, tmp_path, processes: int, workers: int, kills: int, steps: int, forked: bool = False) -> None:
+def kill_at_random_moments(sounds, tmp_path, processes: int, workers: int, kills: int, steps: int, forked: bool = False, **changes) -> None:
     """However often a run is killed, its losses are those of an uninterrupted run, to the last bit, and each checkpoint is whole."""
-    changes = {
+    changes |= {
         "dataloader_num_workers": workers,
         "per_device_train_batch_size": 3,
         "max_steps": steps,

@@ -104,6 +104,18 @@ class SSLAMConfig(PreTrainedConfig):
         mask_ratio_adjust (`float`, defaults to 0.07): Added to the visible fraction when counting the blocks to keep.
         mask_block_size (`int`, defaults to 5): Side of the visible blocks, in patches.
         mask_noise_std (`float`, defaults to 0.01): Standard deviation of the noise that replaces masked patches in the decoder.
+        num_sources (`int` or `list[int]`, defaults to 2):
+            Clips that each mixture has, the clip itself among them; `[least, most]`: drawn for each mixture. At most the clips of a batch.
+        mixing_partners (`str`, defaults to `"neighbour"`):
+            Which clips are mixed in: those before it in the batch, as published, or others of the `"batch"`, drawn without replacement.
+        mixing_domain (`str`, defaults to `"log_mel"`):
+            How: by the elementwise maximum of log-mels, as published; by the sum of energies (`"mel"`); or as sums of waveforms
+            (`"waveform"`), which is exact, and for which the model also takes waveforms.
+        gain_db (`list[float]`, *optional*):
+            `[lowest, highest]` gain in dB, drawn for each clip that is mixed in. By default they keep their level, as the clip itself does.
+        log_mel_mean (`float`, defaults to -4.268): The feature extractor's `mean`, needed for gains, energies and waveforms.
+        log_mel_std (`float`, defaults to 4.569): Its `std`, likewise.
+        sampling_rate (`int`, defaults to 16000): Its rate in Hz, needed to mix waveforms.
         num_unmixed_spans (`int`, defaults to 2): Spans of each mixture in which nothing is mixed in.
         unmixed_span_length (`int`, defaults to 240): Their length in frames, a multiple of `patch_size`.
         unmixed_spans_per_clip (`bool`, defaults to `False`):
@@ -181,6 +193,13 @@ class SSLAMConfig(PreTrainedConfig):
     mask_ratio_adjust: float | int = 0.07
     mask_block_size: int = 5
     mask_noise_std: float | int = 0.01
+    num_sources: int | list[int] = 2
+    mixing_partners: Literal["neighbour", "batch"] = "neighbour"
+    mixing_domain: Literal["log_mel", "mel", "waveform"] = "log_mel"
+    gain_db: list[float | int] | None = None
+    log_mel_mean: float | int = -4.268
+    log_mel_std: float | int = 4.569
+    sampling_rate: int = 16_000
     num_unmixed_spans: int = 2
     unmixed_span_length: int = 240
     unmixed_spans_per_clip: bool = False
@@ -230,6 +249,11 @@ class SSLAMConfig(PreTrainedConfig):
     def num_frequency_patches(self) -> int:
         """Patches along the frequency axis: 8 for 128 mel bins."""
         return self.num_mel_bins // self.patch_size
+
+    @property
+    def most_sources(self) -> int:
+        """The largest number of sources that a mixture may have."""
+        return self.num_sources if isinstance(self.num_sources, int) else self.num_sources[1]
 
     @property
     def frames_per_step(self) -> int:
@@ -322,6 +346,14 @@ class SSLAMConfig(PreTrainedConfig):
         self._require(["mask_ratio"], lambda value: 0 < value < 1, "lie between 0 and 1")
         visible = 1 - self.mask_ratio
         self._require(["mask_ratio_adjust"], lambda value: 0 <= visible + value <= 1, f"lie between {-visible:g} and {1 - visible:g}")
+        self._validate_mixtures()
+
+    def _validate_mixtures(self) -> None:
+        self._require(["num_sources"], _is_count_or_range, "be a whole number of at least 2, or two such, [least, most]")
+        self._require(["gain_db"], _is_range_or_none, "be [lowest, highest] in dB, or None for no gains")
+        self._require(["log_mel_mean"], math.isfinite, "be finite")
+        self._require(["log_mel_std"], lambda value: 0 < value < math.inf, "be a finite number above 0")
+        self._require(["sampling_rate"], lambda value: value >= 1000, "be at least 1000 Hz")
         if not self.use_unmixed and (not self.use_mixtures or self.source_retention_loss_weight):
             raise ValueError(
                 f"use_unmixed is False, use_mixtures {self.use_mixtures} and source_retention_loss_weight "
@@ -332,6 +364,15 @@ class SSLAMConfig(PreTrainedConfig):
         for name in names:
             if not holds(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must {expected}")
+
+
+def _is_count_or_range(value: int | list[int]) -> bool:
+    least, *most = [value] if isinstance(value, int) else value or [0]
+    return least >= 2 and (isinstance(value, int) or (len(most) == 1 and most[0] >= least))
+
+
+def _is_range_or_none(value: list[float | int] | None) -> bool:
+    return value is None or (len(value) == 2 and all(map(math.isfinite, value)) and value[0] <= value[1])
 
 
 __all__ = ["ENCODER_FIELDS", "PRETRAINING_STAGES", "ClipPooling", "SSLAMConfig"]

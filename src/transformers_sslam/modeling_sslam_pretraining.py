@@ -16,7 +16,16 @@ from .attention_sslam import as_boolean
 from .configuration_sslam import SSLAMConfig
 from .decoder_sslam import SSLAMDecoder
 from .masking import count_visible, inverse_block_masks, num_visible_patches
-from .mixing import check_unmixed_spans, draw_unmixed_spans, mixed_time_patches, partial_mixture
+from .mixing import (
+    LogMelScale,
+    Sources,
+    check_unmixed_spans,
+    draw_sources,
+    draw_unmixed_spans,
+    gather_sources,
+    mixed_time_patches,
+    partial_mixture,
+)
 from .modeling_sslam import SSLAMModel, SSLAMPreTrainedModel, gather_patches
 from .objective_sslam import SSLAMForPreTrainingOutput, Targets, channel_std, content_share, ema_decay, squared_error
 from .teacher_sslam import SSLAMTeacher
@@ -112,6 +121,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         output_targets: bool = False,
+        waveforms: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SSLAMForPreTrainingOutput:
         r"""
@@ -124,11 +134,13 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
                 When absent they are drawn as the configuration says. Only with `config.use_mixtures`.
             attention_mask: `(batch, frames)`, 1 or `True` where there is sound. It concerns mixtures only: padding is then never mixed in,
                 and yields to sound. The published runs had none: there, padding is as loud as any sound of its level.
-            generator: source of all random numbers, best on the model's device: in this order masks, spans, noise. By default torch's own.
-                `torch.compile` takes no generators, and breaks its graph where given masks or spans are checked: for a single graph leave
-                all three out, seed with `torch.manual_seed`, and compile with `dynamic=False`, as the number of masks' blocks follows from
-                the shape, and with `options={"fallback_random": True}`, without which the compiler draws other numbers.
+            generator: source of all random numbers, best on the model's device: in this order masks, spans, sources, noise. By default
+                torch's own. `torch.compile` takes no generators, and breaks its graph where given masks or spans are checked: for a single
+                graph leave all three out, seed with `torch.manual_seed`, and compile with `dynamic=False`, as the number of masks' blocks
+                follows from the shape, and with `options={"fallback_random": True}`, without which the compiler draws other numbers.
             output_targets: whether to return predictions, targets and what was drawn.
+            waveforms: `(batch, samples)`, minus each clip's mean, zeros after its end, `samples` as many as `frames` need (164,080 for
+                1024). Only with `config.mixing_domain` "waveform", which also needs `attention_mask`.
 
         Raises:
             ValueError: if the input does not fit the model, masks or spans do not fit the input, or spans are given without mixtures.
@@ -143,20 +155,23 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
             attention_mask = as_boolean(attention_mask)
         masks, visible, masked = self._masks(input_values, bool_masked_pos, generator)
         starts = self._spans(input_values, unmixed_span_starts, generator)
-        clips, mixed_patches = input_values, None
+        clips, sources, mixed_patches = input_values, None, None
         if starts is not None:
-            mixture, mixed_patches = self._mix(input_values, starts, attention_mask)
+            sources = self._sources(input_values, attention_mask, waveforms, generator)
+            mixture, mixed_patches = self._mix(sources, starts)
             clips = mixture
             if self.config.use_unmixed:
                 clips = torch.cat((input_values, mixture))
                 visible, masked = visible.repeat(2, 1), masked.repeat(2, 1)
 
-        targets = self._targets(clips, mixed_patches)
+        targets = self._targets(clips, sources, mixed_patches)
         cls, predictions = self._predict(clips, visible, masked, generator, **kwargs)
         output = self._score(cls, predictions, targets, masked, output_targets)
         if output_targets:
             output.bool_masked_pos, output.unmixed_span_starts = masks, starts
-            output.mixed_input_values = None if starts is None else clips[-len(input_values) :]
+            if sources is not None:
+                output.mixed_input_values = clips[-len(input_values) :]
+                output.partners, output.gain_db, output.present = sources.drawn
         return output
 
     def _masks(
@@ -205,39 +220,49 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         check_unmixed_spans(starts, batch, frames, config.unmixed_span_length, config.patch_size)
         return starts.to(input_values.device)
 
-    def _mix(
-        self, input_values: torch.Tensor, starts: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mixtures, (batch, frames, mel bins), and the indices of the patches in which they are mixed, (batch, n), in patch order."""
+    def _sources(
+        self,
+        input_values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        waveforms: torch.Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Sources:
+        """The sources of the mixtures."""
         config = self.config
-        batch, frames = input_values.shape[:2]
+        drawn = draw_sources(
+            len(input_values),
+            config.num_sources,
+            config.mixing_partners,
+            config.gain_db,
+            generator=generator,
+            device=input_values.device,
+        )
+        scale = LogMelScale(config.log_mel_mean, config.log_mel_std, config.sampling_rate)
+        return gather_sources(input_values, drawn, attention_mask, waveforms, config.mixing_domain, scale)
+
+    def _mix(self, sources: Sources, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mixtures, (batch, frames, mel bins), and the indices of the patches in which they are mixed, in patch order: (batch, n), or
+        (1, n) where all are mixed in the same ones."""
+        config, frames = self.config, sources.log_mels.shape[2]
         mixed_time = mixed_time_patches(starts, frames, config.unmixed_span_length, config.patch_size)
-        mixture = partial_mixture(input_values, mixed_time, config.patch_size, attention_mask)
+        mixture = partial_mixture(sources, mixed_time, config.patch_size)
         # Counted from sizes, not from values: nothing waits for the device.
         num_mixed = (frames - starts.shape[-1] * config.unmixed_span_length) // config.patch_size
         time = mixed_time.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :num_mixed]
         patches = time.unsqueeze(2) * config.num_frequency_patches + torch.arange(config.num_frequency_patches, device=time.device)
-        return mixture, patches.flatten(1).expand(batch, -1)
+        return mixture, patches.flatten(1)
 
     @torch.no_grad()
-    def _targets(self, clips: torch.Tensor, mixed_patches: torch.Tensor | None) -> Targets:
-        """The teacher's targets for all clips, and for the sources of the mixtures.
-
-        It receives a foreign source as the mixture has it, without the unmixed spans, where the clip's own target is used.
-        """
+    def _targets(self, clips: torch.Tensor, sources: Sources | None, mixed_patches: torch.Tensor | None) -> Targets:
+        """The teacher's targets for all clips, and for the sources of the mixtures."""
         depth = self.config.num_hidden_layers
         tokens = self.teacher.embeddings(clips)
         layers = self.config.local_target_layers or depth, self.config.global_target_layers or depth
         local, last = self.teacher.targets(tokens, *layers, update_norm=self.training)
         overall = last.mean(1)
-        if mixed_patches is None or not self.config.source_retention_loss_weight:
+        if sources is None or mixed_patches is None or not self.config.source_retention_loss_weight:
             return Targets(local, overall, None)
-        batch = len(mixed_patches)
-        own, foreign = local[:batch], tokens[:batch].roll(1, dims=0)
-        mixed_in = torch.cat((foreign[:, :1], gather_patches(foreign[:, 1:], mixed_patches)), dim=1)
-        (foreign_local,) = self.teacher.targets(mixed_in, layers[0], positions=mixed_patches)
-        index = mixed_patches.unsqueeze(-1).expand_as(foreign_local)
-        return Targets(local, overall, (own + own.scatter(1, index, foreign_local)) / 2)
+        return Targets(local, overall, self.teacher.mean_of_sources(tokens, local, sources, mixed_patches))
 
     def _predict(
         self,

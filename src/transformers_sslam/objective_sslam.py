@@ -38,6 +38,9 @@ class SSLAMForPreTrainingOutput(ModelOutput):
         bool_masked_pos: `(batch * num_views, patches)`, the masks, as given or as drawn.
         unmixed_span_starts: the spans, as given or as drawn, or `None`.
         mixed_input_values: `(batch, frames, num_mel_bins)`, the mixtures, or `None`.
+        partners: `(num_sources - 1, batch)`, numbers of the clips that are mixed into each, or `None`.
+        gain_db: `(num_sources - 1, batch)`, their gains, or `None`.
+        present: `(num_sources - 1, batch)`, boolean, False where a mixture has fewer sources, or `None` where all are there.
     """
 
     loss: torch.Tensor | None = None
@@ -57,10 +60,13 @@ class SSLAMForPreTrainingOutput(ModelOutput):
     bool_masked_pos: torch.Tensor | None = None
     unmixed_span_starts: torch.Tensor | None = None
     mixed_input_values: torch.Tensor | None = None
+    partners: torch.Tensor | None = None
+    gain_db: torch.Tensor | None = None
+    present: torch.Tensor | None = None
 
 
 class Targets(NamedTuple):
-    """The teacher's targets: for all clips, and for the mixed ones the average of their two sources' local targets."""
+    """The teacher's targets: for all clips, and for the mixed ones the average of their sources' local targets."""
 
     local: torch.Tensor  # (clips, patches, hidden_size)
     overall: torch.Tensor  # (clips, hidden_size)

@@ -5,7 +5,8 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_sslam import SSLAMConfig
-from .modeling_sslam import SSLAMModel
+from .mixing import Sources
+from .modeling_sslam import SSLAMModel, gather_patches
 from .objective_sslam import RunningNorm
 
 
@@ -65,6 +66,43 @@ class SSLAMTeacher(SSLAMModel):
                 normalised = patches * (patches.square().mean(1, keepdim=True) + 1e-5).rsqrt()
             sums = {n: total + normalised if from_top <= n else total for n, total in sums.items()}
         return [nn.functional.layer_norm(sums[n] / n, tokens.shape[-1:]) for n in num_layers]
+
+    @torch.no_grad()
+    def mean_of_sources(self, tokens: torch.Tensor, local: torch.Tensor, sources: Sources, mixed_patches: torch.Tensor) -> torch.Tensor:
+        """The mean of the local targets of each mixture's sources, not normalised again: (batch, patches, hidden_size), float32.
+
+        The teacher receives a source as the mixture has it: with its gain, and without the unmixed spans, where the clip's own target is
+        used.
+
+        Args:
+            tokens: (batch or more, 1 + patches, hidden_size), embeddings of the clips, and perhaps of others behind them.
+            local: (batch or more, patches, hidden_size), their local targets.
+            sources: of the mixtures.
+            mixed_patches: (batch or 1, n), where they are mixed in, in patch order.
+        """
+        drawn, batch = sources.drawn, sources.log_mels.shape[1]
+        own, others = local[:batch], drawn.partners.flatten()
+        if drawn.gain_db is not None:
+            foreign = self._local_of_mixed(self.embeddings(sources.log_mels[1:].flatten(0, 1)), mixed_patches)
+        elif len(mixed_patches) == 1:  # a clip is the same in every mixture: one pass each, in the order of the published code
+            foreign = self._local_of_mixed(tokens[:batch].roll(1, dims=0), mixed_patches)[(others + 1) % batch]
+        else:
+            foreign = self._local_of_mixed(tokens[others], mixed_patches)
+        index = mixed_patches.unsqueeze(-1).expand(batch, -1, own.shape[-1])
+        total = own
+        for i, source in enumerate(foreign.unflatten(0, (-1, batch))):
+            target = own.scatter(1, index, source)
+            total = total + (target if drawn.present is None else target * drawn.present[i, :, None, None])
+        counts = drawn.counts()
+        return total / (counts if isinstance(counts, int) else counts[:, None, None])
+
+    def _local_of_mixed(self, tokens: torch.Tensor, mixed_patches: torch.Tensor) -> torch.Tensor:
+        """Local targets where the teacher receives the mixed patches alone: (clips, 1 + patches, hidden_size) -> (clips, n, hidden_size).
+        The rows of `mixed_patches` are those of the first clips, and of as many after these."""
+        patches = mixed_patches.repeat(len(tokens) // len(mixed_patches), 1)
+        mixed_in = torch.cat((tokens[:, :1], gather_patches(tokens[:, 1:], patches)), dim=1)
+        (local,) = self.targets(mixed_in, self.config.local_target_layers or self.config.num_hidden_layers, positions=patches)
+        return local
 
 
 __all__ = ["SSLAMTeacher"]

@@ -1,7 +1,7 @@
 """Log-mel batches for pre-training."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -60,7 +60,13 @@ class ClipStream(BatchStream):
         feature_extractor: sampling rate, length and scale of the log-mels.
         device: where log-mels are computed, and stay, if `settings.features` is `"device"`.
         kwargs: of [`BatchStream`].
+
+    Attributes:
+        waveforms: whether batches also have the "waveforms" that log-mels are made of, `(batch, samples)`, each minus its mean, and zeros
+            after its end. Set it before the first batch.
     """
+
+    waveforms = False
 
     def __init__(
         self, settings: DataSettings, feature_extractor: SSLAMFeatureExtractor, *, device: str | torch.device | None = None, **kwargs
@@ -78,10 +84,12 @@ class ClipStream(BatchStream):
                 raise UserError(f"the source {source.name} has no column {missing}, only {', '.join(source.features) or 'audio'}")
         self.extractor, self.device = feature_extractor, device
         self.on_device = settings.features == "device"
-        collate = _Collate(None if self.on_device else feature_extractor, settings.columns)
-        super().__init__(sources, windows, collate, settings=settings, **kwargs)
+        self._collate = _Collate(None if self.on_device else feature_extractor, settings.columns)
+        super().__init__(sources, windows, self._collate, settings=settings, **kwargs)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.waveforms:
+            self.collate = replace(self._collate, samples=self.readers.windows.length)
         for batch in super().__iter__():
             if self.on_device:
                 samples, lengths = batch.pop("samples"), batch.pop("lengths")
@@ -91,15 +99,19 @@ class ClipStream(BatchStream):
 
 @dataclass(frozen=True)
 class _Collate:
-    """Clips to log-mels and masks or, without an extractor, to their concatenated samples."""
+    """Clips to log-mels and masks or, without an extractor, to their concatenated samples; and to waveforms of so many `samples`."""
 
     extractor: SSLAMFeatureExtractor | None
     columns: Sequence[str]
+    samples: int | None = None
 
     def __call__(self, clips: list[Clip]) -> dict[str, Any]:
         waveforms = [clip.waveform for clip in clips]
         batch: dict[str, Any] = {"names": [clip.name for clip in clips], "starts": [clip.start for clip in clips]}
         batch |= {column: [clip.columns[column] for clip in clips] for column in self.columns}
+        if self.samples is not None:
+            centred = [waveform - waveform.mean() for waveform in map(torch.from_numpy, waveforms)]  # as the extractor does
+            batch["waveforms"] = torch.stack([torch.nn.functional.pad(waveform, (0, self.samples - len(waveform))) for waveform in centred])
         if self.extractor is not None:
             return batch | _log_mels(self.extractor, waveforms)
         return batch | {"samples": torch.from_numpy(np.concatenate(waveforms)), "lengths": [len(waveform) for waveform in waveforms]}

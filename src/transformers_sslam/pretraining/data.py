@@ -1,13 +1,14 @@
 """The clips of a run: those it trains on, those of its validation loss and of its probe, and the scale of their log-mels."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
 from ..audio.batches import ClipStream, DataSettings
 from ..audio.normalization import CLIPS_FOR_NORMALIZATION, compute_normalization
+from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from .checkpoints import find_checkpoint
@@ -78,7 +79,8 @@ def read_validation_clips(
     batches: list[Batch] = []
     missing = -(-settings.validation_clips // accelerator.num_processes)
     with as_user_error("validation"):
-        stream: Iterable[Batch] = open_stream(settings, settings.validation, extractor, accelerator, epochs=1)
+        stream = open_stream(settings, settings.validation, extractor, accelerator, epochs=1)
+        stream.waveforms = "waveforms" in inputs
         for batch in stream:
             batches.append({name: batch[name][:missing] for name in inputs})
             missing -= len(batches[-1]["input_values"])
@@ -87,6 +89,16 @@ def read_validation_clips(
     if not batches:
         raise UserError(f"validation: there is no clip for process {accelerator.process_index}: give more, or use fewer devices")
     return batches
+
+
+def check_validation_batches(batches: Sequence[Batch], config: SSLAMConfig) -> None:
+    """Raise a `UserError` if one has too few clips for a mixture, as the last one may."""
+    fewest = min((len(batch["input_values"]) for batch in batches), default=config.most_sources)
+    if config.use_mixtures and fewest < config.most_sources > 2:
+        raise UserError(
+            f"a validation batch has {fewest} clips of {config.most_sources} that num_sources needs: set validation_clips to a multiple of "
+            "per_device_train_batch_size times the number of processes"
+        )
 
 
 def open_probe(settings: PreTrainingSettings, extractor: SSLAMFeatureExtractor, accelerator: Accelerator) -> "StudentProbe | None":
@@ -98,4 +110,4 @@ def open_probe(settings: PreTrainingSettings, extractor: SSLAMFeatureExtractor, 
     return StudentProbe(settings.probe, extractor)
 
 
-__all__ = ["open_probe", "open_training_clips", "read_validation_clips"]
+__all__ = ["check_validation_batches", "open_probe", "open_training_clips", "read_validation_clips"]

@@ -35,7 +35,7 @@ from ..files import lock
 from ..loading_sslam import flatten_patch_projection_moments
 from ..publishing.conversion import resolve_model
 from .checkpoints import RunCheckpoints
-from .data import Batch, open_probe, open_training_clips, read_validation_clips
+from .data import Batch, check_validation_batches, open_probe, open_training_clips, read_validation_clips
 from .model import build_extractor, build_model, compile_model, parameter_groups
 from .monitoring import LOSSES, STATISTICS, NonFiniteError, TrainingLog, check_collapse, matmul_peak, weighted_statistics
 from .processes import StopSignals, build_accelerator
@@ -92,8 +92,11 @@ class PreTrainer:
         self.clips = open_training_clips(settings, self.extractor, self.accelerator)
         in_half_on_cpu = self.accelerator.device.type == "cpu" and self.accelerator.mixed_precision == "bf16"
         self.model = build_model(settings, self.extractor, origin, CPU_HALF_PRECISION_ATTENTION if in_half_on_cpu else None)
-        self.inputs = ("input_values", "attention_mask") if settings.mask_padding else ("input_values",)
+        mixes_waveforms = self.model.config.use_mixtures and self.model.config.mixing_domain == "waveform"
+        self.inputs = ("input_values", *["attention_mask"] * (settings.mask_padding or mixes_waveforms), *["waveforms"] * mixes_waveforms)
+        self.clips.waveforms = mixes_waveforms
         self.validation_batches = read_validation_clips(settings, self.extractor, self.accelerator, self.inputs)
+        check_validation_batches(self.validation_batches, self.model.config)
         self.probe = open_probe(settings, self.extractor, self.accelerator)
         if settings.per_device_train_batch_size == 1 and self.accelerator.is_main_process:
             logger.warning(

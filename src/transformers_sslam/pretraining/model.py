@@ -43,7 +43,9 @@ def build_model(
     stage = PRETRAINING_STAGES[settings.stage]
     fields: dict[str, Any] = {"attn_implementation": attn_implementation, **stage, **settings.model_config}
     check_names(fields, {*inspect.get_annotations(SSLAMConfig), "attn_implementation"}, "model_config.")
-    fields.setdefault("padding_value", extractor.scaled_padding_value)
+    mean, std = (extractor.mean, extractor.std) if extractor.do_normalize else (0.0, 0.5)
+    scale = {"log_mel_mean": mean, "log_mel_std": std, "sampling_rate": extractor.sampling_rate}
+    fields = {"padding_value": extractor.scaled_padding_value, **scale, **fields}
     with as_user_error("model_config" if origin is None else f"model {origin}"):
         if origin is not None:
             model = _from_checkpoint(origin, fields)
@@ -53,6 +55,12 @@ def build_model(
         raise UserError(
             f"feature_extractor makes {extractor.max_length} frames of {extractor.num_mel_bins} mel bins, but the model takes up to "
             f"{model.config.max_length} frames of {model.config.num_mel_bins}: change feature_extractor or model_config"
+        )
+    clips, sources = settings.per_device_train_batch_size, model.config.most_sources
+    if model.config.use_mixtures and clips < sources > 2:
+        raise UserError(
+            f"model_config.num_sources is {model.config.num_sources}, but per_device_train_batch_size {clips}, "
+            "and no mixture takes a clip twice: raise the batch size, or lower num_sources"
         )
     # Masks and spans must fit the clips' length: checked now, not after the first clips are read.
     with as_user_error("model_config, with feature_extractor.max_length"), torch.random.fork_rng(devices=()):

@@ -98,7 +98,11 @@ def training_flops_per_clip(config: SSLAMConfig, frames: int) -> float:
     teacher = halves * encoder(1 + patches) + patch_embedding(halves)
     if config.use_mixtures and config.source_retention_loss_weight:
         foreign = patches - config.num_unmixed_spans * config.unmixed_span_length // config.patch_size * config.num_frequency_patches
-        teacher += encoder(1 + foreign)
+        others = config.most_sources - 1
+        if config.gain_db is not None:
+            teacher += others * (encoder(1 + foreign) + patch_embedding(1))
+        else:  # where spans are those of the whole batch, a clip is the same source in every mixture
+            teacher += encoder(1 + foreign) * (others if config.unmixed_spans_per_clip else 1)
     return 3 * student + teacher
 
 
