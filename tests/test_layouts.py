@@ -40,7 +40,7 @@ def table(rows, column: str = "label") -> dict[str, object]:
 def test_every_layout_says_what_it_expects_in_one_line():
     stored = {"folder", "audiofolder", "manifest", "parquet", "webdataset", "hub"}
     with_times = {"spass", "urban_sed", "idmt_desed", "desed", "dcase2024_task4", "audioset_strong", "maestro", "dcase2016_task2"}
-    music = {"nsynth", "irmas"}
+    music = {"nsynth", "irmas", "openmic"}
     assert set(LAYOUTS) == stored | with_times | {"esc50", "speech_commands", "fsdd", "audioset", *music}
     assert all(expects and "\n" not in expects for expects in LAYOUTS.values())
 

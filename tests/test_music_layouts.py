@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import soundfile
+from conftest import noise
 from test_layouts import edit, table, write_clip, write_speech_commands, write_text
 
 from transformers_sslam.audio.layouts import open_splits
 from transformers_sslam.audio.published import DIGITS, WORDS_V1, WORDS_V2
+from transformers_sslam.audio.published_music import OPENMIC_LABELS
 from transformers_sslam.errors import UserError
 
 
@@ -205,3 +208,68 @@ def test_a_folder_without_excerpts_is_not_irmas(tmp_path):
     write_text(tmp_path / "notes.txt")
     with pytest.raises(UserError, match="holds notes.txt, but expected is IRMAS-TrainingData/"):
         open_splits(tmp_path, "irmas")
+
+
+# OpenMIC-2018
+
+
+@pytest.fixture
+def openmic(tmp_path) -> Path:
+    """Six training and four test clips of three instruments; of each clip, one or two are known."""
+    root = tmp_path / "openmic-2018"
+    lines, names = ["sample_key,instrument,relevance,num_responses"], ["banjo", "flute", "voice"]
+    keys = [f"{i:06}_{100 * i}" for i in range(10)]
+    for i, key in enumerate(keys):
+        (root / "audio" / key[:3]).mkdir(parents=True, exist_ok=True)
+        soundfile.write(root / "audio" / key[:3] / f"{key}.ogg", noise(0.6, seed=i), 16_000)
+        lines.append(f"{key},{names[i % 3]},{0.9 if i % 2 else 0.1},3")
+        lines.append(f"{key},{names[(i + 1) % 3]},{0.5 if i % 4 else 0.49},3")
+    (root / "openmic-2018-aggregated-labels.csv").write_text("\n".join(lines) + "\n")
+    (root / "class-map.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    (root / "partitions").mkdir()
+    for split, listed in (("train", keys[:6]), ("test", keys[6:])):
+        (root / "partitions" / f"split01_{split}.csv").write_text("\n".join(listed) + "\n")
+    return root
+
+
+def test_excerpts_of_openmic_are_present_absent_or_unknown(openmic):
+    splits = open_splits(openmic, "openmic")
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 6, "test": 4}
+    assert columns(splits["test"], "labels", "unknown_labels", "recording") == {
+        "000006_600.ogg": ([1], [2], "000006"),
+        "000007_700.ogg": ([1, 2], [0], "000007"),
+        "000008_800.ogg": ([], [1], "000008"),
+        "000009_900.ogg": ([0, 1], [2], "000009"),
+    }
+    assert splits["train"].features["unknown_labels"] == splits["train"].features["labels"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: (root / "class-map.json").unlink(), "there is no .*class-map.json: extract the archive again"),
+        (lambda root: write_text(root / "class-map.json", "[1]"), "class-map.json is damaged"),
+        (lambda root: (root / OPENMIC_LABELS).unlink(), "there is no .*aggregated-labels.csv"),
+        (
+            lambda root: edit(root / OPENMIC_LABELS, "000003_300,banjo", "000003_300,tuba"),
+            "line 8 .* has the instrument 'tuba', which is none",
+        ),
+        (
+            lambda root: edit(root / OPENMIC_LABELS, "000002_200,voice,0.1", "000002_200,voice,1.1"),
+            "line 6 .* relevance '1.1', but a number",
+        ),
+        (
+            lambda root: edit(root / OPENMIC_LABELS, "000002_200,voice,0.1", "000002_200,banjo,0.1"),
+            "'banjo' of 000002_200 again, with another",
+        ),
+        (lambda root: (root / "audio" / "000" / "000007_700.ogg").unlink(), r"that are not in .*audio: 1 \(000007_700\)"),
+        (lambda root: write_clip(root / "audio" / "000" / "x.wav"), r"csv does not list: 1 \(x\)"),
+        (lambda root: (root / "partitions" / "split01_test.csv").unlink(), "there is no .*split01_test.csv"),
+        (lambda root: write_text(root / "partitions" / "split01_test.csv", "000001_100"), r"list clips twice: 1 \(000001_100\)"),
+        (lambda root: write_text(root / "partitions" / "split01_test.csv", "000006_600"), r"or in its labels: 3 \(000007_700, "),
+    ],
+)
+def test_what_is_not_openmic_is_rejected(openmic, damage, message):
+    damage(openmic)
+    with pytest.raises(UserError, match=message):
+        open_splits(openmic, "openmic")

@@ -5,7 +5,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+UNKNOWN_LABELS = "unknown_labels"  # the column of classes of which nobody knows whether a clip has them
+
+
 @dataclass(frozen=True)
 class Labels(Sequence[list[str]]):
     """The labels of a table of clips: `labels[i]` are the names of clip `i`'s classes.
@@ -29,6 +32,7 @@ class Labels(Sequence[list[str]]):
         names: of the classes.
         multi_label: whether a clip may have any number of classes; otherwise it has exactly one.
         declared: whether `names` are classes that the data set declares (a `ClassLabel`).
+        unknown: of partly labelled clips, the classes of which it is not known whether a clip has them; the same `names`.
     """
 
     codes: np.ndarray
@@ -37,6 +41,7 @@ class Labels(Sequence[list[str]]):
     multi_label: bool
     declared: bool = False
     _events: EventTable | None = field(default=None, repr=False)
+    unknown: "Labels | None" = field(default=None, repr=False)
 
     @classmethod
     def from_names(cls, rows: Iterable[Sequence[str]], multi_label: bool, classes: Sequence[str] | None = None) -> "Labels":
@@ -95,6 +100,27 @@ class Labels(Sequence[list[str]]):
         events = self._events.select(np.array([i]))
         return events.step_targets(step, steps, len(self.names), start=start, shift=shift, duration=duration)
 
+    def with_unknown(self, unknown: "Labels", clip_name: ClipName = "clip {}".format) -> "Labels":
+        """The same labels of clips of which it is not known whether they have the classes `unknown`.
+
+        Raises:
+            UserError: if a clip has such a class, or the data set declares its classes without it.
+        """
+        names = self.names if self.declared else list(dict.fromkeys([*self.names, *unknown.names]))
+        unknown = unknown.encode(names, clip_name, f"has in {UNKNOWN_LABELS}")
+        present, missing = (
+            np.repeat(np.arange(len(labels)), np.diff(labels.offsets)) * max(len(names), 1) + labels.codes for labels in (self, unknown)
+        )
+        if len(both := np.intersect1d(present, missing)):
+            clip, code = divmod(int(both[0]), len(names))
+            raise UserError(f"{clip_name(clip)} is labelled {names[code]!r}, which is also in its {UNKNOWN_LABELS}: remove one of the two")
+        return replace(self, names=names, unknown=unknown)
+
+    @property
+    def num_partly_labelled(self) -> int:
+        """Clips of which a class is unknown."""
+        return 0 if self.unknown is None else int((np.diff(self.unknown.offsets) > 0).sum())
+
     def select(self, indices: Sequence[int] | np.ndarray) -> "Labels":
         """The labels of these clips."""
         chosen = np.asarray(indices, dtype=np.int64)
@@ -102,7 +128,8 @@ class Labels(Sequence[list[str]]):
         events = self._events
         if events is not None:
             events = events.select(chosen)
-        return Labels(self.codes[places], offsets, self.names, self.multi_label, self.declared, events)
+        unknown = None if self.unknown is None else self.unknown.select(chosen)
+        return Labels(self.codes[places], offsets, self.names, self.multi_label, self.declared, events, unknown)
 
     def counts(self) -> np.ndarray:
         """Clips of each class, `(classes,)`, int64, in the order of `names`."""
@@ -112,23 +139,25 @@ class Labels(Sequence[list[str]]):
         """The classes with a clip, sorted."""
         return sorted(self.names[code] for code in np.flatnonzero(self.counts()))
 
-    def encode(self, classes: Sequence[str], clip_name: ClipName = "clip {}".format) -> "Labels":
-        """The same labels with `classes` as their `names`. `UserError`, naming the clip by `clip_name`, if it has another.
+    def encode(self, classes: Sequence[str], clip_name: ClipName = "clip {}".format, relation: str = "is labelled") -> "Labels":
+        """The same labels with `classes` as their `names`. `UserError`, naming the clip by `clip_name`, if it has another (or does not know
+        whether it has).
 
         Soft events of other classes, which are nowhere above one half, are left out: they are no labels.
         """
         index = {name: i for i, name in enumerate(classes)}
         new = np.array([index.get(name, -1) for name in self.names], dtype=np.int32)
         codes = new[self.codes] if len(self.names) else self.codes
-        if len(unknown := np.flatnonzero(codes < 0)):
-            label, clip = self.names[self.codes[unknown[0]]], int(np.searchsorted(self.offsets, unknown[0], side="right")) - 1
+        if len(other := np.flatnonzero(codes < 0)):
+            label, clip = self.names[self.codes[other[0]]], int(np.searchsorted(self.offsets, other[0], side="right")) - 1
             shown = classes if len(classes) <= 20 else [*difflib.get_close_matches(label, classes, n=5), *classes[:5], "..."]
-            raise UserError(f"{clip_name(clip)} is labelled {label!r}, which is none of the {len(classes)} classes: {', '.join(shown)}")
+            raise UserError(f"{clip_name(clip)} {relation} {label!r}, which is none of the {len(classes)} classes: {', '.join(shown)}")
         events = self._events
         if events is not None:
             events = events._replace(codes=new[events.codes] if len(new) else events.codes)
             events = events.keep(events.codes >= 0)
-        return Labels(codes, self.offsets, list(classes), self.multi_label, self.declared, events)
+        unknown = None if self.unknown is None else self.unknown.encode(classes, clip_name, f"has in {UNKNOWN_LABELS}")
+        return Labels(codes, self.offsets, list(classes), self.multi_label, self.declared, events, unknown)
 
     def indices(self) -> np.ndarray:
         """The class of each clip, `(clips,)`, int64."""
@@ -137,11 +166,13 @@ class Labels(Sequence[list[str]]):
         return self.codes.astype(np.int64)
 
     def one_hot(self, clips: int | Sequence[int] | np.ndarray) -> np.ndarray:
-        """Targets, float32: `(classes,)` of one clip, `(clips, classes)` of several."""
+        """Targets, float32: `(classes,)` of one clip, `(clips, classes)` of several. 0, 1, or -100 where unknown."""
         chosen = np.atleast_1d(np.asarray(clips, dtype=np.int64))
         places, offsets = gather(self.offsets, chosen)
         targets = np.zeros((len(chosen), len(self.names)), dtype=np.float32)
         targets[np.repeat(np.arange(len(chosen)), np.diff(offsets)), self.codes[places]] = 1
+        if self.unknown is not None:
+            targets[self.unknown.one_hot(chosen) == 1] = UNKNOWN
         return targets[0] if np.ndim(clips) == 0 else targets
 
     def balanced_weights(self) -> np.ndarray:
@@ -156,6 +187,8 @@ class Labels(Sequence[list[str]]):
         digest = hashlib.sha256(json.dumps([self.names, self.multi_label, self.declared]).encode())
         for values in (self.codes, self.offsets, *(self._events or ())):
             digest.update(np.ascontiguousarray(values).data)
+        if self.unknown is not None:
+            digest.update(self.unknown.digest().encode())
         return digest.hexdigest()[:16]
 
 
@@ -170,16 +203,19 @@ class LabelReader:
         separator: between the names in a column of text. Space around a name is dropped; an empty cell means no class.
         classes: all names, in order, if the data set declares them.
         kind: the column's type in Arrow.
+        unknown: reader of the column `unknown_labels`, if there is one: as of `column`, classes that a clip may have or not.
     """
 
     column: str
     separator: str | None
     classes: list[str] | None
     kind: "pa.DataType"
+    unknown: "LabelReader | None" = None
 
     @classmethod
     def of(cls, rows: Any, column: str, separator: str | None = None) -> "LabelReader":
-        """For a column of a data set. `UserError` if it is missing or does not hold labels."""
+        """For a column of a data set. `UserError` if it is missing or does not hold labels, or is not one for which some can be unknown,
+        though there is a column `unknown_labels`."""
         import datasets
         import pyarrow as pa
 
@@ -205,7 +241,17 @@ class LabelReader:
             raise UserError(f"the column {column!r} holds {kind.value_type}, but an event needs label, onset and offset")
         if classes is not None:
             _check_names(classes, column)
-        return cls(column, separator, classes, kind)
+        reader = cls(column, separator, classes, kind)
+        if column == UNKNOWN_LABELS or UNKNOWN_LABELS not in rows.column_names:
+            return reader
+        unknown = cls.of(rows, UNKNOWN_LABELS, separator)
+        for one in (reader, unknown):
+            if not one.multi_label or one.column in event_columns(rows):
+                raise UserError(
+                    f"there is a column {UNKNOWN_LABELS}, so {one.column!r} must hold lists of labels, or names joined by label_separator, "
+                    "not one class or events: name another label_column, or rename that column"
+                )
+        return replace(reader, unknown=unknown)
 
     @property
     def multi_label(self) -> bool:
@@ -220,7 +266,11 @@ class LabelReader:
         """The labels of one row, as a table of one clip. Raises as [`read`]."""
         import pyarrow as pa
 
-        return self.read(pa.array([row[self.column]], self.kind), lambda _: source_name(row["audio"]))
+        def name(_: int) -> str:
+            return source_name(row["audio"])
+
+        labels = self.read(pa.array([row[self.column]], self.kind), name)
+        return labels if self.unknown is None else labels.with_unknown(self.unknown.read_row(row), name)
 
     def read(self, cells: "pa.Array", clip_name: ClipName) -> Labels:
         """The labels of all `cells` of the column; `clip_name` names a row's clip for messages.

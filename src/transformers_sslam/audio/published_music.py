@@ -1,16 +1,20 @@
-"""Data sets of instruments as their authors distribute them, read into tables of files: NSynth, IRMAS.
+"""Data sets of instruments as their authors distribute them, read into tables of files: NSynth, IRMAS, OpenMIC-2018.
 
 None of them was at hand when this was written: files and columns are as their papers and pages describe them.
 """
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..files import read_json
+from .annotations import read_table
 from .folders import AUDIO_SUFFIXES, import_datasets
+from .labels import UNKNOWN_LABELS
 from .paths import contents, files_below
 from .published import first_names, tables_of_splits
 
@@ -27,9 +31,12 @@ IRMAS_CLASSES = {
 }
 IRMAS_GENRES = ("cou_fol", "cla", "pop_roc", "lat_sou", "jaz_blu")
 IRMAS_TRAINING = "IRMAS-TrainingData"
+OPENMIC_LABELS = "openmic-2018-aggregated-labels.csv"
+RELEVANT = 0.5  # from it on, an instrument is taken to be in a clip of OpenMIC
 EXPECTED_MUSIC = {
     "nsynth": "some of nsynth-train/, nsynth-valid/ and nsynth-test/ (json/wav), each with examples.json and audio/",
     "irmas": "IRMAS-TrainingData/{cel,cla,...,voi}/*.wav, or folders IRMAS-TestingData-* with CLIP.wav and CLIP.txt at any depth, or both",
+    "openmic": f"the folder of audio/, class-map.json, {OPENMIC_LABELS} and partitions/split01_{{train,test}}.csv",
 }
 
 
@@ -134,8 +141,68 @@ def _irmas_test(root: Path) -> Iterator[tuple[Path, list[str], None, None, None]
         yield clip, [IRMAS_CLASSES[code] for code in codes], None, None, None
 
 
+def open_openmic(root: Path, subset: None) -> "DatasetDict":
+    """OpenMIC-2018 (Humphrey, Durand and McFee, ISMIR 2018; Zenodo 10.5281/zenodo.1432913): excerpts of 10 s of music, each labelled for
+    some of twenty instruments only.
+
+    An instrument is in `labels` if its relevance is at least 0.5, as the authors' baseline has it, and in `unknown_labels` if the table of
+    aggregated labels has no row for it. `recording` is the track of the Free Music Archive. Splits are those of `partitions/split01_*.csv`.
+    The arrays of `openmic-2018.npz` hold the same labels, and are not read.
+    """
+    classes = [name for name, _ in sorted(_read_object(root / "class-map.json").items(), key=lambda entry: entry[1])]
+    relevance = _relevance(root / OPENMIC_LABELS, classes)
+    clips = {Path(name).stem: root / "audio" / name for name in files_below(root / "audio", AUDIO_SUFFIXES)}
+    _check_same(root, OPENMIC_LABELS, relevance, clips)
+    keys = {split: _keys(root / "partitions" / f"split01_{split}.csv") for split in ("train", "test")}
+    counts = Counter(key for listed in keys.values() for key in listed)
+    if twice := [key for key, count in counts.items() if count > 1]:
+        raise UserError(f"the partitions of {root} list clips twice: {first_names(twice)}; extract the archive again")
+    if wrong := counts.keys() ^ relevance.keys():
+        raise UserError(f"clips that are either in the partitions of {root} or in its labels: {first_names(wrong)}; extract it again")
+    rows = {
+        split: [
+            (
+                clips[key],
+                [name for name in classes if relevance[key].get(name, 0) >= RELEVANT],
+                [name for name in classes if name not in relevance[key]],
+                key.partition("_")[0],
+            )
+            for key in listed
+        ]
+        for split, listed in keys.items()
+    }
+    datasets = import_datasets()
+    labels = datasets.List(datasets.ClassLabel(names=classes))
+    return tables_of_splits(rows, {"labels": labels, UNKNOWN_LABELS: labels, "recording": datasets.Value("string")})
+
+
+def _relevance(table: Path, classes: Collection[str]) -> dict[str, dict[str, float]]:
+    """By clip, the relevance of each instrument for which it is known."""
+    found: dict[str, dict[str, float]] = {}
+    for place, (key, instrument, value) in read_table(table, ("sample_key", "instrument", "relevance")):
+        if instrument not in classes:
+            raise UserError(f"{place} has the instrument {instrument!r}, which is none of class-map.json: extract the archive again")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 <= number <= 1:
+            raise UserError(f"{place} has the relevance {value!r}, but a number from 0 to 1 is expected: extract the archive again")
+        if found.setdefault(key, {}).setdefault(instrument, number) != number:
+            raise UserError(f"{place} has the instrument {instrument!r} of {key} again, with another relevance: extract the archive again")
+    return found
+
+
+def _keys(table: Path) -> list[str]:
+    """The clips of a partition: a line each, without a header."""
+    if not table.is_file():
+        raise UserError(f"there is no {table}: extract the archive again")
+    return [line.strip() for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 # How to open each, and its subsets.
 PUBLISHED_MUSIC: dict[str, tuple[Callable[..., "DatasetDict"], tuple[str | None, ...]]] = {
     "nsynth": (open_nsynth, (None,)),
     "irmas": (open_irmas, (None,)),
+    "openmic": (open_openmic, (None,)),
 }

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from ..errors import UserError
 from ..files import hash_file
-from .labels import LabelReader, Labels, missing_column
+from .labels import UNKNOWN_LABELS, LabelReader, Labels, missing_column
 from .paths import decode_path, printable_path, source_name, stat_files
 
 
@@ -88,6 +88,13 @@ def read_rows(rows: "Dataset", label_column: str, separator: str | None = None) 
     reader, sources = LabelReader.of(rows, label_column, separator), AudioColumn(rows)
     cells = column_array(rows, label_column)
     labels = reader.read(cells, lambda i: source_name(sources[i]))
+    if reader.unknown is not None:
+        name = LabelledRows(sources, labels).name
+        labels = labels.with_unknown(reader.unknown.read(column_array(rows, UNKNOWN_LABELS), name), name)
+        logger.info(
+            f"{labels.num_partly_labelled} of {len(labels)} clips are labelled in part: what the column {UNKNOWN_LABELS} lists has no part "
+            "in losses and metrics"
+        )
     if separator is not None and not pc.any(pc.match_substring(cells, separator)).as_py():
         logger.warning(f"the separator {separator!r} is in none of the {len(labels)} labels of the column {label_column!r}")
     if labels.num_events and (joined := pc.sum(pc.list_value_length(cells)).as_py() - labels.num_events):
@@ -96,6 +103,18 @@ def read_rows(rows: "Dataset", label_column: str, separator: str | None = None) 
             f"{labels.num_events} are left"
         )
     return LabelledRows(sources, labels)
+
+
+def check_single(labelled: LabelledRows) -> None:
+    """Raise a `UserError` unless each clip has exactly one label, and no label is unknown: unless it is a single sound."""
+    for i, names in enumerate(labelled.labels):
+        if len(names) != 1:
+            raise UserError(f"{labelled.name(i)} has {len(names)} labels, but a single sound has one: leave it out")
+    if count := labelled.labels.num_partly_labelled:
+        raise UserError(
+            f"{count} of {len(labelled)} sounds are labelled in part (column {UNKNOWN_LABELS}), but of a single sound every label is "
+            "known: leave them out"
+        )
 
 
 def select_split(splits: "dict[str, Any]", name: str) -> Any:

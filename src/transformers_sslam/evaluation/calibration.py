@@ -23,6 +23,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, log_softmax, logit, softmax
 from torch import nn
 
+from ..audio.events import UNKNOWN
 from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
 from ..events_sslam import EventSettings
@@ -93,17 +94,17 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray, exclusive: bool) ->
 
     Args:
         logits: `(n, classes)`, of clips or of time steps.
-        targets: `(n, classes)`, in [0, 1]; of exclusive classes one is 1.
+        targets: `(n, classes)`, in [0, 1]; of exclusive classes one is 1, of others those that are unknown, and left out, are -100.
         exclusive: whether scores are a softmax over classes; otherwise each is a sigmoid.
 
     Raises:
         UserError: if there is no minimum: scores are no better than chance, or separate the clips without an error.
     """
-    z, y = np.asarray(logits, np.float64), np.asarray(targets, np.float64)
+    z, y = _known(logits, targets, exclusive)
 
     def slope(inverse: float) -> float:
         found = softmax(inverse * z, axis=1) if exclusive else expit(inverse * z)
-        return float(((found - y) * z).sum() / len(z))
+        return float(((found - y) * z).sum() / len(logits))
 
     if slope(0.0) >= 0:
         raise UserError("calibrate is set, but on these clips the scores are no better than chance, so no temperature helps: train longer")
@@ -134,7 +135,7 @@ def measure_calibration(logits: np.ndarray, targets: np.ndarray, exclusive: bool
         equal width, weighted by what is in them. `reliability`, of each bin mean `confidence` and `frequency` (`None` if empty), and
         `count`.
     """
-    z, y = np.asarray(logits, np.float64), np.asarray(targets, np.float64)
+    z, y = _known(logits, targets, exclusive)
     if exclusive:
         found = softmax(z, axis=1)
         log_loss = -(y * log_softmax(z, axis=1)).sum(1).mean()
@@ -144,7 +145,7 @@ def measure_calibration(logits: np.ndarray, targets: np.ndarray, exclusive: bool
         found = expit(z)
         log_loss = (np.logaddexp(0, z) - y * z).mean()
         brier = ((found - y) ** 2).mean()
-        confidence, outcome = found.ravel(), y.ravel()
+        confidence, outcome = found, y
     index = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)  # bins are open below, closed above
     count, confidences, outcomes = (np.bincount(index, weights, BINS) for weights in (None, confidence, outcome))
     means = [(values / np.maximum(count, 1)).tolist() for values in (confidences, outcomes)]
@@ -156,6 +157,12 @@ def measure_calibration(logits: np.ndarray, targets: np.ndarray, exclusive: bool
             {"confidence": c if n else None, "frequency": f if n else None, "count": int(n)} for c, f, n in zip(*means, count.tolist())
         ],
     }
+
+
+def _known(logits: np.ndarray, targets: np.ndarray, exclusive: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Both in float64, `(n, classes)`; unless classes are exclusive, where the target is known, `(scores,)`."""
+    z, y = np.asarray(logits, np.float64), np.asarray(targets, np.float64)
+    return (z, y) if exclusive else (z[y != UNKNOWN], y[y != UNKNOWN])
 
 
 def as_logits(scores: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ import transformers
 
 from ..allocator import keep_freed_memory
 from ..audio.cache import Waveforms
+from ..audio.events import UNKNOWN
 from ..audio.rows import check_has_labels
 from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
@@ -49,6 +50,8 @@ def run(settings: EvaluationSettings) -> None:
     for kind, which in (("positives", "no clip"), ("negatives", "every clip")):
         if left_out := results["metrics"].get(f"classes_without_{kind}"):
             print(f"\nleft out, because {which} has them: {', '.join(left_out)}")
+    if count := results["unknown_labels"]:
+        print(f"\nleft out, because they are unknown: {count} of {results['clips'] * len(results['classes'])} labels")
     print("\n" + class_table(results["per_class"]))
     if results["calibration"]:
         report_calibration(results["calibration"], settings)
@@ -65,7 +68,8 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
     With `calibrate`, everything is of the calibrated model.
 
     Returns:
-        What `results.json` holds: settings, metrics, class names, number of clips, unreadable files by cause, results by class, what
+        What `results.json` holds: settings, metrics, class names, number of clips, of labels that are unknown and therefore left out
+        (`unknown_labels`), unreadable files by cause, results by class, what
         [`Calibrator.measure`] returns (`calibration`), with `temperature` and the same `before` if the model was calibrated, and, of
         exclusive classes, the confusion matrix, which is also drawn as `confusion_matrix.png`.
 
@@ -103,6 +107,7 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
         "metrics": metrics,
         "classes": classes,
         "clips": len(rows),
+        "unknown_labels": int((targets == UNKNOWN).sum()),
         "unreadable": dict(waveforms.unreadable),
         "calibration": calibration,
         **results_by_class(logits, targets, classes, metrics, multi_label, output),

@@ -89,7 +89,7 @@ class FrozenSettings(LabelledDataSettings, ProbeSettings):
 
 @dataclass
 class Task:
-    """Clips, the `targets`: `(clips,)`, indices of `classes`, or `(clips, classes)`, 0 or 1, and `folds`: `(clips,)`, or splits."""
+    """Clips, the `targets`, as of [`Probe`], whose classes have the names `classes`, and `folds`: `(clips,)`, or splits."""
 
     waveforms: Waveforms
     targets: np.ndarray

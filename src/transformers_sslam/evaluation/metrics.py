@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ..audio.events import UNKNOWN
 from .intervals import check_confidence, logit_interval, percentile_interval, proportion_interval, resampled_rows
 
 
@@ -68,7 +69,7 @@ def mean_over_classes(
 
     Args:
         scores: `(clips, classes)`, of which only the order within a class matters.
-        targets: `(clips, classes)`, 0 or 1.
+        targets: `(clips, classes)`, 0, 1, or -100 where unknown: a clip has no part in the metric of a class that is unknown of it.
         class_names: by default indices.
         resamples: of the bootstrap over clips.
         seed: random seed for it, which gives every model the same resamples.
@@ -82,8 +83,8 @@ def mean_over_classes(
           that resample's mean, and the resample out of the class's interval. `undefined_resamples` are those without any class.
 
     Raises:
-        ValueError: if there is no clip or class for which the metric is defined, a score is NaN, a target neither 0 nor 1, a name stands
-            twice, shapes differ, or `confidence` or `resamples` is out of range.
+        ValueError: if there is no clip or class for which the metric is defined, a score is NaN, a target neither 0, 1 nor -100, a name
+            stands twice, shapes differ, or `confidence` or `resamples` is out of range.
     """
     statistic, kinds = (Ranking.roc_auc, ("positives", "negatives")) if metric == "roc_auc" else (Ranking.average_precision, ("positives",))
     every, clips = rank_classes(scores, targets), len(scores)
@@ -127,10 +128,11 @@ def mean_over_classes(
 def average_precision(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Mean, over a class's positive clips, of the precision among all clips that score at least as high (as scikit-learn).
 
-    `scores` and `targets` (0 or 1) are `(clips, classes)`, the result `(classes,)`, float64, NaN for a class without positives.
+    `scores` and `targets` (0, 1, or -100 where unknown: left out) are `(clips, classes)`, the result `(classes,)`, float64, NaN for a class
+    without positives.
 
     Raises:
-        ValueError: if there is no clip, the shapes differ, a score is NaN, or a target is neither 0 nor 1.
+        ValueError: if there is no clip, the shapes differ, a score is NaN, or a target is neither 0, 1 nor -100.
     """
     once = np.ones((1, len(scores)), np.int64)
     return np.array([ranking.average_precision(once)[0] for ranking in rank_classes(scores, targets)])
@@ -146,7 +148,8 @@ def d_prime(auc: np.ndarray) -> np.ndarray:
 
 
 class Ranking(NamedTuple):
-    """One class's clips by falling score, sorted once for all resamples (scikit-learn would sort each).
+    """One class's clips by falling score, sorted once for all resamples (scikit-learn would sort each). Those of which the class is unknown
+    are in none of the arrays.
 
     Attributes:
         positives, negatives: rows of clips, the highest score first.
@@ -185,9 +188,9 @@ def rank_classes(scores: np.ndarray, targets: np.ndarray) -> list[Ranking]:
     if np.isnan(scores).any():
         row, column = np.argwhere(np.isnan(scores))[0]
         raise ValueError(f"the score of clip {row} for class {column} is NaN: has the training diverged?")
-    if not np.isin(targets, (0, 1)).all():
-        raise ValueError(f"targets hold {targets[~np.isin(targets, (0, 1))][0]}, but must be 0 or 1")
-    return [_rank(-column, target == 1) for column, target in zip(scores.T.astype(np.float64), targets.T)]
+    if not np.isin(targets, (0, 1, UNKNOWN)).all():
+        raise ValueError(f"targets hold {targets[~np.isin(targets, (0, 1, UNKNOWN))][0]}, but must be 0 or 1, or -100 where unknown")
+    return [_rank(-column, target) for column, target in zip(scores.T.astype(np.float64), targets.T)]
 
 
 def resampled_weights(clips: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -206,9 +209,9 @@ def _plain_array(values: Any, name: str) -> np.ndarray:
     return array
 
 
-def _rank(falling: np.ndarray, positive: np.ndarray) -> Ranking:
+def _rank(falling: np.ndarray, target: np.ndarray) -> Ranking:
     order = np.argsort(falling, kind="stable")
-    positives, negatives = order[positive[order]], order[~positive[order]]
+    positives, negatives = (order[target[order] == value] for value in (1, 0))
     own, others = falling[positives], falling[negatives]
     return Ranking(
         positives, negatives, own.searchsorted(own, "right"), others.searchsorted(own, "right"), others.searchsorted(own, "left")

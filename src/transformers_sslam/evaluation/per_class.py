@@ -47,7 +47,7 @@ def results_by_class(
 
     Args:
         scores: `(clips, classes)`.
-        targets: `(clips, classes)`, 0 or 1.
+        targets: `(clips, classes)`, 0 or 1, or, with `multi_label`, -100 where unknown.
         classes: their names.
         metrics: of the same clips; those of several labels hold average precision by class.
         multi_label: whether a clip may have several classes.
@@ -115,7 +115,7 @@ def results_from_metrics(metrics: dict[str, Any], targets: np.ndarray, classes: 
 
     Args:
         metrics: with `average_precision` and `average_precision_interval`, by class.
-        targets: `(clips, classes)`, 0 or 1.
+        targets: `(clips, classes)`, 0, 1, or -100 where unknown.
         classes: their names.
     """
     names = ("average_precision", "average_precision_interval")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..audio.events import UNKNOWN
 from ..errors import UserError
 from ..pooling_sslam import SSLAMLayerPooling
 from ..settings import setting
@@ -102,7 +103,7 @@ class TrainedHead:
     Args:
         build: makes the head from the shape of a clip's values (without that of patches), number of classes and settings.
         read: what the head takes.
-        targets: `(clips,)`, class indices; or `(clips, classes)`, 0 or 1.
+        targets: `(clips,)`, class indices; or `(clips, classes)`, 0, 1, or -100 where unknown.
         seed: random seed for the head's weights and the order of clips.
     """
 
@@ -124,7 +125,7 @@ class TrainedHead:
             self.head = build(*mean.shape, classes, settings).to(device)
         self.mean, self.std = mean.to(device), std.to(device)
         labels = torch.from_numpy(targets if targets.ndim == 1 else targets.astype(np.float32)).to(device)
-        loss_function = nn.functional.cross_entropy if targets.ndim == 1 else nn.functional.binary_cross_entropy_with_logits
+        loss_function = nn.functional.cross_entropy if targets.ndim == 1 else known_binary_cross_entropy
         optimizer = torch.optim.AdamW(self.head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
         steps = settings.num_train_epochs * -(-len(features) // self.batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -148,6 +149,18 @@ class TrainedHead:
     def scores(self, features: Features) -> np.ndarray:
         """Logits of all clips, `(clips, classes)`, float32."""
         return np.concatenate([self._logits(features, clips).cpu().numpy() for clips in _batches(len(features), self.batch_size)])
+
+
+def known_binary_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The mean binary cross-entropy over the known targets, in float32; 0 if there are none.
+
+    Args:
+        logits: of any shape.
+        targets: of the same shape, in [0, 1], or -100 where unknown.
+    """
+    known = targets != UNKNOWN
+    losses = nn.functional.binary_cross_entropy_with_logits(logits.float(), torch.where(known, targets, 0).float(), reduction="none")
+    return torch.where(known, losses, 0).sum() / known.sum().clamp_min(1)
 
 
 def _moments(read: Read, features: Features, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..audio.events import UNKNOWN
 from ..configuration_sslam import ClipPooling
 from ..errors import UserError
 from ..settings import setting
@@ -32,7 +33,6 @@ from .pooling import AttentivePooling, HeadSettings, LayerCombination, Prototype
 try:
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsRegressor
-    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 except ImportError as error:
     raise ImportError('probes need scikit-learn: pip install "transformers-sslam[train]"') from error
@@ -58,7 +58,10 @@ class ProbeSettings:
 
 
 class Probe(ABC):
-    """A classifier on frozen features. Targets of exclusive classes are `(clips,)`, indices; of tags `(clips, classes)`, 0 or 1.
+    """A classifier on frozen features.
+
+    Targets of exclusive classes are `(clips,)`, indices; of tags `(clips, classes)`, 0, 1, or -100 where unknown: a clip has no part in
+    what is learnt of a class that is unknown of it.
 
     Args:
         settings: of all probes.
@@ -111,7 +114,10 @@ class LinearProbe(Probe):
         values, columns = self._vectors(features), [targets] if targets.ndim == 1 else targets.T
         self.scaler = StandardScaler().fit(values)
         scaled, strength = self.scaler.transform(values), self.settings.inverse_regularization
-        self.regressions = [LogisticRegression(C=strength, max_iter=5000).fit(scaled, column) for column in columns]
+        known = [column != UNKNOWN for column in columns]
+        self.regressions = [
+            LogisticRegression(C=strength, max_iter=5000).fit(scaled[rows], column[rows]) for rows, column in zip(known, columns)
+        ]
         self.exclusive = targets.ndim == 1
 
     def scores(self, features: Features) -> np.ndarray:
@@ -132,15 +138,26 @@ class NearestNeighbors(Probe):
     pooling = "mean"
 
     def _fit(self, features: Features, targets: np.ndarray, one_hot: np.ndarray, seed: int) -> None:
-        neighbors = self.settings.neighbors
-        if neighbors > len(features):
-            raise UserError(f"neighbors is {neighbors}, but there are {len(features)} training clips: set it lower")
-        # A regression of 0 and 1 is the weighted fraction of neighbors.
-        regressor = KNeighborsRegressor(neighbors, weights="distance", metric="cosine")
-        self.regressor = make_pipeline(StandardScaler(), regressor).fit(_finite(features.pooled(self.pooling, self.block)), one_hot)
+        neighbors, values = self.settings.neighbors, _finite(features.pooled(self.pooling, self.block))
+        self.scaler, self.classes = StandardScaler().fit(values), one_hot.shape[1]
+        scaled = self.scaler.transform(values)
+        # For each group of classes that are known of the same clips, which are all clips unless these are partly labelled.
+        groups, group = np.unique(one_hot != UNKNOWN, axis=1, return_inverse=True)
+        self.regressors = []
+        for number, known in enumerate(groups.T):
+            if neighbors > known.sum():
+                raise UserError(f"neighbors is {neighbors}, but there are {known.sum()} training clips of known label: set it lower")
+            # A regression of 0 and 1 is the weighted fraction of neighbors.
+            columns = np.flatnonzero(group.ravel() == number)
+            regressor = KNeighborsRegressor(neighbors, weights="distance", metric="cosine")
+            self.regressors.append((columns, regressor.fit(scaled[known], one_hot[known][:, columns])))
 
     def scores(self, features: Features) -> np.ndarray:
-        return self.regressor.predict(_finite(features.pooled(self.pooling, self.block)))
+        scaled = self.scaler.transform(_finite(features.pooled(self.pooling, self.block)))
+        scores = np.empty((len(features), self.classes))
+        for columns, regressor in self.regressors:
+            scores[:, columns] = regressor.predict(scaled)
+        return scores
 
 
 class TrainedProbe(Probe):
@@ -302,26 +319,26 @@ def check_partitions(partitions: Sequence[Partition], targets: np.ndarray, class
     for partition in partitions:
         check_classes_are_learnable(targets[partition.train], classes, f" with {partition.name} held out")
         evaluated = as_one_hot(targets[partition.evaluation], len(classes))
-        if absent := [name for name, column in zip(classes, evaluated.T) if not column.any()]:
+        if absent := [name for name, column in zip(classes, evaluated.T) if not (column == 1).any()]:
             logger.warning(f"In {partition.name} no clip has the class {', '.join(absent)}: the result there does not include it.")
 
 
 def check_classes_are_learnable(targets: np.ndarray, classes: Sequence[str], when: str = "") -> None:
-    """`UserError` if all or no training clips have a class."""
+    """`UserError` if all or no training clips have a class, of those of which that is known."""
     one_hot = as_one_hot(targets, len(classes))
-    if without := [name for name, column in zip(classes, one_hot.T) if not column.any()]:
+    if without := [name for name, column in zip(classes, one_hot.T) if not (column == 1).any()]:
         raise UserError(f"no training clip{when} has the class {', '.join(without)}: add some, or choose other rows")
-    if everywhere := [name for name, column in zip(classes, one_hot.T) if column.all()]:
+    if everywhere := [name for name, column in zip(classes, one_hot.T) if not (column == 0).any()]:
         raise UserError(f"every training clip{when} has the class {', '.join(everywhere)}: add clips without it, or remove the class")
 
 
 def as_one_hot(targets: np.ndarray, classes: int | None = None) -> np.ndarray:
-    """Tags or class indices as `(clips, classes)`, 0 or 1, float32. `UserError` if they are neither, or do not fit `classes`."""
+    """Tags or class indices as `(clips, classes)`, float32, as of [`Probe`]. `UserError` if they are neither, or do not fit `classes`."""
     if targets.ndim not in (1, 2) or len(targets) == 0:
         raise UserError(f"targets have shape {targets.shape}, but (clips,) or (clips, classes) is expected, and at least one clip")
     if targets.ndim == 2:
-        if not np.isin(targets, (0, 1)).all() or classes not in (None, targets.shape[1]):
-            raise UserError(f"targets of shape {targets.shape} must hold 0 and 1, for {classes or 'all'} classes")
+        if not np.isin(targets, (0, 1, UNKNOWN)).all() or classes not in (None, targets.shape[1]):
+            raise UserError(f"targets of shape {targets.shape} must hold 0 and 1, or -100 where unknown, for {classes or 'all'} classes")
         return targets.astype(np.float32)
     if classes is None:
         classes = int(targets.max()) + 1

@@ -21,7 +21,7 @@ def evaluate_predictions(
 
     Args:
         scores: `(clips, classes)`, logits or others, of which the order within and across clips matters.
-        targets: `(clips, classes)`, 0 or 1.
+        targets: `(clips, classes)`, 0 or 1, or, with `multi_label`, -100 where unknown.
         confidence: of the intervals over clips; `None` for none.
 
     Raises:
@@ -37,7 +37,7 @@ def evaluate_predictions(
 def evaluate_tags(scores: np.ndarray, targets: np.ndarray, classes: list[str]) -> dict[str, Any]:
     """Mean average precision and, if a class has clips with and without it, mean ROC AUC and d-prime; see [`evaluate_predictions`]."""
     metrics = evaluate_predictions(scores, targets, classes, multi_label=True)
-    if not (targets.any(0) & ~targets.all(0)).any():
+    if not ((targets == 1).any(0) & (targets == 0).any(0)).any():
         logger.warning("no class has clips with and without it, so ROC AUC and d-prime are undefined")
         return metrics
     found = mean_over_classes("roc_auc", scores, targets, classes)
@@ -49,6 +49,6 @@ def evaluate_tags(scores: np.ndarray, targets: np.ndarray, classes: list[str]) -
 
 
 def save_scores(folder: Path, logits: np.ndarray, targets: np.ndarray, classes: list[str], names: list[str]) -> None:
-    """Write `scores.npz`: `logits` and `targets`, `(clips, classes)`, `classes`, and the clips' `names`, where known."""
+    """Write `scores.npz`: `logits` and `targets` (-100: unknown), `(clips, classes)`, `classes`, and the clips' `names`, where known."""
     with write_atomically(folder / "scores.npz", "wb") as file:
         np.savez(file, logits=logits, targets=targets, classes=classes, names=names)

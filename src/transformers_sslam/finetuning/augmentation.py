@@ -127,5 +127,6 @@ def spec_augment(input_values: torch.Tensor, time_mask: float, frequency_mask: f
 
 
 def smooth_targets(targets: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """`(1 - smoothing) * target + smoothing / classes`, as `torch.nn.CrossEntropyLoss(label_smoothing=)` does: `(batch, classes)`."""
-    return targets * (1 - smoothing) + smoothing / targets.shape[-1] if smoothing else targets
+    """`(1 - smoothing) * target + smoothing / classes`, as `torch.nn.CrossEntropyLoss(label_smoothing=)` does: `(batch, classes)`. Unknown
+    ones (-100) stay so."""
+    return torch.where(targets < 0, targets, targets * (1 - smoothing) + smoothing / targets.shape[-1]) if smoothing else targets

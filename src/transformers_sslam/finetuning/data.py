@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from ..audio.labels import LabelReader
+from ..audio.labels import UNKNOWN_LABELS, LabelReader
 from ..audio.layouts import open_splits
 from ..audio.rows import (
     LabelledRows,
@@ -73,10 +73,19 @@ def select_rows(settings: FineTuningSettings, splits: dict[str, Any] | None = No
         column = settings.fold_column
         part = select_split(splits, chosen) if column is None else select_folds(splits, column, chosen)
         rows[name] = read_rows(part, settings.label_column, settings.label_separator)
+        _check_loss(settings, partly_labelled=rows[name].labels.num_partly_labelled > 0)
         if name != "training":
             check_has_labels(rows[name].labels)
     check_apart({f"the {name} part": part.sources for name, part in rows.items()})
     return rows
+
+
+def _check_loss(settings: FineTuningSettings, *, partly_labelled: bool) -> None:
+    if partly_labelled and settings.loss == "cross_entropy":
+        raise UserError(
+            f"loss is 'cross_entropy', which needs every label of a clip, but clips have unknown ones (column {UNKNOWN_LABELS}): leave it "
+            "out, and binary cross-entropy of the known ones is taken"
+        )
 
 
 def hash_data(settings: FineTuningSettings, rows: dict[str, LabelledRows] | None = None) -> str:
@@ -105,6 +114,7 @@ def _open_stream(settings: FineTuningSettings) -> TrainingData:
             f"the column {settings.label_column!r} of {settings.data_dir} does not declare its classes (a ClassLabel does), and a stream "
             "cannot be searched for them: set streaming to false"
         )
+    _check_loss(settings, partly_labelled=reader.unknown is not None)
     targets = ColumnTargets(reader, reader.classes)
     chosen: dict[str, Any] = {name: select_split(splits, split) for name, split in settings.parts.items()}
     parts = {name: LabelledPart(Source(rows, "clips", root=settings.data_dir), targets) for name, rows in chosen.items()}

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..audio.cache import Waveforms
 from ..audio.events import Event
-from ..audio.rows import AudioColumn, LabelledRows, hash_audio, read_rows
+from ..audio.rows import AudioColumn, LabelledRows, check_single, hash_audio, read_rows
 from ..audio.sources import SourceSettings
 from ..errors import UserError, as_user_error
 from ..fbank import frame_geometry
@@ -113,9 +113,7 @@ def open_sounds(settings: MixingSettings) -> list[LabelledRows]:
     """The sounds of each source, not decoded. Raises `UserError` if one has not exactly one label."""
     labelled = [read_rows(open_table(source), settings.label_column) for source in settings.sounds]
     for rows in labelled:
-        for i, names in enumerate(rows.labels):
-            if len(names) != 1:
-                raise UserError(f"{rows.name(i)} has {len(names)} labels, but a single sound has one: leave it out of mixing.sounds")
+        check_single(rows)
     return labelled
 
 

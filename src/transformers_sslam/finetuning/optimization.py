@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..evaluation.pooling import known_binary_cross_entropy
+
 
 def layer_index(name: str, num_layers: int) -> int:
     """The layer of a classifier's parameter: 0 in the embeddings, 1 to `num_layers` in the blocks, one more in the head."""
@@ -51,12 +53,9 @@ def classification_loss(logits: torch.Tensor, targets: torch.Tensor, kind: str) 
 
     Args:
         logits: `(batch, classes)`, or `(batch, steps, classes)`.
-        targets: of the same shape, in [0, 1]; of time steps -100 where unknown.
-        kind: `"cross_entropy"`, or `"binary_cross_entropy"`, which is the mean over steps and classes too.
+        targets: of the same shape, in [0, 1], or -100 where unknown.
+        kind: `"cross_entropy"`, of targets that are all known; or `"binary_cross_entropy"`, see [`known_binary_cross_entropy`].
     """
-    logits = logits.float()
-    if logits.ndim == 3:
-        logits, targets = logits[targets >= 0], targets[targets >= 0]
     if kind == "cross_entropy":
-        return nn.functional.cross_entropy(logits, targets)
-    return nn.functional.binary_cross_entropy_with_logits(logits, targets)
+        return nn.functional.cross_entropy(logits.float(), targets)
+    return known_binary_cross_entropy(logits, targets)

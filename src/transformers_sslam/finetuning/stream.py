@@ -10,7 +10,7 @@ import torch
 
 from ..audio.clips import Clip, ReadStatistics, Windows
 from ..audio.events import Event, EventTable
-from ..audio.labels import Labels
+from ..audio.labels import LabelReader, Labels
 from ..audio.paths import printable_path
 from ..audio.readers import StreamSettings
 from ..audio.sources import EpochOrder, Source, WeightedOrder, random_generator
@@ -33,7 +33,7 @@ MIN_RECORDINGS = 100  # before the fraction of unreadable ones is checked
 
 @dataclass(frozen=True)
 class TableTargets:
-    """Targets of a table's clips: `(clips, classes)`, float32, 0 or 1."""
+    """Targets of a table's clips: `(clips, classes)`, float32, 0 or 1, or -100 where unknown."""
 
     labels: Labels
 
@@ -48,16 +48,14 @@ class TableTargets:
 
 @dataclass(frozen=True)
 class ColumnTargets:
-    """Targets of a stream's clips, read from their columns: `(clips, classes)`, float32, 0 or 1."""
+    """Targets of a stream's clips, read from their columns: `(clips, classes)`, float32, 0 or 1, or -100 where unknown."""
 
-    read: Callable[[dict[str, Any]], list[str]]
+    reader: LabelReader
     classes: Sequence[str]
 
     def __call__(self, clips: Sequence[Clip]) -> np.ndarray:
-        targets = np.zeros((len(clips), len(self.classes)), np.float32)
-        for target, clip in zip(targets, clips):
-            target[[self.classes.index(label) for label in self.read({"audio": {"path": clip.name}, **clip.columns})]] = 1
-        return targets
+        labels = [self.reader.read_row({"audio": {"path": clip.name}, **clip.columns}) for clip in clips]
+        return np.stack([one.encode(self.classes).one_hot(0) for one in labels])
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class EventTargets:
     def __call__(
         self, clips: Sequence[Clip], mixed: Sequence[Sequence[Event] | None], shifts: Sequence[int], lengths: Sequence[int]
     ) -> dict[str, np.ndarray]:
-        """`labels (clips, steps, classes)` and `clip_labels (clips, classes)`, float32; -100 where times are unknown.
+        """`labels (clips, steps, classes)` and `clip_labels (clips, classes)`, float32; -100 where times, or labels, are unknown.
 
         Args:
             clips: of the table.

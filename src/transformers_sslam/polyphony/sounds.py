@@ -12,7 +12,7 @@ import datasets
 from ..audio.cache import Waveforms
 from ..audio.layouts import open_splits
 from ..audio.paths import decode_path, source_name
-from ..audio.rows import AudioColumn, LabelledRows, all_rows, read_rows, select_folds, select_split
+from ..audio.rows import AudioColumn, LabelledRows, all_rows, check_single, read_rows, select_folds, select_split
 from ..audio.sources import SourceSettings as FileSource
 from ..errors import UserError
 from ..settings import setting
@@ -153,9 +153,7 @@ def _read(
     rows: datasets.Dataset, labelled: LabelledRows, recordings: list[str], split: str, settings: SourceSettings, rules: MixtureSettings
 ) -> Sources:
     names = _file_names(rows, settings)
-    for name, labels in zip(names, labelled.labels):
-        if len(labels) != 1:
-            raise UserError(f"{name} has {len(labels)} labels, but a single sound has one: leave it out")
+    check_single(labelled)
     waveforms = Waveforms(labelled.sources, rules.sampling_rate, settings.memory_gb, f"decoding {split} sources")
     called = {source_name(source): name for source, name in zip(labelled.sources, names) if source.get("path")}
     for cause, left_out in waveforms.unreadable.items():

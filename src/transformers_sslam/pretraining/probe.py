@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from ..audio.labels import UNKNOWN_LABELS
 from ..configuration_sslam import ClipPooling
 from ..errors import UserError
 from ..evaluation.frozen import read_task
@@ -44,7 +45,7 @@ class StudentProbe:
         log_mel: the metric with statistics of the log-mels in place of features: the baseline without a network.
 
     Raises:
-        UserError: if the data lack what the settings ask for, or a class cannot be learned.
+        UserError: if the data lack what the settings ask for, clips are partly labelled, or a class cannot be learned.
     """
 
     def __init__(self, settings: StudentProbeSettings, extractor: SSLAMFeatureExtractor):
@@ -53,6 +54,11 @@ class StudentProbe:
             self.task = read_task(settings, extractor.sampling_rate)  # type: ignore[arg-type]  # all that it takes of FrozenSettings
         except UserError as error:  # which does not say whose clips they are
             raise UserError(f"probe: {error}") from error
+        if partly := int((self.task.targets < 0).reshape(len(self.task.targets), -1).any(1).sum()):
+            raise UserError(
+                f"probe: {partly} of {len(self.task.targets)} clips are labelled in part (column {UNKNOWN_LABELS}), but the probe in "
+                "pre-training needs all labels: choose other clips, or probe the trained model by sslam probe"
+            )
         self.metric = "accuracy" if self.task.targets.ndim == 1 else "mean average precision"
         self.log_mel = self._evaluate(np.concatenate([log_mel_statistics(**inputs).numpy() for inputs in self._batches()]))
 
