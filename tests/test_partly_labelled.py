@@ -1,5 +1,7 @@
 """Clips of which some labels are unknown: these have no part in losses, metrics and probes, and never count as negative."""
 
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from transformers_sslam.evaluation.settings import EvaluationSettings
 from transformers_sslam.finetuning.augmentation import mixup, smooth_targets
 from transformers_sslam.finetuning.optimization import classification_loss
 from transformers_sslam.finetuning.settings import FineTuningSettings
-from transformers_sslam.finetuning.stream import ColumnTargets
+from transformers_sslam.finetuning.stream import ColumnTargets, EventTargets
 from transformers_sslam.finetuning.training import fine_tune
 from transformers_sslam.polyphony.benchmark import BenchmarkSettings, make_benchmark
 from transformers_sslam.pretraining.probe import StudentProbe
@@ -335,6 +337,40 @@ def test_openmic_is_trained_on_and_evaluated_with_its_unknown_labels_left_out(
     assert "left out, because they are unknown: 4 of 12 labels" in capsys.readouterr().out
 
     with pytest.raises(UserError, match="loss is 'cross_entropy', which needs every label of a clip, but clips have unknown ones"):
+        fine_tune(FineTuningSettings(**{**run, "output_dir": str(tmp_path / "other")}, loss="cross_entropy"))
+
+
+def test_weak_labels_of_events_can_be_unknown_too(openmic, tmp_path):  # noqa: F811
+    labels = read_rows(open_splits(openmic, "openmic")["test"], "labels").labels
+    clips = [Clip(waveform=np.zeros(1), name=f"{i}", source="x", row=i, start=0, columns={}, key=(0,)) for i in range(2)]
+    targets = EventTargets(labels, frames_per_step=16, steps=4, sampling_rate=16_000)(clips, [None, None], [0, 0], [9600, 9600])
+    assert targets["clip_labels"].tolist() == [[0, 1, UNKNOWN], [UNKNOWN, 1, 1]]
+    assert (targets["labels"] == UNKNOWN).all()  # nobody knows when
+    run = {
+        "data_dir": str(openmic),
+        "layout": "openmic",
+        "label_column": "labels",
+        "model_config": TINY,
+        "max_length": 64,
+        "task": "events",
+    }
+    results = fine_tune(FineTuningSettings(**run, max_steps=2, output_dir=str(tmp_path / "model"), disable_tqdm=True))
+    scores = np.load(tmp_path / "model" / "scores.npz")
+    assert scores["targets"][:2].tolist() == targets["clip_labels"].tolist()
+    values = [average_precision_score(y[y >= 0], x[y >= 0]) for y, x in zip(scores["targets"].T, scores["logits"].T)]
+    assert results["metrics"]["mean_average_precision"] == pytest.approx(np.mean(values), rel=1e-6)
+
+
+def test_a_stream_of_partly_labelled_clips_is_trained_on(openmic, tmp_path):  # noqa: F811
+    splits = open_splits(openmic, "openmic")
+    for name, rows in splits.items():
+        audio = [{"path": None, "bytes": Path(entry["path"]).read_bytes()} for entry in rows["audio"]]
+        rows.remove_columns("audio").add_column("audio", audio).to_parquet(tmp_path / "shards" / f"{name}.parquet")
+    run = {"data_dir": str(tmp_path / "shards"), "layout": "parquet", "label_column": "labels", "model_config": TINY, "max_length": 64}
+    run |= {"streaming": True, "max_steps": 2, "output_dir": str(tmp_path / "model"), "per_device_train_batch_size": 4}
+    fine_tune(FineTuningSettings(**run, disable_tqdm=True))
+    assert (np.load(tmp_path / "model" / "scores.npz")["targets"] == UNKNOWN).sum() == 4
+    with pytest.raises(UserError, match="loss is 'cross_entropy', which needs every label of a clip"):
         fine_tune(FineTuningSettings(**{**run, "output_dir": str(tmp_path / "other")}, loss="cross_entropy"))
 
 

@@ -55,7 +55,7 @@ class ColumnTargets:
 
     def __call__(self, clips: Sequence[Clip]) -> np.ndarray:
         labels = [self.reader.read_row({"audio": {"path": clip.name}, **clip.columns}) for clip in clips]
-        return np.stack([one.encode(self.classes).one_hot(0) for one in labels])
+        return np.stack([(one if one.names == self.classes else one.encode(self.classes)).one_hot(0) for one in labels])
 
 
 @dataclass(frozen=True)
