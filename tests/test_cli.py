@@ -1,5 +1,6 @@
 """The command `sslam`: what it lists, what it answers to a mistake, and that nothing is loaded that a command does not need."""
 
+import importlib
 import runpy
 import subprocess
 import sys
@@ -7,8 +8,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import soundfile
+from conftest import noise
 
 from transformers_sslam import __version__, cli
+from transformers_sslam.errors import missing_model
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -102,3 +106,60 @@ def test_every_command_has_a_launcher(name):
         'if __name__ == "__main__":',  # for worker processes that import it again
         f'    sys.exit(main(["{name}", *sys.argv[1:]]))',
     ]
+
+
+MISSING = {  # what each command needs beside --model; {clips} is a folder of labelled clips, {new} one that is not there yet
+    "tag": "--inputs {clips} --output {new}.jsonl",
+    "detect": "--inputs {clips} --output {new}.csv",
+    "embed": "--inputs {clips} --output {new}.parquet",
+    "app": "",
+    "finetune": "--data_dir {clips} --output_dir {new} --do_eval false",
+    "evaluate": "--data_dir {clips} --output_dir {new}",
+    "evaluate --task events": "--data_dir {clips} --output_dir {new}",
+    "probe": "--data_dir {clips} --output_dir {new}",
+    "benchmark": "--tasks ESC50 --output_dir {new}",
+    "pretrain": "--config pretrain_tiny_stage2 --output_dir {new}",
+    "export": "--output_dir {new}",
+    "card": "",
+    "publish --space": "--output_dir {new}",
+    "convert": "--output_dir {new}",
+}
+
+
+@pytest.mark.parametrize("name", ["nothing", "./nothing", "runs/without/model", "someone/nothing"])
+@pytest.mark.parametrize("command", MISSING)
+def test_every_command_says_the_same_of_a_model_that_is_not_there(command, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i, label in enumerate(("cat", "dog") * 2):
+        (tmp_path / "clips" / label).mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / "clips" / label / f"{i}.wav", noise(1.0, seed=i), 16_000)
+    words = MISSING[command].format(clips=tmp_path / "clips", new=tmp_path / "new").split()
+    assert cli.main([*command.split(), "--model", name, *words]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == f"sslam {command.split()[0]}: error: {missing_model(name)}"
+    assert not (tmp_path / "new").exists() or not any(file.is_file() and file.suffix for file in (tmp_path / "new").rglob("*"))
+
+
+def test_every_command_with_a_model_is_among_them():
+    modules = {name: importlib.import_module(f"transformers_sslam.{command.module}") for name, command in cli.COMMANDS.items()}
+    with_model = {name for name, module in modules.items() if "model" in getattr(module, cli.COMMANDS[name].settings).__dataclass_fields__}
+    assert with_model == {command.split()[0] for command in MISSING}
+
+
+@pytest.mark.parametrize(
+    ("model", "command", "found", "needed"),
+    [
+        ("sslam-tiny-esc10", "detect", "a classifier of clips", "a detector of events"),
+        ("sslam-tiny-esc10", "evaluate --task events", "a classifier of clips", "a detector of events"),
+        ("sslam-small-everyday", "evaluate", "a detector of events", "a classifier of clips"),
+    ],
+)
+def test_a_model_of_another_task_is_rejected_in_one_sentence(model, command, found, needed, tmp_path, capsys):
+    folder = SCRIPTS.parent / "model_cards" / model
+    soundfile.write(tmp_path / "a.wav", noise(1.0, seed=0), 16_000)
+    words = MISSING[command].format(clips=tmp_path, new=tmp_path / "new").split()
+    assert cli.main([*command.split(), "--model", str(folder), *words]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    task = "events" if "detector" in needed else "classification"
+    assert f"error: model {folder} is {found}, but {needed} is needed: give one that was fine-tuned with --task {task}, or use " in last
+    assert ("sslam tag" if "detector" in needed else "sslam detect") in last

@@ -539,7 +539,7 @@ def test_ray_writes_what_one_process_writes(model, recordings, tmp_path, monkeyp
         ({"plot": "pictures", "plot_seconds": 0.5}, "plot_seconds is 0.5"),
         ({"plot": "FOLDER/events.raven", "label_files": "raven"}, "label files are written into that folder"),
         ({"plot": "FOLDER/recordings"}, "recordings exists, and was not written from"),
-        ({"model": "FOLDER/nowhere"}, "there is no folder or file .*nowhere: give that of a model"),
+        ({"model": "FOLDER/nowhere"}, "there is no folder or file .*nowhere here"),
     ],
 )
 def test_settings_that_do_not_fit_are_rejected_before_anything_is_computed(model, recordings, tmp_path, without_model, changes, message):

@@ -255,20 +255,6 @@ def test_a_text_file_is_read_as_a_list_and_the_output_says_so(recordings, tmp_pa
     assert pq.read_table(output)["path"].to_pylist() == [str(recordings / name) for name in ("d.wav", "a.wav", "b.flac")]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("nothing", "there is no folder or file nothing, and as a name on the Hub it cannot be loaded either: "),
-        ("./nothing", "there is no folder or file ./nothing: give that of a model, or a name on the Hub"),
-        ("runs/a/model", "there is no folder or file runs/a/model: give that of a model, or a name on the Hub"),
-    ],
-)
-def test_of_a_model_that_is_not_there_that_is_said_first(recordings, tmp_path, name, message):
-    with pytest.raises(UserError) as error:
-        embed_files(settings(name, recordings, tmp_path / "embeddings.parquet"))
-    assert str(error.value).startswith(message)
-
-
 def test_the_command_embeds_a_folder(recordings, tmp_path, capsys):
     output = tmp_path / "embeddings.parquet"
     arguments = ["embed", "--model", str(SMALL_MODEL), "--inputs", str(recordings), "--output", str(output), "--device", "cpu"]

@@ -438,7 +438,10 @@ def test_what_cannot_be_evaluated_is_rejected_before_anything_is_decoded(tmp_pat
         ({"label_column": "file_name"}, "label_column is 'file_name', but task is 'events', .* in another column: set it to events"),
         ({"label_column": "label"}, "label_column is 'label', but task is 'events', .* in another column: set it to events"),
         ({"data_dir": str(weak)}, "column 'events' has no events with onset and offset"),
-        ({"model": str(classifier)}, "is not trained for event detection"),
+        (
+            {"model": str(classifier)},
+            "is a classifier of clips, but a detector of events is needed: give one that was fine-tuned with --task events",
+        ),
         ({"model": str(wrong)}, "the model cannot be evaluated: threshold has a value for 'wolf'"),
         ({"threshold": {"wolf": 0.5}}, "the model cannot be evaluated: threshold has a value for 'wolf'"),
         ({"median_filter": -1.0}, "the model cannot be evaluated: median_filter is -1"),
@@ -448,7 +451,9 @@ def test_what_cannot_be_evaluated_is_rejected_before_anything_is_decoded(tmp_pat
         with pytest.raises(UserError, match=message):
             evaluate_detector(evaluation(model, clips, tmp_path / "out", **changes))
     assert not any((tmp_path / "out").iterdir())
-    with pytest.raises(UserError, match="is a model of event detection, not a classifier: use sslam detect, or set task to events"):
+    with pytest.raises(
+        UserError, match="is a detector of events, but a classifier of clips is needed: .* or use sslam detect, or sslam evaluate --task"
+    ):
         evaluate_classifier(evaluation(model, clips, tmp_path / "out", task="classification"))
     for changes, message in (
         ({"task": "classification", "threshold": 0.4}, "threshold is set, but task is 'classification'"),

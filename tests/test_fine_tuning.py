@@ -649,7 +649,7 @@ def test_half_precision_of_either_kind_can_be_asked_for(settings, monkeypatch):
         ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size is 0"),
         ({"max_unreadable": 2.0}, "max_unreadable is 2"),
         ({"warmup_steps": -1.0}, "TrainingArguments rejects these settings: .*warmup_steps"),
-        ({"model": "nowhere"}, "model nowhere cannot be read"),
+        ({"model": "nowhere"}, "there is no folder or file nowhere here"),
         ({"optim": "adamw"}, "adamw is not a valid OptimizerNames"),
         ({"eval_strategy": "epoch", "do_eval": False, "test_folds": []}, "do_eval is false, but eval_strategy is 'epoch'"),
         ({"learning_rate": 0.0}, "learning_rate is 0 and lr_scheduler_kwargs.min_lr 1e-06, but the schedule falls"),

@@ -538,7 +538,7 @@ def test_a_detector_is_not_taken_for_a_classifier(tmp_path):
     SSLAMFeatureExtractor().save_pretrained(tmp_path)
     _, report = SSLAMForAudioClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert {"classifier.weight", "classifier.bias"} <= set(report["missing_keys"])
-    with pytest.raises(UserError, match="is a model of event detection, not a classifier: use sslam detect"):
+    with pytest.raises(UserError, match="is a detector of events, but a classifier of clips is needed"):
         load_model(SSLAMForAudioClassification, str(tmp_path))
 
 

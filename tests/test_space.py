@@ -225,7 +225,7 @@ def test_a_model_that_a_page_cannot_use_is_rejected(tmp_path, capsys):
     SSLAMFeatureExtractor(max_length=64).save_pretrained(tmp_path / "encoder")
     write_model_card(tmp_path / "encoder", "Untrained.")
     assert run("--model", tmp_path / "encoder", "--output_dir", tmp_path / "page") == 1
-    assert "encoder has no trained classifier" in capsys.readouterr().err
+    assert "encoder is an encoder without a trained head, but a classifier of clips is needed" in capsys.readouterr().err
     assert not (tmp_path / "page").exists()
 
 

@@ -551,7 +551,7 @@ def test_settings_that_do_not_fit_are_rejected_before_anything_is_written(model,
 
 def test_an_encoder_without_a_classifier_is_rejected(model, recordings, tmp_path):
     SSLAMModel(tiny_config()).save_pretrained(model)
-    with pytest.raises(UserError, match="has no trained classifier"):
+    with pytest.raises(UserError, match="is an encoder without a trained head, but a classifier of clips is needed"):
         tag_files(settings(model, recordings, tmp_path / "tags.jsonl"))
 
 

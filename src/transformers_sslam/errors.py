@@ -11,6 +11,21 @@ class UserError(ValueError):
     """A mistake of the user. Commands print its one sentence without a traceback."""
 
 
+class WrongModelError(UserError):
+    """A model does something else than what it is needed for."""
+
+    def __init__(self, model: str, found: str, needed: str, advice: str):
+        super().__init__(f"model {model} is {found}, but {needed} is needed: {advice}")
+
+
+def missing_model(model: object) -> UserError:
+    """The error of all commands about a model that is neither here nor on the Hub."""
+    return UserError(
+        f"there is no folder or file {model} here, and no model of this name that can be reached on the Hub: check the path; or the name "
+        "(OWNER/NAME), the network, and for a private one the login (hf auth login)"
+    )
+
+
 CAUSES = ("missing", "empty", "unreadable", "truncated", "damaged", "not finite", "too short", "out of scale", "changed")
 
 

@@ -4,25 +4,29 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor
 
 from ..audio.ahead import in_background
 from ..batching_sslam import Span, prepare_batches
 from ..configuration_sslam import SSLAMConfig
-from ..errors import UserError, as_user_error
+from ..errors import UserError, WrongModelError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor, as_float_samples
 from ..modeling_sslam import SSLAMForAudioClassification, SSLAMPreTrainedModel
 from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
 from ..publishing.conversion import resolve_model
 
+
+# Of models with a head: what they are, the task that trains them, and the commands that take them.
+KINDS = {
+    SSLAMForAudioClassification.__name__: ("a classifier of clips", "classification", "sslam tag, or sslam evaluate --task classification"),
+    SSLAMForAudioFrameClassification.__name__: ("a detector of events", "events", "sslam detect, or sslam evaluate --task events"),
+}
+ENCODER = ("an encoder without a trained head", "", "sslam embed, or sslam probe")
 
 Model = TypeVar("Model", bound=SSLAMPreTrainedModel)
 
@@ -44,32 +48,40 @@ def load_model(cls: type[Model], model: str, dtype: str = "float32", device: str
         device: by default [`best_device`].
 
     Raises:
+        WrongModelError: if it is a model of another task.
         UserError: if they cannot be loaded, weights are missing, or the device cannot be used.
     """
     failed = f"{model} cannot be loaded as a {cls.__name__} with its feature extractor"
-    with named_model(model), as_user_error(failed):
-        source = resolve_model(model)
+    source = resolve_model(model)
+    with as_user_error(failed):
         extractor = AutoFeatureExtractor.from_pretrained(source)
         if not isinstance(extractor, SSLAMFeatureExtractor):
             raise UserError(f"{failed}: it has a {type(extractor).__name__}")
+        _check_kind(cls, model, SSLAMConfig.from_pretrained(source))
         try:
             loaded: Any = cls.from_pretrained(source, dtype=getattr(torch, dtype), output_loading_info=True)
         except RuntimeError as error:  # weights of other sizes than the configuration's
             raise UserError(f"{failed}: {error}") from error
     network, loading = loaded
     if missing := loading["missing_keys"]:
-        lacking = f"({min(missing)} is missing, and {len(missing) - 1} more)"
-        if cls is SSLAMForAudioFrameClassification:
-            raise UserError(f"{model} is not trained for event detection {lacking}: give a model fine-tuned with task events")
-        if cls is SSLAMForAudioClassification:
-            if SSLAMForAudioFrameClassification.__name__ in (network.config.architectures or ()):
-                raise UserError(f"{model} is a model of event detection, not a classifier: use sslam detect, or set task to events")
-            raise UserError(f"{model} has no trained classifier {lacking}: give a fine-tuned model")
-        raise UserError(f"{model} does not fill the encoder {lacking}: give a whole checkpoint")
+        what = KINDS[cls.__name__][0].partition(" ")[2] if cls.__name__ in KINDS else "encoder"
+        raise UserError(
+            f"{model} does not fill the {what} ({min(missing)} is missing, and {len(missing) - 1} more): give a whole checkpoint"
+        )
     try:
         return network.to(device or best_device()), extractor
     except (RuntimeError, AssertionError) as error:  # unknown, not there, or torch was built without it
         raise UserError(f"device is {device!r}, which cannot be used: {error}") from error
+
+
+def _check_kind(cls: type[SSLAMPreTrainedModel], model: str, config: SSLAMConfig) -> None:
+    """`WrongModelError` if a model has another head than that of `cls`, or none."""
+    kind = (config.architectures or [cls.__name__])[0]
+    if cls.__name__ not in KINDS or kind == cls.__name__:
+        return
+    needed, task, _ = KINDS[cls.__name__]
+    found, _, commands = KINDS.get(kind, ENCODER)
+    raise WrongModelError(model, found, needed, f"give one that was fine-tuned with --task {task}, or use {commands}")
 
 
 def tagger_class(model: str) -> type[SSLAMForAudioClassification] | type[SSLAMForAudioFrameClassification]:
@@ -81,25 +93,11 @@ def tagger_class(model: str) -> type[SSLAMForAudioClassification] | type[SSLAMFo
     Raises:
         UserError: if it cannot be read.
     """
-    with named_model(model), as_user_error(f"{model} cannot be loaded"):
-        config = SSLAMConfig.from_pretrained(resolve_model(model))
+    source = resolve_model(model)
+    with as_user_error(f"{model} cannot be loaded"):
+        config = SSLAMConfig.from_pretrained(source)
     detects = SSLAMForAudioFrameClassification.__name__ in (config.architectures or ())
     return SSLAMForAudioFrameClassification if detects else SSLAMForAudioClassification
-
-
-@contextmanager
-def named_model(model: str | None) -> Iterator[None]:
-    """Begin an error with the fact that there is no such folder or file, where that is so: what follows is about the Hub."""
-    try:
-        yield
-    except UserError as error:
-        if model is None or Path(model).exists():
-            raise
-        try:
-            validate_repo_id(model)
-        except HFValidationError:
-            raise UserError(f"there is no folder or file {model}: give that of a model, or a name on the Hub") from error
-        raise UserError(f"there is no folder or file {model}, and as a name on the Hub it cannot be loaded either: {error}") from error
 
 
 def input_batches(

@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoFeatureExtractor
 from ..audio.normalization import normalization_fields
 from ..configuration_sslam import ENCODER_FIELDS, SSLAMConfig
 from ..errors import UserError, as_user_error
-from ..evaluation.loading import named_model
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMForAudioClassification
 from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
@@ -32,8 +31,7 @@ def build_extractor(settings: FineTuningSettings, origin: str | None = None) -> 
             config = SSLAMConfig(**settings.model_config)
             fields: dict[str, Any] = {"num_mel_bins": config.num_mel_bins, "pad_to_multiple_of": config.patch_size}
         else:
-            with named_model(settings.model), as_user_error(f"model {settings.model} cannot be read"):
-                config, extractor = AutoConfig.from_pretrained(origin), AutoFeatureExtractor.from_pretrained(origin)
+            config, extractor = AutoConfig.from_pretrained(origin), AutoFeatureExtractor.from_pretrained(origin)
             if not isinstance(extractor, SSLAMFeatureExtractor):
                 raise UserError(f"{origin} has a {type(extractor).__name__}, so it is not a SSLAM checkpoint")
             fields = extractor.to_dict()

@@ -19,7 +19,6 @@ from ..audio.rows import AudioColumn, LabelledRows
 from ..checkpoints import checkpoints
 from ..errors import UserError, as_user_error
 from ..evaluation.event_results import evaluate_events
-from ..evaluation.loading import named_model
 from ..evaluation.per_class import results_by_class
 from ..evaluation.scored_events import score_events
 from ..evaluation.scores import evaluate_predictions, save_scores
@@ -66,8 +65,7 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
     if arguments.fp16 and arguments.device.type == "cpu":
         raise UserError("fp16 is true, which needs a GPU: on a CPU set bf16 and use_cpu")
     with locked_folder(settings) as output:
-        with named_model(settings.model):
-            origin = None if settings.model is None else resolve_model(settings.model)
+        origin = None if settings.model is None else resolve_model(settings.model)
         extractor = build_extractor(settings, origin)
         data = open_training_data(settings)
         if settings.mixing.sounds and not data.multi_label:

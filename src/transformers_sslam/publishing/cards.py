@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.repocard_data import CardData, eval_results_to_model_index
 
-from ..errors import UserError, as_user_error
+from ..errors import UserError, as_user_error, missing_model
 from ..files import DamagedFileError, read_json, write_text
 from ..reports import markdown_table
 from ..settings import setting
@@ -34,6 +34,8 @@ class CardSettings:
 def run(settings: CardSettings) -> None:
     """Write the cards, and print their paths."""
     for folder in settings.model:
+        if not Path(folder).is_dir():
+            raise missing_model(folder)
         print(generate_model_card(folder))
 
 

@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from .. import __version__
 from ..configuration_sslam import PRETRAINING_STAGES, SSLAMConfig
-from ..errors import as_user_error
+from ..errors import UserError, as_user_error, missing_model
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtractor
 from ..files import check_free, hash_file, lock, read_json, verify, write_folder_atomically
 from ..settings import setting
@@ -137,9 +137,16 @@ def resolve_model(model: str) -> str:
     """
     if Path(model).is_file():
         return str(convert_to_cache(model))
-    with as_user_error(f"model {model} cannot be read"):
+    try:
         config = cached_file(model, "config.json", _raise_exceptions_for_missing_entries=False)
-        official = config is not None and read_json(config).get("model_type") == "eat"
+    except (OSError, ValueError) as error:
+        raise missing_model(model) from error
+    if config is None and not Path(model).is_dir():
+        raise missing_model(model)
+    if config is None:
+        raise UserError(f"model {model} holds no config.json: give a folder, or a name on the Hub, in which a model was saved")
+    with as_user_error(f"model {model} cannot be read"):
+        official = read_json(config).get("model_type") == "eat"
     return str(convert_to_cache(model)) if official else model
 
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..errors import UserError
+from ..errors import UserError, missing_model
 from ..files import read_json
 
 
@@ -62,17 +62,17 @@ def locate_checkpoint(source: str | Path) -> Path:
     """The `.pt` file or folder that `source` names; of a Hub id such as `ta012/SSLAM_pretrain` the download.
 
     Raises:
-        ConversionError: if it does not exist, or cannot be downloaded.
+        UserError: if it does not exist, or cannot be downloaded.
     """
     path = Path(source)
     if path.exists():
         return path
     if str(source).count("/") != 1 or path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"):
-        raise ConversionError(f"{source} is neither a file, nor a folder, nor a Hub id (owner/name): check the path")
+        raise missing_model(source)
     try:
         return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConversionError(f"{source} is not a file or folder, and as a Hub id it cannot be downloaded ({error})") from error
+        raise missing_model(source) from error
 
 
 def read_official_checkpoint(path: Path, source: str | None = None) -> OfficialCheckpoint:
