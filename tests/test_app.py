@@ -2,6 +2,7 @@
 
 import csv
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ Image = pytest.importorskip("PIL.Image", reason="needs Pillow, which comes with 
 import pyarrow.parquet as pq  # noqa: E402
 
 from transformers_sslam.app import about, drawing, picture, sessions  # noqa: E402
-from transformers_sslam.app.listening import open_listener  # noqa: E402
+from transformers_sslam.app.listening import StoppedError, open_listener  # noqa: E402
 from transformers_sslam.app.picture import LogMelPicture  # noqa: E402
 from transformers_sslam.app.recording import EMBEDDINGS, LABELS, PICTURE, SOUND, TABLE, Found, Recording  # noqa: E402
 from transformers_sslam.app.sessions import Sessions  # noqa: E402
@@ -268,13 +269,35 @@ def test_progress_is_told_by_the_seconds_that_the_model_has_received(detector, t
     ("limit", "message"),
     [
         ({"max_seconds": 4.9}, "my holiday.flac is longer than 4.9 s, the limit of this page: give a part of it"),
-        ({"max_compute_seconds": 1e-6}, "this recording takes more than 1e-06 s, the limit of this page: give a part of it"),
+        (
+            {"max_compute_seconds": 1e-6},
+            "my holiday.flac takes more than 1e-06 s of computing, the limit of this page: give a part of it",
+        ),
     ],
 )
 def test_a_recording_above_a_limit_is_rejected(detector, file, tmp_path, limit, message):
     listener = open_listener(AppSettings(model=str(detector), device="cpu", **limit))
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         listener.listen(file, "my holiday.flac", tmp_path, lambda done, what: None)
+
+
+def test_what_is_ended_stops_before_the_next_layer(detector, tmp_path):
+    """A batch of windows may take long. Others may compute at the same time."""
+    soundfile.write(tmp_path / "long.wav", noise(20.0), RATE)
+    listener, ended, layers = open_listener(AppSettings(model=str(detector), device="cpu")), threading.Event(), []
+
+    def count(module, *_):
+        layers.append(module)
+        if len(layers) == 3:
+            ended.set()
+
+    for module in listener.model.base_model.layers:
+        module.register_forward_hook(count)
+    with pytest.raises(StoppedError):
+        listener.listen(tmp_path / "long.wav", "long.wav", tmp_path, lambda done, what: None, ended)
+    assert len(layers) == 3
+    listener.listen(tmp_path / "long.wav", "long.wav", tmp_path, lambda done, what: None)
+    assert len(layers) > 6
 
 
 def test_a_broken_file_is_named_as_its_owner_called_it(detector, tmp_path):
@@ -403,7 +426,7 @@ def test_texts_of_files_and_models_are_escaped(listener, tmp_path):
     recording = kept(tmp_path, np.full((10, 3), 0.9, np.float32), name=evil)
     events = [Event(0.0, 1.0, CLASSES[1], 0.9)]
     drawn = [
-        drawing.draw_player(recording),
+        drawing.draw_player(recording, RATE),
         drawing.draw_lanes(listener, recording, found(recording, events)),
         drawing.draw_table(listener, recording, events),
         drawing.draw_link(recording.file(EMBEDDINGS), "Embeddings"),
@@ -477,6 +500,14 @@ def test_lengths_of_time_are_readable(seconds, text):
     assert drawing.clock(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "digits", "text"),
+    [(4.0, 0, "0:04"), (59.6, 0, "1:00"), (65.26, 1, "1:05.3"), (3605.0, 0, "60:05"), (59.96, 1, "1:00.0"), (0.04, 2, "0:00.04")],
+)
+def test_times_are_written_as_players_show_them(seconds, digits, text):
+    assert drawing.minutes(seconds, digits) == text
+
+
 def test_model_data_and_limits_are_told(detector):
     front = "license: cc-by-4.0\ndatasets:\n- <i>streets</i>\nbase_model: someone/model\n"
     (detector / "README.md").write_text(f"---\n{front}---\n\n# Title\n\nA **model** of\nstreets.\n\nMore.\n")
@@ -524,12 +555,29 @@ def test_two_visitors_may_upload_the_same_file(pages):
     path = upload(pages)
     pages.claim("one", str(path))
     pages.claim("two", str(path))
-    first, second = pages.upload("one"), pages.upload("two")
-    assert first[1] == second[1] == "a.wav"
-    assert first[2] != second[2]
-    first[0].unlink()
-    assert second[0].read_bytes() == b"sound"
-    assert pages.upload("one") is None  # used
+    first, second = pages.take("one"), pages.take("two")
+    assert first.name == second.name == "a.wav"
+    assert first.folder != second.folder
+    first.file.unlink()
+    assert second.file.read_bytes() == b"sound"
+    assert pages.take("one") is None  # used
+    assert "one" in pages
+    assert "three" not in pages
+
+
+def test_a_turn_ends_when_it_is_replaced_and_when_its_page_is_closed(pages, tmp_path):
+    (tmp_path / "example.wav").write_bytes(b"example")
+    pages.claim("one", str(upload(pages)))
+    pages.choose("two", tmp_path / "example.wav", "deep/example.wav")
+    first, other = pages.take("one"), pages.take("two")
+    assert (other.file, other.name) == (tmp_path / "example.wav", "deep/example.wav")
+    pages.claim("one", str(upload(pages, "b.wav")))
+    assert first.ended.is_set()
+    second = pages.take("one")
+    assert second.name == "b.wav"
+    pages.end("one")
+    assert second.ended.is_set()
+    assert not other.ended.is_set()
 
 
 def test_what_was_not_uploaded_is_not_taken(pages, tmp_path):

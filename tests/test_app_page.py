@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -153,6 +154,17 @@ def give(page, file: Path, until: str = LANES) -> None:
     page.set_input_files(FILE, str(file))
     page.wait_for_selector(f'#player h2:has-text("{file.name}")' if until == LANES else until)
     page.wait_for_selector(until)
+
+
+DROP = """([selector, name, bytes]) => {
+  const dataTransfer = new DataTransfer(), options = { dataTransfer, bubbles: true, cancelable: true };
+  dataTransfer.items.add(new File([Uint8Array.from(atob(bytes), (c) => c.charCodeAt(0))], name));
+  for (const type of ["dragenter", "dragover", "drop"]) document.querySelector(selector).dispatchEvent(new DragEvent(type, options));
+}"""
+
+
+def drop(page, file: Path, selector: str) -> None:
+    page.evaluate(DROP, [selector, file.name, b64encode(file.read_bytes()).decode()])
 
 
 def move(page, slider: str, value: float) -> None:
@@ -323,12 +335,75 @@ def test_the_command_serves_until_it_is_stopped_and_leaves_nothing(served, recor
     assert not list(tmp_path.glob("sslam-app-*"))
 
 
-def test_an_example_is_shown(visit):
+@pytest.mark.parametrize("by", ["mouse", "keyboard"])
+def test_an_example_is_shown_and_computed_once(served, visit, recordings, monkeypatch, by):
+    listen, names = served.listener.listen, []
+    monkeypatch.setattr(served.listener, "listen", lambda file, name, *others: names.append(name) or listen(file, name, *others))
     page = visit()
-    page.locator("#example input").click()
-    page.get_by_role("option", name="park.flac").click()
+    if by == "mouse":
+        page.locator("#example input").click()
+        page.get_by_role("option", name="park.flac").click()
+    else:
+        page.locator("#example input").focus()
+        page.wait_for_selector("[role=option]")
+        page.keyboard.press("ArrowDown")  # the first one
+        page.keyboard.press("Enter")
     page.wait_for_selector('#player h2:has-text("park.flac")')
-    assert "4.0 s" in page.inner_text("#player h2")
+    assert "0:04" in page.inner_text("#player h2")
+    page.keyboard.press("Tab")
+    page.locator("h1").click()
+    page.wait_for_timeout(1000)
+    assert names == ["park.flac"]
+    give(page, recordings / "street.wav")
+    assert page.input_value("#example input") == ""  # another recording is shown
+    page.wait_for_timeout(1000)
+    assert names == ["park.flac", "street.wav"]
+
+
+@pytest.fixture
+def slow(served) -> Iterator[list]:
+    """Lets each layer of the model take some time; holds an item for each that has begun."""
+    begun = []
+    handles = [layer.register_forward_hook(lambda *_: begun.append(time.sleep(0.5))) for layer in served.listener.model.base_model.layers]
+    yield begun
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_computation_is_stopped(visit, recordings, tmp_path, slow):
+    soundfile.write(tmp_path / "long.wav", noise(59.0), RATE)
+    page = visit()
+    page.set_input_files(FILE, str(tmp_path / "long.wav"))
+    page.wait_for_selector("text=Computing long.wav")
+    deadline = time.monotonic() + 60
+    while not slow and time.monotonic() < deadline:
+        time.sleep(0.05)
+    page.get_by_role("button", name="Stop", exact=True).click()
+    page.wait_for_selector("text=Stopped: nothing more is computed.")
+    page.wait_for_timeout(700)  # of a layer
+    computed = len(slow)
+    page.wait_for_timeout(2000)
+    assert 0 < len(slow) == computed
+    assert not page.get_by_role("button", name="Stop", exact=True).is_visible()
+    assert "Stopped" in page.inner_text("#player")
+    slow.clear()
+    give(page, recordings / "street.wav")  # and the page is ready for the next one
+
+
+def test_a_file_dropped_while_another_one_is_computed_replaces_it(served, visit, recordings, tmp_path, slow):
+    soundfile.write(tmp_path / "long.wav", noise(59.0), RATE)
+    page = visit()
+    drop(page, tmp_path / "long.wav", "#file button")
+    page.wait_for_selector("text=Computing long.wav")
+    page.wait_for_timeout(500)
+    drop(page, recordings / "park.flac", "h1")  # anywhere on the page
+    page.wait_for_selector('#player h2:has-text("park.flac")')
+    drop(page, recordings / "street.wav", "#file button")
+    page.wait_for_selector('#player h2:has-text("street.wav")')
+    assert page.inner_text("#player h2") == "street.wav 0:06"
+    page.wait_for_timeout(1000)
+    assert page.inner_text("#player h2") == "street.wav 0:06"
+    assert page.locator(ERROR).count() == 0
 
 
 def test_what_the_microphone_records_is_shown(visit):

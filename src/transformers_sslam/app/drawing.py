@@ -34,14 +34,24 @@ def address(file: Path) -> str:
     return f"gradio_api/file={quote(file.as_posix())}"
 
 
-def draw_player(recording: Recording) -> str:
+def draw_player(recording: Recording, rate: int) -> str:
     """The sound, and what it is."""
     name, sound = escape(recording.name), escape(address(recording.folder / SOUND))
     return (
-        f'<section class="sslam-player" aria-label="Player"><h2>{name} <small>{clock(recording.duration)}</small></h2>'
+        f'<section class="sslam-player" aria-label="Player"><h2>{name} <small>{minutes(recording.duration)}</small></h2>'
         f'<audio id="sslam-sound" controls preload="auto" src="{sound}" data-duration="{recording.duration:.6f}"></audio>'
-        "<p>You hear what the model receives: one channel, at its sampling rate.</p></section>"
+        f"<p>You hear what the model receives: a mono mix of all channels, at {rate / 1000:g} kHz.</p></section>"
     )
+
+
+def draw_computing(name: str) -> str:
+    """That a recording was taken."""
+    return f'<p class="sslam-computing" role="status">Computing <strong>{escape(name)}</strong></p>'
+
+
+def draw_stopped() -> str:
+    """That nothing more is computed."""
+    return '<p class="sslam-computing" role="status">Stopped: nothing more is computed. Give the recording again, or another one.</p>'
 
 
 def draw_error(message: str, what: str = "This recording cannot be used.") -> str:
@@ -223,6 +233,13 @@ def _percent(seconds: float, recording: Recording) -> str:
     return f"{100 * seconds / recording.duration:.4f}%"
 
 
+def minutes(seconds: float, digits: int = 0) -> str:
+    """A time as players show it, "1:05", with some digits behind the second."""
+    units = 10**digits
+    whole = math.floor(seconds * units + 0.5)
+    return f"{whole // (60 * units)}:{whole % (60 * units) / units:0{3 + digits if digits else 2}.{digits}f}"
+
+
 def clock(seconds: float) -> str:
     """A length of time for people."""
     minutes, rest = divmod(round(seconds), 60)
@@ -234,6 +251,6 @@ def _mel(frequency: float) -> float:
 
 
 __all__ = [
-    *("address", "clock", "draw_error", "draw_lanes", "draw_link", "draw_match", "draw_matches"),
-    *("draw_player", "draw_search", "draw_table"),
+    *("address", "clock", "draw_computing", "draw_error", "draw_lanes", "draw_link", "draw_match", "draw_matches"),
+    *("draw_player", "draw_search", "draw_stopped", "draw_table", "minutes"),
 ]

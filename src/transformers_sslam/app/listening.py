@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -19,7 +20,7 @@ from ..audio.paths import printable_path
 from ..errors import UserError, as_user_error
 from ..evaluation.loading import load_model, tagger_class
 from ..events_sslam import Event, EventSettings, filter_scores, find_events
-from ..modeling_sslam import SSLAMForAudioClassification
+from ..modeling_sslam import SSLAMForAudioClassification, SSLAMLayer
 from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
 from ..recordings.formats import rounded, seconds, utf8, write_audacity, write_rows, write_tables
 from ..recordings.segments import join_windows
@@ -36,6 +37,18 @@ LIVE_WINDOW, LIVE_HOP = 1.92, 0.32  # seconds, unless the settings say otherwise
 RECENT = 30.0  # seconds before the latest event of a live source, of which earlier ones are kept
 EXCEPTION = re.compile(r" \(\w+Error\)")  # as messages about files of some kinds name it
 Progress = Callable[[float, str], None]  # a fraction in [0, 1], and what is done
+
+
+class StoppedError(Exception):
+    """Nobody waits any more for what is computed."""
+
+
+class _Run(NamedTuple):
+    """What is computed in a thread: of which recording, until when, and what ends it."""
+
+    name: str
+    deadline: float
+    ended: threading.Event
 
 
 class Listener(ABC):
@@ -56,6 +69,10 @@ class Listener(ABC):
         self._options = {"hop": settings.hop, "window": settings.window, "batch_size": settings.per_device_eval_batch_size}
         window, hop = settings.live_window, settings.live_hop
         window = min(LIVE_WINDOW, self.extractor.max_length / 100) if window is None else window
+        self._thread = threading.local()  # what is computed in this thread, if anything
+        for layer in self.model.modules():
+            if isinstance(layer, SSLAMLayer):
+                layer.register_forward_pre_hook(self._check)
         self.live_options: dict[str, Any] = {"window": window, "hop": min(LIVE_HOP, window) if hop is None else hop}
 
     @abstractmethod
@@ -75,7 +92,7 @@ class Listener(ABC):
     def _score(self, blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Edges, scores, starts and ends, see [`Recording`]."""
 
-    def listen(self, file: Path, name: str, folder: Path, progress: Progress) -> Recording:
+    def listen(self, file: Path, name: str, folder: Path, progress: Progress, ended: threading.Event | None = None) -> Recording:
         """Everything that the page shows of a file. Memory holds its scores and one batch, not its samples.
 
         Args:
@@ -83,19 +100,24 @@ class Listener(ABC):
             name: what a person calls it.
             folder: empty, for what is kept.
             progress: is told how much is done.
+            ended: when it is set, nothing more is computed.
 
         Raises:
+            StoppedError: as soon as `ended` is set.
             ValueError: if it cannot be used, or is longer or takes longer than the settings allow; the message is meant for the visitor.
         """
-        deadline = time.monotonic() + self.settings.max_compute_seconds
+        self._thread.run = _Run(name, time.monotonic() + self.settings.max_compute_seconds, ended or threading.Event())
         try:
-            duration = self._keep_sound(file, folder / SOUND, deadline)
+            duration = self._keep_sound(file, folder / SOUND)
             picture = LogMelPicture(duration, self.rate)
-            blocks = self._watched(read_blocks(file, self.rate), duration, deadline, progress)
+            blocks = self._watched(read_blocks(file, self.rate), duration, progress)
             edges, scores, starts, ends = self._score(picture.watch(blocks))
+            self._check()
         except ValueError as error:  # it may name a file of this machine, or an exception's class, which tells visitors nothing
             message = str(error).replace(printable_path(str(file)), printable_path(name))
             raise ValueError(EXCEPTION.sub(": choose a file that holds sound, and is whole", message)) from error
+        finally:
+            self._thread.run = None
         picture.save(folder / PICTURE)
         return Recording(name, folder, duration, edges, scores, starts, ends)
 
@@ -123,7 +145,7 @@ class Listener(ABC):
         write_rows(recording.file(TABLE), ".csv", iter(rows or empty))
         write_audacity(recording.file(LABELS), events, self.rate / 2)
 
-    def _keep_sound(self, file: Path, sound: Path, deadline: float) -> float:
+    def _keep_sound(self, file: Path, sound: Path) -> float:
         """Write what the model receives, in a format that every browser plays; how long it is in seconds.
 
         24 bits, so that embeddings can be made of it as of the original.
@@ -135,24 +157,29 @@ class Listener(ABC):
                 if samples > self.settings.max_seconds * self.rate:
                     longest = f"{self.settings.max_seconds:g} s"
                     raise UserError(f"{printable_path(str(file))} is longer than {longest}, the limit of this page: give a part of it")
-                self._check(deadline)
+                self._check()
                 output.write(block.clip(-1, 1))  # resampling may overshoot
         return samples / self.rate
 
-    def _watched(self, blocks: Iterable[np.ndarray], duration: float, deadline: float, progress: Progress) -> Iterator[np.ndarray]:
+    def _watched(self, blocks: Iterable[np.ndarray], duration: float, progress: Progress) -> Iterator[np.ndarray]:
         """Blocks of a recording: the model reads the next one when it is done with the windows before."""
         samples = 0
         for block in blocks:
-            self._check(deadline)
+            self._check()
             progress(samples / self.rate / duration, f"{samples / self.rate:.0f} of {duration:.0f} s")
             samples += len(block)
             yield block
 
-    def _check(self, deadline: float) -> None:
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"this recording takes more than {self.settings.max_compute_seconds:g} s, the limit of this page: give a part of it"
-            )
+    def _check(self, *_: Any) -> None:
+        """Before each layer too: a batch of windows may take half a minute."""
+        run: _Run | None = getattr(self._thread, "run", None)
+        if run is None:
+            return
+        if run.ended.is_set():
+            raise StoppedError
+        if time.monotonic() > run.deadline:
+            most = f"{self.settings.max_compute_seconds:g} s"
+            raise UserError(f"{printable_path(run.name)} takes more than {most} of computing, the limit of this page: give a part of it")
 
 
 class SecondsSlider(NamedTuple):
@@ -305,4 +332,4 @@ def open_listener(settings: AppSettings) -> Listener:
     return listener
 
 
-__all__ = ["ClassifierListener", "DetectorListener", "Listener", "open_listener"]
+__all__ = ["ClassifierListener", "DetectorListener", "Listener", "StoppedError", "open_listener"]

@@ -79,6 +79,18 @@
       audio.play();
     } else audio.currentTime = at(target, event);
   });
+  // A file may be dropped anywhere: without this the browser would leave the page for it.
+  const carries = (event) => event.dataTransfer?.types.includes("Files") && !event.target.closest?.("#file");
+  document.addEventListener("dragover", (event) => { if (carries(event)) event.preventDefault(); });
+  document.addEventListener("drop", (event) => {
+    const input = document.querySelector("#file input[type=file]");
+    if (!carries(event) || !input) return;
+    event.preventDefault();
+    const first = new DataTransfer();
+    first.items.add(event.dataTransfer.files[0]);
+    input.files = first.files;
+    input.dispatchEvent(new Event("change", { bubbles: true })); // by which Gradio knows
+  });
   // What is said of a former file goes as soon as another one is chosen, also one that Gradio then rejects.
   const forget = ({ target }) => target.closest?.("#file") && document.getElementById("clear")?.click();
   document.addEventListener("change", forget, true);

@@ -9,10 +9,10 @@ from typing import Any
 import gradio as gr
 
 from ..audio.decode import AUDIO_SUFFIXES
+from . import drawing
 from .about import draw_about, model_name
-from .drawing import draw_error, draw_lanes, draw_link, draw_match, draw_matches, draw_player, draw_search, draw_table
 from .index import SoundIndex
-from .listening import Listener
+from .listening import Listener, StoppedError
 from .live_page import draw_live, live_functions
 from .recording import SOUND, Recording, Slider
 from .sessions import Sessions
@@ -24,6 +24,7 @@ NOT_FOUND = "Nothing can be compared."
 NOT_PLAYED = "This span cannot be played."
 DRAWN = "() => { document.dispatchEvent(new Event('sslam-drawn')); }"
 CLEAR = "() => ['', { __type__: 'update', visible: false }]"
+SHOWN = 10  # components that a recording fills
 PLAYED_AT_ONCE = 4  # spans of indexed recordings, which are decoded up to there
 # A button of the list of matches, which Gradio draws anew, was pressed.
 PLAY = """element.addEventListener("click", ({ target }) => {
@@ -59,16 +60,28 @@ class Page:
         with gr.Row():
             file = gr.File(label="Drop a recording, or choose one", file_types=[*AUDIO_SUFFIXES], height=170, elem_id="file")
             with gr.Column():
-                microphone = gr.Audio(label="Or record one", sources=["microphone"], type="filepath", elem_id="microphone")
+                microphone = gr.Audio(
+                    label="Or record with the microphone: analysed after Stop",
+                    sources=["microphone"],
+                    type="filepath",
+                    elem_id="microphone",
+                )
                 names = list(self._examples)
                 example = gr.Dropdown(
-                    names, value=None, label="Or choose an example", visible=bool(names), filterable=False, elem_id="example"
+                    names,
+                    value=None,
+                    label="Or choose an example",
+                    visible=bool(names),
+                    filterable=False,
+                    interactive=True,
+                    elem_id="example",
                 )
         if self._listener.settings.live_at_once:
             with gr.Accordion("Listen live with the microphone", open=False, elem_id="live"):
                 script = (HERE / "live.js").read_text(encoding="utf-8")
                 _html(draw_live(self._listener), server_functions=live_functions(self._listener), js_on_load=script)
         player = _html(elem_id="player")
+        stop = gr.Button("Stop", visible=False, variant="stop", size="sm", elem_id="stop")
         with gr.Column(visible=False) as results:
             sliders = (*self._listener.sliders, ZOOM)
             with gr.Row(elem_id="sliders"):
@@ -76,7 +89,7 @@ class Page:
             reset = gr.Button("Back to the model's own settings", size="sm", elem_id="reset")
             lanes = _html(elem_id="lanes")
             with gr.Column(visible=self._index is not None, elem_id="search"):
-                _html(draw_search(self._index.about) if self._index else "")
+                _html(drawing.draw_search(self._index.about) if self._index else "")
                 with gr.Row():
                     start, end = (_seconds(name) for name in ("From", "To"))
                     find = gr.Button("Find similar", elem_id="find", min_width=160)
@@ -95,15 +108,21 @@ class Page:
             "concurrency_limit": self._listener.settings.at_once,
             "api_visibility": "private",
         }
-        shown = [player, results, lanes, table, link, start, end, match, matches]
+        shown = [player, stop, results, lanes, table, link, start, end, match, matches]
         # Nothing is said of a former file any more, whether the next one is taken or not. `page.js` presses the button.
-        gr.on([clear.click, microphone.start_recording], None, None, shown[:2], js=CLEAR)
-        for component, event in ((file, file.upload), (microphone, microphone.stop_recording)):
-            claimed = event(self._claim, component, component, **at_once)
-            heard = claimed.then(self._hear_upload, positions, shown, show_progress_on=player, **in_turn)
-            heard.then(None, js=DRAWN)
-        heard = example.input(self._hear_example, [example, *positions], shown, show_progress_on=player, **in_turn)
-        heard.then(None, js=DRAWN)
+        gr.on([clear.click, microphone.start_recording], None, None, [player, results], js=CLEAR)
+        # What is given while another recording is computed replaces it, so that both are submitted.
+        replaces: dict[str, Any] = {"trigger_mode": "multiple"}
+        given = [
+            file.upload(self._claim, [file, example], [*shown[:3], file, example], **at_once, **replaces),
+            microphone.stop_recording(self._claim, [microphone, example], [*shown[:3], microphone, example], **at_once, **replaces),
+            # Not `select`, which the keyboard does not cause, nor `input`, which a mouse causes twice.
+            example.change(self._choose, example, shown[:3], **at_once, **replaces),
+        ]
+        heard = [event.then(self._hear, positions, shown, show_progress_on=player, **in_turn, **replaces) for event in given]
+        for event in heard:
+            event.then(None, js=DRAWN)
+        stop.click(self._stop, example, [*shown[:3], example], cancels=heard, **at_once)
         moved = gr.on([slider.change for slider in positions], self._show, positions, [lanes, table], trigger_mode="always_last", **at_once)
         moved.then(None, js=DRAWN)
         reset.click(None, None, positions, js=f"() => {[slider.value for slider in sliders]}")
@@ -113,79 +132,113 @@ class Page:
         matches.click(self._play, None, match, api_visibility="private", **apart)
         self.blocks.unload(self._leave)
 
-    def _claim(self, file: str | None, request: gr.Request) -> None:
-        """Take an upload; its component is then free for the next one."""
-        if file is not None:
-            self._sessions.claim(str(request.session_hash), str(file))
+    def _claim(self, file: str | None, example: str | None, request: gr.Request) -> list[Any]:
+        """Take an upload; its component is then free for the next one, and no example is chosen any more."""
+        if file is None:
+            return [gr.skip()] * 5
+        self._sessions.claim(str(request.session_hash), str(file))
+        return [*_computing(Path(file).name), None, _emptied(example)]
 
-    def _hear_upload(self, request: gr.Request, progress: gr.Progress = PROGRESS, *positions: float) -> list[Any]:
+    def _choose(self, name: str | None, request: gr.Request) -> list[Any]:
+        """Take an example."""
+        if name is None:
+            return [gr.skip()] * 3
+        self._sessions.choose(str(request.session_hash), Path(self._examples[name]), name)
+        return _computing(name)
+
+    def _hear(self, request: gr.Request, progress: gr.Progress = PROGRESS, *positions: float) -> list[Any]:
+        """What the components show of the recording that was given last; nothing new if it was stopped or replaced."""
         session = str(request.session_hash)
-        waiting = self._sessions.upload(session)
-        if waiting is None:
-            return _failed(GONE)
-        file, name, folder = waiting
+        turn = self._sessions.take(session)
+        if turn is None:
+            return [gr.skip()] * SHOWN if session in self._sessions else _failed(GONE)
         try:
-            return self._hear(session, file, name, folder, positions, progress)
-        finally:
-            file.unlink(missing_ok=True)
-
-    def _hear_example(self, request: gr.Request, progress: gr.Progress = PROGRESS, name: str = "", *positions: float) -> list[Any]:
-        session = str(request.session_hash)
-        return self._hear(session, Path(self._examples[name]), name, self._sessions.begin(session), positions, progress)
-
-    def _hear(self, session: str, file: Path, name: str, folder: Path, positions: Sequence[float], progress: gr.Progress) -> list[Any]:
-        """What the components show of a recording."""
-        try:
-            recording = self._listener.listen(file, name, folder, lambda done, what: progress(done, desc=what))
+            recording = self._listener.listen(turn.file, turn.name, turn.folder, lambda done, what: progress(done, desc=what), turn.ended)
             self._sessions.keep(session, recording)
-            window = recording.duration if self._index is None else self._index.window
-            span = 0.0, min(window, recording.duration)
-            return [draw_player(recording), gr.update(visible=True), *self._draw(recording, positions), "", *span, "", ""]
-        except (ValueError, OSError, FloatingPointError) as error:
-            self._sessions.end(session)
+            drawn = self._draw(recording, positions)
+        except (StoppedError, ValueError, OSError, FloatingPointError) as error:
+            if turn.ended.is_set():
+                return [gr.skip()] * SHOWN
+            self._sessions.begin(session)  # of the next one
             return _failed(str(error))
+        finally:
+            if turn.file.parent == turn.folder:  # not an example
+                turn.file.unlink(missing_ok=True)
+        window = recording.duration if self._index is None else self._index.window
+        span = 0.0, min(window, recording.duration)
+        return [
+            drawing.draw_player(recording, self._listener.rate),
+            gr.update(visible=False),
+            gr.update(visible=True),
+            *drawn,
+            "",
+            *span,
+            "",
+            "",
+        ]
+
+    def _stop(self, example: str | None, request: gr.Request) -> list[Any]:
+        """Let nothing more be computed: what waits for its turn finds a page without a recording."""
+        self._sessions.begin(str(request.session_hash))
+        return [drawing.draw_stopped(), *_hidden(), _emptied(example)]
 
     def _show(self, request: gr.Request, *positions: float) -> list[Any]:
         """What follows from kept scores."""
         recording = self._sessions.recording(request.session_hash)
-        return [draw_error(GONE), ""] if recording is None else self._draw(recording, positions)
+        return [drawing.draw_error(GONE), ""] if recording is None else self._draw(recording, positions)
 
     def _draw(self, recording: Recording, positions: Sequence[float]) -> list[str]:
         *settings, zoom = positions
         found = self._listener.find(recording, settings)
         self._listener.write(recording, found.events)
-        return [draw_lanes(self._listener, recording, found, zoom), draw_table(self._listener, recording, found.events)]
+        return [drawing.draw_lanes(self._listener, recording, found, zoom), drawing.draw_table(self._listener, recording, found.events)]
 
     def _embed(self, request: gr.Request) -> str:
         recording = self._sessions.recording(request.session_hash)
-        return draw_error(GONE) if recording is None else draw_link(self._listener.embed(recording), "Embeddings (Parquet)")
+        return drawing.draw_error(GONE) if recording is None else drawing.draw_link(self._listener.embed(recording), "Embeddings (Parquet)")
 
     def _find(self, start: float | None, end: float | None, request: gr.Request) -> list[str]:
         recording = self._sessions.recording(request.session_hash)
         if recording is None or self._index is None:
-            return ["", draw_error(GONE, NOT_FOUND)]
+            return ["", drawing.draw_error(GONE, NOT_FOUND)]
         if start is None or end is None:
-            return ["", draw_error("Choose a span: drag over the picture, click an event, or type its seconds.", NOT_FOUND)]
+            return ["", drawing.draw_error("Choose a span: drag over the picture, click an event, or type its seconds.", NOT_FOUND)]
         try:
-            return ["", draw_matches(self._index.find(recording.folder / SOUND, start, end), start, end)]
+            return ["", drawing.draw_matches(self._index.find(recording.folder / SOUND, start, end), start, end)]
         except (ValueError, OSError, FloatingPointError) as error:
-            return ["", draw_error(str(error), NOT_FOUND)]
+            return ["", drawing.draw_error(str(error), NOT_FOUND)]
 
     def _play(self, event: gr.EventData, request: gr.Request) -> str:
         recording = self._sessions.recording(request.session_hash)
         if recording is None or self._index is None:
-            return draw_error(GONE, NOT_PLAYED)
+            return drawing.draw_error(GONE, NOT_PLAYED)
         try:
-            return draw_match(*self._index.cut(event.row, recording.folder))
+            return drawing.draw_match(*self._index.cut(event.row, recording.folder))
         except (ValueError, OSError) as error:
-            return draw_error(str(error), NOT_PLAYED)
+            return drawing.draw_error(str(error), NOT_PLAYED)
 
     def _leave(self, request: gr.Request) -> None:
         self._sessions.end(request.session_hash)
 
 
+def _computing(name: str) -> list[Any]:
+    """Player, button to stop, and results, until the recording is there."""
+    return [drawing.draw_computing(name), gr.update(visible=True), gr.update(visible=False)]
+
+
+def _hidden() -> list[Any]:
+    """Neither a button to stop nor results."""
+    return [gr.update(visible=False), gr.update(visible=False)]
+
+
+def _emptied(example: str | None) -> Any:
+    """For the list of examples, which takes any update for a change."""
+    return gr.skip() if example is None else None
+
+
 def _failed(message: str) -> list[Any]:
-    return [draw_error(message), gr.update(visible=False), "", "", "", None, None, "", ""]
+    """Of all that is shown, the message alone."""
+    return [drawing.draw_error(message), *_hidden(), "", "", "", None, None, "", ""]
 
 
 def _slider(slider: Slider) -> gr.Slider:

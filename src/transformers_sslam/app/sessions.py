@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import UserError
 from .recording import Recording
@@ -25,9 +26,25 @@ class _Session:
     """Of one open page."""
 
     folder: Path
-    upload: tuple[Path, str] | None = None  # a file that waits for its turn, and its name
+    waiting: tuple[Path, str] | None = None  # a file that waits for its turn, and its name
     recording: Recording | None = None
     used: float = field(default_factory=time.monotonic)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+class Turn(NamedTuple):
+    """A file whose turn has come.
+
+    Attributes:
+        file, name: the file, and what its owner calls it.
+        folder: where to keep what is made of it.
+        ended: set as soon as nobody waits for it any more: it was stopped or replaced, or its page was closed.
+    """
+
+    file: Path
+    name: str
+    folder: Path
+    ended: threading.Event
 
 
 class Sessions:
@@ -59,6 +76,11 @@ class Sessions:
         self._ended.set()
         shutil.rmtree(self._root, ignore_errors=True)
 
+    def __contains__(self, session: str) -> bool:
+        """Whether anything is kept of a page, or waits."""
+        with self._lock:
+            return session in self._sessions
+
     def begin(self, session: str) -> Path:
         """A new folder for what is made of a recording, in place of the former one."""
         self.end(session)
@@ -77,20 +99,27 @@ class Sessions:
         source = Path(file).resolve()
         if not source.is_relative_to(self.uploads):
             raise UserError(f"{source.name} was not uploaded to this page: choose it again")
-        folder = self.begin(session)
-        upload = folder / f"upload{source.suffix}"
+        upload = self.begin(session) / f"upload{source.suffix}"
         os.link(source, upload)
-        with self._lock:
-            self._sessions[session].upload = upload, source.name
+        self._wait(session, upload, source.name)
 
-    def upload(self, session: str) -> tuple[Path, str, Path] | None:
-        """The file that waits for its turn, its name, and where to keep what is made of it; whoever asks deletes the file."""
+    def choose(self, session: str, file: Path, name: str) -> None:
+        """Take a file of this machine, in place of what was there."""
+        self.begin(session)
+        self._wait(session, file, name)
+
+    def _wait(self, session: str, file: Path, name: str) -> None:
+        with self._lock:
+            self._sessions[session].waiting = file, name
+
+    def take(self, session: str) -> Turn | None:
+        """The file that waits for its turn; an upload, which lies in the turn's folder, is deleted by whoever asks."""
         with self._lock:
             known = self._sessions.get(session)
-            if known is None or known.upload is None:
+            if known is None or known.waiting is None:
                 return None
-            (file, name), known.upload = known.upload, None
-            return file, name, known.folder
+            waiting, known.waiting = known.waiting, None
+            return Turn(*waiting, known.folder, known.ended)
 
     def keep(self, session: str, recording: Recording) -> None:
         """Remember a recording, unless its page was closed in the meantime."""
@@ -111,10 +140,11 @@ class Sessions:
             return known.recording
 
     def end(self, session: str | None) -> None:
-        """Delete everything of a page."""
+        """Delete everything of a page, and let nothing more be computed for it."""
         with self._lock:
             known = self._sessions.pop(session or "", None)
         if known is not None:
+            known.ended.set()
             shutil.rmtree(known.folder, ignore_errors=True)
 
     def sweep(self) -> None:
@@ -134,4 +164,4 @@ class Sessions:
             self.sweep()
 
 
-__all__ = ["Sessions"]
+__all__ = ["Sessions", "Turn"]
