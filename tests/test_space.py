@@ -2,7 +2,6 @@
 
 import ast
 import html
-import json
 import os
 import re
 import socket
@@ -13,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import huggingface_hub
 import pytest
@@ -25,6 +23,7 @@ soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("torchaudio")
 pytest.importorskip("gradio", reason="needs the extra app")
 from hub_server import TOKEN, HubServer  # noqa: E402
+from page_client import choose_example, get  # noqa: E402
 from test_app import RATE, save_classifier, save_detector, sound, table  # noqa: E402
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMModel, cli  # noqa: E402
@@ -40,7 +39,8 @@ CODE = sorted(f"transformers_sslam/{path.relative_to(PACKAGE).as_posix()}" for p
 CODE = [name for name in CODE if "__pycache__" not in name]
 # Runs app.py where no checkout of this package can be imported, as on a machine that has the requirements alone.
 ALONE = """
-import pathlib, runpy, sys
+import os, pathlib, runpy, sys
+os._exit = sys.exit
 folder = sys.argv[1]
 others = [path for path in map(pathlib.Path, sys.path) if (path / "torch").is_dir() or not (path / "transformers_sslam").is_dir()]
 sys.path[:] = [folder, *map(str, others)]
@@ -113,29 +113,6 @@ def started(folder: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
             yield f"http://127.0.0.1:{port}", log
         finally:
             process.terminate()
-
-
-def get(address: str, values: dict | None = None) -> bytes:
-    body = None if values is None else json.dumps(values).encode()
-    with urlopen(Request(address, body, {"Content-Type": "application/json"}), timeout=120) as response:
-        return response.read()
-
-
-def choose_example(address: str, name: str) -> list:
-    """What the page answers a visitor who chooses an example, in the protocol of its own scripts."""
-    config = json.loads(get(f"{address}/config"))
-    ids = {component["props"].get("elem_id"): component["id"] for component in config["components"]}
-    values = {component["id"]: component["props"].get("value") for component in config["components"]}
-    chosen = next(found for found in config["dependencies"] if found["targets"] == [[ids["example"], "input"]])
-    data = [name if i == ids["example"] else values[i] for i in chosen["inputs"]]
-    get(f"{address}/gradio_api/queue/join", {"data": data, "fn_index": chosen["id"], "session_hash": "visitor"})
-    with urlopen(f"{address}/gradio_api/queue/data?session_hash=visitor", timeout=120) as lines:
-        for line in lines:
-            message = json.loads(line.removeprefix(b"data: ")) if line.startswith(b"data: ") else {}
-            if message.get("msg") == "process_completed":
-                assert message["success"], message
-                return message["output"]["data"]
-    raise AssertionError("the page did not answer")
 
 
 # --- the folder

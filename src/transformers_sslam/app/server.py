@@ -1,7 +1,8 @@
 """Serving the page: its model, its address, and what is deleted when it ends."""
 
+import os
 import signal
-import sys
+import time
 from pathlib import Path
 
 import gradio as gr
@@ -16,16 +17,38 @@ from .sessions import Sessions
 from .settings import AppSettings
 
 
+# Ctrl-C, the end of the process as others ask for it, and of its terminal, which Windows has not.
+ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+ALL_NETWORKS = ("0.0.0.0", "::", "[::]")
+
+
 def serve(settings: AppSettings) -> None:
-    """Load the model, and answer until Ctrl-C."""
+    """Load the model, and answer until Ctrl-C, or until the process is asked to end, with status 0 or 128 and the signal's number.
+
+    What visitors have sent is then deleted. What is computed, and open connections, end with the process: Python's own end would wait
+    for some threads, and crash others within PyTorch.
+    """
     examples = find_examples(settings.examples)
     listener = open_listener(settings)
     index = None if settings.index is None else SoundIndex(settings.index, listener)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that recordings are deleted
+    received: list[int] = []
+    for number in ENDS:
+        signal.signal(number, lambda number, _: received.append(number))
     with Sessions(60 * settings.keep_minutes) as sessions:
         page = Page(listener, sessions, examples, index).blocks
-        print(f"the page is at {launch(page, settings, sessions)}; Ctrl-C ends it", flush=True)
-        page.block_thread()
+        print(describe_address(launch(page, settings, sessions), settings.host), flush=True)
+        while not received:
+            time.sleep(0.1)
+    print("the page is closed, and what it kept is deleted", flush=True)
+    os._exit(0 if received[0] == signal.SIGINT else 128 + received[0])
+
+
+def describe_address(address: str, host: str) -> str:
+    """Where the page is, for people: an address that a browser on this machine opens, and whether other machines reach it."""
+    if host not in ALL_NETWORKS:
+        return f"the page is at {address}; Ctrl-C ends it"
+    here = address.replace("[::]", "localhost")
+    return f"the page is at {here}, and open to the network at the addresses of this machine; Ctrl-C ends it"
 
 
 def launch(page: gr.Blocks, settings: AppSettings, sessions: Sessions) -> str:
@@ -62,4 +85,4 @@ def find_examples(source: str | None) -> dict[str, str]:
     return {printable_path(name): str(Path(source) / name) for name in names}
 
 
-__all__ = ["find_examples", "launch", "serve"]
+__all__ = ["describe_address", "find_examples", "launch", "serve"]

@@ -19,6 +19,7 @@ from .recording import Recording
 # uploaded is claimed at once; what is older than this is not waited for any more.
 GRACE = 60.0  # seconds
 SWEEP = 15.0  # seconds between looks for what is old
+PATIENCE = 5.0  # seconds in which everything is deleted at the end
 
 
 @dataclass
@@ -74,7 +75,9 @@ class Sessions:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        shutil.rmtree(self._root, ignore_errors=True)
+        deadline = time.monotonic() + PATIENCE
+        while self._root.exists() and time.monotonic() < deadline:  # a file may be written while its folder is emptied
+            shutil.rmtree(self._root, ignore_errors=True)
 
     def __contains__(self, session: str) -> bool:
         """Whether anything is kept of a page, or waits."""

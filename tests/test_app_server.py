@@ -1,0 +1,110 @@
+"""The command that serves the page: where it is, how it ends, and what is left then."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from conftest import noise
+
+
+soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("torchaudio")
+pytest.importorskip("gradio", reason="needs the extra app")
+from page_client import get, messages_of_example  # noqa: E402
+from test_app import RATE, save_classifier, save_detector  # noqa: E402
+
+from transformers_sslam.app.server import describe_address  # noqa: E402
+from transformers_sslam.app.sessions import Sessions  # noqa: E402
+
+
+CLOSED = "the page is closed, and what it kept is deleted\n"
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory) -> Path:
+    return save_detector(tmp_path_factory.mktemp("models") / "detector")
+
+
+@contextmanager
+def served(model: Path, folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """The command in a process of its own with `folder` for temporary files, and what it says first."""
+    command = [sys.executable, "-m", "transformers_sslam", "app", "--model", str(model), "--port", "0", "--open_browser", "false"]
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([*command, "--device", "cpu", *words], env=environment, **pipes) as process:
+        try:
+            yield process, next(line for line in process.stdout if line.startswith("the page is at"))
+        finally:
+            process.kill()
+
+
+def test_the_address_opens_here_and_ctrl_c_ends_it(detector, tmp_path):
+    with served(detector, tmp_path, "--host", "0.0.0.0") as (process, said):
+        sentence = r"the page is at (http://localhost:\d+)/, and open to the network at the addresses of this machine; Ctrl-C ends it\n"
+        assert b"Listen with detector" in get(re.fullmatch(sentence, said)[1])
+        assert list(tmp_path.glob("sslam-app-*"))
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == CLOSED
+        assert process.wait(1) == 0
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() or path.name.startswith("sslam")]
+
+
+def test_ctrl_c_aborts_what_is_computed_and_deletes_what_is_being_sent(tmp_path):
+    model = save_classifier(tmp_path / "classifier")
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    soundfile.write(tmp_path / "long.wav", noise(1200.0), RATE)
+    words = ["--examples", str(tmp_path / "long.wav"), "--hop", "0.01"]  # 120,000 windows
+    with served(model, folder, *words) as (process, said):
+        address = re.search(r"http://[\d.]+:\d+", said)[0]
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as sender:
+            part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.wav"\r\n\r\n' + bytes(2**20)
+            header = "POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+            sender.sendall(f"{header}Content-Length: {2**22}\r\n\r\n".encode() + part)
+            messages = messages_of_example(address, "long.wav")
+            done = next(message for message in messages if message["msg"] == "progress" and message["progress_data"][-1]["progress"] > 0)
+            assert done["progress_data"][-1]["progress"] < 0.5
+            assert max(path.stat().st_size for path in folder.glob("sslam-app-*/uploads/*")) == 2**20
+            start = time.monotonic()
+            for _ in range(2):  # also when somebody is impatient
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.1)
+            assert process.stdout.read() == CLOSED
+            assert process.wait(1) == 0
+            assert time.monotonic() - start < 4
+    assert not [path for path in folder.rglob("*") if path.is_file() or path.name.startswith("sslam")]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])
+def test_an_address_that_no_browser_opens_is_not_printed(host):
+    address = "http://localhost:7860/" if host == "0.0.0.0" else "http://[::]:7860/"  # what Gradio gives
+    expected = "the page is at http://localhost:7860/, and open to the network at the addresses of this machine; Ctrl-C ends it"
+    assert describe_address(address, host) == expected
+    assert describe_address("http://127.0.0.1:7860/", "127.0.0.1") == "the page is at http://127.0.0.1:7860/; Ctrl-C ends it"
+
+
+def test_everything_is_deleted_while_files_are_still_written():
+    def write(folder: Path) -> None:
+        with suppress(OSError):
+            for i in range(100_000):
+                (folder / str(i)).write_bytes(bytes(1000))
+
+    with Sessions(1800) as pages:
+        root = pages.kept.parent
+        writers = [threading.Thread(target=write, args=[folder], daemon=True) for folder in (pages.kept, pages.uploads)]
+        for writer in writers:
+            writer.start()
+        time.sleep(0.5)
+    assert not root.exists()
+    for writer in writers:
+        writer.join(10)
+        assert not writer.is_alive()  # there is no folder to write to
