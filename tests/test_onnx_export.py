@@ -356,7 +356,7 @@ def test_a_place_that_is_taken_and_an_unknown_opset_are_rejected(classifier, tmp
 
 def test_the_command_reports_a_mistake_in_one_line(tmp_path, capsys):
     assert main(["export", "--model", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "onnx")]) == 1
-    assert re.fullmatch("sslam export: error: model .*nowhere cannot be read: .*\n", capsys.readouterr().err)
+    assert re.fullmatch("sslam export: error: there is no folder or file .*nowhere here, .*\n", capsys.readouterr().err)
 
 
 def test_an_official_checkpoint_is_exported_as_it_is(tmp_path, monkeypatch, capsys):
