@@ -20,10 +20,20 @@ from conftest import noise, tiny_config
 from sklearn.metrics import average_precision_score
 from steps import copy_clips, epochs_of_equal_cost, pretrain_on_folds, read_records
 
-from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining, files
+from transformers_sslam import (
+    PRETRAINING_STAGES,
+    SSLAMConfig,
+    SSLAMFeatureExtractor,
+    SSLAMForAudioFrameClassification,
+    SSLAMForPreTraining,
+    SSLAMModel,
+    files,
+)
 from transformers_sslam.audio.decode import load_waveform
 from transformers_sslam.audio.layouts import open_splits
 from transformers_sslam.errors import UserError
+from transformers_sslam.evaluation.scored_events import ScoredEvents
+from transformers_sslam.events_sslam import EventSettings
 from transformers_sslam.finetuning import repeats
 from transformers_sslam.finetuning.repeats import fine_tune_once
 from transformers_sslam.finetuning.settings import FineTuningSettings
@@ -441,3 +451,118 @@ def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_from_none_of_t
     assert 0 <= results["events"]["metrics"]["segment_f1"] <= 1
     assert results["false_alarms"]["free"]["hours"] == pytest.approx(4 / 3600)
     assert SSLAMConfig.from_pretrained(model).class_names == ["hiss", "hum"]
+
+
+# Frozen encoders by fold
+
+
+def test_block_and_pooling_are_chosen_on_other_folds_than_the_one_that_is_reported():
+    """Block 1 tells all classes but on fold 2, where block 2 alone does: it is not chosen for that."""
+    study = load_script("frozen_folds")
+    folds, targets = np.repeat(["0", "1", "2", "3"], 20), np.tile([0, 1], 40)
+    random, held_out = np.random.default_rng(0), folds == "2"
+
+    class FakeFeatures:
+        def pooled(self, pooling, block):
+            told = held_out if block == 2 else ~held_out
+            clear = pooling == "mean"
+            return np.where(told, 2.0 * targets - 1, random.normal(size=80))[:, None] * clear + random.normal(0, 0.1, (80, 3))
+
+    candidates = [(block, pooling, 1.0) for pooling in ("cls", "mean") for block in (1, 2)]
+    found = study.probe(FakeFeatures(), targets, list(folds), "2", candidates)
+    assert (found["block"], found["pooling"]) == (1, "mean")
+    assert found["accuracy"] == found["first_block"] == found["all"]["mean, block 1, ridge 1"] < 0.9
+    assert study.probe(FakeFeatures(), targets, list(folds), "0", candidates)["accuracy"] == 1.0
+    alone = study.probe(FakeFeatures(), targets, list(folds), "0", [(1, "mean", 1.0)])
+    assert (alone["accuracy"], alone["block"]) == (1.0, 1)
+
+
+def test_frozen_networks_are_compared_by_fold(clips, tmp_path):
+    study = load_script("frozen_folds")
+    for fold in FOLDS:
+        SSLAMModel(tiny_config(num_hidden_layers=2)).save_pretrained(tmp_path / f"without-{fold}")
+        SSLAMFeatureExtractor(max_length=64).save_pretrained(tmp_path / f"without-{fold}")
+    paths = {"output_dir": str(tmp_path / "out"), "cache_dir": str(tmp_path / "features")}
+    settings = study.StudySettings(
+        data_dir=str(clips), model=str(tmp_path / "without-{fold}"), clips_of_a_class=6, ridge=[1.0, 10.0], **paths
+    )
+    results = study.run(settings)
+    assert results["clips"] == {"1": 4, "2": 4, "3": 4}
+    for name, chosen in results["folds"].items():
+        assert set(chosen) == {"1", "2", "3"}
+        assert chosen["1"]["accuracy"] in (0, 0.25, 0.5, 0.75, 1)
+        assert len(chosen["1"]["all"]) == (2 if name == "log_mel" else 12)  # two blocks, three poolings, two penalties
+    assert [found["accuracy"] for found in results["folds"]["log_mel"].values()] == [1.0] * 3  # a tone, or none
+    assert "| frozen encoder over untrained network, another seed for each fold |" in study.table(results)
+    with pytest.raises(UserError, match=r"no class has 5 clips, only \[6\]"):
+        study.run(replace(settings, clips_of_a_class=5))
+    with pytest.raises(UserError, match="neither model nor architecture"):
+        replace(settings, model=None)
+    untrained = study.run(replace(settings, model=None, architecture=str(tmp_path / "without-1"), poolings=["mean"]))
+    assert set(untrained["folds"]) == {"untrained", "log_mel"}
+
+
+# The model of everyday sounds
+
+
+def everyday_settings(study, tmp_path, **changes):
+    return study.StudySettings(data_dir="clips", free_dir="free", output_dir=str(tmp_path), **changes)
+
+
+def test_thresholds_are_tuned_on_folds_that_a_model_has_not_learnt(tmp_path, monkeypatch):
+    """Two folds, of which the second has higher scores; and a recording without sounds, in which one of the models has a false alarm."""
+    study = load_script("everyday")
+    trained = []
+
+    def train(settings):
+        trained.append(settings.test_folds)
+        return Path("-".join(map(str, settings.test_folds)))
+
+    def mixture_scores(settings, model, split):
+        assert (settings.test_folds, split) == (trained[-1][-1:], "test")  # mixtures of the fold that is tuned on alone
+        values = np.array([[0.9], [0.2], [0.5 if model.name == "9-1" else 0.7], [0.2]])
+        return ScoredEvents({"a": values}, 1.0, ["dog"], {"a": [(0.0, 1.0, "dog"), (2.0, 3.0, "dog")]}, {"a": 4.0})
+
+    others = ScoredEvents({"b": np.array([[0.1], [0.6]])}, 1.0, ["dog"], {"b": []}, {"b": 2.0})
+    silent = others._replace(scores={"b": np.full((2, 1), 0.1)})
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(study, "mixture_scores", mixture_scores)
+    monkeypatch.setattr(study, "other_scores", lambda settings, model: others if model.name == "9-1" else silent)
+    free = everyday_settings(study, tmp_path, test_folds=[9], tuning_folds=[1, 2])
+    assert study.tune_by_cross_validation(free).threshold == {"dog": 0.35}  # all 4 dogs, and a false alarm
+    assert trained == [[9, 1], [9, 2]]
+    limited = study.tune_by_cross_validation(replace(free, max_false_alarms=100.0))  # none in 12 s
+    assert limited.threshold == {"dog": 0.65}  # 3 of 4 dogs
+    with pytest.raises(UserError, match="the fold 2 is in tuning_folds and in test_folds"):
+        everyday_settings(study, tmp_path, test_folds=[2], tuning_folds=[1, "2"])
+    with pytest.raises(UserError, match="max_false_alarms is 6, but has no effect without tuning_folds"):
+        everyday_settings(study, tmp_path, max_false_alarms=6.0)
+    with pytest.raises(UserError, match="c have other classes or time steps than b: give folds with the same classes"):
+        study.join_scores({"b": others, "c": others._replace(classes=["cat"])})
+
+
+def test_tuned_thresholds_go_into_the_model_that_has_learnt_all_folds(tmp_path, monkeypatch):
+    study, model = load_script("everyday"), tmp_path / "model"
+    SSLAMForAudioFrameClassification(tiny_config(num_labels=1, id2label={0: "dog"})).save_pretrained(model)
+    monkeypatch.setattr(study, "train", lambda settings: model)
+    tuned = EventSettings(threshold={"dog": 0.35}, median_filter={"dog": 0.5})
+    monkeypatch.setattr(study, "tune_by_cross_validation", lambda settings: tuned)
+    assert study.run(everyday_settings(study, tmp_path)) == {}
+    assert json.loads((model / "config.json").read_text()).get("event_detection") is None
+    assert study.run(everyday_settings(study, tmp_path, tuning_folds=[1, 2])) == {}
+    found = json.loads((model / "config.json").read_text())["event_detection"]
+    assert found == {"threshold": {"dog": 0.35}, "median_filter": {"dog": 0.5}}
+
+
+def test_scores_of_other_recordings_are_those_of_the_model(clips, tmp_path):
+    study, model = load_script("everyday"), tmp_path / "model"
+    network = SSLAMForAudioFrameClassification(tiny_config(num_labels=1, id2label={0: "dog"})).eval()
+    network.save_pretrained(model)
+    SSLAMFeatureExtractor(max_length=64).save_pretrained(model)
+    settings = everyday_settings(study, tmp_path, others=[{"kind": "audiofolder", "path": str(clips), "keep": {"fold": [1]}}])
+    found = study.other_scores(settings, model)
+    assert (len(found.scores), found.step, found.classes) == (4, 0.16, ["dog"])
+    assert set(found.durations.values()) == {0.7}
+    assert all(events == [] for events in found.ground_truth.values())
+    alone = network.score_steps(load_waveform(clips / "1-0.wav"), SSLAMFeatureExtractor(max_length=64))
+    np.testing.assert_allclose(next(iter(found.scores.values())), alone.scores, atol=1e-6)

@@ -2,17 +2,21 @@
 
 python scripts/studies/everyday.py --data_dir PATH/TO/esc --free_dir PATH/TO/free --test_folds 4      # evaluate: fold 4 held out
 python scripts/studies/everyday.py --data_dir PATH/TO/esc --free_dir PATH/TO/free --test_folds '[]'   # the model itself, of all folds
+python scripts/studies/everyday.py --data_dir PATH/TO/esc --free_dir PATH/TO/free --test_folds '[]' --tuning_folds 1 2 3 4  # its thresholds
 
 Pre-training in both stages without labels, of the training folds and the further recordings; then event detection, of mixtures that are
 made anew in each epoch and of the clips themselves. Nothing of the held-out folds is in either. Finished steps are found again.
+
+Thresholds that are tuned on what a model has learnt are too low for what it has not. With `tuning_folds` a further model is trained without
+each of them, on the mixtures of which it then gives scores; thresholds are tuned on these of all folds together, and go into the model.
 """
 
 import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,11 @@ from transformers_sslam.audio.layouts import open_splits
 from transformers_sslam.audio.rows import AudioColumn, read_rows
 from transformers_sslam.audio.sources import SourceSettings
 from transformers_sslam.errors import UserError
+from transformers_sslam.evaluation.detector import write_event_detection
+from transformers_sslam.evaluation.event_results import evaluate_events
+from transformers_sslam.evaluation.event_tuning import tune_events
+from transformers_sslam.evaluation.scored_events import ScoredEvents
+from transformers_sslam.events_sslam import EventSettings
 from transformers_sslam.files import write_folder_atomically, write_json
 from transformers_sslam.finetuning.repeats import fine_tune_once
 from transformers_sslam.finetuning.settings import FineTuningSettings
@@ -52,6 +61,8 @@ class StudySettings:
     free_dir: str = setting("audio folder of further recordings, for pre-training")
     output_dir: str = setting("folder for all models and results", "runs/everyday")
     test_folds: list[int | str] = setting("folds that are held out; empty: none", [])
+    tuning_folds: list[int | str] = setting("folds to tune thresholds on, each by a model without it; empty: on mixtures of all", [])
+    max_false_alarms: float | None = setting("most false alarms an hour, in mixtures of tuning_folds and in others; null: any", None)
     seed: int = setting("random seed of the whole run", 0)
     licenses: list[str] = setting("licences of clips that are trained on", ["CC0", "CC-BY"])
     clips_of_a_class: int = setting("clips of each class that is learnt; those of other classes are learnt to be none of them", 32)
@@ -68,6 +79,12 @@ class StudySettings:
     pretraining: dict[str, Any] = setting("changes to both recipes of pre-training, by name", {})
     pretraining_stage2: dict[str, Any] = setting("further changes to that of the second stage", {})
     finetuning: dict[str, Any] = setting("changes to the recipe of fine-tuning, by name", {})
+
+    def __post_init__(self):
+        if both := sorted(set(map(str, self.tuning_folds)) & set(map(str, self.test_folds))):
+            raise UserError(f"the fold {both[0]} is in tuning_folds and in test_folds: thresholds must not be tuned on what tests them")
+        if self.max_false_alarms is not None and not self.tuning_folds:
+            raise UserError(f"max_false_alarms is {self.max_false_alarms:g}, but has no effect without tuning_folds: set both, or neither")
 
 
 def copy_sounds(settings: StudySettings) -> Path:
@@ -167,8 +184,8 @@ def evaluate_tags(settings: StudySettings, model: Path) -> dict[str, Any]:
     return {**found, "classes": classes, "confusion": confusion.tolist(), "highest_scores_of_others": np.sort(others).tolist()}
 
 
-def evaluate_mixtures(settings: StudySettings, model: Path) -> dict[str, Any]:
-    """Metrics of events on mixtures of the held-out folds, with filters and thresholds that were tuned on mixtures of the others."""
+def mixture_scores(settings: StudySettings, model: Path, split: str) -> ScoredEvents:
+    """Scores of a model on mixtures of the held-out folds (`split` test), or of the others (train)."""
     sounds = Path(settings.output_dir) / "sounds"
     classes = SSLAMForAudioFrameClassification.from_pretrained(model).config.class_names
     output = Path(settings.output_dir) / f"mixtures-{'-'.join(map(str, settings.test_folds))}"
@@ -180,9 +197,49 @@ def evaluate_mixtures(settings: StudySettings, model: Path) -> dict[str, Any]:
         options |= {"test_clips": settings.mixtures}
         rules = MixtureSettings(clip_seconds=settings.clip_seconds, overlap="anywhere")
         make_benchmark(BenchmarkSettings(**options, output_dir=str(output), mixing=rules))
-    splits = open_splits(str(output), "parquet")
-    train, test = (detector_scores(model, read_rows(splits[name], "events")) for name in ("train", "test"))
-    return evaluate_events_of(train, test)
+    return detector_scores(model, read_rows(open_splits(str(output), "parquet")[split], "events"))
+
+
+def tune_by_cross_validation(settings: StudySettings) -> EventSettings:
+    """Thresholds and filters of the highest mean segment F1, with at most `max_false_alarms` an hour, on scores of all `tuning_folds`.
+
+    Each fold's scores are of a model that has learnt from neither this fold nor the test folds: of mixtures of the fold, and of `others`,
+    in which every event is a false alarm.
+    """
+    parts: dict[str, ScoredEvents] = {}
+    for fold in settings.tuning_folds:
+        model = train(replace(settings, test_folds=[*settings.test_folds, fold], tuning_folds=[], max_false_alarms=None))
+        parts[f"mixtures of fold {fold}"] = mixture_scores(
+            replace(settings, test_folds=[fold], tuning_folds=[], max_false_alarms=None), model, "test"
+        )
+        parts[f"others without fold {fold}"] = other_scores(settings, model)
+    return tune_events(*join_scores(parts), max_false_alarms=settings.max_false_alarms)
+
+
+def join_scores(parts: Mapping[str, ScoredEvents]) -> ScoredEvents:
+    """The recordings of all parts, whose names begin with that of the part."""
+    first = next(iter(parts.values()))
+    if different := [name for name, part in parts.items() if (part.step, part.classes) != (first.step, first.classes)]:
+        raise UserError(f"{different[0]} have other classes or time steps than {next(iter(parts))}: give folds with the same classes")
+
+    def joined(field: str) -> dict[str, Any]:
+        return {f"{name}/{recording}": value for name, part in parts.items() for recording, value in getattr(part, field).items()}
+
+    return ScoredEvents(joined("scores"), first.step, first.classes, joined("ground_truth"), joined("durations"))
+
+
+def other_scores(settings: StudySettings, model: Path) -> ScoredEvents:
+    """Scores of a model on all recordings of `others`, without events."""
+    network, extractor = SSLAMForAudioFrameClassification.from_pretrained(model), SSLAMFeatureExtractor.from_pretrained(model)
+    scores: dict[str, np.ndarray] = {}
+    durations: dict[str, float] = {}
+    for source in map(SourceSettings.of, settings.others):
+        waveforms = Waveforms(AudioColumn(open_table(source)), extractor.sampling_rate)
+        waveforms.check_unreadable(0.0, "evaluation")
+        for i, waveform in enumerate(waveforms):
+            found = network.score_steps(waveform, extractor)
+            scores[f"{source.name} {i}"], durations[f"{source.name} {i}"] = found.scores, found.duration
+    return ScoredEvents(scores, network.config.frames_per_step / 100, network.config.class_names, {name: [] for name in scores}, durations)
 
 
 def count_false_alarms(settings: StudySettings, model: Path, event_detection: dict[str, Any]) -> dict[str, Any]:
@@ -201,11 +258,20 @@ def count_false_alarms(settings: StudySettings, model: Path, event_detection: di
 def run(settings: StudySettings) -> dict[str, Any]:
     """The model and, of held-out folds, its results."""
     model = train(settings)
+    tuned = tune_by_cross_validation(settings) if settings.tuning_folds else None
     if not settings.test_folds:
+        if tuned is not None:
+            write_event_detection(model, tuned)
         return {}
-    results: dict[str, Any] = {"tags": evaluate_tags(settings, model), "events": evaluate_mixtures(settings, model)}
-    tuned = results["events"]["event_detection"]["segment"]
-    results["false_alarms"] = count_false_alarms(settings, model, tuned)
+    test = mixture_scores(settings, model, "test")
+    results: dict[str, Any] = {"tags": evaluate_tags(settings, model)}
+    if tuned is None:  # filters and thresholds of mixtures of the folds that the model has learnt
+        results["events"] = evaluate_events_of(mixture_scores(settings, model, "train"), test)
+        chosen = results["events"]["event_detection"]["segment"]
+    else:
+        chosen = asdict(tuned)
+        results["events"] = {"event_detection": {"segment": chosen}, **evaluate_events(*test, tuned)}
+    results["false_alarms"] = count_false_alarms(settings, model, chosen)
     write_json(model.parent / "results.json", {"settings": settings_dict(settings), **results})
     return results
 
