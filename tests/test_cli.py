@@ -33,8 +33,33 @@ def test_the_version_is_told(capsys):
 
 
 def test_an_unknown_command_is_named_with_the_known_ones(capsys):
-    assert cli.main(["train"]) == 2
-    assert "there is no command train: choose one of tag, detect, embed" in capsys.readouterr().err
+    for name, question in (("train", "did you mean finetune or pretrain? "), ("detekt", "did you mean detect? "), ("xyz", "")):
+        assert cli.main([name]) == 2
+        assert f"there is no command {name}: {question}choose one of tag, detect, embed" in capsys.readouterr().err
+    assert {other for names in cli.OTHER_NAMES.values() for other in names} <= set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("detect --modle x", "there is no setting modle: did you mean model"),
+        ("tag --input a.wav b.wav", "there is no setting input: did you mean inputs?"),
+        ("detect --treshold.rain 0.3", "there is no setting treshold.rain: did you mean threshold or onset_threshold?"),
+        ("finetune --augmentation.mixup_alhpa 0.5", "there is no setting augmentation.mixup_alhpa: did you mean augmentation.mixup_alpha"),
+        (
+            "finetune --config finetune_tinny",
+            "config is 'finetune_tinny', but there is no such file or recipe: did you mean finetune_tiny or",
+        ),
+        ("pretrain --config recipes/pretrain_tiny_stag1.yaml", "did you mean pretrain_tiny_stage1 or pretrain_tiny_stage2 or "),
+        (
+            "tag --model m --inputs i --output o.csv --per segmnt",
+            "per is segmnt, but one of 'segment', 'window' is expected: did you mean segment?",
+        ),
+    ],
+)
+def test_of_a_misspelt_name_the_nearest_valid_ones_are_named(words, message, capsys):
+    assert cli.main(words.split()) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import AudioDecodingError, UserError
+from .names import did_you_mean, similar
 
 
 class Command(NamedTuple):
@@ -47,6 +48,11 @@ COMMANDS = {
     "publish": Command("publishing.publish", "PublicationSettings", "push a saved model, or a page that runs it, to the Hub", ""),
 }
 
+OTHER_NAMES = {  # that are not similar enough to be found by spelling
+    **{"train": ("finetune", "pretrain"), "test": ("evaluate",), "eval": ("evaluate",), "classify": ("tag",), "predict": ("tag", "detect")},
+    **{"push": ("publish",), "upload": ("publish",), "demo": ("app",), "serve": ("app",), "encode": ("embed",), "mixtures": ("mix",)},
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command.
@@ -74,7 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run_command(name: str, words: list[str]) -> int:
     if name not in COMMANDS:
-        return _fail("sslam", f"there is no command {name}: choose one of {', '.join(COMMANDS)}", 2)
+        alike = did_you_mean(OTHER_NAMES.get(name) or similar(name, COMMANDS, 2))
+        return _fail("sslam", f"there is no command {name}: {alike}choose one of {', '.join(COMMANDS)}", 2)
     command, prog = COMMANDS[name], f"sslam {name}"
     try:
         module = importlib.import_module(f".{command.module}", __package__)

@@ -15,7 +15,6 @@ write_settings(settings, "runs/first/settings.yaml")
 """
 
 import copy
-import difflib
 import inspect
 import json
 import re
@@ -32,46 +31,11 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_du
 
 from .errors import UserError, as_user_error
 from .files import write_text
+from .names import closest, did_you_mean, similar
 
 
 Settings = TypeVar("Settings")
 RECIPES = Path(__file__).parent / "recipes"
-# What other programs call it: names that are not similar enough to be found by spelling.
-OTHER_NAMES = {
-    "batch_size": ("per_device_train_batch_size", "per_device_eval_batch_size"),
-    "epochs": ("num_train_epochs", "max_steps"),
-    "max_epochs": ("num_train_epochs", "max_steps"),
-    "num_train_epochs": ("max_steps",),
-    "lr": ("learning_rate",),
-    "min_lr": ("lr_scheduler_kwargs.min_lr",),
-    "steps": ("max_steps",),
-    "num_workers": ("dataloader_num_workers",),
-    "workers": ("dataloader_num_workers",),
-    "precision": ("bf16", "dtype"),
-    "mixed_precision": ("bf16", "fp16"),
-    "no_cuda": ("use_cpu", "device"),
-    "cpu": ("use_cpu", "device"),
-    "evaluation_strategy": ("eval_strategy",),
-    "model_name_or_path": ("model",),
-    "pretrained": ("model",),
-    "init_from": ("model",),
-    "checkpoint": ("model",),
-    "ckpt_path": ("resume_from_checkpoint", "model"),
-    "resume": ("resume_from_checkpoint",),
-    "dataset_name": ("data_dir",),
-    "dataset": ("data_dir",),
-    "train_file": ("data_dir",),
-    "input": ("inputs", "data_dir"),
-    "out": ("output_dir", "output"),
-    "out_dir": ("output_dir",),
-    "logger": ("report_to",),
-    "log_every_n_steps": ("logging_steps",),
-    "compile": ("torch_compile",),
-    "gradient_clip_val": ("max_grad_norm",),
-    "accumulate_grad_batches": ("gradient_accumulation_steps",),
-    "val_check_interval": ("eval_steps",),
-    "num_labels": ("label_column",),
-}
 
 
 def setting(help: str, default: Any = MISSING) -> Any:
@@ -155,7 +119,8 @@ def find_recipe(name: str | Path) -> Path:
         return Path(name)
     if Path(name).name == str(name) and named.is_file():
         return named
-    raise UserError(f"config is {str(name)!r}, but there is no such file or recipe: recipes are {', '.join(recipe_names())}")
+    alike = did_you_mean(similar(Path(name).stem, recipe_names()))
+    raise UserError(f"config is {str(name)!r}, but there is no such file or recipe: {alike}recipes are {', '.join(recipe_names())}")
 
 
 def recipe_names() -> list[str]:
@@ -172,7 +137,7 @@ def check_names(names: Iterable[str], known: Iterable[str], prefix: str = "") ->
     known = list(known)
     for name in names:
         if name not in known:
-            raise UserError(f"there is no setting {prefix}{name}: {_closest(str(name), known, prefix)}")
+            raise UserError(f"there is no setting {prefix}{name}: {closest(str(name), known, prefix)}")
 
 
 def load_yaml(text: str) -> Any:
@@ -327,10 +292,12 @@ def _flag(name: str, values: list[str], kinds: dict[str, Any]) -> str:
     for listed in (option for option in options if get_origin(option) is list):
         if len(values) > 1 or (listed is kind and values and values[0][:1] != "["):
             return f"--{name}={json.dumps(values if get_args(listed) == (str,) else [load_yaml(value) for value in values])}"
+    if kind is None and name not in kinds and group not in kinds:  # also of several values, as of a misspelt list
+        raise UserError(f"there is no setting {name}: {closest(name, kinds)}")
     if len(values) > 1:
         raise UserError(f"{name} has the values {' '.join(values)}, but takes one: put quotes around a value with spaces")
     if not values:
-        raise UserError(f"{name} has no value: write --{name} VALUE" if kind else f"there is no setting {name}: {_closest(name, kinds)}")
+        raise UserError(f"{name} has no value: write --{name} VALUE" if kind else f"there is no setting {name}: {closest(name, kinds)}")
     value = values[0]
     if value.startswith("~/"):  # not every shell expands it behind `--name=`
         value = str(Path(value).expanduser())
@@ -354,10 +321,10 @@ def _explain(message: str, known: Mapping[str, Any]) -> str:
     """What jsonargparse found, in one sentence that says what to do."""
     message = " ".join(message.split())
     if match := re.search(r"unrecognized arguments: --([\w.]+)", message):
-        return f"there is no setting {match[1]}: {_closest(match[1], known)}"
+        return f"there is no setting {match[1]}: {closest(match[1], known)}"
     if match := re.search(r"(?:(?:Group|Parser key) [\"']([\w.]+).*)?[Oo]ption '(.+?)'(?: is not accepted|$)", message):
         name = f"{match[1]}.{match[2]}" if match[1] else match[2]
-        return f"there is no setting {name}: {_closest(name, known)}"
+        return f"there is no setting {name}: {closest(name, known)}"
     if (match := re.fullmatch(r'Parser key "([\w.]+)": Does not validate .* Given value: (.*)', message)) and match[1] in known:
         name, value = match[1], match[2]
         if (nested := re.fullmatch(r"NestedArg\(key='(.+?)', val='?(.*?)'?\)", value)) and f"{name}.{nested[1]}" in known:
@@ -385,15 +352,5 @@ def _unexpected(name: str, value: str, kind: Any) -> str:
         if get_origin(option) is not Literal:
             plain = option.__name__ if isinstance(option, type) and not get_args(option) else str(option).replace("typing.", "")
             expected.append("null" if option is NoneType else plain)
-    alike = difflib.get_close_matches(value, [one for one in values if isinstance(one, str)], n=1)
-    return f"{name} is {value}, but {' or '.join(expected)} is expected" + (f": did you mean {alike[0]}?" if alike else "")
-
-
-def _closest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    known = [other for other in known if other not in ("help", "config", "print_config")]
-    alike = [other for other in OTHER_NAMES.get(name, ()) if other in known or other.partition(".")[0] in known]
-    alike += [other for other in difflib.get_close_matches(name, known, n=3, cutoff=0.6) if other not in alike]
-    alike += [other for other in known if other.rsplit(".", 1)[-1] == name and other not in alike]
-    if alike:
-        return f"did you mean {' or '.join(prefix + other for other in alike[:3])}?"
-    return f"there are {', '.join(sorted(known))}" if len(known) <= 40 else "--help lists all"
+    alike = did_you_mean(similar(value, [one for one in values if isinstance(one, str)], 1)).strip()
+    return f"{name} is {value}, but {' or '.join(expected)} is expected" + (alike and f": {alike}")
