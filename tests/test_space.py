@@ -4,6 +4,8 @@ import ast
 import html
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -183,6 +185,42 @@ def test_it_works_with_its_own_folder_alone(built, detector, recordings, tmp_pat
     assert names(built) == before
 
 
+@pytest.mark.parametrize(
+    ("place", "current", "options"),
+    [
+        ("torch", "", []),  # names of packages that it imports, the first one below the current folder
+        ("gradio/a page, d\u00e9j\u00e0 vu \u97f3", "gradio", ["-I"]),  # without the folder of the script among those of packages
+    ],
+)
+def test_it_starts_from_a_folder_of_any_name_in_an_empty_environment(built, tmp_path, place, current, options):
+    folder = tmp_path / place
+    shutil.copytree(built, folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-B", *options, os.path.relpath(folder / "app.py", tmp_path / current)]
+    with subprocess.Popen(
+        command, cwd=tmp_path / current, env=address, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        said = next((line for line in process.stdout if line.startswith("the page is at")), "it ended")
+        assert said == f"the page is at http://127.0.0.1:{port}/; Ctrl-C ends it\n"
+        assert b"Listen with my-detector" in get(f"http://127.0.0.1:{port}")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    assert names(folder) == names(built)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("name", "plain"), [("d\u00e9tecteur \u00e9 2.0", "detecteur-e-2.0"), ("\u97f3", "model"), ("--", "model"), ("a" * 200, "a" * 80)]
+)
+def test_a_model_of_any_name_gets_one_that_the_hub_takes(detector, tmp_path, name, plain):
+    shutil.copytree(detector, tmp_path / name)
+    assert run("--model", tmp_path / name, "--output_dir", tmp_path / "page") == 0
+    assert [path.name for path in (tmp_path / "page/models").iterdir()] == [plain]
+
+
 def test_what_does_not_start_is_not_written(detector, tmp_path, capsys, monkeypatch):
     """Here the copied code lacks a file that the package itself has."""
 
@@ -192,7 +230,7 @@ def test_what_does_not_start_is_not_written(detector, tmp_path, capsys, monkeypa
 
     monkeypatch.setattr(space, "check_space", check_without_one_file)
     assert run("--model", detector, "--output_dir", tmp_path / "page") == 1
-    message = r"the Space does not work: its app.py ended \(ModuleNotFoundError: No module named 'transformers_sslam.app.drawing'\)"
+    message = r"the Space does not work: its app.py ended \(No module named 'transformers_sslam.app.drawing'\)"
     assert re.search(message, capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 

@@ -22,6 +22,7 @@ from ..evaluation.loading import load_model, tagger_class
 from ..events_sslam import Event, EventSettings, filter_scores, find_events
 from ..modeling_sslam import SSLAMForAudioClassification, SSLAMLayer
 from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
+from ..publishing.folders import check_model_folder
 from ..recordings.formats import rounded, seconds, utf8, write_audacity, write_rows, write_tables
 from ..recordings.segments import join_windows
 from ..recordings.tag import TagSettings
@@ -324,6 +325,7 @@ def open_listener(settings: AppSettings) -> Listener:
     Raises:
         UserError: if the model cannot be loaded, or neither detects nor classifies, or its live mode cannot have the windows of `settings`.
     """
+    check_model_folder(settings.model)
     kind = DetectorListener if tagger_class(settings.model) is SSLAMForAudioFrameClassification else ClassifierListener
     listener = kind(settings)
     if settings.live_at_once:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 from pathlib import Path
 
 from huggingface_hub import ModelCard, SpaceCardData, snapshot_download
@@ -22,28 +23,38 @@ from packaging.version import Version
 
 from .. import __version__
 from ..errors import as_user_error
+from ..evaluation.loading import named_model
 from ..files import write_text
 from ..reports import markdown_table
 from .conversion import resolve_model
+from .folders import check_model_folder
 from .hub import PUBLISHED, Publication, PublishError, prepare_publication
 
 
 PACKAGE = Path(__file__).parents[1]
 DISTRIBUTION, EXTRA = "transformers-sslam", "app"
 MODELS, EXAMPLES = "models", "examples"
+LONGEST_NAME = 80  # letters; the Hub takes 96
 LONGEST = 120.0  # seconds of a recording, examples included
 SAMPLING_RATE = 16_000  # that lengths are measured at
 START_TIMEOUT = 600.0  # seconds: a busy machine may take minutes
 
+EXCEPTION = re.compile(r"^[\w.]*(?:Error|Exception): ")  # as a traceback's last line begins
+
 APP = '''"""The page of `sslam app`, as a Space runs it. `python app.py` starts it on any machine, at port 7860 of all its networks."""
 
 import os
+import sys
 from pathlib import Path
 
-from transformers_sslam.app.settings import AppSettings, run
 
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # the code beside this file, wherever it is started
+os.environ.setdefault("PATH", os.defpath)  # which a package of Gradio reads, even where the environment is empty
 
-HERE = Path(__file__).parent
+from transformers_sslam.app.settings import AppSettings, run  # noqa: E402
+from transformers_sslam.errors import UserError  # noqa: E402
+
 
 SETTINGS = AppSettings(
     model=str(HERE / "{model}"),
@@ -62,7 +73,10 @@ SETTINGS = AppSettings(
 )
 
 if __name__ == "__main__":
-    run(SETTINGS)
+    try:
+        run(SETTINGS)
+    except UserError as error:
+        sys.exit(str(error))
 '''
 TEXT = """# {title}
 
@@ -99,8 +113,9 @@ def build_space(
         raise PublishError(f"{error.name} is not installed, which a Space needs: pip install '{DISTRIBUTION}[{EXTRA}]'") from error
     if license_text is None:
         raise PublishError(f"{DISTRIBUTION} was installed without its licence, which goes with its code: install it again")
+    check_model_folder(model)
     is_local = Path(model).exists()
-    name = "-".join(re.findall(r"\w+(?:\.\w+)*", (Path(model).resolve() if is_local else Path(model)).name.removesuffix(".pt")))
+    name = _simple_name((Path(model).resolve() if is_local else Path(model)).name.removesuffix(".pt"))
     place = f"{MODELS}/{name}"  # by its name, which is the page's title
     with (
         tempfile.TemporaryDirectory(prefix="model-") as scratch,
@@ -118,6 +133,12 @@ def build_space(
     write_text(folder / "README.md", _readme(folder, place, gradio, None if is_local else model))
     check_space(folder)
     return Publication(folder, repo_id or "", published.left_out, published.notes, "space", (PACKAGE.name, MODELS, EXAMPLES))
+
+
+def _simple_name(name: str) -> str:
+    """Of a model, as repositories may be called: without accents, spaces and signs."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return "-".join(re.findall(r"\w+(?:\.\w+)*", plain))[:LONGEST_NAME].rstrip("-.") or "model"
 
 
 def _readme(folder: Path, place: str, gradio: str, hub_id: str | None) -> str:
@@ -170,7 +191,7 @@ def check_space(folder: Path) -> None:
                 if ended or time.monotonic() > deadline:
                     log.seek(0)
                     said = log.read().decode(errors="replace").split("\n")
-                    last = next((line.strip() for line in reversed(said) if line.strip()), "nothing was printed")
+                    last = next((EXCEPTION.sub("", line.strip()) for line in reversed(said) if line.strip()), "nothing was printed")
                     what = "ended" if ended else f"gave no page within {START_TIMEOUT:g} s"
                     raise PublishError(f"the Space does not work: its app.py {what} ({last})")
                 time.sleep(0.2)
@@ -207,10 +228,11 @@ def _requirements(package: importlib.metadata.Distribution) -> list[str]:
 
 def _saved_model(model: str, place: Path) -> Path:
     """The folder of a model, copied to `place` if it comes from the Hub."""
-    resolved = resolve_model(model)
+    with named_model(model):
+        resolved = resolve_model(model)
     if Path(resolved).is_dir():
         return Path(resolved)
-    with as_user_error(f"model {model} cannot be fetched"):
+    with named_model(model), as_user_error(f"model {model} cannot be fetched"):
         snapshot = snapshot_download(model, allow_patterns=PUBLISHED)
     return Path(shutil.copytree(snapshot, place))  # which has links to outside, as only the cache may have
 
