@@ -13,6 +13,10 @@ const COLLECT = `registerProcessor("collect", class extends AudioWorkletProcesso
     return true;
   }
 });`;
+const WAIT = 3000; // milliseconds without sound until the page says so
+const QUIET = 1e-4; // samples up to this are silence: three steps of 16 bits, which no open microphone stays below
+const NOTHING = "The microphone sends nothing: check that it is connected and not switched off.";
+const SILENCE = "The microphone sends silence only: it may be muted, or the browser uses another one than you think.";
 let microphone = null; // while it listens
 
 function say(text) {
@@ -46,13 +50,29 @@ async function start() {
     mine.name = begun.name;
     const collect = new AudioWorkletNode(mine.context, "collect", { channelCount: 1, channelCountMode: "explicit", numberOfOutputs: 0 });
     mine.context.createMediaStreamSource(mine.stream).connect(collect);
-    collect.port.onmessage = ({ data }) => { mine.blocks.push({ samples: data, at: performance.now() }); send(mine); };
+    mine.arrived = mine.sounded = performance.now();
+    collect.port.onmessage = ({ data }) => {
+      mine.arrived = performance.now();
+      if (data.some((sample) => Math.abs(sample) > QUIET)) mine.sounded = mine.arrived;
+      mine.blocks.push({ samples: data, at: mine.arrived });
+      send(mine);
+    };
     if (!mine.on) close(mine); // stopped while the browser asked
-    else say("Listening.");
+    else {
+      say("Listening.");
+      mine.timer = setInterval(watch, 500, mine);
+    }
   } catch (error) {
     if (!mine.on) close(mine);
     stop(mine, error.name === "NotAllowedError" ? "The browser does not give the microphone: allow it for this page." : error.message);
   }
+}
+
+// Says that no sound comes, and when it comes again.
+function watch(mine) {
+  const now = performance.now(), lack = now - mine.arrived > WAIT ? NOTHING : now - mine.sounded > WAIT ? SILENCE : "";
+  if (lack !== (mine.lack ?? "")) say(lack || "Sound arrives again. Listening.");
+  mine.lack = lack;
 }
 
 async function send(mine) {
@@ -87,6 +107,7 @@ async function stop(mine, reason) {
 }
 
 async function close(mine) {
+  clearInterval(mine.timer);
   mine.stream?.getTracks().forEach((track) => track.stop());
   if (mine.context?.state !== "closed") mine.context?.close();
   const state = mine.name && (await server.live_stop(mine.name).catch(() => null));
