@@ -15,7 +15,7 @@ from transformers_sslam.teacher_sslam import SSLAMTeacher
 
 
 class PlainDecoder(SSLAMDecoder):
-    def forward(self, grid: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    def forward(self, grid: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, None]:
         features = grid.permute(0, 3, 1, 2).contiguous()
         for convolution in self.layers:
             before = features
@@ -25,7 +25,7 @@ class PlainDecoder(SSLAMDecoder):
             if features.shape == before.shape:
                 features = before + features
         everywhere = self.projection(features.flatten(2).transpose(1, 2))
-        return everywhere[_as_mask(masked, everywhere.shape[1])].view(*masked.shape, -1)
+        return everywhere[_as_mask(masked, everywhere.shape[1])].view(*masked.shape, -1), None
 
 
 class PlainTeacher(SSLAMTeacher):
@@ -45,7 +45,7 @@ class PlainForPreTraining(SSLAMForPreTraining):
         super().__init__(config)
         self.decoder.__class__, self.teacher.__class__ = PlainDecoder, PlainTeacher
 
-    def _score(self, cls, predictions, targets, masked, output_targets) -> SSLAMForPreTrainingOutput:
+    def _score(self, cls, predictions, latent, targets, masked, output_targets) -> SSLAMForPreTrainingOutput:
         config = self.config
         views = len(cls) // len(targets.local)
         mask = _as_mask(masked, targets.local.shape[1])

@@ -104,6 +104,10 @@ class SSLAMConfig(PreTrainedConfig):
         mask_ratio_adjust (`float`, defaults to 0.07): Added to the visible fraction when counting the blocks to keep.
         mask_block_size (`int`, defaults to 5): Side of the visible blocks, in patches.
         mask_noise_std (`float`, defaults to 0.01): Standard deviation of the noise that replaces masked patches in the decoder.
+        objective (`str`, defaults to `"sslam"`):
+            What the sources of mixtures are for: `"sslam"`, source retention, or `"mixture_invariant"`, a baseline in its place after MixIT
+            (Wisdom et al., arXiv 2006.12701): see [`objective_sslam.mixture_invariant_loss`].
+        num_latent_sources (`int`, defaults to 4): Outputs of the decoder for each patch of a mixture in that baseline, 2 to 10.
         num_sources (`int` or `list[int]`, defaults to 2):
             Clips that each mixture has, the clip itself among them; `[least, most]`: drawn for each mixture. At most the clips of a batch.
         mixing_partners (`str`, defaults to `"neighbour"`):
@@ -135,7 +139,8 @@ class SSLAMConfig(PreTrainedConfig):
         global_loss_reduction (`str`, defaults to `"sum"`):
             `"sum"`, over views, so that the weight of the global loss grows with the batch, as published, or `"mean"`.
         source_retention_loss_weight (`float`, defaults to 2.0):
-            Weight of the source retention loss, which only the mixed half has, but which is divided by the masked patches of both.
+            Weight of the source retention loss, which only the mixed half has, but which is divided by the masked patches of both; likewise
+            of the mixture-invariant loss.
         ema_decay (`float`, defaults to 0.9998): Decay of the teacher's moving average at the start.
         ema_end_decay (`float`, defaults to 0.99999): Decay at the end of a linear ramp.
         ema_anneal_end_step (`int`, defaults to 100000): Update at which that ramp ends.
@@ -193,6 +198,8 @@ class SSLAMConfig(PreTrainedConfig):
     mask_ratio_adjust: float | int = 0.07
     mask_block_size: int = 5
     mask_noise_std: float | int = 0.01
+    objective: Literal["sslam", "mixture_invariant"] = "sslam"
+    num_latent_sources: int = 4
     num_sources: int | list[int] = 2
     mixing_partners: Literal["neighbour", "batch"] = "neighbour"
     mixing_domain: Literal["log_mel", "mel", "waveform"] = "log_mel"
@@ -349,6 +356,12 @@ class SSLAMConfig(PreTrainedConfig):
         self._validate_mixtures()
 
     def _validate_mixtures(self) -> None:
+        self._require(["num_latent_sources"], lambda value: 2 <= value <= 10, "be 2 to 10, because all 2 ** num_latent_sources are tried")
+        if self.objective == "mixture_invariant" and not (self.use_mixtures and self.source_retention_loss_weight):
+            raise ValueError(
+                f"objective is 'mixture_invariant', use_mixtures {self.use_mixtures} and source_retention_loss_weight "
+                f"{self.source_retention_loss_weight:g}, but its loss needs mixtures, and that weight above 0"
+            )
         self._require(["num_sources"], _is_count_or_range, "be a whole number of at least 2, or two such, [least, most]")
         self._require(["gain_db"], _is_range_or_none, "be [lowest, highest] in dB, or None for no gains")
         self._require(["log_mel_mean"], math.isfinite, "be finite")

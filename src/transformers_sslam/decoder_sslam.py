@@ -28,15 +28,23 @@ class SSLAMDecoder(nn.Module):
             nn.Conv2d(channels, width, kernel, padding=kernel // 2, groups=config.decoder_num_groups) for channels in inputs
         )
         self.projection = nn.Linear(width, config.hidden_size)
+        self.source_projection = None
+        if config.objective == "mixture_invariant":
+            self.source_projection = nn.Linear(width, config.num_latent_sources * config.hidden_size)
 
-    def forward(self, grid: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """(views, time, frequency, hidden_size) and indices (views, n) of masked patches -> (views, n, hidden_size)."""
+    def forward(self, grid: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(views, time, frequency, hidden_size) and indices (views, n) of masked patches -> (views, n, hidden_size); and, in the
+        mixture-invariant baseline, of the second half of the views, which are of mixtures: (views / 2, n, latent sources, hidden_size)."""
         for convolution in self.layers:
             if self.gradient_checkpointing and self.training:
                 grid = self._gradient_checkpointing_func(self._convolve, convolution, grid)
             else:
                 grid = self._convolve(convolution, grid)
-        return self.projection(gather_patches(grid.flatten(1, 2), masked))
+        features = gather_patches(grid.flatten(1, 2), masked)
+        if self.source_projection is None:
+            return self.projection(features), None
+        latent = self.source_projection(features[len(features) // 2 :])
+        return self.projection(features), latent.unflatten(2, (-1, self.projection.out_features))
 
     @staticmethod
     def _convolve(convolution: nn.Module, grid: torch.Tensor) -> torch.Tensor:

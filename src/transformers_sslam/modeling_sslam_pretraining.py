@@ -27,7 +27,15 @@ from .mixing import (
     partial_mixture,
 )
 from .modeling_sslam import SSLAMModel, SSLAMPreTrainedModel, gather_patches
-from .objective_sslam import SSLAMForPreTrainingOutput, Targets, channel_std, content_share, ema_decay, squared_error
+from .objective_sslam import (
+    SSLAMForPreTrainingOutput,
+    Targets,
+    channel_std,
+    content_share,
+    ema_decay,
+    mixture_invariant_loss,
+    squared_error,
+)
 from .teacher_sslam import SSLAMTeacher
 
 
@@ -165,8 +173,8 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
                 visible, masked = visible.repeat(2, 1), masked.repeat(2, 1)
 
         targets = self._targets(clips, sources, mixed_patches)
-        cls, predictions = self._predict(clips, visible, masked, generator, **kwargs)
-        output = self._score(cls, predictions, targets, masked, output_targets)
+        cls, predictions, latent = self._predict(clips, visible, masked, generator, **kwargs)
+        output = self._score(cls, predictions, latent, targets, masked, output_targets)
         if output_targets:
             output.bool_masked_pos, output.unmixed_span_starts = masks, starts
             if sources is not None:
@@ -261,7 +269,9 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         local, last = self.teacher.targets(tokens, *layers, update_norm=self.training)
         overall = last.mean(1)
         if sources is None or mixed_patches is None or not self.config.source_retention_loss_weight:
-            return Targets(local, overall, None)
+            return Targets(local, overall)
+        if self.config.objective == "mixture_invariant":
+            return Targets(local, overall, two_mixtures=self.teacher.two_mixtures(tokens, local, sources, mixed_patches))
         return Targets(local, overall, self.teacher.mean_of_sources(tokens, local, sources, mixed_patches))
 
     def _predict(
@@ -271,8 +281,9 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         masked: torch.Tensor,
         generator: torch.Generator | None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """CLS (views, hidden_size) and the decoder's outputs at masked patches (views, masked, hidden_size), of what is visible."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """CLS (views, hidden_size) and the decoder's outputs at masked patches (views, masked, hidden_size), of what is visible; and latent
+        sources, if it has any."""
         hidden_states = self.sslam.embeddings(clips, visible)
         for layer in self.sslam.layers:
             hidden_states = layer(hidden_states, **kwargs)
@@ -285,10 +296,16 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         else:
             grid = encoded.new_zeros(shape)
         grid.scatter_(1, visible.unsqueeze(-1).expand_as(encoded), encoded)
-        return cls, self.decoder(grid.unflatten(1, (-1, self.config.num_frequency_patches)), masked)
+        return cls, *self.decoder(grid.unflatten(1, (-1, self.config.num_frequency_patches)), masked)
 
     def _score(
-        self, cls: torch.Tensor, predictions: torch.Tensor, targets: Targets, masked: torch.Tensor, output_targets: bool
+        self,
+        cls: torch.Tensor,
+        predictions: torch.Tensor,
+        latent: torch.Tensor | None,
+        targets: Targets,
+        masked: torch.Tensor,
+        output_targets: bool,
     ) -> SSLAMForPreTrainingOutput:
         """Losses and the collapse guard's statistics."""
         config = self.config
@@ -300,10 +317,17 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         if config.global_loss_reduction == "mean":
             global_loss = global_loss / num_views
         loss = local_loss + global_loss
-        retention_loss = retention_targets = None
+        retention_loss = retention_targets = assignments = None
         if targets.retained is not None:
             retention_targets = gather_patches(targets.retained, masked[num_views // 2 :])
             retention_loss = squared_error(predictions[num_views // 2 :], retention_targets) / sample_size
+        elif targets.two_mixtures is not None and latent is not None:
+            mixed = masked[num_views // 2 :]
+            first, second, mixed_in = targets.two_mixtures
+            there = gather_patches(mixed_in.unsqueeze(-1), mixed).squeeze(-1)
+            latent_loss, assignments = mixture_invariant_loss(latent, gather_patches(first, mixed), gather_patches(second, mixed), there)
+            retention_loss = latent_loss / sample_size
+        if retention_loss is not None:
             retention_loss = retention_loss * config.source_retention_loss_weight
             loss = loss + retention_loss
         output = SSLAMForPreTrainingOutput(
@@ -320,6 +344,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         if output_targets:
             output.predictions, output.cls_predictions = predictions, cls
             output.local_targets, output.global_targets, output.source_retention_targets = local_targets, targets.overall, retention_targets
+            output.latent_predictions, output.assignments = latent, assignments
         return output
 
 

@@ -20,7 +20,8 @@ class SSLAMForPreTrainingOutput(ModelOutput):
         global_loss: squared errors of CLS, over `sqrt(hidden_size)`, summed over channels and over views (or their mean, see
             `config.global_loss_reduction`), times `config.global_loss_weight`.
         source_retention_loss: as `local_loss`, but over the views of the mixed half, and also divided by the `sample_size` of both halves;
-            times `config.source_retention_loss_weight`, 2. `None` without mixtures or with a weight of 0.
+            times `config.source_retention_loss_weight`, 2. `None` without mixtures or with a weight of 0. With `config.objective`
+            "mixture_invariant" it is that loss instead, likewise divided and weighed.
         loss_sum: `loss * sample_size`, with its gradient. To divide by the samples of all devices together, as the published runs did, take
             the sum of `loss_sum` over devices, divided by the sum of `sample_size`.
         sample_size: masked patches of all views of both halves.
@@ -35,6 +36,8 @@ class SSLAMForPreTrainingOutput(ModelOutput):
         local_targets: `(views, masked patches, hidden_size)`.
         global_targets: `(clips, hidden_size)`.
         source_retention_targets: `(views of the mixed half, masked patches, hidden_size)`, or `None`.
+        latent_predictions: `(views of the mixed half, masked patches, num_latent_sources, hidden_size)` of the mixture-invariant baseline.
+        assignments: `(views of the mixed half, num_latent_sources)`, boolean, the best one: True for the first mixture.
         bool_masked_pos: `(batch * num_views, patches)`, the masks, as given or as drawn.
         unmixed_span_starts: the spans, as given or as drawn, or `None`.
         mixed_input_values: `(batch, frames, num_mel_bins)`, the mixtures, or `None`.
@@ -57,6 +60,8 @@ class SSLAMForPreTrainingOutput(ModelOutput):
     local_targets: torch.Tensor | None = None
     global_targets: torch.Tensor | None = None
     source_retention_targets: torch.Tensor | None = None
+    latent_predictions: torch.Tensor | None = None
+    assignments: torch.Tensor | None = None
     bool_masked_pos: torch.Tensor | None = None
     unmixed_span_starts: torch.Tensor | None = None
     mixed_input_values: torch.Tensor | None = None
@@ -70,7 +75,16 @@ class Targets(NamedTuple):
 
     local: torch.Tensor  # (clips, patches, hidden_size)
     overall: torch.Tensor  # (clips, hidden_size)
-    retained: torch.Tensor | None  # (mixed clips, patches, hidden_size), not normalised again
+    retained: torch.Tensor | None = None  # (mixed clips, patches, hidden_size), not normalised again
+    two_mixtures: "TwoMixtures | None" = None  # in the mixture-invariant baseline
+
+
+class TwoMixtures(NamedTuple):
+    """The local targets of the two mixtures of which a mixture consists."""
+
+    first: torch.Tensor  # (mixed clips, patches, hidden_size)
+    second: torch.Tensor  # likewise, 0 where it is not mixed in
+    mixed_in: torch.Tensor  # (mixed clips or 1, patches), boolean: where it is
 
 
 class RunningNorm(nn.Module):
@@ -137,6 +151,45 @@ def squared_error(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Ten
     return nn.functional.mse_loss(predictions.float(), targets, reduction="sum") * predictions.shape[-1] ** -0.5
 
 
+def mixture_invariant_loss(
+    latent: torch.Tensor, first: torch.Tensor, second: torch.Tensor, mixed_in: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """MixIT (Wisdom et al., NeurIPS 2020, arXiv 2006.12701, equation 4) on the teacher's features of masked patches.
+
+    Each view is of a mixture of two mixtures. Every latent source goes to one of the two, and each mixture's sources are summed: of all
+    assignments of a view the one with the smallest squared error counts, and has the gradient. As there, all are tried, one assignment
+    serves a whole example, and no source is known by itself. Other than there, targets are features, which do not add up as waveforms do:
+    so the sources are not projected to sum to the input, and the error is the squared one of the other losses, not an SNR.
+
+    Args:
+        latent: `(views, n, latent sources, width)`.
+        first, second: `(views, n, width)`, the teacher's targets of the two mixtures.
+        mixed_in: `(views, n)`, boolean: where the second mixture is there. Elsewhere it has no error.
+
+    Returns:
+        Half the sum of both mixtures' squared errors over everything, times `1 / sqrt(width)`, in float32; and the best assignments,
+        `(views, latent sources)`, boolean, True for the first mixture.
+    """
+    with torch.autocast(latent.device.type, enabled=False):
+        latent, there = latent.float(), mixed_in.unsqueeze(-1).to(first.dtype)
+        number = torch.arange(latent.shape[2], device=latent.device)
+        candidates = (torch.arange(2 ** len(number), device=latent.device).unsqueeze(1) >> number) % 2  # (assignments, latent sources)
+        candidates = candidates.to(latent.dtype)
+        with torch.no_grad():
+            errors = _errors(latent, first, candidates) + _errors(latent * there.unsqueeze(-1), second * there, 1 - candidates)
+            best = candidates[errors.argmin(1)]
+        errors = squared_error(torch.einsum("vm,vnmd->vnd", best, latent), first)
+        errors = errors + squared_error(torch.einsum("vm,vnmd->vnd", 1 - best, latent) * there, second * there)
+        return errors / 2, best.bool()
+
+
+def _errors(latent: torch.Tensor, target: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Squared error of each candidate's sum of sources, less the square of the target, which all have: (views, candidates). Through
+    products of sources with each other and with the target: no sum over a candidate's sources is made."""
+    products = torch.einsum("vnmd,vnkd->vmk", latent, latent)
+    return ((candidates @ products) * candidates).sum(-1) - 2 * torch.einsum("vnmd,vnd->vm", latent, target) @ candidates.T
+
+
 @torch.no_grad()
 def channel_std(values: torch.Tensor) -> torch.Tensor:
     """Standard deviation over all vectors of (..., width): unbiased for each channel, `sqrt(var + 1e-6)`, their mean."""
@@ -159,4 +212,14 @@ def variance_over_rows(values: torch.Tensor) -> torch.Tensor:
     return centred.square_().sum(0) / (len(values) - 1)
 
 
-__all__ = ["RunningNorm", "SSLAMForPreTrainingOutput", "Targets", "channel_std", "content_share", "ema_decay", "squared_error"]
+__all__ = [
+    "RunningNorm",
+    "SSLAMForPreTrainingOutput",
+    "Targets",
+    "TwoMixtures",
+    "channel_std",
+    "content_share",
+    "ema_decay",
+    "mixture_invariant_loss",
+    "squared_error",
+]

@@ -5,9 +5,9 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_sslam import SSLAMConfig
-from .mixing import Sources
+from .mixing import Sources, partial_mixture
 from .modeling_sslam import SSLAMModel, gather_patches
-from .objective_sslam import RunningNorm
+from .objective_sslam import RunningNorm, TwoMixtures
 
 
 class SSLAMTeacher(SSLAMModel):
@@ -95,6 +95,28 @@ class SSLAMTeacher(SSLAMModel):
             total = total + (target if drawn.present is None else target * drawn.present[i, :, None, None])
         counts = drawn.counts()
         return total / (counts if isinstance(counts, int) else counts[:, None, None])
+
+    @torch.no_grad()
+    def two_mixtures(self, tokens: torch.Tensor, local: torch.Tensor, sources: Sources, mixed_patches: torch.Tensor) -> TwoMixtures:
+        """The targets of the two mixtures that each mixture consists of. Its sources belong to them in turns: to the first, which has the
+        clip itself, the first source, the third and so on, to the second, which is not in the unmixed spans, the others.
+
+        For the arguments see `mean_of_sources`.
+        """
+        batch, count = sources.log_mels.shape[1], len(sources.log_mels)
+        mixed_in = torch.zeros(len(mixed_patches), local.shape[1], dtype=torch.bool, device=local.device).scatter_(1, mixed_patches, True)
+        first = local[:batch]
+        if count > 2:
+            mixed_time = mixed_in[:, :: self.config.num_frequency_patches]
+            mixture = partial_mixture(sources, mixed_time, self.config.patch_size, slice(0, None, 2))
+            (first,) = self.targets(self.embeddings(mixture), self.config.local_target_layers or self.config.num_hidden_layers)
+        if count > 2 or sources.drawn.gain_db is not None:
+            foreign = self.embeddings(sources.mix(slice(1, None, 2)))
+        else:
+            foreign = tokens[sources.drawn.partners[0]]
+        index = mixed_patches.unsqueeze(-1).expand(batch, -1, local.shape[-1])
+        second = torch.zeros_like(first).scatter(1, index, self._local_of_mixed(foreign, mixed_patches))
+        return TwoMixtures(first, second, mixed_in)
 
     def _local_of_mixed(self, tokens: torch.Tensor, mixed_patches: torch.Tensor) -> torch.Tensor:
         """Local targets where the teacher receives the mixed patches alone: (clips, 1 + patches, hidden_size) -> (clips, n, hidden_size).

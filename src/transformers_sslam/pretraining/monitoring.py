@@ -96,10 +96,18 @@ def training_flops_per_clip(config: SSLAMConfig, frames: int) -> float:
     decoder = sum(2 * patches * channels * inner * kernel for channels in layers) + 2 * (patches - visible) * inner * width
     student = halves * config.num_views * (encoder(1 + visible) + decoder) + patch_embedding(halves)
     teacher = halves * encoder(1 + patches) + patch_embedding(halves)
+    if config.objective == "mixture_invariant":
+        student += config.num_views * 2 * (patches - visible) * inner * config.num_latent_sources * width
     if config.use_mixtures and config.source_retention_loss_weight:
         foreign = patches - config.num_unmixed_spans * config.unmixed_span_length // config.patch_size * config.num_frequency_patches
         others = config.most_sources - 1
-        if config.gain_db is not None:
+        if config.objective == "mixture_invariant":
+            teacher += encoder(1 + foreign)
+            if others > 1:  # the first of the two mixtures is not the clip alone
+                teacher += encoder(1 + patches) + patch_embedding(1)
+            if others > 1 or config.gain_db is not None:
+                teacher += patch_embedding(1)
+        elif config.gain_db is not None:
             teacher += others * (encoder(1 + foreign) + patch_embedding(1))
         else:  # where spans are those of the whole batch, a clip is the same source in every mixture
             teacher += encoder(1 + foreign) * (others if config.unmixed_spans_per_clip else 1)
