@@ -592,4 +592,4 @@ cli.main({words})
     assert main([*words, "--window", "0.32"]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("sslam detect: error: ")
-    assert "events.parts was written with window = 0.64, but window is 0.32 now" in said
+    assert "events.parts was made with other settings: window was 0.64 and is 0.32 now" in said

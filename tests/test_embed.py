@@ -212,18 +212,18 @@ def test_a_run_that_is_stopped_is_resumed_and_writes_what_one_run_writes(model, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"per": "window", "hop": 0.32}, "per = 'clip', but per is 'window' now"),
-        ({"layers": [1]}, r"layers = \[-1\], but layers is \[1\] now"),
-        ({"pooling": "cls"}, "pooling = None, but pooling is 'cls' now"),
-        ({"window": 0.32}, "window = 0.64, but window is 0.32 now"),
-        ({"dtype": "bfloat16"}, "dtype = 'float32', but dtype is 'bfloat16' now"),
+        ({"per": "window", "hop": 0.32}, "per was 'clip' and is 'window' now"),
+        ({"layers": [1]}, r"layers was \[-1\] and is \[1\] now"),
+        ({"pooling": "cls"}, "pooling was None and is 'cls' now"),
+        ({"window": 0.32}, "window was 0.64 and is 0.32 now"),
+        ({"dtype": "bfloat16"}, "dtype was 'float32' and is 'bfloat16' now"),
     ],
 )
 def test_vectors_of_other_settings_are_rejected(model, recordings, tmp_path, changes, message):
     output = tmp_path / "embeddings.parquet"
     embed_files(settings(model, recordings, output))
     before = output.read_bytes()
-    with pytest.raises(UserError, match=f"embeddings.parts was written with {message}"):
+    with pytest.raises(UserError, match=f"embeddings.parts was made with other settings: {message}"):
         embed_files(settings(model, recordings, output, **changes))
     assert output.read_bytes() == before
 
@@ -268,4 +268,4 @@ def test_the_command_embeds_a_folder(recordings, tmp_path, capsys):
     chosen = table.filter(pa.compute.equal(table["path"], str(recordings / "e.ogg")))
     np.testing.assert_allclose(vectors_of(chosen), vectors, atol=1e-5)
     assert main([*arguments[:-1], "mean"]) == 1
-    assert "embeddings.parts was written with pooling = 'patches', but pooling is 'mean' now" in capsys.readouterr().err
+    assert "embeddings.parts was made with other settings: pooling was 'patches' and is 'mean' now" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from transformers_sslam.recordings.parts import Parts
 from transformers_sslam.tasks_sslam import Row
 
 
-IDENTITY = {"task": "Scoring", "hop": 0.5, "layers": (1, 2)}
+IDENTITY = {"task": "Scoring", "hop": 0.5, "layers": (1, 2), "model": "sha256:a", "model_name": "runs/a"}
 A, B, C = (Recording(f"/recordings/{name}", size, 10 + size) for size, name in enumerate(("a.wav", "b.wav", "caf\udce9.wav"), 1))
 BROKEN = AudioDecodingError("truncated", "it ends too early")
 
@@ -147,14 +147,30 @@ def test_a_part_with_one_changed_bit_is_dropped(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("identity", "message"),
-    [({"hop": 0.25}, "hop = 0.5, but hop is 0.25 now"), ({"layers": (2, 1)}, r"layers = \[1, 2\], but layers is \[2, 1\] now")],
+    [
+        ({"hop": 0.25}, "hop was 0.5 and is 0.25 now"),
+        ({"hop": 0.25, "layers": (2, 1)}, r"hop was 0.5 and is 0.25 now; layers was \[1, 2\] and is \[2, 1\] now"),
+        (
+            {"hop": 0.25, "model": "sha256:b", "model_name": "runs/b"},
+            "the model was runs/a and is runs/b now; hop was 0.5 and is 0.25 now",
+        ),
+        ({"model": "sha256:b"}, "weights, configuration or feature extractor of runs/a were others"),
+        ({"model": "sha256:b", "dtype": "float16"}, "dtype was None and is 'float16' now"),
+    ],
 )
 def test_results_of_other_settings_are_rejected(tmp_path, identity, message):
     opened(tmp_path).write([(A, rows(1))])
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=f"x.parts was written with {message}: give the same, or another output"):
+    with pytest.raises(
+        UserError, match=rf"x.parts was made with other settings: {message}\. Give the same to resume, or another output; or"
+    ):
         opened(tmp_path, **identity)
     assert contents(tmp_path) == before
+
+
+def test_a_model_may_be_moved(tmp_path):
+    opened(tmp_path).write([(A, rows(1))])
+    assert opened(tmp_path, model_name="elsewhere/a").holds(A)
 
 
 def test_a_folder_of_others_is_left_alone(tmp_path):
@@ -247,7 +263,10 @@ def test_an_output_is_replaced_only_as_it_was_written(tmp_path):
 def test_an_output_of_others_is_left_alone(tmp_path, how):
     output, parts = tmp_path / "x.csv", opened(tmp_path)
     output.mkdir() if how == "a folder" else output.write_text("precious")
-    with pytest.raises(UserError, match=r"x.csv exists, and was not written from .*x.parts: give another output"), parts.replace(output):
+    with (
+        pytest.raises(UserError, match=r"x.csv exists, and was not written from .*x.parts: move it away, or give another output"),
+        parts.replace(output),
+    ):
         pass
     assert output.is_dir() if how == "a folder" else output.read_text() == "precious"
 

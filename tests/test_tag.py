@@ -346,7 +346,7 @@ def test_an_output_that_was_changed_is_rejected_and_left_as_it_is(model, recordi
 def test_a_file_that_is_not_ours_is_not_touched(model, recordings, tmp_path):
     output = tmp_path / "tags.jsonl"
     output.write_text("precious\n")
-    with pytest.raises(UserError, match=r"tags.jsonl exists, and was not written from .*tags.parts: give another output"):
+    with pytest.raises(UserError, match=r"tags.jsonl exists, and was not written from .*tags.parts: move it away, or give another output"):
         tag_files(settings(model, recordings, output))
     assert output.read_text() == "precious\n"
 
@@ -356,7 +356,9 @@ def test_results_of_other_settings_are_rejected(model, recordings, tmp_path, nam
     output = tmp_path / "tags.jsonl"
     tag_files(settings(model, recordings, output))
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=f"tags.parts was written with {name} = .*, but {name} is .* now: give the same, or another output"):
+    with pytest.raises(
+        UserError, match=f"tags.parts was made with other settings: .*{name} was .* and is .* now.* Give the same to resume"
+    ):
         tag_files(settings(model, recordings, output, **changes))
     assert contents(tmp_path) == before
 
@@ -374,7 +376,7 @@ def test_results_of_another_model_are_rejected(model, recordings, tmp_path, what
     else:
         SSLAMFeatureExtractor(max_length=64, mean=-4.0).save_pretrained(model)
     other.save_pretrained(model)
-    with pytest.raises(UserError, match="was written with model = 'sha256:"):
+    with pytest.raises(UserError, match=f"weights, configuration or feature extractor of {model} were others"):
         tag_files(settings(model, recordings, output))
     assert output.read_bytes() == before
 
@@ -596,7 +598,7 @@ cli.main({arguments})
     assert main([*arguments, "--hop", "2"]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("sslam tag: error: ")
-    assert "tags.parts was written with hop = 2.56, but hop is 2.0 now" in said
+    assert "tags.parts was made with other settings: hop was 2.56 and is 2.0 now. Give the same to resume, or another output" in said
 
 
 def test_a_run_that_computes_nothing_says_what_the_output_is_written_from(recordings, tmp_path, capsys):
@@ -643,3 +645,16 @@ def test_a_detector_of_events_gives_the_labels_of_whole_windows(recordings, tmp_
             scores = {tag["label"]: tag["score"] for tag in window["tags"]}
             assert [scores[label] for label in CLASSES] == pytest.approx(expected.tolist(), abs=2e-3 if name == "a.wav" else 1e-4)
     assert found["c.ogg"]["windows"][0]["end"] == pytest.approx(0.4)  # shorter than a window: its padding is masked
+
+
+def test_recordings_of_earlier_runs_that_an_output_no_longer_holds_are_counted(model, recordings, tmp_path, capsys):
+    """The inputs decide what an output holds: a second run with others must not lose the first ones' rows without a word."""
+    words = ["tag", "--model", str(model), "--output", str(tmp_path / "tags.jsonl"), "--device", "cpu", "--inputs"]
+    a, b = (str(recordings / name) for name in ("a.wav", "b.flac"))
+    for given, held, left_out in (([a], [a], 0), ([b], [b], 1), ([a, b], [a, b], 0)):
+        assert main([*words, *given]) == 0
+        printed = capsys.readouterr().out
+        assert [line["path"] for line in lines(tmp_path / "tags.jsonl")] == held
+        assert (f"{left_out} recordings of earlier runs are not among these inputs" in printed) == bool(left_out)
+        assert ("are not among these inputs" in printed) == bool(left_out)
+    assert "nothing was computed" in printed

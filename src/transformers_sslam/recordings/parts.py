@@ -32,6 +32,7 @@ from .inputs import Recording, absolute_path
 logger = logging.getLogger(__name__)
 
 IDENTITY, OUTPUTS = "settings.json", "outputs.json"
+MODEL_NAME = "model_name"  # in an identity beside the hash `model`, for people
 PART_NAME = re.compile(r"(\d{4,})-([0-9a-f]{64})\.parquet")  # number of the run, and hash
 FOLDER_HASH = "folder "  # before the hash of an output that is one
 ROW_GROUP_BYTES, MOST_ROWS = 2**21, 2**15
@@ -61,7 +62,7 @@ class Parts:
 
     Args:
         folder: of the parts; created if need be.
-        identity: model and settings that decide the values, which must be the same in all runs.
+        identity: model and settings that decide the values, which must be the same in all runs; but for `MODEL_NAME`.
         width: of each row's values.
 
     Attributes:
@@ -175,7 +176,7 @@ class Parts:
             return
         written = self._hashes().get(self._output_name(output))
         if written is None or output.is_dir() != any(known.startswith(FOLDER_HASH) for known in written):
-            raise UserError(f"{output} exists, and was not written from {self.folder}: give another output")
+            raise UserError(f"{output} exists, and was not written from {self.folder}: move it away, or give another output")
         if _hash_output(output) not in written:
             raise UserError(
                 f"{output} was changed since it was written (line ends?): move it away to have it written again, or give another output"
@@ -199,12 +200,18 @@ class Parts:
                 raise UserError(f"{self.folder} is not a folder of results that this program wrote: give another output")
             write_json(file, identity, sealed=True)
         before = _read(file, f"move {self.folder} and the outputs beside it away to compute all of it again")
-        for name, value in json.loads(json.dumps(identity)).items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"{self.folder} was written with {name} = {before.get(name)!r}, but {name} is {value!r} now: give the same, or another "
-                    "output"
-                )
+        now = json.loads(json.dumps(identity))
+        if different := [name for name, value in now.items() if name != MODEL_NAME and before.get(name) != value]:
+            said = [f"{name} was {before.get(name)!r} and is {now[name]!r} now" for name in different if name != "model"]
+            former, current = (values.get(MODEL_NAME, "another one") for values in (before, now))
+            if "model" in different and former != current:
+                said.insert(0, f"the model was {former} and is {current} now")
+            elif "model" in different and "dtype" not in different:  # which changes the hash too
+                said.insert(0, f"weights, configuration or feature extractor of {current} were others")
+            raise UserError(
+                f"{self.folder} was made with other settings: {'; '.join(said)}. Give the same to resume, or another output; or move the "
+                "folder and the outputs beside it away to compute all again"
+            )
 
     def _rows(self, results: Iterable[tuple[Recording, Iterable[Row | ValueError]]]) -> Iterator[tuple]:
         for recording, rows in results:
@@ -284,4 +291,4 @@ def _slices(read: Any, ends: np.ndarray, first: int, last: int) -> Iterator[pa.T
         yield read(group).slice(max(0, first - begin), min(last, int(ends[group])) - max(first, begin))
 
 
-__all__ = ["OUTPUTS", "Entry", "Parts", "cause_of", "values_of"]
+__all__ = ["MODEL_NAME", "OUTPUTS", "Entry", "Parts", "cause_of", "values_of"]

@@ -30,8 +30,8 @@ from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import lock
 from ..settings import setting
 from ..tasks_sslam import Row, Task
-from .inputs import Recording, current_state, cut_into_portions, find_recordings, lists_among, read_windows
-from .parts import OUTPUTS, Parts, cause_of
+from .inputs import Recording, absolute_path, current_state, cut_into_portions, find_recordings, lists_among, read_windows
+from .parts import MODEL_NAME, OUTPUTS, Parts, cause_of
 
 
 Result = tuple[Span, torch.Tensor | ValueError]  # of a window, or of a recording that cannot be used
@@ -81,7 +81,7 @@ class RecordingsSettings:
 @dataclass
 class Summary:
     """Of a run of one process: recordings processed, finished before, and unusable by cause; seconds of audio and of the run; and, over all
-    processes, whether all recordings are processed, and whether any could be used."""
+    processes, whether all recordings are processed, whether any could be used, and how many of earlier runs are not among the inputs."""
 
     finished: int = 0
     skipped: int = 0
@@ -90,6 +90,7 @@ class Summary:
     run_seconds: float = 0.0
     is_complete: bool = False
     any_usable: bool = True
+    left_out: int = 0
 
     @property
     def speed(self) -> float:
@@ -124,9 +125,14 @@ def report(work: Callable[[Any], Summary], settings: RecordingsSettings) -> None
     print(summary)
     if not summary.is_complete:
         print(f"{settings.output} is written by the process that ends last")
-    elif not summary.any_usable:
+    if summary.left_out:
+        print(
+            f"{summary.left_out} recordings of earlier runs are not among these inputs, so {settings.output} is without them now: give "
+            "all as inputs to have them in it again, without computing"
+        )
+    if summary.is_complete and not summary.any_usable:
         raise UserError("no recording can be used: the output has the cause of each, or the .unusable.csv beside it")
-    elif not summary.finished:
+    if summary.is_complete and not summary.finished:
         print(f"{settings.output} is written from the results in {Path(settings.output).with_suffix('.parts')}; nothing was computed")
 
 
@@ -188,6 +194,7 @@ def process(settings: RecordingsSettings, write_output: Callable[[Parts, list[st
         summary.is_complete = all(parts.answers(recording, former) for recording in recordings)
         if summary.is_complete:
             write_output(parts, paths, output, task)
+            summary.left_out = len(parts.entries.keys() - set(map(absolute_path, paths)))
             summary.any_usable = any(map(parts.holds, recordings))
     return summary
 
@@ -198,7 +205,8 @@ def _identity(settings: RecordingsSettings, task: Task, model: Any) -> dict[str,
     windowing, kept = task.windowing, ("per", "layers", "pooling")
     seconds = {"window": windowing.frames / 100, "hop": windowing.hop / windowing.sampling_rate}
     options = {name: getattr(task, name) for name in kept if hasattr(task, name)}
-    return {"task": type(task).__name__, "dtype": settings.dtype, "model": f"sha256:{digest}", **options, **seconds}
+    names = {"model": f"sha256:{digest}", MODEL_NAME: settings.model}
+    return {"task": type(task).__name__, "dtype": settings.dtype, **names, **options, **seconds}
 
 
 def _process(settings: RecordingsSettings, parts: Parts, task: Task, model: Any, portions: list[list[Recording]], summary: Summary) -> None:
