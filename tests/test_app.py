@@ -532,7 +532,16 @@ def test_a_missing_or_damaged_card_is_no_reason_to_stop(detector, card):
         (detector / "README.md").write_text(card)
     text = about.draw_about(open_listener(AppSettings(model=str(detector), device="cpu")))
     assert "This page" in text
-    assert "Licence" not in text
+    assert f"<dt>Licence</dt><dd>{about.NO_LICENCE}</dd>" in text
+    assert "<dt>Examples</dt>" not in text
+
+
+def test_the_licence_of_the_model_and_the_rights_to_examples_are_told(detector, file):
+    front = "license: other\nlicense_name: <b>mine\nlicense_link: https://example.org/l\n"
+    (detector / "README.md").write_text(f"---\n{front}---\n\nText.\n")
+    text = about.draw_about(open_listener(AppSettings(model=str(detector), device="cpu", examples=str(file))))
+    assert "<dt>Licence</dt><dd>&lt;b&gt;mine https://example.org/l</dd>" in text
+    assert f"<dt>Examples</dt><dd>{about.EXAMPLES_RIGHTS}</dd>" in text
 
 
 # --- what is deleted

@@ -1,5 +1,6 @@
 """The command that serves the page: where it is, how it ends, and what is left then."""
 
+import ast
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,8 @@ from test_app import RATE, save_classifier, save_detector  # noqa: E402
 
 from transformers_sslam.app.server import describe_address  # noqa: E402
 from transformers_sslam.app.sessions import Sessions  # noqa: E402
+from transformers_sslam.app.settings import AppSettings  # noqa: E402
+from transformers_sslam.publishing.space import APP, LONGEST  # noqa: E402
 
 
 CLOSED = "the page is closed, and what it kept is deleted\n"
@@ -108,3 +112,23 @@ def test_everything_is_deleted_while_files_are_still_written():
     for writer in writers:
         writer.join(10)
         assert not writer.is_alive()  # there is no folder to write to
+
+
+def test_every_setting_is_in_the_table_of_the_docs_with_its_default_and_that_of_a_space():
+    text = (Path(__file__).parents[1] / "docs/app.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `--")]
+    stated = {name.strip("`-"): default for name, default, _, _ in rows}
+    defaults = {field.name: field.default_factory() for field in fields(AppSettings) if field.default_factory is not MISSING}
+    written = {name: "none" if value is None else str(value).lower().removesuffix(".0") for name, value in defaults.items()}
+    assert stated == {"model": "required", **written}
+    given = next(
+        node
+        for node in ast.walk(ast.parse(APP.format(model="m", examples="None", longest=LONGEST)))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "AppSettings"
+    ).keywords
+    assert {name.strip("`-") for name, _, _, space in rows if space} == {keyword.arg for keyword in given} | {"index"}
+    limits = {keyword.arg: keyword.value.value for keyword in given if isinstance(keyword.value, ast.Constant)} | {"max_seconds": LONGEST}
+    limits.pop("examples")
+    for name, _, _, space in rows:
+        if (limit := limits.get(name.strip("`-"))) is not None:
+            assert space == str(limit).lower().removesuffix(".0"), name

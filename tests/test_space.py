@@ -148,6 +148,27 @@ def test_its_card_says_how_the_hub_runs_it(built):
     assert all((built / link).is_file() for link in links)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_licences_are_stated_and_that_examples_become_public(detector, recordings, tmp_path, capsys, built):
+    text = (built / "README.md").read_text()
+    assert "The model's licence is mit; the code has its own, `transformers_sslam/LICENSE`. The licence of the model does not cover" in text
+    model = tmp_path / "model"
+    shutil.copytree(detector, model)
+    own = {"license": "other", "license_name": "mine", "license_link": "https://example.org/licence"}
+    for card, sentence in ((own, "The model's licence is mine;"), ({}, "The model's card names no licence: ask its authors")):
+        lines = "".join(f"{name}: {value}\n" for name, value in card.items())
+        text = (detector / "README.md").read_text()
+        assert "license: mit\n" in text
+        (model / "README.md").write_text(text.replace("license: mit\n", lines))
+        capsys.readouterr()
+        page = tmp_path / f"page-{len(card)}"
+        assert run("--model", model, "--output_dir", page, "--examples", recordings) == 0
+        assert "note: the examples become public with the Space: " in capsys.readouterr().out
+        data = SpaceCard.load(page / "README.md").data.to_dict()
+        assert {name: value for name, value in data.items() if name.startswith("license")} == card
+        assert sentence in (page / "README.md").read_text()
+
+
 def test_its_requirements_are_those_of_the_extra_at_the_versions_of_this_machine(built):
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text())["project"]

@@ -12,11 +12,12 @@ from ..settings import load_yaml
 from .drawing import clock
 from .index import SoundIndex
 from .listening import Listener
-from .settings import LimitSettings
+from .settings import EXAMPLES_RIGHTS, LimitSettings
 
 
 CARD = "README.md"
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n(.*)\Z", re.DOTALL)
+NO_LICENCE = "The model's card names none: ask its authors before you use it."
 MOST_CLASSES = 60  # that are listed
 
 
@@ -26,13 +27,15 @@ def draw_about(listener: Listener, index: SoundIndex | None = None) -> str:
     classes = ", ".join(map(escape, listener.classes[:MOST_CLASSES]))
     more = f" and {len(listener.classes) - MOST_CLASSES} more" if len(listener.classes) > MOST_CLASSES else ""
     parameters = sum(parameter.numel() for parameter in listener.model.parameters())
+    named = "license_name" if front.get("license_name") else "license", "license_link"
     facts = {
         "Model": escape(model_name(listener.settings.model)),
         "Kind": escape(f"{type(listener.model).__name__}, {parameters / 1e6:.1f} million parameters, sound at {listener.rate:,} Hz"),
         f"{len(listener.classes)} classes": f"{classes}{more}",
         "Trained from": _listed(front.get("base_model")),
         "Data": _listed(front.get("datasets")),
-        "Licence": _listed(front.get("license_name") or front.get("license")),
+        "Licence": " ".join(filter(None, (_listed(front.get(name)) for name in named))) or NO_LICENCE,
+        "Examples": EXAMPLES_RIGHTS if listener.settings.examples else "",
         "From its card": escape(text),
         "Searched": escape(index.about) if index else "",
         "This page": escape(limits(listener.settings)),

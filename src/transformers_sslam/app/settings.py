@@ -16,6 +16,9 @@ from ..errors import UserError
 from ..settings import setting
 
 
+EXAMPLES_RIGHTS = "The licence of the model does not cover the examples: rights to them stay with those who recorded them."
+
+
 @dataclass(kw_only=True)
 class LimitSettings:
     """What visitors of the page may ask for"""
@@ -71,4 +74,4 @@ def run(settings: AppSettings) -> None:
     serve(settings)
 
 
-__all__ = ["AppSettings", "LimitSettings", "run"]
+__all__ = ["EXAMPLES_RIGHTS", "AppSettings", "LimitSettings", "run"]

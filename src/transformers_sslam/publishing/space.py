@@ -22,6 +22,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from .. import __version__
+from ..app.settings import EXAMPLES_RIGHTS
 from ..errors import as_user_error
 from ..evaluation.loading import named_model
 from ..files import write_text
@@ -85,6 +86,8 @@ Give a recording: hear it, and see what the model finds in it, from when to when
 
 {files}
 
+{rights}
+
 `pip install -r requirements.txt` and `python app.py` start the page on any machine. Limits for visitors, such as recordings of at most
 {longest:g} seconds, are set in `app.py`.
 """
@@ -125,14 +128,15 @@ def build_space(
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     write_text(folder / PACKAGE.name / "LICENSE", license_text)
     write_text(folder / "requirements.txt", "".join(f"{requirement}\n" for requirement in requirements))
-    chosen = "None"
+    chosen, notes = "None", published.notes
     if examples is not None:
+        notes = [*notes, "the examples become public with the Space: publish none whose rights others hold, or in which somebody is known"]
         _copy_examples(Path(examples), folder / EXAMPLES)
         chosen = f'str(HERE / "{EXAMPLES}")'
     write_text(folder / "app.py", APP.format(model=place, examples=chosen, longest=LONGEST))
     write_text(folder / "README.md", _readme(folder, place, gradio, None if is_local else model))
     check_space(folder)
-    return Publication(folder, repo_id or "", published.left_out, published.notes, "space", (PACKAGE.name, MODELS, EXAMPLES))
+    return Publication(folder, repo_id or "", published.left_out, notes, "space", (PACKAGE.name, MODELS, EXAMPLES))
 
 
 def _simple_name(name: str) -> str:
@@ -144,6 +148,8 @@ def _simple_name(name: str) -> str:
 def _readme(folder: Path, place: str, gradio: str, hub_id: str | None) -> str:
     """The Space's card: front matter that tells the Hub how to run it, and what its files are."""
     title = f"Listen with {Path(place).name}"
+    card = ModelCard.load(folder / place / "README.md").data.to_dict()
+    licence = {name: card[name] for name in ("license", "license_name", "license_link") if card.get(name)}
     front = SpaceCardData(
         title=title,
         emoji="👂",
@@ -153,7 +159,7 @@ def _readme(folder: Path, place: str, gradio: str, hub_id: str | None) -> str:
         sdk_version=gradio,
         python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
         app_file="app.py",
-        license=ModelCard.load(folder / place / "README.md").data.get("license"),
+        **licence,
         models=None if hub_id is None else [hub_id],
         short_description="Hear a recording, and see the sounds that are in it",
     )
@@ -165,7 +171,13 @@ def _readme(folder: Path, place: str, gradio: str, hub_id: str | None) -> str:
     ]
     if (folder / EXAMPLES).exists():
         files.append([f"`{EXAMPLES}/`", "recordings to choose from"])
-    text = TEXT.format(title=title, model=place, files=markdown_table(["file", "what it is"], files), longest=LONGEST)
+    name = licence.get("license_name") or licence.get("license")
+    rights = f"The model's licence is {name}" if name else "The model's card names no licence: ask its authors before you use it"
+    rights += f"; the code has its own, `{PACKAGE.name}/LICENSE`."
+    if (folder / EXAMPLES).exists():
+        rights += " " + EXAMPLES_RIGHTS
+    table = markdown_table(["file", "what it is"], files)
+    text = TEXT.format(title=title, model=place, files=table, rights=rights, longest=LONGEST)
     return f"---\n{front.to_yaml()}\n---\n\n{text}"
 
 
