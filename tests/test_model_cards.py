@@ -26,6 +26,7 @@ from transformers_sslam.publishing.cards import (
     describe_origin,
     generate_model_card,
     is_description,
+    name_model,
     public_name,
     read_description,
     write_model_card,
@@ -71,11 +72,14 @@ def test_the_official_models_have_cards():
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_no_card_is_stale(name, tmp_path):
-    source = CARDS[name].parent
-    for file in ("config.json", "preprocessor_config.json", "results.json"):
-        (tmp_path / file).write_bytes((source / file).read_bytes())
-    assert generate_model_card(tmp_path).read_text() == CARDS[name].read_text(), "run `sslam card --model model_cards/*/`"
+def test_no_card_is_stale(name, tmp_path, monkeypatch):
+    source, folder = CARDS[name].parent, Path("model_cards") / name
+    monkeypatch.chdir(tmp_path)
+    folder.mkdir(parents=True)
+    for file in ("config.json", "preprocessor_config.json", "results.json", "model.safetensors"):
+        if (source / file).is_file():
+            (folder / file).write_bytes((source / file).read_bytes())
+    assert generate_model_card(folder).read_text() == CARDS[name].read_text(), "run `sslam card --model model_cards/*/`"
 
 
 @pytest.mark.parametrize("name", CARDS)
@@ -98,9 +102,10 @@ def test_the_code_of_a_card_runs(name, tmp_path, monkeypatch):
     soundfile.write(tmp_path / "clip.wav", noise(1.0), 16_000)
     monkeypatch.chdir(tmp_path)
     (program,) = re.findall(r"```python\n(.*?)```", CARDS[name].read_text(), flags=re.DOTALL)
-    assert f'"{name}"' in program
+    place = f"model_cards/{name}" if (CARDS[name].parent / "model.safetensors").exists() else name
+    assert f'"{place}"' in program
     names: dict = {}
-    exec(program.replace(f'"{name}"', '"stand-in"'), names)
+    exec(program.replace(f'"{place}"', '"stand-in"'), names)
     if kind == "SSLAMForAudioClassification":
         assert len(names["classify"](names["waveform"])) == 2
     elif kind == "SSLAMForAudioFrameClassification":
@@ -199,18 +204,35 @@ def test_the_card_of_a_detector_shows_how_to_find_events(tmp_path, monkeypatch, 
     config = tiny_config(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}, steps_per_second=12.5)
     SSLAMForAudioFrameClassification(config).save_pretrained(tmp_path / "model")
     SSLAMFeatureExtractor(max_length=128).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
     write_model_card(tmp_path / "model", "Trained on mixtures.", title="Mine")
     card = front_matter(tmp_path / "model")
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "audio-classification")
     assert card.data.tags == ["audio", "sslam", "sound-event-detection"]
     assert "SSLAMForAudioFrameClassification: 2 blocks, width 32, 4 heads, 3 classes, 12.5 time steps per second. Input" in card.text
     soundfile.write(tmp_path / "clip.wav", noise(1.0), 16_000)
-    monkeypatch.chdir(tmp_path)
     (program,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     found: dict = {}
-    exec(program.replace("PATH_OR_ID", "model"), found)
+    exec(program, found)
     assert type(found["model"]) is SSLAMForAudioFrameClassification
     assert capsys.readouterr().out.splitlines()[-1] == str(found["model"].detect(found["waveform"], found["extractor"]))
+
+
+def test_examples_name_the_place_where_the_card_lies(folder, tmp_path, monkeypatch):
+    describe(folder, how_to_get="Ask.")
+    assert 'model="small"' in generate_model_card(folder).read_text()  # the weights are elsewhere
+    (folder / "model.safetensors").touch()
+    card = generate_model_card(folder).read_text()
+    assert f'model="{folder}"' in card
+    assert "Ask." not in card
+    monkeypatch.chdir(folder.parent)
+    card = generate_model_card(folder).read_text()
+    assert f'model="{folder.name}"' in card
+    assert 'model="me/small"' in generate_model_card(folder, model_id="me/small").read_text()
+    write_model_card(folder, "Trained.", place=tmp_path / "runs" / "later")
+    assert re.search('model="[^"]*runs/later"', (folder / "README.md").read_text())
+    own = 'See `from_pretrained("other")`.\n\n' + card + '\n```python\nAutoModel.from_pretrained("other")\n```\n'
+    assert name_model(own, "me/small") == own.replace(f'model="{folder.name}"', 'model="me/small"')
 
 
 def test_the_card_of_a_training_run_can_hold_numbers(folder):
@@ -218,7 +240,7 @@ def test_the_card_of_a_training_run_can_hold_numbers(folder):
     card = front_matter(folder)
     assert [(r.metric_value, r.metric_name) for r in card.data.eval_results] == [(84.0, "accuracy (one run)")]
     assert "Trained on clips." in card.text
-    assert '"PATH_OR_ID"' in card.text
+    assert f'model="{folder}"' in card.text
     write_model_card(folder, "Trained on clips.", title="Mine")
     assert front_matter(folder).text.lstrip().startswith("# Mine\n")
     assert front_matter(folder).data.eval_results is None

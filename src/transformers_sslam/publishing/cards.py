@@ -19,9 +19,10 @@ from ..errors import UserError, as_user_error, missing_model
 from ..files import DamagedFileError, read_json, write_text
 from ..reports import markdown_table
 from ..settings import setting
+from .card_texts import CITATIONS, DETECTOR, ENCODER_USAGE, REMOTE_CODE, USAGE
 
 
-PLACEHOLDER = "PATH_OR_ID"  # in the examples of a card whose model has no place of its own yet
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(kw_only=True)
@@ -155,54 +156,6 @@ def _check_fields(cls: type, values: Any, what: str) -> None:
 
 # --- the card
 
-DETECTOR = "SSLAMForAudioFrameClassification"
-USAGE = {  # by class; of all others the encoder's
-    "SSLAMForAudioClassification": """import transformers_sslam
-from transformers import pipeline
-from transformers_sslam.audio import load_waveform
-
-classify = pipeline("audio-classification", model="{model_id}")
-waveform = load_waveform("clip.wav", {sampling_rate})  # any format, rate and number of channels
-print(classify({{"array": waveform, "sampling_rate": {sampling_rate}}}))""",
-    DETECTOR: """import transformers_sslam
-from transformers import AutoFeatureExtractor, AutoModelForAudioFrameClassification
-from transformers_sslam.audio import load_waveform
-
-extractor = AutoFeatureExtractor.from_pretrained("{model_id}")
-model = AutoModelForAudioFrameClassification.from_pretrained("{model_id}").eval()
-waveform = load_waveform("clip.wav", {sampling_rate})  # any format, rate, length and number of channels
-print(model.detect(waveform, extractor))
-# Transformers has no pipeline for this: "audio-classification" would take the layer for time steps for one for clips.""",
-}
-ENCODER_USAGE = """import torch
-import transformers_sslam
-from transformers import AutoFeatureExtractor, AutoModel
-from transformers_sslam.audio import load_waveform
-
-extractor = AutoFeatureExtractor.from_pretrained("{model_id}")
-model = AutoModel.from_pretrained("{model_id}").eval()
-waveform = load_waveform("clip.wav", {sampling_rate})  # any format, rate and number of channels
-with torch.inference_mode():
-    outputs = model(**extractor(waveform, sampling_rate={sampling_rate}, return_tensors="pt"))
-outputs.pooler_output  # (batch, width): the clip
-model.frame_embeddings(outputs.last_hidden_state)  # (batch, time, frequency, width): each 160 ms"""
-CITATIONS = {
-    "sslam": """@inproceedings{alex2025sslam,
-  title     = {{SSLAM}: Enhancing Self-Supervised Models with Audio Mixtures for Polyphonic Soundscapes},
-  author    = {Alex, Tony and Atito, Sara and Mustafa, Armin and Awais, Muhammad and Jackson, Philip J. B.},
-  booktitle = {International Conference on Learning Representations (ICLR)},
-  year      = {2025},
-  url       = {https://arxiv.org/abs/2506.12222}
-}""",
-    "eat": """@inproceedings{chen2024eat,
-  title     = {{EAT}: Self-Supervised Pre-Training with Efficient Audio Transformer},
-  author    = {Chen, Wenxi and Liang, Yuzhe and Ma, Ziyang and Zheng, Zhisheng and Chen, Xie},
-  booktitle = {International Joint Conference on Artificial Intelligence (IJCAI)},
-  year      = {2024},
-  url       = {https://arxiv.org/abs/2401.03497}
-}""",
-}
-
 
 def _write(folder: Path, description: ModelDescription, model_id: str | None) -> Path:
     """Write front matter and Markdown; with `model_id` the weights lie there already."""
@@ -233,11 +186,6 @@ def _write(folder: Path, description: ModelDescription, model_id: str | None) ->
     path = folder / "README.md"
     write_text(path, f"---\n{_metadata(kind, description).to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n")
     return path
-
-
-REMOTE_CODE = (
-    "The code that the model runs on lies beside the weights: without `import transformers_sslam`, load with `trust_remote_code=True`."
-)
 
 
 def _size(kind: str, config: dict, extractor: dict) -> str:
@@ -288,16 +236,24 @@ def generate_model_card(folder: str | Path, model_id: str | None = None) -> Path
     """Write, and return, `README.md` of a folder from its `config.json`, `preprocessor_config.json` and `results.json`.
 
     Args:
-        model_id: folder or Hub id in the examples; by default the description's name.
+        model_id: folder or Hub id in the examples; by default the folder where it holds the weights, and else the description's name.
 
     Raises:
         UserError: if one of the three files is missing or damaged, or lacks a field.
     """
-    return _write(Path(folder), read_description(Path(folder) / "results.json"), model_id)
+    folder = Path(folder)
+    if model_id is None and any((folder / name).is_file() for name in WEIGHTS):
+        model_id = _place(folder)
+    return _write(folder, read_description(folder / "results.json"), model_id)
 
 
 def write_model_card(
-    folder: str | Path, text: str, title: str | None = None, results: Sequence[ReportedResult] = (), origin: dict[str, Any] | None = None
+    folder: str | Path,
+    text: str,
+    title: str | None = None,
+    results: Sequence[ReportedResult] = (),
+    origin: dict[str, Any] | None = None,
+    place: str | Path | None = None,
 ) -> None:
     """Write `README.md` beside a model that was just saved.
 
@@ -307,9 +263,29 @@ def write_model_card(
         title: heading and name; by default the model's class.
         results: numbers for the `model-index` and a table.
         origin: licence, base model and data sets: see [`describe_origin`].
+        place: folder in the examples, where the model will lie; by default `folder`.
     """
     title = title or _class_name(_read_configuration(Path(folder) / "config.json"))
-    _write(Path(folder), ModelDescription(name=title, title=title, summary=text, results=list(results), **origin or {}), PLACEHOLDER)
+    _write(
+        Path(folder),
+        ModelDescription(name=title, title=title, summary=text, results=list(results), **origin or {}),
+        _place(place or folder),
+    )
+
+
+def name_model(card: str, model_id: str) -> str:
+    """The text of a card, with this model in its example."""
+
+    def renamed(example: re.Match[str]) -> str:
+        return re.sub(r'((?:from_pretrained\(|model=)")[^"\n]*(?=")', lambda found: found[1] + model_id, example[0])
+
+    return re.sub(r"(?ms)^## Use$.*?^```python$.*?^```$", renamed, card, count=1)
+
+
+def _place(folder: str | Path) -> str:
+    """A folder as examples name it: as seen from where this runs, if it is below."""
+    path, here = Path(folder).absolute(), Path.cwd()
+    return (path.relative_to(here) if path.is_relative_to(here) else path).as_posix()
 
 
 NO_LICENCE = (

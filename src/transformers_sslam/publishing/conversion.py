@@ -195,6 +195,7 @@ def _write(
             folder,
             f"Converted from `{public_name(official.source)}` ({', '.join(kept)}: tensor for tensor, float32). The weights are their "
             "authors' work and keep their licence.",
+            place=output_dir,
         )
         add_remote_code(folder)
         _verify(folder, type(model), tensors)

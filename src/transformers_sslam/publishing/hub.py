@@ -34,7 +34,7 @@ from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import hash_file, read_json, write_json, write_text
 from ..settings import load_yaml
-from .cards import PLACEHOLDER, generate_model_card, is_description, without_folders
+from .cards import generate_model_card, is_description, name_model, without_folders
 
 
 # Every class, not only the one that was saved: whoever has a classifier may want its encoder.
@@ -168,7 +168,7 @@ def prepare_publication(folder: str | Path, repo_id: str, results: str | Path | 
                 generate_model_card(staged, model_id=repo_id)
             else:
                 card = (staged / "README.md").read_text(encoding="utf-8")
-                write_text(staged / "README.md", card.replace(PLACEHOLDER, repo_id))
+                write_text(staged / "README.md", name_model(card, repo_id))
             add_remote_code(staged)
         except PublishError:
             raise
