@@ -304,7 +304,7 @@ def test_a_broken_file_is_named_as_its_owner_called_it(detector, tmp_path):
     (tmp_path / "upload.wav").write_text("no audio")
     listener = open_listener(AppSettings(model=str(detector), device="cpu"))
     plain = "^my holiday.wav cannot be read as audio: choose a file that holds sound, and is whole$"
-    with pytest.raises(ValueError, match=plain):  # neither a path of this machine, nor an exception's class
+    with pytest.raises(ValueError, match=plain):  # neither a path of this machine, nor what a library said
         listener.listen(tmp_path / "upload.wav", "my holiday.wav", tmp_path, lambda done, what: None)
 
 

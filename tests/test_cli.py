@@ -1,6 +1,7 @@
 """The command `sslam`: what it lists, what it answers to a mistake, and that nothing is loaded that a command does not need."""
 
 import importlib
+import re
 import runpy
 import subprocess
 import sys
@@ -188,3 +189,10 @@ def test_a_model_of_another_task_is_rejected_in_one_sentence(model, command, fou
     task = "events" if "detector" in needed else "classification"
     assert f"error: model {folder} is {found}, but {needed} is needed: give one that was fine-tuned with --task {task}, or use " in last
     assert ("sslam tag" if "detector" in needed else "sslam detect") in last
+
+
+def test_no_message_has_the_name_of_an_exception():
+    """Names of classes are for programmers: messages say what was found."""
+    named = re.compile(r"__class__\.__name__|type\(error\)|error!r|repr\(error\)")
+    found = [f"{path.name}: {match[0]}" for path in SCRIPTS.parent.rglob("src/**/*.py") for match in named.finditer(path.read_text())]
+    assert not found

@@ -177,7 +177,7 @@ def test_a_table_has_a_row_for_each_window_and_label(model, recordings, tmp_path
     assert float(table[2]["score"]) == pytest.approx(scored.scores[1].max(), abs=6e-5)
     assert table[2]["label"] == CLASSES[scored.scores[1].argmax()]
     [error] = [row["error"] for row in table if row["path"].endswith("broken.wav")]
-    assert "cannot be read as audio" in error
+    assert "cannot be read as audio (Invalid data found when processing input)" in error
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])

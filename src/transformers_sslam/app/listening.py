@@ -36,7 +36,7 @@ ROWS_AT_ONCE = 2**12  # of the embeddings
 LONGEST_SECONDS = 3.0  # of a slider, unless the model has more
 LIVE_WINDOW, LIVE_HOP = 1.92, 0.32  # seconds, unless the settings say otherwise
 RECENT = 30.0  # seconds before the latest event of a live source, of which earlier ones are kept
-EXCEPTION = re.compile(r" \(\w+Error\)")  # as messages about files of some kinds name it
+REASON = re.compile(r"(?<=cannot be read as audio) \(.*\)$")  # as a library says it
 Progress = Callable[[float, str], None]  # a fraction in [0, 1], and what is done
 
 
@@ -114,9 +114,9 @@ class Listener(ABC):
             blocks = self._watched(read_blocks(file, self.rate), duration, progress)
             edges, scores, starts, ends = self._score(picture.watch(blocks))
             self._check()
-        except ValueError as error:  # it may name a file of this machine, or an exception's class, which tells visitors nothing
+        except ValueError as error:  # it may name a file of this machine, or what a library said, which tells visitors little
             message = str(error).replace(printable_path(str(file)), printable_path(name))
-            raise ValueError(EXCEPTION.sub(": choose a file that holds sound, and is whole", message)) from error
+            raise ValueError(REASON.sub(": choose a file that holds sound, and is whole", message)) from error
         finally:
             self._thread.run = None
         picture.save(folder / PICTURE)

@@ -62,7 +62,8 @@ def read_jams(paths: Iterable[Path], classes: Collection[str] | None) -> Events:
                 data = [dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True)]
             sounds = [(float(one["time"]), float(one["duration"]), one["value"]["label"], one["value"]["role"]) for one in data]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a JAMS file with one annotation of Scaper ({type(error).__name__}: {error})") from error
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{path} is not a JAMS file with one annotation of Scaper ({reason})") from error
         for number, (onset, duration, label, role) in enumerate(sounds, start=1):
             if role == "foreground":
                 place = f"observation {number} of {path}"

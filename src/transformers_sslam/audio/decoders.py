@@ -177,6 +177,11 @@ def _decode_run(codec: Any, data: bytes, lengths: list[int]) -> list[Any]:
     return frames
 
 
+def _reason(error: Exception) -> str:
+    """What FFmpeg says, without numbers and names of its own."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def _by_ffmpeg(file: BinaryIO, size: int, name: str, declared: float | None = None, is_exact: bool = True) -> Iterator[Piece]:
     """Decode one stream and compare its length with its time stamps and its container.
 
@@ -186,7 +191,7 @@ def _by_ffmpeg(file: BinaryIO, size: int, name: str, declared: float | None = No
     try:
         container = av.open(file, "r", metadata_errors="ignore", options={"format_whitelist": _DEMUXERS, "protocol_whitelist": "none"})
     except (av.FFmpegError, ValueError) as error:
-        raise AudioDecodingError("unreadable", f"{name} cannot be read as audio ({error.__class__.__name__})") from error
+        raise AudioDecodingError("unreadable", f"{name} cannot be read as audio ({_reason(error)})") from error
     with container:
         stream = next((stream for stream in container.streams.audio if stream.codec_context is not None), None)
         if stream is None:
@@ -216,7 +221,7 @@ def _by_ffmpeg(file: BinaryIO, size: int, name: str, declared: float | None = No
                 except StopIteration:
                     return
                 except (av.FFmpegError, ValueError) as error:
-                    raise damaged(name, f"cannot be read to its end ({error.__class__.__name__})") from error
+                    raise damaged(name, f"cannot be read to its end ({_reason(error)})") from error
                 try:
                     decoded = packet.decode()
                     read += packet.size

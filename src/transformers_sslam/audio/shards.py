@@ -136,7 +136,7 @@ def _write_shards(folder: Path, index: dict[str, Any], settings: ShardSettings) 
         try:
             stream.load_state_dict([index["position"]])
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise DamagedFileError(f"{path} is damaged: its position cannot be read ({error!r})") from error
+            raise DamagedFileError(f"{path} is damaged: its position cannot be read ({error})") from error
     schema = shared_features(stream.sources, rate).arrow_schema
     total = sum(source.num_rows or 0 for source in stream.sources) if all(source.num_rows for source in stream.sources) else None
     with tqdm(total=total, initial=stream.statistics.recordings, unit=" recordings", desc=str(folder)) as progress:

@@ -202,7 +202,9 @@ def _load_inert(path: Path) -> Any:
             f"{path} cannot be read without running code in it, which is never done: it is hostile, or not a fairseq checkpoint"
         ) from error
     except Exception as error:  # what a damaged pickle leads to has no common class
-        raise ConversionError(f"{path} cannot be read as a checkpoint of torch.save ({repr(error)[:200]})") from error
+        raise ConversionError(
+            f"{path} cannot be read as a checkpoint of torch.save ({' '.join(str(error).split())[:200] or 'it is damaged'})"
+        ) from error
 
 
 class _Inert:
