@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,7 +36,8 @@ from timing import Spread, ratio
 
 
 RATE = 16_000  # Hz
-APPROXIMATIONS = {"log_mel": "maximum", "mel": "sum of energies"}
+Domain = Literal["log_mel", "mel", "waveform"]
+APPROXIMATIONS: dict[Domain, str] = {"log_mel": "maximum", "mel": "sum of energies"}
 BASELINE = {"objective": "mixture_invariant"}
 GAINS = {"gain_db": [-10, 10]}
 PUBLISHED = "published: 2 sources, maximum"
@@ -95,7 +96,7 @@ def pairs(settings: StudySettings) -> Iterator[tuple[torch.Tensor, torch.Tensor]
     raise UserError(f"{root} has {found} pairs of clips of {settings.seconds:g} s that sound, fewer than {settings.clips}: lower clips")
 
 
-def errors_db(first: torch.Tensor, second: torch.Tensor, snr_db: float) -> dict[str, torch.Tensor]:
+def errors_db(first: torch.Tensor, second: torch.Tensor, snr_db: float) -> dict[Domain, torch.Tensor]:
     """Errors of each approximation in dB, where neither clip nor their mixture is silence."""
     first, second = first - first.mean(), second - second.mean()
     gain = 10 * math.log10(first.square().mean().item() / second.square().mean().item()) - snr_db
@@ -109,9 +110,9 @@ def errors_db(first: torch.Tensor, second: torch.Tensor, snr_db: float) -> dict[
     return {domain: ((replace(exact, domain=domain).mix()[0] - reference) * 10 / math.log(10))[sounds] for domain in APPROXIMATIONS}
 
 
-def distances(settings: StudySettings) -> dict[str, dict[str, dict[str, float]]]:
+def distances(settings: StudySettings) -> dict[str, dict[Domain, dict[str, float]]]:
     """By signal-to-noise ratio and approximation: median and root mean square of the errors in dB, and the fraction beyond 3 dB."""
-    errors: dict[str, dict[str, list[torch.Tensor]]] = {f"{snr:g}": {name: [] for name in APPROXIMATIONS} for snr in settings.snr_db}
+    errors: dict[str, dict[Domain, list[torch.Tensor]]] = {f"{snr:g}": {name: [] for name in APPROXIMATIONS} for snr in settings.snr_db}
     for first, second in pairs(settings):
         for snr in settings.snr_db:
             for name, values in errors_db(first, second, snr).items():
@@ -168,19 +169,19 @@ def costs(settings: StudySettings) -> dict[str, Spread]:
     return {name: ratio(times, seconds[PUBLISHED]) for name, times in seconds.items()}
 
 
-def report(figures: dict[str, Any]) -> str:
+def report(measured: dict[str, dict[Domain, dict[str, float]]], spreads: dict[str, Spread]) -> str:
     tables = []
-    if figures["distances"]:
+    if measured:
         names = [f"{title}: {what}" for title in APPROXIMATIONS.values() for what in ("median, dB", "RMS, dB", "beyond 3 dB, %")]
         rows = []
-        for snr, by_name in figures["distances"].items():
+        for snr, by_name in measured.items():
             values = (by_name[name] for name in APPROXIMATIONS)
             cells = [text for v in values for text in (f"{v['median']:.2f}", f"{v['rms']:.2f}", f"{100 * v['beyond_3_db']:.1f}")]
             rows.append([snr, *cells])
         tables.append(markdown_table(["SNR, dB", *names], rows))
-    if figures["costs"]:
+    if spreads:
         rows = []
-        for name, spread in figures["costs"].items():
+        for name, spread in spreads.items():
             counted = (f"{operations(VARIANTS[name], base):.2f}" for base in (False, True))
             rows.append([name, "1" if name == PUBLISHED else str(spread), *counted])
         header = [
@@ -196,12 +197,13 @@ def report(figures: dict[str, Any]) -> str:
 def main() -> None:
     try:
         settings = parse_settings(StudySettings, sys.argv[1:], prog="mixtures.py", description=__doc__)
-        figures = {"distances": distances(settings) if settings.data_dir else {}, "costs": costs(settings) if settings.rounds else {}}
+        measured = distances(settings) if settings.data_dir else {}
+        spreads = costs(settings) if settings.rounds else {}
     except UserError as error:
         sys.exit(f"error: {error}")
-    spreads = {name: spread.to_dict() for name, spread in figures["costs"].items()}
-    write_json(Path(settings.output_file), {**figures, "costs": spreads})
-    print(report(figures))
+    figures = {"distances": measured, "costs": {name: spread.to_dict() for name, spread in spreads.items()}}
+    write_json(Path(settings.output_file), figures)
+    print(report(measured, spreads))
 
 
 if __name__ == "__main__":
