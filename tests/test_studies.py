@@ -174,6 +174,7 @@ def test_seeds_of_one_fold_count_once_in_the_table_of_a_study(tmp_path):
         (tmp_path / f"seed-{seed}" / "results.json").write_text(json.dumps(record))
     text = study.report(settings)
     assert "mean ± standard deviation [95 %] of 3 folds, 4 seeds" in text
+    assert "mixture-invariant" not in text  # only where it is asked for
     assert "| unmixed only (MB-UA) | 70.0 | 70.0 ± 10.0 [45.2, 94.8] | - |" in text  # t(2) = 4.303, times 10 / sqrt(3): 24.8
     assert (tmp_path / "precision.png").is_file()
 
@@ -296,6 +297,8 @@ def test_variants_differ_in_what_they_see_and_cost_the_same(tmp_path):
         "mixed": {"use_unmixed": False, "source_retention_loss_weight": 0, "num_views": 8},
         "both": {"source_retention_loss_weight": 0, "num_views": 4},
         "retention": {"num_views": 4},
+        "three_sources": {"num_sources": 3, "gain_db": [-10, 10], "mixing_partners": "batch", "num_views": 4},
+        "mixture_invariant": {"objective": "mixture_invariant", "num_views": 4},
     }
     np.testing.assert_allclose(list(cost.values()), cost["retention"], rtol=5e-4)  # to half an update of a thousand
 
@@ -311,6 +314,24 @@ def test_precision_by_number_of_events_is_that_of_the_clips_that_have_so_many():
     expected = [average_precision_score(targets[num_events == 1, i], scores[num_events == 1, i]) for i in (0, 1, 3)]
     assert found["1"] == pytest.approx(np.mean(expected), abs=1e-12)
     assert found["all"] == pytest.approx(average_precision_score(targets, scores, average="macro"), abs=1e-12)
+
+
+def test_the_table_has_the_variants_and_methods_that_are_asked_for(tmp_path):
+    study = load_script("polyphony")
+    chosen = {"variants": ["unmixed", "three_sources", "mixture_invariant"], "methods": ["linear"]}
+    settings = study.StudySettings(data_dir="none", output_dir=str(tmp_path), num_events=[1], **chosen)
+    for seed, gain in enumerate((0.1, 0.2)):
+        (tmp_path / f"seed-{seed}").mkdir()
+        precision = {variant: {"linear": {"1": 0.5, "all": 0.5 + gain * (variant != "unmixed")}} for variant in chosen["variants"]}
+        record = {"settings": study.comparable(settings), "fold": seed, "precision": precision}
+        (tmp_path / f"seed-{seed}" / "results.json").write_text(json.dumps(record))
+    text = study.report(settings)
+    assert text.count("mAP, % by k") == 1
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == [f"| {study.TITLES[variant]}" for variant in chosen["variants"]]
+    assert "| both + mixture-invariant loss | 50.0 | 65.0 ±" in text
+    for wrong, message in (({"variants": ["unmixed", "mixit"]}, "variants names mixit"), ({"variants": ["both"]}, "must have unmixed")):
+        with pytest.raises(UserError, match=message):
+            study.StudySettings(data_dir="none", **wrong)
 
 
 @pytest.mark.slow

@@ -1,11 +1,14 @@
-"""What mixtures and source retention are worth, by how many sounds overlap: the four variants of SSLAM's ablation at equal compute.
+"""Results of mixtures and source retention, by how many sounds overlap: the four variants of SSLAM's ablation at equal compute, and others.
 
-python scripts/study_polyphony.py data_dir=PATH/TO/esc10
-python scripts/study_polyphony.py data_dir=PATH/TO/esc10 seeds='[0,2,4]'  # and, at the same time, the others: 'seeds=[1,3]'
+python scripts/studies/polyphony.py --data_dir PATH/TO/esc10
+python scripts/studies/polyphony.py --data_dir PATH/TO/esc10 --seeds 0 2 4  # and, at the same time, the others: --seeds 1 3
+python scripts/studies/polyphony.py --data_dir PATH/TO/esc10 --methods linear attentive \
+  --variants unmixed mixed both retention three_sources mixture_invariant
 
-Each seed holds out a fold. On the others, stage 1 is pre-trained once, and stage 2 goes on from it in four ways (section 5 of SSLAM,
+Each seed holds out a fold. On the others, stage 1 is pre-trained once, and stage 2 continues from it in four ways (section 5 of SSLAM,
 ICLR 2025, arXiv 2506.12222): unmixed clips only (MB-UA), mixtures only (MB-PMA), both (MB-UA-PMA), both and source retention (SSLAM), with
-the same number of views a clip and as many updates as the same floating-point operations allow. Then each is probed, frozen, and fine-tuned
+the same number of views a clip and as many updates as the same floating-point operations allow. `variants` may add retention of three
+sources with gains, and the mixture-invariant baseline in its place. Then each is probed, frozen, and fine-tuned
 on mixtures of k events made from the same folds, and tested on mixtures of the fold held out: mean average precision by k.
 Stage 1 is shared with scripts/study_small_model.py where `stage1_dir` and the changes are the same. Finished steps are found again.
 """
@@ -48,14 +51,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mixed": {"use_unmixed": False, "source_retention_loss_weight": 0},
     "both": {"source_retention_loss_weight": 0},
     "retention": {},
+    "three_sources": {"num_sources": 3, "gain_db": [-10, 10], "mixing_partners": "batch"},
+    "mixture_invariant": {"objective": "mixture_invariant"},
 }
+PUBLISHED = ["unmixed", "mixed", "both", "retention"]
 TITLES = {
     "unmixed": "unmixed only (MB-UA)",
     "mixed": "mixed only (MB-PMA)",
     "both": "both (MB-UA-PMA)",
     "retention": "both + retention (SSLAM)",
+    "three_sources": "both + retention, 3 sources with gains",
+    "mixture_invariant": "both + mixture-invariant loss",
 }
 METHODS = {"linear": "frozen, linear on mean patches", "attentive": "frozen, attentive probe", "fine-tuned": "fine-tuned"}
+PROBES = {"linear": "linear_mean", "attentive": "attentive"}
 ALL = "all"  # beside the numbers of events
 
 
@@ -74,6 +83,15 @@ class StudySettings:
     num_events: list[int] = setting("numbers of events of a mixture", [1, 2, 3, 4, 6, 8, 10, 14])
     train_clips: int = setting("training mixtures for each number of events", 40)
     test_clips: int = setting("test mixtures for each number of events", 60)
+    variants: list[str] = setting(f"what is compared, unmixed among it: some of {', '.join(VARIANTS)}", PUBLISHED)
+    methods: list[str] = setting(f"how it is compared: some of {', '.join(METHODS)}", list(METHODS))
+
+    def __post_init__(self):
+        for name, known in (("variants", VARIANTS), ("methods", METHODS)):
+            if unknown := [value for value in getattr(self, name) if value not in known]:
+                raise UserError(f"{name} names {', '.join(unknown)}, but some of {', '.join(known)} are expected")
+        if "unmixed" not in self.variants or not self.methods:
+            raise UserError("variants must have unmixed, with which the others are compared, and methods one at least")
 
 
 def variant_settings(settings: StudySettings, variant: str, stage1: Path) -> dict[str, Any]:
@@ -84,7 +102,7 @@ def variant_settings(settings: StudySettings, variant: str, stage1: Path) -> dic
     frames = SSLAMFeatureExtractor(**recipe.feature_extractor).max_length
 
     def fields(name: str) -> dict[str, Any]:
-        halves = 2 if name in ("both", "retention") else 1
+        halves = 1 if name in ("unmixed", "mixed") else 2
         views = recipe.model_config.get("num_views", PRETRAINING_STAGES[2]["num_views"]) * 2 // halves
         return {**VARIANTS[name], "num_views": views}
 
@@ -131,8 +149,10 @@ def by_events(scores: np.ndarray, targets: np.ndarray, num_events: np.ndarray) -
     return {**found, ALL: mean(np.ones(len(scores), bool))}
 
 
-def probe(model: Path, mixtures: Path, num_events: np.ndarray) -> dict[str, dict[str, float]]:
+def probe(model: Path, mixtures: Path, num_events: np.ndarray, methods: Sequence[str]) -> dict[str, dict[str, float]]:
     """Frozen student: probes trained on the training mixtures, on the test mixtures."""
+    if not methods:
+        return {}
     extractor = SSLAMFeatureExtractor.from_pretrained(model)
     task = read_task(
         FrozenSettings(model=str(model), data_dir=str(mixtures), layout="parquet", label_column="labels", fold_column=None),
@@ -142,8 +162,8 @@ def probe(model: Path, mixtures: Path, num_events: np.ndarray) -> dict[str, dict
     features = encode_clips(SSLAMModel.from_pretrained(model, dtype=torch.float32), extractor, task.waveforms)
     train, test = features.select(partition.train), features.select(partition.evaluation)
     found = {}
-    for name, probe_name in (("linear", "linear_mean"), ("attentive", "attentive")):
-        scores = build_probe(probe_name).fit(train, task.targets[partition.train], seed=0).scores(test)
+    for name in methods:
+        scores = build_probe(PROBES[name]).fit(train, task.targets[partition.train], seed=0).scores(test)
         found[name] = by_events(scores, task.targets[partition.evaluation], num_events)
     return found
 
@@ -159,19 +179,19 @@ def run(settings: StudySettings, clips: Path, every: Sequence[int | str], seed: 
     mixtures = make_mixtures(settings, clips, others, fold, seed, seconds)
     num_events = np.array(open_splits(str(mixtures), "parquet")["test"]["num_events"])
     record: dict = {"settings": comparable(settings), "fold": fold, "precision": {}, "steps": {}, "cpu_seconds": {}}
-    for variant in VARIANTS:
+    for variant in settings.variants:
         own = variant_settings(settings, variant, stage1)
         record["steps"][variant] = own["max_steps"]
         changes = {**shared, **settings.pretraining_stage2, "model": str(stage1), **own}
         model, record["cpu_seconds"][variant] = pretrain_on_folds(settings.stage2, clips, others, output / variant, changes)
-        tuned = output / f"{variant}-fine-tuned"
-        fixed = {"data_dir": str(mixtures), "model": str(model), "output_dir": str(tuned), "seed": seed}
-        fine_tune_once(read_settings(FineTuningSettings, settings.finetuning_recipe, {**settings.finetuning, **fixed}))
-        scores = np.load(tuned / "scores.npz")
-        record["precision"][variant] = {
-            **probe(model, mixtures, num_events),
-            "fine-tuned": by_events(scores["logits"], scores["targets"], num_events),
-        }
+        found = probe(model, mixtures, num_events, [method for method in PROBES if method in settings.methods])
+        if "fine-tuned" in settings.methods:
+            tuned = output / f"{variant}-fine-tuned"
+            fixed = {"data_dir": str(mixtures), "model": str(model), "output_dir": str(tuned), "seed": seed}
+            fine_tune_once(read_settings(FineTuningSettings, settings.finetuning_recipe, {**settings.finetuning, **fixed}))
+            scores = np.load(tuned / "scores.npz")
+            found["fine-tuned"] = by_events(scores["logits"], scores["targets"], num_events)
+        record["precision"][variant] = found
     write_json(output / "results.json", record)
     return record
 
@@ -196,13 +216,13 @@ def report(settings: StudySettings) -> str:
             variant: {
                 k: independent_values([record["precision"][variant][method][k] for record in records.values()], folds) for k in columns
             }
-            for variant in VARIANTS
+            for variant in settings.variants
         }
-        for method in METHODS
+        for method in settings.methods
     }
     write_json(Path(settings.output_dir) / "results.json", {"runs": records, "precision": precision})
     tables = []
-    for method, title in METHODS.items():
+    for method in settings.methods:
         rows = []
         for variant, values in precision[method].items():
             gain = summarize_difference(values[ALL], precision[method]["unmixed"][ALL])
@@ -210,7 +230,7 @@ def report(settings: StudySettings) -> str:
             overall = format_summary(summarize(values[ALL]))
             rows.append([TITLES[variant], *cells, overall, "-" if variant == "unmixed" else format_summary(gain)])
         header = [
-            f"{title}: mAP, % by k",
+            f"{METHODS[method]}: mAP, % by k",
             *columns[:-1],
             f"all, mean ± standard deviation [95 %] of {len(set(folds))} folds, {len(records)} seeds",
             "over unmixed only, paired",
@@ -227,17 +247,20 @@ def plot(settings: StudySettings, precision: dict) -> Path:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(METHODS), figsize=(4.2 * len(METHODS), 3.6), sharex=True, constrained_layout=True)
-    for axis, (method, title) in zip(axes, METHODS.items()):
+    width = 4.2 * len(settings.methods)
+    figure, axes = pyplot.subplots(1, len(settings.methods), figsize=(width, 3.6), sharex=True, constrained_layout=True, squeeze=False)
+    for axis, method in zip(axes[0], settings.methods):
         for offset, (variant, values) in enumerate(precision[method].items()):
             summaries = [summarize(values[str(k)]) for k in settings.num_events]
             means = np.array([summary.mean for summary in summaries])
             bounds = np.abs(np.array([[summary.low, summary.high] for summary in summaries]).T - means)
-            places = np.array(settings.num_events) + 0.12 * (offset - 1.5)  # side by side, so that no interval hides another
+            places = np.array(settings.num_events) + 0.12 * (
+                offset - (len(settings.variants) - 1) / 2
+            )  # side by side, so that no interval hides another
             axis.errorbar(places, 100 * means, 100 * bounds, label=TITLES[variant], capsize=2, marker="o", markersize=3, linewidth=1)
-        axis.set(title=title, xlabel="events that sound at once (k)", ylabel="mAP, %", xticks=settings.num_events)
+        axis.set(title=METHODS[method], xlabel="events that sound at once (k)", ylabel="mAP, %", xticks=settings.num_events)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    axes[0, 0].legend(fontsize="small")
     path = Path(settings.output_dir) / "precision.png"
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
