@@ -24,7 +24,6 @@ from packaging.version import Version
 from .. import __version__
 from ..app.settings import EXAMPLES_RIGHTS
 from ..errors import as_user_error
-from ..evaluation.loading import named_model
 from ..files import write_text
 from ..reports import markdown_table
 from .conversion import resolve_model
@@ -240,11 +239,10 @@ def _requirements(package: importlib.metadata.Distribution) -> list[str]:
 
 def _saved_model(model: str, place: Path) -> Path:
     """The folder of a model, copied to `place` if it comes from the Hub."""
-    with named_model(model):
-        resolved = resolve_model(model)
+    resolved = resolve_model(model)
     if Path(resolved).is_dir():
         return Path(resolved)
-    with named_model(model), as_user_error(f"model {model} cannot be fetched"):
+    with as_user_error(f"model {model} cannot be fetched"):
         snapshot = snapshot_download(model, allow_patterns=PUBLISHED)
     return Path(shutil.copytree(snapshot, place))  # which has links to outside, as only the cache may have
 
