@@ -21,9 +21,11 @@ def messages_of_example(address: str, name: str) -> Iterator[dict[str, Any]]:
     config = json.loads(get(f"{address}/config"))
     ids = {component["props"].get("elem_id"): component["id"] for component in config["components"]}
     values = {component["id"]: component["props"].get("value") for component in config["components"]}
-    chosen = next(found for found in config["dependencies"] if found["targets"] == [[ids["example"], "input"]])
-    data = [name if i == ids["example"] else values[i] for i in chosen["inputs"]]
-    get(f"{address}/gradio_api/queue/join", {"data": data, "fn_index": chosen["id"], "session_hash": "visitor"})
+    chosen = next(found for found in config["dependencies"] if found["targets"] == [[ids["example"], "change"]])
+    computed = next(found for found in config["dependencies"] if found["trigger_after"] == chosen["id"])
+    get(f"{address}/gradio_api/run/predict", {"data": [name], "fn_index": chosen["id"], "session_hash": "visitor"})
+    data = [values[i] for i in computed["inputs"]]
+    get(f"{address}/gradio_api/queue/join", {"data": data, "fn_index": computed["id"], "session_hash": "visitor"})
     with urlopen(f"{address}/gradio_api/queue/data?session_hash=visitor", timeout=PATIENCE) as lines:
         for line in lines:
             if line.startswith(b"data: "):

@@ -46,7 +46,7 @@ SAID = "firefox.log"
 EVENTS = "return [...document.querySelectorAll('#lanes .sslam-bar')].map(bar => bar.getAttribute('style'))"
 # What scripts report as errors. Those that they do not catch are on the standard output, from the start on.
 WATCH = "window.errors = []; console.error = (...words) => errors.push(words.map(String).join(' '));"
-MOVE = """const range = document.querySelector('#first input[type=range]'); range.value = arguments[0];
+MOVE = """const range = document.querySelector('#sliders input[type=range]'); range.value = arguments[0];
 range.dispatchEvent(new Event('input', { bubbles: true })); range.dispatchEvent(new Event('change', { bubbles: true }));"""
 
 

@@ -196,7 +196,7 @@ def test_it_works_with_its_own_folder_alone(built, detector, recordings, tmp_pat
     expected = [(f"{float(row['start']):.2f}", f"{float(row['end']):.2f}", row["label"]) for row in table(output)]
     with started(built, tmp_path) as (address, log):
         assert b"Listen with my-detector" in get(address)
-        player, _, lanes, rows, *_ = choose_example(address, "a b/street.wav")
+        player, _, _, lanes, rows, *_ = choose_example(address, "a b/street.wav")
         assert "street.wav" in player
     found = re.findall(r"</span> ([\d.]+)</button></td><td>([\d.]+)</td><th scope=\"row\">(.*?)</th>", rows)
     assert [(start, end, html.unescape(label)) for start, end, label in found] == expected
