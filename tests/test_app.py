@@ -20,7 +20,7 @@ pytest.importorskip("torchaudio")
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow, which comes with the extra app")
 import pyarrow.parquet as pq  # noqa: E402
 
-from transformers_sslam.app import about, drawing, picture, sessions  # noqa: E402
+from transformers_sslam.app import about, drawing, picture, sessions, wording  # noqa: E402
 from transformers_sslam.app.listening import StoppedError, open_listener  # noqa: E402
 from transformers_sslam.app.picture import LogMelPicture  # noqa: E402
 from transformers_sslam.app.recording import EMBEDDINGS, LABELS, PICTURE, SOUND, TABLE, Found, Recording  # noqa: E402
@@ -271,7 +271,7 @@ def test_progress_is_told_by_the_seconds_that_the_model_has_received(detector, t
         ({"max_seconds": 4.9}, "my holiday.flac is longer than 4.9 s, the limit of this page: give a part of it"),
         (
             {"max_compute_seconds": 1e-6},
-            "my holiday.flac takes more than 1e-06 s of computing, the limit of this page: give a part of it",
+            "my holiday.flac takes more than 0.0 s of computing, the limit of this page: give a part of it",
         ),
     ],
 )
@@ -298,6 +298,24 @@ def test_what_is_ended_stops_before_the_next_layer(detector, tmp_path):
     assert len(layers) == 3
     listener.listen(tmp_path / "long.wav", "long.wav", tmp_path, lambda done, what: None)
     assert len(layers) > 6
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (np.zeros(32_000), "holds nothing but silence: choose another recording, or check the microphone that made it"),
+        (np.zeros(0), "holds no samples: choose another file"),
+        (np.ones(100), "lasts 0.006 s, but 0.025 s are needed: choose a longer recording"),
+        (None, "holds no bytes: choose another file"),
+    ],
+)
+def test_what_holds_no_sound_is_named_with_what_to_do(detector, tmp_path, samples, message):
+    listener = open_listener(AppSettings(model=str(detector), device="cpu"))
+    (tmp_path / "upload.wav").write_bytes(b"")
+    if samples is not None:
+        soundfile.write(tmp_path / "upload.wav", samples, RATE)
+    with pytest.raises(ValueError, match=f"^my holiday.wav {re.escape(message)}$"):
+        listener.listen(tmp_path / "upload.wav", "my holiday.wav", tmp_path, lambda done, what: None)
 
 
 def test_a_broken_file_is_named_as_its_owner_called_it(detector, tmp_path):
@@ -402,10 +420,12 @@ def test_overlapping_events_are_bars_in_lanes_above_each_other(listener, tmp_pat
     assert re.findall(r"left:([\d.]+)%;width:([\d.]+)%", lanes["sea"]) == [("37.5000", "62.5000")]
     assert "sslam-bar" not in lanes["&lt;b&gt;rain&lt;/b&gt;"]
     assert 'd="M0 50.0H1000"' in lanes["dog"]  # the threshold
-    legend = "eventsscore: 0 at the foot of a lane, 1 at its topthreshold"
+    legend = "eventshow sure the model is (score): 0 at the foot of a row, 1 at its topthreshold"
     axis = "".join(f"{second}" for second in (0, 2, 4, 6)) + "s"
     frequencies = "".join(f"{frequency:,} Hz" for frequency in plot.MEL_TICKS)
-    assert re.sub(r"<[^>]*>", "", drawn) == f"{frequencies}dog&lt;b&gt;rain&lt;/b&gt;sea{axis}{legend}"  # and no more
+    said, note = re.sub(r"<[^>]*>", "", drawn).split("At the top is the sound")
+    assert "The page plays and analyses a mono mix of all channels at 16 kHz, whatever the file has." in note
+    assert said == f"{frequencies}dog&lt;b&gt;rain&lt;/b&gt;sea{axis}{legend}"  # and no more
 
 
 def test_short_events_of_a_long_recording_are_not_drawn_longer_than_they_are(listener, tmp_path, monkeypatch):
@@ -426,9 +446,12 @@ def test_texts_of_files_and_models_are_escaped(listener, tmp_path):
     recording = kept(tmp_path, np.full((10, 3), 0.9, np.float32), name=evil)
     events = [Event(0.0, 1.0, CLASSES[1], 0.9)]
     drawn = [
-        drawing.draw_player(recording, RATE),
+        drawing.draw_player(recording),
         drawing.draw_lanes(listener, recording, found(recording, events)),
-        drawing.draw_table(listener, recording, events),
+        drawing.draw_table(listener, recording, found(recording, events)),
+        drawing.draw_table(listener, recording, found(recording, [])),
+        drawing.draw_intro(listener),
+        drawing.draw_computing(evil),
         drawing.draw_link(recording.file(EMBEDDINGS), "Embeddings"),
         drawing.draw_error(f"{evil} is broken"),
     ]
@@ -436,6 +459,52 @@ def test_texts_of_files_and_models_are_escaped(listener, tmp_path):
         assert "<img src=x" not in html
         assert "<b>rain" not in html
     assert "&lt;b&gt;rain&lt;/b&gt;" in drawn[1]
+
+
+def test_labels_are_shown_without_underscores_and_times_of_more_than_a_minute_with_minutes(listener, tmp_path, monkeypatch):
+    monkeypatch.setattr(listener, "classes", ["car_horn", "rain", "sea"])
+    events = [Event(1.28, 59.5, "car_horn", 0.6), Event(60.16, 61.0, "rain", 0.6)]
+    short, long = (kept(tmp_path, np.full((rows, 3), 0.6, np.float32)) for rows in (375, 400))  # 60 and 64 s
+    cells = re.compile(r"(?:</span> |<td>|row\">)([^<>]+)<")
+    rows = cells.findall(drawing.draw_table(listener, short, found(short, events)))
+    assert rows == ["1.28", "59.50", "car horn", "0.60", "60.16", "61.00", "rain", "0.60"]
+    table = drawing.draw_table(listener, long, found(long, events))
+    assert cells.findall(table) == ["0:01.3", "0:59.5", "car horn", "0.60", "1:00.2", "1:01.0", "rain", "0.60"]
+    assert "start (min:s)" in table
+    lanes = drawing.draw_lanes(listener, long, found(long, events))
+    assert 'data-label="car_horn"><span class="sslam-name">car horn<' in lanes
+    assert 'title="car horn: 0:01.3 to 0:59.5, score 0.60"' in lanes
+
+
+def test_where_nothing_is_found_the_highest_score_is_told(listener, tmp_path):
+    scores = np.full((400, 3), 0.001, np.float32)
+    recording = kept(tmp_path, scores)
+    empty = drawing.draw_table(listener, recording, found(recording, []))
+    assert "<h2>No events found</h2>" in empty
+    assert "The highest is that of dog: below 0.01, at 0:00.0. A lower threshold shows more." in empty
+    scores[390, 2] = 0.31
+    told = "No score is high enough. The highest is that of sea: 0.31, at 1:02.4. A lower threshold shows more."
+    assert told in drawing.draw_table(listener, recording, found(recording, []))
+    scores[40, 0] = 0.9  # for a step, which the median filter takes away
+    kept_away = listener.find(recording, positions(listener, median_filter=0.48))
+    assert kept_away.events == []
+    assert "0.90" not in drawing.draw_table(listener, recording, kept_away)
+
+
+def test_only_wanted_kinds_are_shown(listener, tmp_path):
+    recording = kept(tmp_path, np.tile(np.array([0.6, 0.1, 0.9], np.float32), (10, 1)))
+    everything = found(recording, [Event(0.0, 1.0, "dog", 0.6), Event(0.1, 1.0, "sea", 0.9), Event(1.1, 1.5, "sea", 0.9)])
+    for only, lanes, title in (
+        (["sea"], ["sea"], "2 of 3 events"),
+        (["dog", "sea"], ["dog", "sea"], "3 of 3 events"),
+        ([CLASSES[1]], ["&lt;b&gt;rain&lt;/b&gt;"], "0 of 3 events"),  # without events, and yet shown
+    ):
+        assert re.findall(r'data-label="([^"]+)"', drawing.draw_lanes(listener, recording, everything, 1, only)) == lanes
+        table = drawing.draw_table(listener, recording, everything, only)
+        assert f"<h2>{title}</h2>" in table
+        assert table.count("<tr data-span") == int(title[0])
+    assert "There are no events of the kinds that you chose." in table
+    assert "They hold all kinds." in table
 
 
 @pytest.mark.parametrize(
@@ -472,10 +541,10 @@ def test_of_many_events_and_classes_the_rest_is_counted(listener, tmp_path, monk
     events = [Event(0.0, 1.0, "dog", 0.6), Event(0.1, 1.0, "sea", 0.9), Event(1.1, 1.5, "sea", 0.9)]
     lanes = drawing.draw_lanes(listener, recording, found(recording, events))
     assert re.findall(r'data-label="([^"]+)"', lanes) == ["sea"]
-    assert "1 more classes have events: they are in the table." in lanes
-    rows = drawing.draw_table(listener, recording, events)
+    assert "1 more kinds have events: they are in the table." in lanes
+    rows = drawing.draw_table(listener, recording, found(recording, events))
     assert rows.count("<tr data-span") == 2
-    assert "1 more are in the CSV." in rows
+    assert "1 more are in the table to download." in rows
     assert "3 events" in rows
 
 
@@ -497,7 +566,7 @@ def test_times_are_round_and_closer_when_zoomed(duration, zoom, ticks):
     ("seconds", "text"), [(0.26, "0.3 s"), (59.0, "59.0 s"), (119.7, "2 min"), (1800.0, "30 min"), (61.0, "1 min 1 s")]
 )
 def test_lengths_of_time_are_readable(seconds, text):
-    assert drawing.clock(seconds) == text
+    assert wording.clock(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -505,7 +574,7 @@ def test_lengths_of_time_are_readable(seconds, text):
     [(4.0, 0, "0:04"), (59.6, 0, "1:00"), (65.26, 1, "1:05.3"), (3605.0, 0, "60:05"), (59.96, 1, "1:00.0"), (0.04, 2, "0:00.04")],
 )
 def test_times_are_written_as_players_show_them(seconds, digits, text):
-    assert drawing.minutes(seconds, digits) == text
+    assert wording.minutes(seconds, digits) == text
 
 
 def test_model_data_and_limits_are_told(detector):
@@ -517,7 +586,7 @@ def test_model_data_and_limits_are_told(detector):
         "cc-by-4.0",
         "someone/model",
         "A model of streets.",
-        "3 classes",
+        "3 kinds of sounds",
         "up to 1 min 30 s and 7 MB",
     ):
         assert part in text

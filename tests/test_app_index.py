@@ -110,12 +110,12 @@ def test_an_index_of_whole_recordings_is_searched_too(tmp_path, archive, model):
     assert matches[0].recording == "noise.wav"
     assert sorted(match.recording for match in matches) == ["chirp.wav", "deep/voice.flac", "noise.wav"]
     assert matches[0].similarity == pytest.approx(1, abs=1e-5)
-    assert index.about == "3 recordings, 3 vectors of whole recordings, in vectors.parts"
+    assert index.about == "3 recordings, each as a whole (index vectors.parts)"
 
 
 def test_what_is_searched_is_told(archive, model):
     index = search(embed(model, archive), model)
-    assert index.about == "3 recordings, 29 vectors of windows of 0.64 s, one every 0.32 s, in vectors.parts"
+    assert index.about == "3 recordings, in 29 spans of 0.64 s, one every 0.32 s (index vectors.parts)"
 
 
 def test_an_index_is_found_by_its_output_by_its_results_and_by_the_folder_of_both(archive, model):

@@ -170,22 +170,18 @@ def drop(page, file: Path, selector: str) -> None:
 def move(page, slider: str, value: float) -> None:
     """Type a slider's value, and wait until what is below follows."""
     before = page.inner_html("#lanes")
+    page.evaluate("window.drawn = false; document.addEventListener('sslam-drawn', () => { window.drawn = true; }, { once: true })")
     box = page.locator(f"#{slider} input[type=number]")
     box.fill(str(value))
     box.press("Enter")
-    page.wait_for_function("before => document.querySelector('#lanes').innerHTML !== before", arg=before)
+    page.wait_for_function("before => window.drawn && document.querySelector('#lanes').innerHTML !== before", arg=before)
 
 
 def shown_events(page) -> list[tuple[str, float, float]]:
     """Labels, starts and ends in the table."""
-    return [
-        (
-            row.locator("th").inner_text(),
-            float(row.locator("button").get_attribute("data-start")),
-            float(row.locator("td").nth(1).inner_text()),
-        )
-        for row in page.locator("#table tbody tr[data-span]").all()
-    ]
+    cells = "rows => rows.map(row => [row.querySelector('th').innerText, row.dataset.span, row.cells[1].innerText])"
+    rows = page.locator("#table tbody tr[data-span]").evaluate_all(cells)  # all at once: they may be drawn anew
+    return [(label, float(span.split()[0]), float(end)) for label, span, end in rows]
 
 
 def wait_until_time(page, least: float) -> float:
@@ -208,7 +204,7 @@ def test_events_are_shown_in_lanes_and_downloads_equal_the_commands(served, visi
     expected = table(tmp_path / "events.csv")
     assert shown_events(page) == [(row["label"], float(row["start"]), float(row["end"])) for row in expected]
     assert page.locator(".sslam-bar").count() == len(expected)
-    for name, file in (("CSV", None), ("Audacity labels", tmp_path / "events.audacity" / "street.wav.txt")):
+    for name, file in (("table (CSV)", None), ("Audacity labels", tmp_path / "events.audacity" / "street.wav.txt")):
         with page.expect_download() as download:
             page.get_by_role("link", name=name).click()
         got = tmp_path / download.value.suggested_filename
@@ -265,6 +261,51 @@ def test_a_click_on_an_event_plays_from_there_and_moves_the_cursor(visit, record
     bar.click()
     wait_until_time(page, float(bar.get_attribute("data-start")))
     assert page.evaluate("document.querySelector('#sslam-sound').paused") is False
+
+
+def test_the_player_stays_in_sight_and_its_keys_work_in_the_picture(visit, recordings):
+    page = visit()
+    page.set_viewport_size({"width": 1280, "height": 500})
+    give(page, recordings / "street.wav")
+    page.locator("#table button[data-start]").first.focus()
+    page.mouse.wheel(0, 3000)
+    page.wait_for_function("window.scrollY > 500")
+    box = page.locator("#sslam-sound").bounding_box()
+    assert 0 <= box["y"] < 100
+    assert page.evaluate("([x, y]) => document.elementFromPoint(x, y).id", [box["x"] + 200, box["y"] + 20]) == "sslam-sound"
+    page.locator(".sslam-scroll").focus()
+    page.keyboard.press("ArrowRight")  # so that the keyboard is in use
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    assert page.evaluate("document.querySelector('#sslam-sound').currentTime") == 1
+    for key, place in (("ArrowRight", 2), ("ArrowLeft", 1), ("End", 6), ("ArrowRight", 6), ("Home", 0), ("ArrowLeft", 0)):
+        page.keyboard.press(key)
+        assert page.evaluate("document.querySelector('#sslam-sound').currentTime") == pytest.approx(place, abs=0.01)
+    scrolled = page.evaluate("window.scrollY")
+    page.keyboard.press(" ")
+    wait_until_time(page, 0.05)
+    page.keyboard.press(" ")
+    assert page.evaluate("document.querySelector('#sslam-sound').paused")
+    assert page.evaluate("window.scrollY") == scrolled  # a space is not for scrolling here
+    page.locator("#sslam-sound").focus()
+    page.keyboard.press(" ")
+    page.wait_for_function("!document.querySelector('#sslam-sound').paused")
+
+
+def test_kinds_are_chosen_by_name(served, visit, recordings, tmp_path, monkeypatch):
+    monkeypatch.setenv(TEMPORARY, "")
+    monkeypatch.setattr("transformers_sslam.app.page.MANY", 3)
+    with Sessions(3600) as sessions:
+        server = Served(Path(served.listener.settings.model), sessions)
+        page = visit(server.address)
+        give(page, recordings / "street.wav")
+        total = len(shown_events(page))
+        page.locator("#only input").fill("se")
+        page.get_by_role("option", name="sea").click()
+        page.wait_for_selector("#table h2:has-text(' of ')")
+        assert {label for label, _, _ in shown_events(page)} == {"sea"}
+        assert page.inner_text("#table h2") == f"{len(shown_events(page))} of {total} events"
+        assert [lane.get_attribute("data-label") for lane in page.locator(LANES).all()] == ["sea"]
+        server.page.blocks.close(verbose=False)
 
 
 def test_zoom_widens_and_keeps_the_cursor_in_sight(visit, recordings):
@@ -445,7 +486,7 @@ def test_a_recording_above_the_limit_is_rejected(visit, tmp_path):
     soundfile.write(tmp_path / "long.wav", noise(61.0), RATE)
     page = visit()
     give(page, tmp_path / "long.wav", until=ERROR)
-    assert "long.wav is longer than 60 s, the limit of this page: give a part of it" in page.inner_text(ERROR)
+    assert "long.wav is longer than 1 min, the limit of this page: give a part of it" in page.inner_text(ERROR)
 
 
 def test_nothing_is_said_of_a_former_file_when_the_next_one_is_not_taken(visit, recordings, tmp_path):
@@ -557,7 +598,9 @@ def test_a_classifier_shows_segments(visit, recordings, tmp_path, monkeypatch):
         page = visit(server.address)
         give(page, recordings / "street.wav")
         assert "Labels of a piece, at most" in page.inner_text("body")
-        assert "segments" in page.inner_text("#table h2")
+        assert re.fullmatch(r"\d+ labels", page.inner_text("#table h2"))
+        for word in ("event", "segment"):
+            assert word not in page.inner_text("body")
         soundfile.write(tmp_path / "big.wav", noise(40.0), RATE)  # 1.28 MB
         page.set_input_files(FILE, str(tmp_path / "big.wav"))
         page.wait_for_selector("text=/maximum|too large|exceeds/i")
@@ -714,6 +757,8 @@ def test_events_of_a_microphone_appear_while_it_listens_with_their_delay(microph
 def test_why_there_is_no_microphone_is_told(visit):
     page = visit()
     page.evaluate("() => { navigator.mediaDevices.getUserMedia = async () => { throw new DOMException('', 'NotAllowedError'); }; }")
+    page.locator("#microphone").get_by_role("button", name="Record").click()
+    page.wait_for_selector("text=The browser does not give the microphone: allow it for this page, and press Record again.")
     page.get_by_text("Listen live with the microphone").click()
     page.get_by_role("button", name="Start listening").click()
     page.wait_for_selector("text=The browser does not give the microphone: allow it for this page.")

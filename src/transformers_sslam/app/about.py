@@ -9,10 +9,10 @@ from transformers.utils import cached_file
 
 from ..errors import UserError
 from ..settings import load_yaml
-from .drawing import clock
 from .index import SoundIndex
 from .listening import Listener
 from .settings import EXAMPLES_RIGHTS, LimitSettings
+from .wording import clock, listed
 
 
 CARD = "README.md"
@@ -24,14 +24,12 @@ MOST_CLASSES = 60  # that are listed
 def draw_about(listener: Listener, index: SoundIndex | None = None) -> str:
     """Model, data and limits, as HTML."""
     front, text = read_card(listener.settings.model)
-    classes = ", ".join(map(escape, listener.classes[:MOST_CLASSES]))
-    more = f" and {len(listener.classes) - MOST_CLASSES} more" if len(listener.classes) > MOST_CLASSES else ""
     parameters = sum(parameter.numel() for parameter in listener.model.parameters())
     named = "license_name" if front.get("license_name") else "license", "license_link"
     facts = {
         "Model": escape(model_name(listener.settings.model)),
         "Kind": escape(f"{type(listener.model).__name__}, {parameters / 1e6:.1f} million parameters, sound at {listener.rate:,} Hz"),
-        f"{len(listener.classes)} classes": f"{classes}{more}",
+        f"{len(listener.classes)} {listener.kinds}": escape(listed(listener.classes, MOST_CLASSES)),
         "Trained from": _listed(front.get("base_model")),
         "Data": _listed(front.get("datasets")),
         "Licence": " ".join(filter(None, (_listed(front.get(name)) for name in named))) or NO_LICENCE,
@@ -52,7 +50,7 @@ def limits(settings: LimitSettings) -> str:
         f"Recordings of up to {clock(settings.max_seconds)} and {settings.max_megabytes} MB, {settings.at_once} at a time, each for up to "
         f"{clock(settings.max_compute_seconds)} of computing. A file is deleted within two minutes after the model has received it. What "
         "is kept to play it is deleted when you choose another one or close the page, or after "
-        f"{clock(60 * settings.keep_minutes)}. No recording is logged. {live}A model knows its own classes only, and makes mistakes: "
+        f"{clock(60 * settings.keep_minutes)}. No recording is logged. {live}A model knows its own kinds only, and makes mistakes: "
         "listen before you rely on it."
     )
 

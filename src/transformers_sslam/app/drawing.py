@@ -5,7 +5,7 @@ Every text that comes from a file or a model is escaped. Positions are fractions
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
@@ -18,13 +18,15 @@ from ..recordings.plot import MEL_TICKS
 from .index import Match
 from .listening import Listener
 from .recording import LABELS, PICTURE, SOUND, TABLE, Found, Recording
+from .wording import listed, minutes, plain
 
 
 MOST_LANES, FEWEST_LANES, MOST_ROWS, MOST_BARS = 24, 3, 500, 4000
 POINTS, MOST_POINTS = 1000, 5000  # of a curve as wide as the page, and of the widest
 TICKS = 7  # as wide as the page, at most
 ROUND = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14_400)  # seconds
-IN_MINUTES = 120  # seconds: the times of longer recordings are written as the player does
+IN_MINUTES = 60  # seconds: the times of longer recordings are written as the player does
+MOST_KINDS = 20  # that are named at the top of the page
 THIN = 0.006  # of the width of the page: about 6 pixels
 WIDTH, HEIGHT = 1000, 100  # of a lane, in the units of its curve
 
@@ -34,13 +36,21 @@ def address(file: Path) -> str:
     return f"gradio_api/file={quote(file.as_posix())}"
 
 
-def draw_player(recording: Recording, rate: int) -> str:
+def draw_intro(listener: Listener) -> str:
+    """What the page does."""
+    count, kinds = len(listener.classes), escape(listed(listener.classes, MOST_KINDS))
+    return (
+        f"<p>Give the model a recording: play it, and see which of {count} {listener.kinds} it finds, from when to when. "
+        f"It knows these and nothing else: {kinds}.</p>"
+    )
+
+
+def draw_player(recording: Recording) -> str:
     """The sound, and what it is."""
     name, sound = escape(recording.name), escape(address(recording.folder / SOUND))
     return (
         f'<section class="sslam-player" aria-label="Player"><h2>{name} <small>{minutes(recording.duration)}</small></h2>'
-        f'<audio id="sslam-sound" controls preload="auto" src="{sound}" data-duration="{recording.duration:.6f}"></audio>'
-        f"<p>You hear what the model receives: a mono mix of all channels, at {rate / 1000:g} kHz.</p></section>"
+        f'<audio id="sslam-sound" controls preload="auto" src="{sound}" data-duration="{recording.duration:.6f}"></audio></section>'
     )
 
 
@@ -51,7 +61,8 @@ def draw_computing(name: str) -> str:
 
 def draw_stopped() -> str:
     """That nothing more is computed."""
-    return '<p class="sslam-computing" role="status">Stopped: nothing more is computed. Give the recording again, or another one.</p>'
+    said = "Stopped: nothing more is computed. Give the recording again, or another one."
+    return f'<p class="sslam-computing sslam-stopped" role="status">{said}</p>'
 
 
 def draw_error(message: str, what: str = "This recording cannot be used.") -> str:
@@ -59,60 +70,89 @@ def draw_error(message: str, what: str = "This recording cannot be used.") -> st
     return f'<div class="sslam-error" role="alert"><strong>{what}</strong> {escape(message)}</div>'
 
 
-def draw_lanes(listener: Listener, recording: Recording, found: Found, zoom: float = 1.0) -> str:
+def draw_lanes(listener: Listener, recording: Recording, found: Found, zoom: float = 1.0, only: Collection[str] = ()) -> str:
     """The log-mel, and below it a lane for each class: its scores as a curve, the threshold as a line, and its events as bars. With
     hysteresis the onset threshold is a second line.
 
-    It is `zoom` times as wide as the page, and scrolls.
+    It is `zoom` times as wide as the page, and scrolls. If classes are given that are wanted, `only` these have lanes.
     """
-    shown, hidden = _classes_to_show(listener.classes, found)
+    shown, hidden = _classes_to_show(listener.classes, found, only)
     names = {listener.classes[i] for i in shown}
     bars = sorted((event for event in found.events if event.label in names), key=lambda event: event.start - event.end)
     lanes = "".join(
         _lane(listener.classes[i], recording, found, [bar for bar in bars[:MOST_BARS] if bar.label == listener.classes[i]], i, zoom)
         for i in shown
     )
-    notes = [f"{hidden} more classes have {listener.finds}: they are in the table."] if hidden else []
+    notes = [f"{hidden} more kinds have {listener.finds}: they are in the table."] if hidden else []
     notes += [f"The {len(bars) - MOST_BARS} shortest {listener.finds} are not drawn."] if len(bars) > MOST_BARS else []
     picture = escape(address(recording.folder / PICTURE))
     hysteresis = bool((found.onsets > found.thresholds)[shown].any())
-    onset = '<span><i class="sslam-key-onset"></i>an event needs a score above this line</span>' if hysteresis else ""
+    onset = '<span><i class="sslam-key-onset"></i>an event needs a score above this line (onset threshold)</span>' if hysteresis else ""
     return (
-        f'<section aria-label="Log-mel and {listener.finds}">'
-        '<div class="sslam-scroll" tabindex="0" role="group" aria-label="Over time; scrolls when zoomed">'
+        f'<section aria-label="Picture of the sound, and {listener.finds}">'
+        '<div class="sslam-scroll" tabindex="0" role="group" aria-label="Over time. Space plays and pauses, arrow keys move by a second.">'
         f'<div class="sslam-strip" style="width:{100 * zoom:g}%"><div class="sslam-mel sslam-track">{_frequencies(listener.rate)}'
         f'<img src="{picture}" alt="Log-mel of {escape(recording.name)}"><div class="sslam-cursor" aria-hidden="true"></div></div>'
         f"{lanes}{_axis(recording.duration, zoom)}"
         f"<div class='sslam-choice' aria-hidden='true'></div></div></div>{''.join(f'<p>{note}</p>' for note in notes)}"
-        f'<p class="sslam-legend"><span><i class="sslam-key-bar"></i>{listener.finds}</span><span><i class="sslam-key-curve"></i>score: '
-        f'0 at the foot of a lane, 1 at its top</span><span><i class="sslam-key-limit"></i>threshold</span>{onset}</p></section>'
+        f'<p class="sslam-legend"><span><i class="sslam-key-bar"></i>{listener.finds}</span><span><i class="sslam-key-curve"></i>how sure '
+        'the model is (score): 0 at the foot of a row, 1 at its top</span><span><i class="sslam-key-limit"></i>threshold</span>'
+        f"{onset}</p>"
+        '<p class="sslam-note">At the top is the sound as the model receives it: low tones below, high tones above, and the louder the '
+        "brighter (log-mel spectrogram). A click moves the player there. The page plays and analyses a mono mix of all channels at "
+        f"{listener.rate / 1000:g} kHz, whatever the file has.</p></section>"
     )
 
 
-def draw_table(listener: Listener, recording: Recording, events: Sequence[Event]) -> str:
-    """All events; the buttons play them. And files to download."""
+def draw_table(listener: Listener, recording: Recording, found: Found, only: Collection[str] = ()) -> str:
+    """All events, or those of wanted classes; the buttons play them. And files to download."""
+    events = [event for event in found.events if not only or event.label in only]
     rows = "".join(
         f'<tr data-span="{event.start} {event.end}"><td><button type="button" data-start="{event.start}" '
-        f'aria-label="Play {escape(event.label)} from {event.start:.2f} seconds"><span aria-hidden="true">&#9654;</span> {event.start:.2f}'
-        f'</button></td><td>{event.end:.2f}</td><th scope="row">{escape(event.label)}</th><td>{event.score:.2f}</td></tr>'
+        f'aria-label="Play {escape(plain(event.label))} from {event.start:.2f} seconds"><span aria-hidden="true">&#9654;</span> '
+        f"{_time(event.start, recording)}</button></td><td>{_time(event.end, recording)}</td>"
+        f'<th scope="row">{escape(plain(event.label))}</th><td>{event.score:.2f}</td></tr>'
         for event in events[:MOST_ROWS]
     )
-    rows = rows or f'<tr><td colspan="4">No {listener.finds}: lower the threshold.</td></tr>'
-    more = f"<p>{len(events) - MOST_ROWS} more are in the CSV.</p>" if len(events) > MOST_ROWS else ""
-    links = "".join(_link(recording.file(ending), text) for ending, text in ((TABLE, "CSV"), (LABELS, "Audacity labels")))
+    unit = "min:s" if recording.duration > IN_MINUTES else "s"
+    header = "".join(f'<th scope="col">{name}</th>' for name in (f"start ({unit})", f"end ({unit})", "label", "score"))
+    table = f'<div class="sslam-table"><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>'
+    title = f"{len(events)} of {len(found.events)} {listener.finds}" if only else f"{len(events)} {listener.finds}"
+    if not found.events:
+        title, table = f"No {listener.finds} found", f"<p>{_highest(listener, recording, found)}</p>"
+    elif not events:
+        table = f"<p>There are no {listener.finds} of the kinds that you chose.</p>"
+    more = f"<p>{len(events) - MOST_ROWS} more are in the table to download.</p>" if len(events) > MOST_ROWS else ""
+    links = "".join(_link(recording.file(ending), text) for ending, text in ((TABLE, "table (CSV)"), (LABELS, "Audacity labels")))
+    every = " They hold all kinds." if only else ""
     return (
-        f'<section aria-label="Table of {listener.finds}"><h2>{len(events)} {listener.finds}</h2><div class="sslam-table"><table>'
-        '<thead><tr><th scope="col">start (s)</th><th scope="col">end (s)</th><th scope="col">label</th><th scope="col">score</th></tr>'
-        f'</thead><tbody>{rows}</tbody></table></div>{more}<p class="sslam-links">Download: {links}</p></section>'
+        f'<section aria-label="Table of {listener.finds}"><h2>{title}</h2>{table}{more}'
+        f'<p class="sslam-links">Download: {links}{every}</p></section>'
     )
+
+
+def _highest(listener: Listener, recording: Recording, found: Found) -> str:
+    """What the model comes closest to, where it finds nothing."""
+    row, number = np.unravel_index(found.scores.argmax(), found.scores.shape)
+    score, time = float(found.scores[row, number]), _time(recording.starts[row], recording)
+    value = f"{score:.2f}" if score >= 0.01 else "below 0.01"
+    return (
+        f"No score is high enough. The highest is that of {escape(plain(listener.classes[number]))}: {value}, at "
+        f"{time}{'' if recording.duration > IN_MINUTES else ' s'}. A lower threshold shows more."
+    )
+
+
+def _time(seconds: float, recording: Recording) -> str:
+    """In a recording: of a longer one with minutes."""
+    return minutes(seconds, 1) if recording.duration > IN_MINUTES else f"{seconds:.2f}"
 
 
 def draw_search(about: str) -> str:
     """What the search compares, and how a span is chosen."""
     return (
         '<section class="sslam-player" aria-label="Sounds like this"><h2>Sounds like this</h2><p>Choose a span: drag over the picture '
-        "with a mouse, click an event, or type its seconds. One about as long as a window of the index is compared best. Searched are "
-        f"{escape(about)}.</p></section>"
+        "with a mouse, click an event, or type its seconds. Then see where it sounds most like that in other recordings. Searched are "
+        f"{escape(about)}. Spans of about the same length are compared best.</p></section>"
     )
 
 
@@ -126,7 +166,7 @@ def draw_matches(matches: Sequence[Match], start: float, end: float) -> str:
     return (
         f'<section aria-label="Similar spans"><h2>Most like {start:.2f} to {end:.2f} s</h2><div class="sslam-table"><table>'
         '<thead><tr><th scope="col">start (s)</th><th scope="col">end (s)</th><th scope="col">recording</th>'
-        f'<th scope="col">similarity</th></tr></thead><tbody>{rows}</tbody></table></div></section>'
+        f'<th scope="col">similarity (at most 1)</th></tr></thead><tbody>{rows}</tbody></table></div></section>'
     )
 
 
@@ -156,15 +196,19 @@ def _link(file: Path, text: str) -> str:
     return f'<a href="{escape(address(file))}" download>{text}</a>'
 
 
-def _classes_to_show(classes: Sequence[str], found: Found) -> tuple[list[int], int]:
-    """Numbers of the classes with events and, of few, of those with the highest scores; and how many with events are left out."""
-    labels, highest = {event.label for event in found.events}, found.scores.max(0)
-    ranked = sorted(range(len(classes)), key=lambda i: (classes[i] not in labels, -highest[i]))
-    return sorted(ranked[: max(min(len(labels), MOST_LANES), FEWEST_LANES)]), max(0, len(labels) - MOST_LANES)
+def _classes_to_show(classes: Sequence[str], found: Found, only: Collection[str]) -> tuple[list[int], int]:
+    """Numbers of the classes that are wanted or, if none are named, of those with events and, of few, of those with the highest scores;
+    and how many with events are left out."""
+    labels, highest = {event.label for event in found.events if not only or event.label in only}, found.scores.max(0)
+    ranked = sorted(
+        (i for i in range(len(classes)) if not only or classes[i] in only), key=lambda i: (classes[i] not in labels, -highest[i])
+    )
+    most = MOST_LANES if only else max(min(len(labels), MOST_LANES), FEWEST_LANES)
+    return sorted(ranked[:most]), max(0, len(labels) - MOST_LANES)
 
 
 def _lane(label: str, recording: Recording, found: Found, events: Sequence[Event], number: int, zoom: float) -> str:
-    name = escape(label)
+    name = escape(plain(label))
 
     def thin(event: Event) -> str:
         """Borders of a bar that is narrower than they are would show longer events than there are."""
@@ -174,7 +218,7 @@ def _lane(label: str, recording: Recording, found: Found, events: Sequence[Event
         f'<button type="button" class="sslam-bar{thin(event)}" tabindex="-1" '
         f'data-start="{event.start}" data-span="{event.start} {event.end}" '
         f'style="left:{_percent(event.start, recording)};width:{_percent(event.end - event.start, recording)}" '
-        f'title="{name}: {event.start:.2f} to {event.end:.2f} s, score {event.score:.2f}" '
+        f'title="{name}: {_time(event.start, recording)} to {_time(event.end, recording)}, score {event.score:.2f}" '
         f'aria-label="Play {name}, {event.start:.2f} to {event.end:.2f} seconds"></button>'
         for event in events
     )
@@ -182,7 +226,7 @@ def _lane(label: str, recording: Recording, found: Found, events: Sequence[Event
     curve = _curve(recording.edges[: len(found.scores) + 1], found.scores[:, number], zoom)
     lines = _line("sslam-limit", threshold) + (_line("sslam-onset", onset) if onset > threshold else "")
     return (
-        f'<div class="sslam-lane" data-label="{name}"><span class="sslam-name">{name}</span><div class="sslam-track">'
+        f'<div class="sslam-lane" data-label="{escape(label)}"><span class="sslam-name">{name}</span><div class="sslam-track">'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">'
         f'<path class="sslam-curve" d="{curve}"/>{lines}</svg>{bars}'
         '<div class="sslam-cursor" aria-hidden="true"></div></div></div>'
@@ -217,7 +261,7 @@ def _axis(duration: float, zoom: float) -> str:
     least = duration / (TICKS * zoom)
     step = next((number for number in ROUND if number >= least), least)
     times = [i * step for i in range(int(duration / step + 1e-9) + 1)]
-    in_minutes = duration >= IN_MINUTES
+    in_minutes = duration > IN_MINUTES
 
     def written(time: float) -> str:
         seconds = f"{time % 60:02.0f}" if step >= 1 else f"{time % 60:04.1f}"
@@ -226,24 +270,11 @@ def _axis(duration: float, zoom: float) -> str:
     marks = "".join(
         f'<span style="left:{100 * time / duration:.3f}%">{written(time)}</span>' for time in times if time < (1 - 0.06 / zoom) * duration
     )
-    return f'<div class="sslam-axis" aria-hidden="true">{marks}<span class="sslam-unit">{"min" if in_minutes else "s"}</span></div>'
+    return f'<div class="sslam-axis" aria-hidden="true">{marks}<span class="sslam-unit">{"min:s" if in_minutes else "s"}</span></div>'
 
 
 def _percent(seconds: float, recording: Recording) -> str:
     return f"{100 * seconds / recording.duration:.4f}%"
-
-
-def minutes(seconds: float, digits: int = 0) -> str:
-    """A time as players show it, "1:05", with some digits behind the second."""
-    units = 10**digits
-    whole = math.floor(seconds * units + 0.5)
-    return f"{whole // (60 * units)}:{whole % (60 * units) / units:0{3 + digits if digits else 2}.{digits}f}"
-
-
-def clock(seconds: float) -> str:
-    """A length of time for people."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{seconds:.1f} s" if seconds < 60 else f"{minutes} min{f' {rest} s' if rest else ''}"
 
 
 def _mel(frequency: float) -> float:
@@ -251,6 +282,6 @@ def _mel(frequency: float) -> float:
 
 
 __all__ = [
-    *("address", "clock", "draw_computing", "draw_error", "draw_lanes", "draw_link", "draw_match", "draw_matches"),
-    *("draw_player", "draw_search", "draw_stopped", "draw_table", "minutes"),
+    *("address", "draw_computing", "draw_error", "draw_intro", "draw_lanes", "draw_link", "draw_match", "draw_matches"),
+    *("draw_player", "draw_search", "draw_stopped", "draw_table"),
 ]

@@ -77,8 +77,9 @@ class SoundIndex:
             self._read(Parts(folder, identity, width))
         if not len(self._starts):
             raise UserError(f"index {folder} holds no vectors: give one of recordings that can be used")
-        spans = "whole recordings" if identity["per"] == "clip" else f"windows of {self.window:g} s, one every {identity['hop']:g} s"
-        self.about = f"{len(self._recordings):,} recordings, {len(self._starts):,} vectors of {spans}, in {printable_path(folder.name)}"
+        spans = f"in {len(self._starts):,} spans of {self.window:g} s, one every {identity['hop']:g} s"
+        spans = "each as a whole" if identity["per"] == "clip" else spans
+        self.about = f"{len(self._recordings):,} recordings, {spans} (index {printable_path(folder.name)})"
 
     def find(self, sound: Path, start: float, end: float) -> list[Match]:
         """The nearest spans to a span of a sound at the model's rate, the nearest first. Of spans that overlap only the nearest is there.

@@ -20,6 +20,7 @@ from ..audio.paths import printable_path
 from ..errors import UserError, as_user_error
 from ..evaluation.loading import load_model, tagger_class
 from ..events_sslam import Event, EventSettings, filter_scores, find_events
+from ..fbank import frame_geometry
 from ..modeling_sslam import SSLAMForAudioClassification, SSLAMLayer
 from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
 from ..publishing.folders import check_model_folder
@@ -30,11 +31,13 @@ from ..windows_sslam import Windowing
 from .picture import LogMelPicture
 from .recording import EMBEDDINGS, LABELS, PICTURE, SOUND, TABLE, Found, Recording, Slider
 from .settings import AppSettings
+from .wording import clock
 
 
 ROWS_AT_ONCE = 2**12  # of the embeddings
 LONGEST_SECONDS = 3.0  # of a slider, unless the model has more
 LIVE_WINDOW, LIVE_HOP = 1.92, 0.32  # seconds, unless the settings say otherwise
+SILENT = 2.0**-15  # less than a step of 16 bits
 RECENT = 30.0  # seconds before the latest event of a live source, of which earlier ones are kept
 REASON = re.compile(r"(?<=cannot be read as audio) \(.*\)$")  # as a library says it
 Progress = Callable[[float, str], None]  # a fraction in [0, 1], and what is done
@@ -61,6 +64,7 @@ class Listener(ABC):
 
     model_class: ClassVar[type]
     finds: ClassVar[str]  # what the model finds, for people
+    kinds: ClassVar[str]  # its classes, for people
     sliders: tuple[Slider, ...]
 
     def __init__(self, settings: AppSettings):
@@ -116,7 +120,8 @@ class Listener(ABC):
             self._check()
         except ValueError as error:  # it may name a file of this machine, or what a library said, which tells visitors little
             message = str(error).replace(printable_path(str(file)), printable_path(name))
-            raise ValueError(REASON.sub(": choose a file that holds sound, and is whole", message)) from error
+            message = REASON.sub(": choose a file that holds sound, and is whole", message)
+            raise ValueError(message if ": " in message else f"{message}: choose another file") from error
         finally:
             self._thread.run = None
         picture.save(folder / PICTURE)
@@ -151,15 +156,19 @@ class Listener(ABC):
 
         24 bits, so that embeddings can be made of it as of the original.
         """
-        samples = 0
+        samples, peak, name = 0, 0.0, printable_path(str(file))
         with soundfile.SoundFile(sound, "w", self.rate, 1, subtype="PCM_24", format="FLAC") as output:
             for block in read_blocks(file, self.rate):
                 samples += len(block)
                 if samples > self.settings.max_seconds * self.rate:
-                    longest = f"{self.settings.max_seconds:g} s"
-                    raise UserError(f"{printable_path(str(file))} is longer than {longest}, the limit of this page: give a part of it")
+                    raise UserError(f"{name} is longer than {clock(self.settings.max_seconds)}, the limit of this page: give a part of it")
                 self._check()
                 output.write(block.clip(-1, 1))  # resampling may overshoot
+                peak = max(peak, float(np.abs(block).max()))
+        if samples < (least := frame_geometry(self.rate)[0]):
+            raise UserError(f"{name} lasts {samples / self.rate:.3f} s, but {least / self.rate:g} s are needed: choose a longer recording")
+        if peak < SILENT:
+            raise UserError(f"{name} holds nothing but silence: choose another recording, or check the microphone that made it")
         return samples / self.rate
 
     def _watched(self, blocks: Iterable[np.ndarray], duration: float, progress: Progress) -> Iterator[np.ndarray]:
@@ -179,7 +188,7 @@ class Listener(ABC):
         if run.ended.is_set():
             raise StoppedError
         if time.monotonic() > run.deadline:
-            most = f"{self.settings.max_compute_seconds:g} s"
+            most = clock(self.settings.max_compute_seconds)
             raise UserError(f"{printable_path(run.name)} takes more than {most} of computing, the limit of this page: give a part of it")
 
 
@@ -209,7 +218,7 @@ class DetectorListener(Listener):
     """A model of event detection, as `sslam detect` uses it."""
 
     model_class = SSLAMForAudioFrameClassification
-    finds = "events"
+    finds, kinds = "events", "kinds of sounds"
 
     def __init__(self, settings: AppSettings):
         super().__init__(settings)
@@ -275,7 +284,7 @@ class ClassifierListener(Listener):
     """A classifier of clips, as `sslam tag` uses it: labels of windows, and successive windows of a label joined."""
 
     model_class = SSLAMForAudioClassification
-    finds = "segments"
+    finds, kinds = "labels", "labels"
 
     def __init__(self, settings: AppSettings):
         super().__init__(settings)

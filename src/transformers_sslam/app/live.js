@@ -80,14 +80,14 @@ async function send(mine) {
   mine.sending = true;
   try {
     while (mine.on && mine.blocks.length) {
-      if (mine.blocks.length * block > most) throw new Error("Sound comes faster than it is computed: a larger live_hop needs less.");
+      if (mine.blocks.length * block > most) throw new Error("Sound comes faster than it is computed: try again when less is computed, or restart the page with a larger --live_hop.");
       const { at } = mine.blocks[0], state = await server.live_receive([mine.name, encode(mine.blocks.splice(0))]);
       if (state.error) throw new Error(state.error);
       const way = (performance.now() - at) / 1000;
       show(state);
       find(".sslam-level i").style.width = `${100 * state.level}%`;
       find(".sslam-live-delay").textContent = `Shown at most ${(delay + block + way).toFixed(1)} s after the end of a sound: ` +
-        `${delay.toFixed(2)} s for windows, ${block} s to record a block, and ${way.toFixed(2)} s, measured now, to send and compute it.`;
+        `${delay.toFixed(2)} s until the model has enough sound to decide, ${block} s to record a piece of it, and ${way.toFixed(2)} s, measured now, to send and compute it.`;
       find(".sslam-live-time").textContent = `${Math.floor(state.seconds)} s`;
     }
   } catch (error) {

@@ -13,8 +13,8 @@ import numpy as np
 
 from ..errors import UserError
 from ..events_sslam import Event
-from .drawing import clock
 from .listening import RECENT, Listener
+from .wording import clock
 
 
 BLOCK = 0.16  # seconds of sound that a browser sends at a time, at least

@@ -8,6 +8,7 @@ from ..errors import UserError
 from .drawing import MOST_LANES, MOST_ROWS
 from .listening import RECENT, Listener
 from .live import BLOCK, MOST, LiveSessions, LiveState
+from .wording import plain
 
 
 TICKS = 3  # of the time before now
@@ -18,7 +19,8 @@ def draw_live(listener: Listener) -> str:
     window, hop = (f"{listener.live_options[name]:g}" for name in ("window", "hop"))
     return (
         f'<div class="sslam-live" data-rate="{listener.rate}" data-block="{BLOCK}" data-most="{MOST}" data-delay="{listener.live_delay()}">'
-        f"<p>Windows of {window} s, one every {hop} s. No sound is kept; {listener.finds} are shown for {RECENT:g} s.</p>"
+        f"<p>The model receives the last {window} s of sound (a window), again every {hop} s. No sound is kept; {listener.finds} are shown "
+        f"for {RECENT:g} s.</p>"
         '<button type="button">Start listening</button> <span class="sslam-live-time"></span><p class="sslam-live-state" role="status"></p>'
         '<div class="sslam-level" aria-hidden="true"><i></i></div><p class="sslam-live-delay"></p>'
         '<p class="sslam-live-latest" aria-live="polite"></p><div class="sslam-live-events"></div></div>'
@@ -32,7 +34,8 @@ def draw_state(listener: Listener, state: LiveState) -> str:
     labels = sorted(list(dict.fromkeys(event.label for event, _ in latest))[:MOST_LANES])
     unknown = f"{100 * min(1.0, (listener.live_delay() + BLOCK) / RECENT):.2f}%"
     lanes = "".join(
-        f'<div class="sslam-lane" data-label="{escape(label)}"><span class="sslam-name">{escape(label)}</span><div class="sslam-track">'
+        f'<div class="sslam-lane" data-label="{escape(label)}"><span class="sslam-name">{escape(plain(label))}</span>'
+        '<div class="sslam-track">'
         + "".join(_bar(event.start, event.end, state.seconds) for event, _ in state.events if event.label == label)
         + f'<div class="sslam-unknown" style="width:{unknown}"></div></div></div>'
         for label in labels
@@ -41,7 +44,7 @@ def draw_state(listener: Listener, state: LiveState) -> str:
     axis = "".join(f'<span style="left:{100 * (1 - seconds / RECENT):.2f}%">&minus;{seconds:g} s</span>' for seconds in ago)
     rows = "".join(
         f"<tr><td>{event.start:.2f}</td><td>{event.end:.2f}</td>"
-        f'<th scope="row">{escape(event.label)}</th><td>{event.score:.2f}</td><td>{delay:.2f}</td></tr>'
+        f'<th scope="row">{escape(plain(event.label))}</th><td>{event.score:.2f}</td><td>{delay:.2f}</td></tr>'
         for event, delay in latest[:MOST_ROWS]
     )
     if not rows:
@@ -60,7 +63,7 @@ def name_latest(state: LiveState) -> str:
     if not state.events:
         return ""
     event, _ = max(state.events, key=lambda item: (item[0].end, item[0].score))
-    return f"Latest: {event.label}, from {event.start:.1f} s"
+    return f"Latest: {plain(event.label)}, from {event.start:.1f} s"
 
 
 def live_functions(listener: Listener) -> list[Callable[[Any], dict[str, Any]]]:

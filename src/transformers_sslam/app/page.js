@@ -79,6 +79,25 @@
       audio.play();
     } else audio.currentTime = at(target, event);
   });
+  // The keys of a player, for the picture. The browser's own player has them itself.
+  const STEP = 1; // seconds
+  document.addEventListener("keydown", (event) => {
+    const audio = sound();
+    if (!audio || !event.target.matches?.(".sslam-scroll") || event.ctrlKey || event.metaKey || event.altKey) return;
+    const place = { ArrowLeft: audio.currentTime - STEP, ArrowRight: audio.currentTime + STEP, Home: 0, End: audio.duration }[event.key];
+    if (event.key === " ") audio.paused ? audio.play() : audio.pause();
+    else if (place !== undefined) audio.currentTime = Math.min(audio.duration, Math.max(0, place));
+    else return;
+    event.preventDefault();
+  });
+
+  // Gradio says nothing when the browser does not give the microphone for a recording.
+  const refused = (text) => { const part = document.querySelector(".sslam-refused"); if (part) part.textContent = text; };
+  window.addEventListener("unhandledrejection", ({ reason }) => {
+    if (/microphone/i.test(reason?.message ?? "")) refused("The browser does not give the microphone: allow it for this page, and press Record again.");
+  });
+  document.addEventListener("click", ({ target }) => { if (target.closest?.("#microphone")) refused(""); }, true);
+
   // A file may be dropped anywhere: without this the browser would leave the page for it.
   const carries = (event) => event.dataTransfer?.types.includes("Files") && !event.target.closest?.("#file");
   document.addEventListener("dragover", (event) => { if (carries(event)) event.preventDefault(); });

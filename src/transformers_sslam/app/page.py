@@ -16,6 +16,7 @@ from .listening import Listener, StoppedError
 from .live_page import draw_live, live_functions
 from .recording import SOUND, Recording, Slider
 from .sessions import Sessions
+from .wording import plain
 
 
 HERE = Path(__file__).parent
@@ -24,6 +25,7 @@ NOT_FOUND = "Nothing can be compared."
 NOT_PLAYED = "This span cannot be played."
 DRAWN = "() => { document.dispatchEvent(new Event('sslam-drawn')); }"
 CLEAR = "() => ['', { __type__: 'update', visible: false }]"
+MANY = 8  # classes, of which a visitor may want to see some only
 SHOWN = 10  # components that a recording fills
 PLAYED_AT_ONCE = 4  # spans of indexed recordings, which are decoded up to there
 # A button of the list of matches, which Gradio draws anew, was pressed.
@@ -56,16 +58,17 @@ class Page:
             self._build()
 
     def _build(self) -> None:
-        _html(f'<h1 class="sslam-title">{escape(self.blocks.title)}</h1><p>Give a recording: hear it, and see what the model finds.</p>')
+        _html(f'<h1 class="sslam-title">{escape(self.blocks.title)}</h1>{drawing.draw_intro(self._listener)}')
         with gr.Row():
             file = gr.File(label="Drop a recording, or choose one", file_types=[*AUDIO_SUFFIXES], height=170, elem_id="file")
             with gr.Column():
                 microphone = gr.Audio(
-                    label="Or record with the microphone: analysed after Stop",
+                    label="Or record; Stop begins the analysis",
                     sources=["microphone"],
                     type="filepath",
                     elem_id="microphone",
                 )
+                _html('<p class="sslam-refused" aria-live="assertive"></p>', elem_id="refused")
                 names = list(self._examples)
                 example = gr.Dropdown(
                     names,
@@ -81,12 +84,22 @@ class Page:
                 script = (HERE / "live.js").read_text(encoding="utf-8")
                 _html(draw_live(self._listener), server_functions=live_functions(self._listener), js_on_load=script)
         player = _html(elem_id="player")
-        stop = gr.Button("Stop", visible=False, variant="stop", size="sm", elem_id="stop")
+        stop = gr.Button("Stop", visible=False, size="sm", elem_id="stop")
         with gr.Column(visible=False) as results:
             sliders = (*self._listener.sliders, ZOOM)
             with gr.Row(elem_id="sliders"):
                 positions = [_slider(slider) for slider in sliders]
             reset = gr.Button("Back to the model's own settings", size="sm", elem_id="reset")
+            kinds = [(plain(label), label) for label in self._listener.classes]
+            only = gr.Dropdown(
+                kinds,
+                value=[],
+                multiselect=True,
+                label=f"Show only these {self._listener.kinds}",
+                info="Type or choose some; with none chosen, all are shown.",
+                visible=len(kinds) >= MANY,
+                elem_id="only",
+            )
             lanes = _html(elem_id="lanes")
             with gr.Column(visible=self._index is not None, elem_id="search"):
                 _html(drawing.draw_search(self._index.about) if self._index else "")
@@ -95,7 +108,7 @@ class Page:
                     find = gr.Button("Find similar", elem_id="find", min_width=160)
                 match, matches = _html(elem_id="match"), _html(elem_id="matches", js_on_load=PLAY)
             table = _html(elem_id="table")
-            embed = gr.Button("Make embeddings (Parquet)", size="sm", elem_id="embed")
+            embed = gr.Button("Make embeddings: vectors that describe the sound, for other programs (Parquet)", size="sm", elem_id="embed")
             link = _html(elem_id="embeddings")
         with gr.Accordion("Model, data and limits", open=False):
             _html(draw_about(self._listener, self._index))
@@ -108,6 +121,7 @@ class Page:
             "concurrency_limit": self._listener.settings.at_once,
             "api_visibility": "private",
         }
+        wanted = [only, *positions]
         shown = [player, stop, results, lanes, table, link, start, end, match, matches]
         # Nothing is said of a former file any more, whether the next one is taken or not. `page.js` presses the button.
         gr.on([clear.click, microphone.start_recording], None, None, [player, results], js=CLEAR)
@@ -119,11 +133,11 @@ class Page:
             # Not `select`, which the keyboard does not cause, nor `input`, which a mouse causes twice.
             example.change(self._choose, example, shown[:3], **at_once, **replaces),
         ]
-        heard = [event.then(self._hear, positions, shown, show_progress_on=player, **in_turn, **replaces) for event in given]
+        heard = [event.then(self._hear, wanted, shown, show_progress_on=player, **in_turn, **replaces) for event in given]
         for event in heard:
             event.then(None, js=DRAWN)
         stop.click(self._stop, example, [*shown[:3], example], cancels=heard, **at_once)
-        moved = gr.on([slider.change for slider in positions], self._show, positions, [lanes, table], trigger_mode="always_last", **at_once)
+        moved = gr.on([part.change for part in wanted], self._show, wanted, [lanes, table], trigger_mode="always_last", **at_once)
         moved.then(None, js=DRAWN)
         reset.click(None, None, positions, js=f"() => {[slider.value for slider in sliders]}")
         embed.click(self._embed, None, link, **in_turn)
@@ -146,7 +160,7 @@ class Page:
         self._sessions.choose(str(request.session_hash), Path(self._examples[name]), name)
         return _computing(name)
 
-    def _hear(self, request: gr.Request, progress: gr.Progress = PROGRESS, *positions: float) -> list[Any]:
+    def _hear(self, request: gr.Request, progress: gr.Progress = PROGRESS, only: Sequence[str] = (), *positions: float) -> list[Any]:
         """What the components show of the recording that was given last; nothing new if it was stopped or replaced."""
         session = str(request.session_hash)
         turn = self._sessions.take(session)
@@ -155,7 +169,7 @@ class Page:
         try:
             recording = self._listener.listen(turn.file, turn.name, turn.folder, lambda done, what: progress(done, desc=what), turn.ended)
             self._sessions.keep(session, recording)
-            drawn = self._draw(recording, positions)
+            drawn = self._draw(recording, only, positions)
         except (StoppedError, ValueError, OSError, FloatingPointError) as error:
             if turn.ended.is_set():
                 return [gr.skip()] * SHOWN
@@ -167,7 +181,7 @@ class Page:
         window = recording.duration if self._index is None else self._index.window
         span = 0.0, min(window, recording.duration)
         return [
-            drawing.draw_player(recording, self._listener.rate),
+            drawing.draw_player(recording),
             gr.update(visible=False),
             gr.update(visible=True),
             *drawn,
@@ -182,16 +196,19 @@ class Page:
         self._sessions.begin(str(request.session_hash))
         return [drawing.draw_stopped(), *_hidden(), _emptied(example)]
 
-    def _show(self, request: gr.Request, *positions: float) -> list[Any]:
+    def _show(self, request: gr.Request, only: Sequence[str], *positions: float) -> list[Any]:
         """What follows from kept scores."""
         recording = self._sessions.recording(request.session_hash)
-        return [drawing.draw_error(GONE), ""] if recording is None else self._draw(recording, positions)
+        return [drawing.draw_error(GONE), ""] if recording is None else self._draw(recording, only, positions)
 
-    def _draw(self, recording: Recording, positions: Sequence[float]) -> list[str]:
+    def _draw(self, recording: Recording, only: Sequence[str], positions: Sequence[float]) -> list[str]:
         *settings, zoom = positions
         found = self._listener.find(recording, settings)
         self._listener.write(recording, found.events)
-        return [drawing.draw_lanes(self._listener, recording, found, zoom), drawing.draw_table(self._listener, recording, found.events)]
+        return [
+            drawing.draw_lanes(self._listener, recording, found, zoom, only),
+            drawing.draw_table(self._listener, recording, found, only),
+        ]
 
     def _embed(self, request: gr.Request) -> str:
         recording = self._sessions.recording(request.session_hash)
