@@ -504,6 +504,15 @@ def test_nothing_is_said_of_a_former_file_when_the_next_one_is_not_taken(visit, 
     give(page, recordings / "park.flac")
 
 
+def test_a_page_tells_that_the_model_failed_and_recovers(served, visit, recordings, monkeypatch):
+    page = visit()
+    with monkeypatch.context() as patch:
+        patch.setattr(served.listener, "_score", None)
+        give(page, recordings / "street.wav", until=f'{ERROR}:has-text("The server has too much to do, or failed: try again")')
+        assert not page.locator("#stop").is_visible()
+    give(page, recordings / "street.wav")
+
+
 def test_a_page_recovers_from_an_error(visit, recordings, tmp_path):
     (tmp_path / "notes.wav").write_text("no audio")
     page = visit()

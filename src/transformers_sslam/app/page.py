@@ -21,6 +21,7 @@ from .wording import plain
 
 HERE = Path(__file__).parent
 GONE = "It is no longer kept: choose it again."
+BUSY = "The server has too much to do, or failed: try again in a while."
 NOT_FOUND = "Nothing can be compared."
 NOT_PLAYED = "This span cannot be played."
 DRAWN = "() => { document.dispatchEvent(new Event('sslam-drawn')); }"
@@ -136,6 +137,8 @@ class Page:
         heard = [event.then(self._hear, wanted, shown, show_progress_on=player, **in_turn, **replaces) for event in given]
         for event in heard:
             event.then(None, js=DRAWN)
+            # Too many wait, or the model failed: without this the page would say that it computes.
+            event.failure(self._fail, None, shown, **at_once)
         stop.click(self._stop, example, [*shown[:3], example], cancels=heard, **at_once)
         moved = gr.on([part.change for part in wanted], self._show, wanted, [lanes, table], trigger_mode="always_last", **at_once)
         moved.then(None, js=DRAWN)
@@ -190,6 +193,14 @@ class Page:
             "",
             "",
         ]
+
+    def _fail(self, request: gr.Request) -> list[Any]:
+        """Gradio takes what was stopped for a failure, too."""
+        session = str(request.session_hash)
+        if not self._sessions.is_pending(session):
+            return [gr.skip()] * SHOWN
+        self._sessions.begin(session)  # of the next one
+        return _failed(BUSY)
 
     def _stop(self, example: str | None, request: gr.Request) -> list[Any]:
         """Let nothing more be computed: what waits for its turn finds a page without a recording."""

@@ -29,6 +29,7 @@ class _Session:
     folder: Path
     waiting: tuple[Path, str] | None = None  # a file that waits for its turn, and its name
     recording: Recording | None = None
+    pending: bool = False  # whether a recording was given, and is not there yet
     used: float = field(default_factory=time.monotonic)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -113,7 +114,14 @@ class Sessions:
 
     def _wait(self, session: str, file: Path, name: str) -> None:
         with self._lock:
-            self._sessions[session].waiting = file, name
+            known = self._sessions[session]
+            known.waiting, known.pending = (file, name), True
+
+    def is_pending(self, session: str) -> bool:
+        """Whether a recording of a page was given, and is not there yet."""
+        with self._lock:
+            known = self._sessions.get(session)
+            return known is not None and known.pending
 
     def take(self, session: str) -> Turn | None:
         """The file that waits for its turn; an upload, which lies in the turn's folder, is deleted by whoever asks."""
@@ -129,7 +137,7 @@ class Sessions:
         with self._lock:
             known = self._sessions.get(session)
             if known is not None and known.folder == recording.folder:
-                known.recording, known.used = recording, time.monotonic()
+                known.recording, known.pending, known.used = recording, False, time.monotonic()
                 return
         shutil.rmtree(recording.folder, ignore_errors=True)
 
