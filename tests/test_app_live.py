@@ -216,6 +216,12 @@ def test_windows_that_do_not_fit_the_model_are_rejected_at_the_start(tmp_path, s
     open_listener(AppSettings(model=model, device="cpu", live_at_once=0, **settings))
 
 
+@pytest.mark.parametrize(("settings", "named"), [({"hop": 0.1}, "hop is 0.1 s"), ({"window": 99.2}, "a window of 99.2 s gives 9920")])
+def test_windows_of_recordings_that_do_not_fit_the_model_are_rejected_at_the_start(tmp_path, settings, named):
+    with pytest.raises(UserError, match=f"^window or hop: {named}"):
+        open_listener(AppSettings(model=str(save_detector(tmp_path / "model")), device="cpu", live_at_once=0, **settings))
+
+
 def test_a_negative_number_of_microphones_is_rejected():
     with pytest.raises(UserError, match="^live_at_once is -1, but must not be negative$"):
         AppSettings(model="m", live_at_once=-1)

@@ -72,6 +72,8 @@ class Listener(ABC):
         self.model, self.extractor = loaded[0].eval(), loaded[1]
         self.settings, self.classes, self.rate = settings, self.model.config.class_names, self.extractor.sampling_rate
         self._options = {"hop": settings.hop, "window": settings.window, "batch_size": settings.per_device_eval_batch_size}
+        with as_user_error("window or hop"):
+            self.delay(settings.window, settings.hop)
         window, hop = settings.live_window, settings.live_hop
         window = min(LIVE_WINDOW, self.extractor.max_length / 100) if window is None else window
         self._thread = threading.local()  # what is computed in this thread, if anything
@@ -89,9 +91,17 @@ class Listener(ABC):
         """The events of the last seconds of a source that arrives in blocks, as they are written, whenever there are others. The settings
         are the model's own."""
 
-    @abstractmethod
     def live_delay(self) -> float:
         """Seconds of sound after the end of an event until [`live`] has it, at most; the length of a block is to be added."""
+        return self.delay(**self.live_options)
+
+    @abstractmethod
+    def delay(self, window: float | None, hop: float | None) -> float:
+        """That of these windows, in seconds.
+
+        Raises:
+            ValueError: if the model cannot have them.
+        """
 
     @abstractmethod
     def _score(self, blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -271,8 +281,8 @@ class DetectorListener(Listener):
             recent = [*(known for known in recent if known.end > event.end - RECENT), rounded(event)]
             yield recent
 
-    def live_delay(self) -> float:
-        return self.model.detection_delay(self.extractor, **self.live_options)
+    def delay(self, window: float | None, hop: float | None) -> float:
+        return self.model.detection_delay(self.extractor, window=window, hop=hop)
 
     def _score(self, blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         result = self.model.score_steps(blocks, self.extractor, **self._options)
@@ -316,9 +326,9 @@ class ClassifierListener(Listener):
             found = join_windows(starts, starts + length, scores, self.classes, int(self.sliders[1].value), self.sliders[0].value)
             yield [rounded(segment) for segment in found]
 
-    def live_delay(self) -> float:
+    def delay(self, window: float | None, hop: float | None) -> float:
         """A window that holds a sound's end ends at most a hop after it, and is known when one more sample has arrived."""
-        return (self._windowing(**self.live_options).hop + 1) / self.rate
+        return (self._windowing(window, hop).hop + 1) / self.rate
 
     def _windowing(self, window: float | None, hop: float | None) -> Windowing:
         return Windowing.of_model(self.model.config, self.extractor, window=window, hop=hop)
@@ -332,7 +342,7 @@ def open_listener(settings: AppSettings) -> Listener:
     """A listener of the kind that the model needs.
 
     Raises:
-        UserError: if the model cannot be loaded, or neither detects nor classifies, or its live mode cannot have the windows of `settings`.
+        UserError: if the model cannot be loaded, or neither detects nor classifies, or cannot have the windows of `settings`.
     """
     check_model_folder(settings.model)
     kind = DetectorListener if tagger_class(settings.model) is SSLAMForAudioFrameClassification else ClassifierListener
