@@ -70,6 +70,8 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         # Called for the decoder's layers, for student and teacher have methods of their own: torch's defaults.
         if isinstance(module, nn.Conv2d | nn.Linear):
             bound = module.weight[0].numel() ** -0.5
+            if module is self.decoder.source_projection:  # all sources alike at first: what differs would have to cancel out in their sums
+                bound *= 0.01
             for parameter in module.parameters():
                 init.uniform_(parameter, -bound, bound)
 
