@@ -28,7 +28,9 @@ def draw_about(listener: Listener, index: SoundIndex | None = None) -> str:
     named = "license_name" if front.get("license_name") else "license", "license_link"
     facts = {
         "Model": escape(model_name(listener.settings.model)),
-        "Kind": escape(f"{type(listener.model).__name__}, {parameters / 1e6:.1f} million parameters, sound at {listener.rate:,} Hz"),
+        "Kind": escape(
+            f"{listener.job} ({type(listener.model).__name__}), {parameters / 1e6:.1f} million parameters, sound at {listener.rate:,} Hz"
+        ),
         f"{len(listener.classes)} {listener.kinds}": escape(listed(listener.classes, MOST_CLASSES)),
         "Trained from": _listed(front.get("base_model")),
         "Data": _listed(front.get("datasets")),

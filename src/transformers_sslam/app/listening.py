@@ -65,6 +65,7 @@ class Listener(ABC):
     model_class: ClassVar[type]
     finds: ClassVar[str]  # what the model finds, for people
     kinds: ClassVar[str]  # its classes, for people
+    job: ClassVar[str]  # what kind of model it is
     sliders: tuple[Slider, ...]
 
     def __init__(self, settings: AppSettings):
@@ -228,7 +229,7 @@ class DetectorListener(Listener):
     """A model of event detection, as `sslam detect` uses it."""
 
     model_class = SSLAMForAudioFrameClassification
-    finds, kinds = "events", "kinds of sounds"
+    finds, kinds, job = "events", "kinds of sounds", "detector of sound events, from when to when"
 
     def __init__(self, settings: AppSettings):
         super().__init__(settings)
@@ -294,7 +295,7 @@ class ClassifierListener(Listener):
     """A classifier of clips, as `sslam tag` uses it: labels of windows, and successive windows of a label joined."""
 
     model_class = SSLAMForAudioClassification
-    finds, kinds = "labels", "labels"
+    finds, kinds, job = "labels", "labels", "classifier of pieces of a recording"
 
     def __init__(self, settings: AppSettings):
         super().__init__(settings)

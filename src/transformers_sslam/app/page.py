@@ -122,7 +122,7 @@ class Page:
             "concurrency_limit": self._listener.settings.at_once,
             "api_visibility": "private",
         }
-        wanted = [only, *positions]
+        wanted: list[Any] = [only, *positions]
         shown = [player, stop, results, lanes, table, link, start, end, match, matches]
         # Nothing is said of a former file any more, whether the next one is taken or not. `page.js` presses the button.
         gr.on([clear.click, microphone.start_recording], None, None, [player, results], js=CLEAR)
