@@ -613,6 +613,9 @@ def test_a_classifier_shows_segments(visit, recordings, tmp_path, monkeypatch):
         soundfile.write(tmp_path / "big.wav", noise(40.0), RATE)  # 1.28 MB
         page.set_input_files(FILE, str(tmp_path / "big.wav"))
         page.wait_for_selector("text=/maximum|too large|exceeds/i")
+        drop(page, recordings / "park.flac", "#file")  # where Gradio says that there was an error
+        page.wait_for_selector('#player h2:has-text("park.flac")')
+        assert page.inner_text("#file").count("Error") == 0
         server.page.blocks.close(verbose=False)
 
 

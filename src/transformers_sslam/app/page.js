@@ -99,7 +99,7 @@
   document.addEventListener("click", ({ target }) => { if (target.closest?.("#microphone")) refused(""); }, true);
 
   // A file may be dropped anywhere: without this the browser would leave the page for it.
-  const carries = (event) => event.dataTransfer?.types.includes("Files") && !event.target.closest?.("#file");
+  const carries = (event) => event.dataTransfer?.types.includes("Files") && !event.defaultPrevented; // as by Gradio's field
   document.addEventListener("dragover", (event) => { if (carries(event)) event.preventDefault(); });
   document.addEventListener("drop", (event) => {
     const input = document.querySelector("#file input[type=file]");
