@@ -45,7 +45,7 @@ def test_an_unknown_command_is_named_with_the_known_ones(capsys):
     [
         ("detect --modle x", "there is no setting modle: did you mean model"),
         ("tag --input a.wav b.wav", "there is no setting input: did you mean inputs?"),
-        ("detect --treshold.rain 0.3", "there is no setting treshold.rain: did you mean threshold or onset_threshold?"),
+        ("detect --treshold.rain 0.3", "there is no setting treshold.rain: did you mean threshold"),
         ("finetune --augmentation.mixup_alhpa 0.5", "there is no setting augmentation.mixup_alhpa: did you mean augmentation.mixup_alpha"),
         (
             "finetune --config finetune_tinny",

@@ -325,12 +325,14 @@ def test_a_hub_id_is_downloaded_and_converted_once_a_commit(hub, cache, conversi
 
 def test_commands_take_official_names_and_files_and_leave_others_as_they_are(hub, cache, conversions, tmp_path):
     mine = str(tmp_path / "mine")
-    assert [resolve_model(name) for name in (mine, "me/mine", str(tmp_path))] == [mine, "me/mine", str(tmp_path)]
+    assert [resolve_model(name) for name in (mine, "me/mine")] == [mine, "me/mine"]
+    with pytest.raises(UserError, match=f"^model {tmp_path} holds no config.json: give a folder"):
+        resolve_model(str(tmp_path))
     assert conversions == []
     official = [resolve_model(name) for name in (HUB_ID, str(tmp_path / "official"), str(save_fine_tuned_fairseq(tmp_path / "m.pt")))]
     assert len(set(official)) == len(conversions) == 3
     assert all(Path(folder).parent == cache for folder in official)
-    with pytest.raises(UserError, match="model me/nothing cannot be read"):
+    with pytest.raises(UserError, match="^there is no folder or file me/nothing here, and no model of this name"):
         resolve_model("me/nothing")
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(UserError, match="config.json is damaged"):

@@ -739,7 +739,7 @@ def test_a_full_disk_is_told_and_former_checkpoints_stay(sounds, tmp_path, monke
         ({"model_config": {**MODEL, "hidden_size": 30}}, "model_config: hidden_size is 30"),
         ({"feature_extractor": {"max_length": 128}}, "128 frames of 128 mel bins, but the model takes up to 64"),
         ({"feature_extractor": {"std": 0.0}}, "feature_extractor: .*std is 0"),
-        ({"model": "absent/folder"}, "model absent/folder: "),
+        ({"model": "absent/folder"}, "^there is no folder or file absent/folder here, and no model of this name"),
         ({"feature_extractor": {"max_lenght": 32}}, "no setting feature_extractor.max_lenght: did you mean feature_extractor.max_length"),
         ({"model_config": {**MODEL, "mask_ratio": 0.999}}, "model_config, with feature_extractor.max_length: .*mask_ratio"),
         ({"model_config": {**MODEL, "unmixed_span_length": 64}}, "model_config, with feature_extractor.max_length: .*unmixed_span_length"),

@@ -246,12 +246,12 @@ def test_what_does_not_start_is_not_written(detector, tmp_path, capsys, monkeypa
     """Here the copied code lacks a file that the package itself has."""
 
     def check_without_one_file(folder: Path) -> None:
-        (folder / "transformers_sslam" / "app" / "drawing.py").unlink()
+        (folder / "transformers_sslam" / "app" / "picture.py").unlink()
         check_space(folder)
 
     monkeypatch.setattr(space, "check_space", check_without_one_file)
     assert run("--model", detector, "--output_dir", tmp_path / "page") == 1
-    message = r"the Space does not work: its app.py ended \(No module named 'transformers_sslam.app.drawing'\)"
+    message = r"the Space does not work: its app.py ended \(No module named 'transformers_sslam.app.picture'\)"
     assert re.search(message, capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 

@@ -117,34 +117,37 @@ def draw_table(listener: Listener, recording: Recording, found: Found, only: Col
     unit = "min:s" if recording.duration > IN_MINUTES else "s"
     header = "".join(f'<th scope="col">{name}</th>' for name in (f"start ({unit})", f"end ({unit})", "label", "score"))
     table = f'<div class="sslam-table"><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>'
-    title = f"{len(events)} of {len(found.events)} {listener.finds}" if only else f"{len(events)} {listener.finds}"
-    if not found.events:
-        title, table = f"No {listener.finds} found", f"<p>{_highest(listener, recording, found)}</p>"
-    elif not events:
-        table = f"<p>There are no {listener.finds} of the kinds that you chose.</p>"
+    total = f"{len(found.events)} {listener.finds if len(found.events) != 1 else listener.finds.removesuffix('s')}"
+    title = f"{len(events)} of {total}" if only else total
+    if not events:
+        title = f"No {listener.finds} found" if not found.events else title
+        table = f"<p>{_highest(listener, recording, found, only)}</p>"
     more = f"<p>{len(events) - MOST_ROWS} more are in the table to download.</p>" if len(events) > MOST_ROWS else ""
+    scores = '<p class="sslam-note">The score of an event is the mean of the scores in it, before they are smoothed.</p>' if events else ""
     links = "".join(_link(recording.file(ending), text) for ending, text in ((TABLE, "table (CSV)"), (LABELS, "Audacity labels")))
-    every = " They hold all kinds." if only else ""
     return (
-        f'<section aria-label="Table of {listener.finds}"><h2>{title}</h2>{table}{more}'
-        f'<p class="sslam-links">Download: {links}{every}</p></section>'
+        f'<section aria-label="Table of {listener.finds}"><h2>{title}</h2>{table}{scores}{more}'
+        f'<p class="sslam-links">Download: {links}</p></section>'
     )
 
 
-def _highest(listener: Listener, recording: Recording, found: Found) -> str:
-    """What the model comes closest to, where it finds nothing."""
-    row, number = np.unravel_index(found.scores.argmax(), found.scores.shape)
+def _highest(listener: Listener, recording: Recording, found: Found, only: Collection[str]) -> str:
+    """What the model comes closest to, of what is wanted, where it finds nothing."""
+    wanted = [i for i, label in enumerate(listener.classes) if not only or label in only]
+    row, i = np.unravel_index(found.scores[:, wanted].argmax(), (len(found.scores), len(wanted)))
+    number = wanted[i]
     score, time = float(found.scores[row, number]), _time(recording.starts[row], recording)
     value = f"{score:.2f}" if score >= 0.01 else "below 0.01"
+    place = f"{time}{'' if recording.duration > IN_MINUTES else ' s'}"
     return (
-        f"No score is high enough. The highest is that of {escape(plain(listener.classes[number]))}: {value}, at "
-        f"{time}{'' if recording.duration > IN_MINUTES else ' s'}. A lower threshold shows more."
+        f"No score{' of the kinds that you chose' if only else ''} is high enough. The highest is that of "
+        f"{escape(plain(listener.classes[number]))}: {value}, at {place}. A lower threshold shows more."
     )
 
 
 def _time(seconds: float, recording: Recording) -> str:
     """In a recording: of a longer one with minutes."""
-    return minutes(seconds, 1) if recording.duration > IN_MINUTES else f"{seconds:.2f}"
+    return minutes(seconds, 2) if recording.duration > IN_MINUTES else f"{seconds:.2f}"
 
 
 def draw_search(about: str) -> str:
@@ -166,7 +169,8 @@ def draw_matches(matches: Sequence[Match], start: float, end: float) -> str:
     return (
         f'<section aria-label="Similar spans"><h2>Most like {start:.2f} to {end:.2f} s</h2><div class="sslam-table"><table>'
         '<thead><tr><th scope="col">start (s)</th><th scope="col">end (s)</th><th scope="col">recording</th>'
-        f'<th scope="col">similarity (at most 1)</th></tr></thead><tbody>{rows}</tbody></table></div></section>'
+        f'<th scope="col">similarity</th></tr></thead><tbody>{rows}</tbody></table></div>'
+        '<p class="sslam-note">The similarity of the same sound is 1.</p></section>'
     )
 
 

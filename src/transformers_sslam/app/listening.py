@@ -220,7 +220,7 @@ SECONDS_SLIDERS = (
     SecondsSlider(
         "max_gap",
         "Join events with a gap of up to (seconds)",
-        "Two events of the same kind become one if the pause between them is as short.",
+        "Two events of the same kind become one if the pause between them is not longer.",
     ),
 )
 

@@ -3,6 +3,7 @@
 (() => {
   let centre = 0.5; // of the view of a zoomed strip, as a fraction of the recording
   let shown = 0; // the time at which the cursor was last brought into sight
+  let until = Infinity; // the end of the event that is played
   const view = () => document.querySelector(".sslam-scroll");
   const sound = () => document.getElementById("sslam-sound");
 
@@ -15,6 +16,7 @@
       const [start, end] = part.dataset.span.split(" ").map(Number);
       part.classList.toggle("sslam-now", !audio.paused && start <= time && time < end);
     }
+    if (time >= until) audio.pause();
     if (time !== shown) reveal(at);
     shown = time;
   }
@@ -75,9 +77,14 @@
     if (target.dataset.start !== undefined) {
       const [start, end] = target.closest("[data-span]").dataset.span.split(" ").map(Number);
       choose(start, end);
+      if (!audio.paused && start <= audio.currentTime && audio.currentTime < end) return audio.pause(); // its sound is playing
       audio.currentTime = start;
+      until = end;
       audio.play();
-    } else audio.currentTime = at(target, event);
+    } else {
+      until = Infinity;
+      audio.currentTime = at(target, event);
+    }
   });
   // The keys of a player, for the picture. The browser's own player has them itself.
   const STEP = 1; // seconds
@@ -90,6 +97,16 @@
     else return;
     event.preventDefault();
   });
+
+  // A list of choices is closed before the tabulator leaves it: Gradio's own handler would open it anew. And browsers let the tabulator
+  // stop at a list that scrolls.
+  document.addEventListener("keydown", (event) => {
+    const lists = event.key === "Tab" ? document.querySelectorAll("ul[role=listbox]") : [];
+    for (const list of lists) list.tabIndex = -1;
+    if (!lists.length) return;
+    event.target.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
+    event.stopPropagation();
+  }, true);
 
   // Gradio says nothing when the browser does not give the microphone for a recording.
   const refused = (text) => { const part = document.querySelector(".sslam-refused"); if (part) part.textContent = text; };
@@ -126,6 +143,7 @@
     mark();
   });
   // Media events do not bubble: they are caught on their way down.
+  document.addEventListener("pause", ({ target }) => { if (target === sound()) until = Infinity; }, true);
   for (const name of ["loadedmetadata", "seeked", "pause", "timeupdate"]) document.addEventListener(name, follow, true);
   document.addEventListener("play", ({ target }) => {
     for (const other of document.querySelectorAll("#sslam-sound, #sslam-match")) if (other !== target) other.pause();

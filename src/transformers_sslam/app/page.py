@@ -16,7 +16,7 @@ from .listening import Listener, StoppedError
 from .live_page import draw_live, live_functions
 from .recording import SOUND, Recording, Slider
 from .sessions import Sessions
-from .wording import plain
+from .wording import clock, plain
 
 
 HERE = Path(__file__).parent
@@ -60,8 +60,11 @@ class Page:
 
     def _build(self) -> None:
         _html(f'<h1 class="sslam-title">{escape(self.blocks.title)}</h1>{drawing.draw_intro(self._listener)}')
+        limits = f"{clock(self._listener.settings.max_seconds)}, {self._listener.settings.max_megabytes} MB"
         with gr.Row():
-            file = gr.File(label="Drop a recording, or choose one", file_types=[*AUDIO_SUFFIXES], height=170, elem_id="file")
+            file = gr.File(
+                label=f"Drop a recording, or choose one (up to {limits})", file_types=[*AUDIO_SUFFIXES], height=170, elem_id="file"
+            )
             with gr.Column():
                 microphone = gr.Audio(
                     label="Or record; Stop begins the analysis",
@@ -87,6 +90,7 @@ class Page:
         player = _html(elem_id="player")
         stop = gr.Button("Stop", visible=False, size="sm", elem_id="stop")
         with gr.Column(visible=False) as results:
+            lanes = _html(elem_id="lanes")
             sliders = (*self._listener.sliders, ZOOM)
             with gr.Row(elem_id="sliders"):
                 positions = [_slider(slider) for slider in sliders]
@@ -97,11 +101,10 @@ class Page:
                 value=[],
                 multiselect=True,
                 label=f"Show only these {self._listener.kinds}",
-                info="Type or choose some; with none chosen, all are shown.",
+                info="Type or choose some, for downloads too; with none chosen, all are shown.",
                 visible=len(kinds) >= MANY,
                 elem_id="only",
             )
-            lanes = _html(elem_id="lanes")
             with gr.Column(visible=self._index is not None, elem_id="search"):
                 _html(drawing.draw_search(self._index.about) if self._index else "")
                 with gr.Row():
@@ -215,7 +218,7 @@ class Page:
     def _draw(self, recording: Recording, only: Sequence[str], positions: Sequence[float]) -> list[str]:
         *settings, zoom = positions
         found = self._listener.find(recording, settings)
-        self._listener.write(recording, found.events)
+        self._listener.write(recording, [event for event in found.events if not only or event.label in only])
         return [
             drawing.draw_lanes(self._listener, recording, found, zoom, only),
             drawing.draw_table(self._listener, recording, found, only),
@@ -271,7 +274,11 @@ def _failed(message: str) -> list[Any]:
 
 def _slider(slider: Slider) -> gr.Slider:
     about: dict[str, Any] = {"label": slider.label, "info": slider.info, "min_width": SLIDER_WIDTH}
-    return gr.Slider(slider.least, slider.largest, slider.value, step=slider.step, elem_id=slider.name, **about)
+    part = gr.Slider(slider.least, slider.largest, slider.value, step=slider.step, elem_id=slider.name, **about)
+    # What is typed may be out of range, or nothing at all, of which Gradio's slider says nothing and fails. (Of a subclass Gradio would
+    # write a `.pyi` file beside this one.)
+    part.preprocess = lambda payload: slider.value if payload is None else min(max(payload, slider.least), slider.largest)  # type: ignore[method-assign]
+    return part
 
 
 def _seconds(name: str) -> gr.Number:

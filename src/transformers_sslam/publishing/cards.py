@@ -283,9 +283,10 @@ def name_model(card: str, model_id: str) -> str:
 
 
 def _place(folder: str | Path) -> str:
-    """A folder as examples name it: as seen from where this runs, if it is below."""
+    """A folder as examples name it: as seen from where this runs, if it is below; otherwise its name, because a card that is published
+    must not tell the paths of a machine."""
     path, here = Path(folder).absolute(), Path.cwd()
-    return (path.relative_to(here) if path.is_relative_to(here) else path).as_posix()
+    return path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
 
 
 NO_LICENCE = (
