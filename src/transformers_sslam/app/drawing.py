@@ -123,7 +123,7 @@ def draw_table(listener: Listener, recording: Recording, found: Found, only: Col
         title = f"No {listener.finds} found" if not found.events else title
         table = f"<p>{_highest(listener, recording, found, only)}</p>"
     more = f"<p>{len(events) - MOST_ROWS} more are in the table to download.</p>" if len(events) > MOST_ROWS else ""
-    scores = '<p class="sslam-note">The score of an event is the mean of the scores in it, before they are smoothed.</p>' if events else ""
+    scores = '<p class="sslam-note">A score is the mean of the model\'s scores from start to end.</p>' if events else ""
     links = "".join(_link(recording.file(ending), text) for ending, text in ((TABLE, "table (CSV)"), (LABELS, "Audacity labels")))
     return (
         f'<section aria-label="Table of {listener.finds}"><h2>{title}</h2>{table}{scores}{more}'
