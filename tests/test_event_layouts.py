@@ -474,9 +474,12 @@ def test_the_type_of_events_does_not_depend_on_which_occur(tmp_path, suffix):
     assert events_of(splits["validation"]) == {"0.wav": [], "1.wav": []}
 
 
-def test_an_empty_cell_has_no_events_and_other_text_stays_text(tmp_path):
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_cell_has_no_events_and_other_text_stays_text(tmp_path, empty):
     write_clips(tmp_path / "a", "0", "1")
-    write_text(tmp_path / "a" / "metadata.csv", "file_name,events", "0.wav,", '1.wav,"[{""label"": ""x"", ""onset"": 0, ""offset"": 1}]"')
+    write_text(
+        tmp_path / "a" / "metadata.csv", "file_name,events", f"0.wav,{empty}", '1.wav,"[{""label"": ""x"", ""onset"": 0, ""offset"": 1}]"'
+    )
     assert events_of(open_splits(tmp_path / "a")["train"]) == {"0.wav": [], "1.wav": [Event("x", 0.0, 1.0)]}
     write_clips(tmp_path / "b", "0", "1")
     write_text(tmp_path / "b" / "metadata.csv", "file_name,events", "0.wav,dog;cat", "1.wav,dog")

@@ -1,8 +1,6 @@
 """The mixture-invariant baseline: its loss against every assignment, its targets, its gradients, a run."""
 
 import itertools
-import os
-import signal
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from transformers_sslam.objective_sslam import mixture_invariant_loss
 pytest.importorskip("soundfile")
 from test_host_synchronisation import HostSynchronisations, a_trainer, batches
 from test_pretraining_loop import MODEL, interrupted_after, metrics, same_weights, sounds, trainer  # noqa: F401  # a fixture
-from test_pretraining_mixtures import CONTENT, MASKS
+from test_pretraining_mixtures import CONTENT, MASKS, check_resumed_run
 from test_pretraining_model import build, log_mels, seeded, target
 
 from transformers_sslam.pretraining.monitoring import training_flops_per_clip
@@ -218,13 +216,7 @@ def test_settings_that_contradict_it_are_refused(settings, message):
 
 def test_a_stopped_run_resumes_bit_for_bit(sounds, tmp_path):  # noqa: F811
     changes = {"model_config": {**MODEL, **BASELINE, "num_sources": [2, 4], "gain_db": [-5, 5]}}
-    trainer(sounds, tmp_path / "whole", **changes).run()
-    run = trainer(sounds, tmp_path / "stopped", **changes)
-    interrupted_after(run, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    run.run()
-    trainer(sounds, tmp_path / "stopped", **changes).run()
-    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
-    assert same_weights(tmp_path / "stopped" / "model", tmp_path / "whole" / "model")
+    check_resumed_run(sounds, tmp_path, **changes)
 
 
 def test_a_run_learns_and_does_not_collapse(sounds, tmp_path):  # noqa: F811

@@ -217,10 +217,8 @@ def test_batches_have_waveforms_where_they_are_asked_for(sounds, features):  # n
         torch.testing.assert_close(scaled[sound], batch["input_values"][sound], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("domain", ["mel", "waveform"])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_stopped_run_of_free_mixtures_resumes_bit_for_bit(sounds, tmp_path, domain, workers):  # noqa: F811
-    changes = {"model_config": {**MODEL, **FREE, "mixing_domain": domain}, "dataloader_num_workers": workers}
+def check_resumed_run(sounds, tmp_path, **changes) -> None:  # noqa: F811
+    """A run that is stopped after four steps, and resumed, is the same as one that is not."""
     trainer(sounds, tmp_path / "whole", **changes).run()
     run = trainer(sounds, tmp_path / "stopped", **changes)
     interrupted_after(run, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -228,6 +226,13 @@ def test_a_stopped_run_of_free_mixtures_resumes_bit_for_bit(sounds, tmp_path, do
     trainer(sounds, tmp_path / "stopped", **changes).run()
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
     assert same_weights(tmp_path / "stopped" / "model", tmp_path / "whole" / "model")
+
+
+@pytest.mark.parametrize("domain", ["mel", "waveform"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stopped_run_of_free_mixtures_resumes_bit_for_bit(sounds, tmp_path, domain, workers):  # noqa: F811
+    changes = {"model_config": {**MODEL, **FREE, "mixing_domain": domain}, "dataloader_num_workers": workers}
+    check_resumed_run(sounds, tmp_path, **changes)
     config = SSLAMForPreTraining.from_pretrained(tmp_path / "whole" / "model").config
     assert (config.num_sources, config.gain_db, config.mixing_domain) == ([2, 3], [-10, 5], domain)
 

@@ -1,1 +1,1 @@
-"""A page to listen with: a model's events in a recording, seen and heard. Gradio draws the page; it is imported when a page is made."""
+"""A page to listen with: what a model finds in a recording, picture and sound. Gradio draws the page; imported when one is made."""

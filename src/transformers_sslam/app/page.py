@@ -137,12 +137,12 @@ class Page:
             # Not `select`, which the keyboard does not cause, nor `input`, which a mouse causes twice.
             example.change(self._choose, example, shown[:3], **at_once, **replaces),
         ]
-        heard = [event.then(self._hear, wanted, shown, show_progress_on=player, **in_turn, **replaces) for event in given]
-        for event in heard:
+        analysed = [event.then(self._analyse, wanted, shown, show_progress_on=player, **in_turn, **replaces) for event in given]
+        for event in analysed:
             event.then(None, js=DRAWN)
             # Too many wait, or the model failed: without this the page would say that it computes.
             event.failure(self._fail, None, shown, **at_once)
-        stop.click(self._stop, example, [*shown[:3], example], cancels=heard, **at_once)
+        stop.click(self._stop, example, [*shown[:3], example], cancels=analysed, **at_once)
         moved = gr.on([part.change for part in wanted], self._show, wanted, [lanes, table], trigger_mode="always_last", **at_once)
         moved.then(None, js=DRAWN)
         reset.click(None, None, positions, js=f"() => {[slider.value for slider in sliders]}")
@@ -166,7 +166,7 @@ class Page:
         self._sessions.choose(str(request.session_hash), Path(self._examples[name]), name)
         return _computing(name)
 
-    def _hear(self, request: gr.Request, progress: gr.Progress = PROGRESS, only: Sequence[str] = (), *positions: float) -> list[Any]:
+    def _analyse(self, request: gr.Request, progress: gr.Progress = PROGRESS, only: Sequence[str] = (), *positions: float) -> list[Any]:
         """What the components show of the recording that was given last; nothing new if it was stopped or replaced."""
         session = str(request.session_hash)
         turn = self._sessions.take(session)

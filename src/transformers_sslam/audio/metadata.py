@@ -104,7 +104,9 @@ def _read_events(metadata: Metadata) -> Metadata:
 def _events(cell: Any, metadata: Metadata, row: int) -> list[dict[str, Any]]:
     """One cell, checked. Fields beyond those of `EVENTS` are left out, and events without label and times."""
     try:
-        events: Any = json.loads(cell) if isinstance(cell, str) and cell.strip() else cell or None
+        events: Any = cell
+        if isinstance(cell, str):
+            events = json.loads(cell) if cell.strip() else None
         events = [] if events is None else events
         if isinstance(events, list):
             events = [event for event in events if not _is_nothing(event)]
