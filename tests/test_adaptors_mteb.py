@@ -16,21 +16,25 @@ from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
 mteb = pytest.importorskip("mteb")
 pytest.importorskip("torchaudio")
 from datasets import Dataset, DatasetDict  # noqa: E402
-from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetrieval  # noqa: E402
+from mteb.abstasks import (  # noqa: E402
+    AbsTaskClassification,
+    AbsTaskClustering,
+    AbsTaskMultilabelClassification,
+    AbsTaskRetrieval,
+)
 from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
-from sklearn.linear_model import LogisticRegression  # noqa: E402
-from sklearn.pipeline import make_pipeline  # noqa: E402
-from sklearn.preprocessing import StandardScaler  # noqa: E402
+from mteb.models.abs_encoder import AbsEncoder  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from torchaudio.functional import resample  # noqa: E402
 
 from transformers_sslam.audio.decode import load_waveform  # noqa: E402
 from transformers_sslam.cli import main  # noqa: E402
 from transformers_sslam.errors import UserError  # noqa: E402
-from transformers_sslam.evaluation.adaptors.mteb import SSLAMEncoder, official_models  # noqa: E402
+from transformers_sslam.evaluation.adaptors.folds import FoldClassification  # noqa: E402
+from transformers_sslam.evaluation.adaptors.mteb import LogMelEncoder, SSLAMEncoder, official_models  # noqa: E402
 from transformers_sslam.evaluation.features import encode_clips  # noqa: E402
 from transformers_sslam.evaluation.loading import load_model  # noqa: E402
-from transformers_sslam.evaluation.probing import Partition, run_probe  # noqa: E402
+from transformers_sslam.evaluation.probing import hold_out_each, run_probe  # noqa: E402
 
 
 RATE = 16_000
@@ -79,15 +83,16 @@ class Classification(LocalTask, AbsTaskClassification):
     metadata = metadata("AudioClassification", "accuracy")
 
 
-class ProbeOfAllClips(Classification):
-    """What `sslam probe` does: logistic regression on standardised features of all training clips, once, in their order."""
+class Folds(FoldClassification):
+    """Both parts are held out in turn."""
 
-    evaluator_model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=5000))
-    n_experiments = 1
+    def __init__(self, clips: Clips):
+        super().__init__()
+        self.dataset, self.folds, self.data_loaded = DatasetDict(test=clips.dataset(range(len(clips.parts)))), clips.parts.tolist(), True
 
-    def _undersample_data(self, dataset, experiment_num, idxs=None):
-        rows = list(range(len(dataset)))
-        return dataset, rows, rows
+
+class Multilabel(LocalTask, AbsTaskMultilabelClassification):
+    metadata = metadata("AudioMultilabelClassification", "lrap")
 
 
 class Clustering(LocalTask, AbsTaskClustering):
@@ -167,24 +172,60 @@ def largest_difference(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-def check_against_the_probe(clips: Clips, pooling: str, probe: str) -> None:
-    """mteb's accuracy is that of this package's probe where both fit the same classifier: see `ProbeOfAllClips`."""
-    encoder = SSLAMEncoder(SMALL_MODEL, device="cpu", pooling=pooling)
+def check_against_the_probe(clips: Clips, encoder: AbsEncoder, probe: str) -> None:
+    """By fold, mteb's accuracy is that of this package's probe, because `FoldClassification` fits the same classifier."""
     model, extractor = load_model(SSLAMModel, SMALL_MODEL, device="cpu")
     features = encode_clips(model, extractor, clips.waveforms, keep_patches=False)
-    partition = Partition("test", np.array(clips.rows("train")), np.array(clips.rows("test")))
-    expected = run_probe(probe, features, clips.labels, [partition]).item()
-    assert 0.3 < expected < 1  # neither chance nor perfect, which other embeddings would reach too
-    assert evaluate(encoder, ProbeOfAllClips(clips))["accuracy"] == pytest.approx(expected, abs=1e-12)
+    partitions = hold_out_each(clips.parts.tolist())
+    expected = run_probe(probe, features, clips.labels, partitions)[:, 0]
+    assert expected.min() > 0.3  # neither chance nor perfect, which other embeddings would reach too
+    assert expected.mean() < 1
+    scores = evaluate(encoder, Folds(clips))
+    assert [score["fold"] for score in scores["scores_per_experiment"]] == [part.name for part in partitions]
+    assert [score["accuracy"] for score in scores["scores_per_experiment"]] == pytest.approx(expected.tolist(), abs=1e-12)
+    assert scores["main_score"] == pytest.approx(expected.mean(), abs=1e-12)
 
 
 @pytest.mark.parametrize(("pooling", "probe"), [("cls", "linear_cls"), ("mean", "linear_mean"), ("mean_and_std", "linear_mean_and_std")])
 def test_a_classification_task_scores_as_the_probe_of_this_package(tones, pooling, probe):
-    check_against_the_probe(tones, pooling, probe)
+    check_against_the_probe(tones, SSLAMEncoder(SMALL_MODEL, device="cpu", pooling=pooling), probe)
 
 
 def test_a_classification_task_scores_as_the_probe_on_recorded_sounds(esc):
-    check_against_the_probe(esc, "mean", "linear_mean")
+    check_against_the_probe(esc, SSLAMEncoder(SMALL_MODEL, device="cpu"), "linear_mean")
+
+
+@pytest.mark.parametrize("clips", ["tones", "esc"])
+def test_the_log_mel_without_a_network_scores_as_the_probe_of_its_statistics(clips, request):
+    check_against_the_probe(request.getfixturevalue(clips), LogMelEncoder(), "log_mel_statistics")
+
+
+def mixtures(clips: Clips) -> Clips:
+    """Sums of two clips of different classes, each clip in two of them, with both labels; the shorter clip begins with the longer one."""
+    waveforms, labels, parts = [], [], []
+    for part in ("train", "test"):
+        rows = clips.rows(part)
+        for shift in (1, 2):
+            of_class = [[i for i in rows if clips.labels[i] == label] for label in sorted(set(clips.labels.tolist()))]
+            for first, second in zip(of_class, of_class[shift:] + of_class[:shift]):
+                for pair in zip(first, second):
+                    longest = max(len(clips.waveforms[i]) for i in pair)
+                    waveforms.append(sum(np.pad(clips.waveforms[i], (0, longest - len(clips.waveforms[i]))) for i in pair))
+                    labels.append(clips.labels[list(pair)].tolist())
+                    parts.append(part)
+    return Clips(waveforms, labels, parts)
+
+
+@pytest.mark.parametrize("clips", ["tones", "esc"])
+def test_a_multi_label_task_of_mixtures_scores_above_vectors_of_noise(clips, request):
+    mixed = mixtures(request.getfixturevalue(clips))
+    assert len(mixed.parts) in (2 * 60, 2 * 144)
+    encoder = SSLAMEncoder(SMALL_MODEL, device="cpu")
+    scores = evaluate(encoder, Multilabel(mixed))
+    encoder.encode = lambda inputs, **_: np.random.default_rng(0).standard_normal((len(inputs.dataset), 8))
+    chance = evaluate(encoder, Multilabel(mixed))
+    assert scores["f1"] > 1.4 * chance["f1"]
+    assert scores["main_score"] > chance["lrap"] + 0.1
 
 
 @pytest.mark.parametrize("clips", ["tones", "esc"])

@@ -190,6 +190,14 @@ def hash_waveforms(waveforms: Clips) -> str:
     return digest.hexdigest()
 
 
+def pool_log_mel(log_mel: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of `LOG_MEL_PARTS`: `(batch, frames, mel bins)` -> `(batch, mel bins)` each, float32, on the CPU. `mask: (batch, frames)` is boolean,
+    false for padding."""
+    # In float64, so that a mel bin that never changes has a standard deviation of exactly 0.
+    values, frames = log_mel.cpu().double(), mask.cpu()[..., None]
+    return {part: pool(values, frames).float() for part, pool in LOG_MEL_PARTS.items()}
+
+
 @torch.inference_mode()
 def _encode_batch(
     model: SSLAMModel, inputs: dict[str, torch.Tensor], blocks: Sequence[int], patch_block: int | None
@@ -204,10 +212,8 @@ def _encode_batch(
     frequencies = model.config.num_frequency_patches
     token_mask = sounding_tokens(mask, model.config.patch_size, frequencies)
     pooled = {part: torch.stack([pool_part(tokens(block), token_mask, part, frequencies) for block in blocks], dim=1) for part in PARTS}
-    # On the CPU in float64, so that a mel bin that never changes has a standard deviation of exactly 0.
-    log_mel, frames = inputs["input_values"].cpu().double(), mask.cpu()[..., None]
-    for part, pool in LOG_MEL_PARTS.items():
-        pooled[LOG_MEL + part] = pool(log_mel, frames)[:, None].float()
+    for part, values in pool_log_mel(inputs["input_values"], mask).items():
+        pooled[LOG_MEL + part] = values[:, None]
     pooled["lengths"] = token_mask[:, 1:].sum(1)
     return pooled if patch_block is None else pooled | {"patches": tokens(patch_block)[:, 1:]}
 

@@ -11,10 +11,12 @@ from ...batching_sslam import check_batch_size
 from ...configuration_sslam import ClipPooling
 from ...errors import UserError, as_user_error
 from ...fbank import frame_geometry, num_frames
+from ...feature_extraction_sslam import SSLAMFeatureExtractor
 from ...inference_sslam import by_recording
 from ...modeling_sslam import SSLAMModel
 from ...tasks_sslam import Embedding
 from ...windows_sslam import Windowing
+from ..features import pool_log_mel
 from ..loading import Clips, load_model
 
 
@@ -35,6 +37,7 @@ class Embedder(nn.Module):
         layers: whose outputs are taken, and concatenated: -1 for the last one, 0 for the input of the first.
         device: by default an accelerator, if there is one.
         dtype: of the weights.
+        untrained: seed of random weights in place of the model's, as the untrained networks of `sslam probe` have; `None`: its own.
 
     Raises:
         UserError: if the model cannot be loaded, or an argument is out of range.
@@ -48,9 +51,16 @@ class Embedder(nn.Module):
         layers: Sequence[int] = (-1,),
         device: str | None = None,
         dtype: str = "float32",
+        untrained: int | None = None,
     ):
         super().__init__()
         self.encoder, self.extractor = load_model(SSLAMModel, model, dtype, device)
+        if untrained is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(untrained)
+                network: Any = SSLAMModel(self.encoder.config)
+            self.encoder = network.to(self.encoder.device, self.encoder.dtype)
+        self.untrained = untrained
         self.encoder.eval().requires_grad_(False)
         self.pooling = pooling
         self.layers: Sequence[int] = list(layers)
@@ -82,7 +92,7 @@ class Embedder(nn.Module):
             ValueError: if a clip is not a finite mono waveform.
         """
         check_batch_size(batch_size)
-        waveforms = (self._at_least_a_frame(torch.as_tensor(clips[i])) for i in range(len(clips)))
+        waveforms = (_at_least_a_frame(torch.as_tensor(clips[i]), self.sampling_rate) for i in range(len(clips)))
         windows = chain.from_iterable(self.task.windows(f"clip {i}", waveform) for i, waveform in enumerate(waveforms))
         found = [row.values for _, results in by_recording(self.task, self.encoder, windows, batch_size) for row in self.task.rows(results)]
         return torch.stack(found) if found else torch.zeros(0, self.width)
@@ -98,7 +108,7 @@ class Embedder(nn.Module):
             ValueError: if they have another shape, or a clip is not finite.
         """
         check_batch(waveforms)
-        waveforms = self._at_least_a_frame(waveforms)
+        waveforms = _at_least_a_frame(waveforms, self.sampling_rate)
         patch_size = self.encoder.config.patch_size
         frames = -(-num_frames(waveforms.shape[1], self.sampling_rate) // patch_size) * patch_size
         frames = min(frames, self.extractor.max_length)  # a window of a whole clip has no padding to compute
@@ -113,9 +123,32 @@ class Embedder(nn.Module):
         )
         return torch.stack([vectors for vectors, _, _ in steps])
 
-    def _at_least_a_frame(self, waveform: torch.Tensor) -> torch.Tensor:
-        missing = frame_geometry(self.sampling_rate)[0] - waveform.shape[-1]
-        return nn.functional.pad(waveform, (0, missing)) if missing > 0 else waveform
+
+class LogMelStatistics:
+    """Mean and standard deviation over time of each log-mel bin, in place of a network: `log_mel_statistics` of `sslam probe`.
+
+    A clip is pooled over its own frames, however many there are.
+    """
+
+    def __init__(self) -> None:
+        self.extractor = SSLAMFeatureExtractor()
+        self.sampling_rate: int = self.extractor.sampling_rate  # of the waveforms, in Hz
+        self.width: int = 2 * self.extractor.num_mel_bins
+
+    def embed_clips(self, clips: Clips, batch_size: int = BATCH_SIZE) -> torch.Tensor:
+        """As [`Embedder.embed_clips`], one clip at a time."""
+        options: dict[str, Any] = {"sampling_rate": self.sampling_rate, "padding": "longest", "return_attention_mask": True}
+        vectors = [torch.zeros(0, self.width)]
+        for i in range(len(clips)):
+            inputs = self.extractor(_at_least_a_frame(torch.as_tensor(clips[i]), self.sampling_rate), return_tensors="pt", **options)
+            pooled = pool_log_mel(inputs["input_values"], inputs["attention_mask"].bool())
+            vectors.append(torch.cat([pooled["mean"], pooled["std"]], dim=1))
+        return torch.cat(vectors)
+
+
+def _at_least_a_frame(waveform: torch.Tensor, sampling_rate: int) -> torch.Tensor:
+    missing = frame_geometry(sampling_rate)[0] - waveform.shape[-1]
+    return nn.functional.pad(waveform, (0, missing)) if missing > 0 else waveform
 
 
 def check_batch(waveforms: torch.Tensor) -> None:

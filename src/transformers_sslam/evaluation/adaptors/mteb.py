@@ -17,41 +17,34 @@ from mteb.models.modality_collators import AudioCollator
 from mteb.models.model_meta import ModelMeta
 from tqdm.auto import tqdm
 
+from ... import __version__
 from ...configuration_sslam import ClipPooling, SSLAMConfig
 from ...fbank import frame_geometry
 from ...modeling_sslam import SSLAMModel
 from ...publishing.cards import CITATIONS
 from ..loading import hash_model
-from .embedder import BATCH_SIZE, Embedder
+from .embedder import BATCH_SIZE, Embedder, LogMelStatistics
 
 
-class SSLAMEncoder(AbsEncoder):
+# Fields of a `ModelMeta` that nobody knows of a model of one's own.
+UNKNOWN: dict[str, Any] = dict.fromkeys(
+    ("loader", "license", "open_weights", "public_training_code", "public_training_data", "training_datasets")
+)
+
+
+class ClipEncoder(AbsEncoder):
     """Clips to embeddings, each as if it had been encoded alone. mteb's collator resamples them.
 
     Args:
-        model_name: folder, Hub id, or an official checkpoint.
-        revision: commit on the Hub; by default the newest.
-        device, pooling, layers, dtype: of [`Embedder`].
-
-    Raises:
-        UserError: as [`Embedder`].
+        model: embeds the clips.
+        meta: what mteb shall know of it.
     """
 
     mteb_model_meta: ModelMeta
 
-    def __init__(
-        self,
-        model_name: str,
-        revision: str | None = None,
-        device: str | None = None,
-        *,
-        pooling: ClipPooling = "mean",
-        layers: Sequence[int] = (-1,),
-        dtype: str = "float32",
-    ):
-        source = model_name if revision is None else snapshot_download(model_name, revision=revision)
-        self.model = Embedder(source, pooling=pooling, layers=layers, device=device, dtype=dtype)
-        self.mteb_model_meta = _describe(model_name, self.model)
+    def __init__(self, model: Embedder | LogMelStatistics, meta: ModelMeta):
+        self.model: Any = model
+        self.mteb_model_meta = meta
 
     def encode(self, inputs: Any, *, batch_size: int = BATCH_SIZE, show_progress_bar: bool = True, **kwargs: Any) -> np.ndarray:
         """Embeddings `(clips, width)`, float32.
@@ -74,6 +67,42 @@ class SSLAMEncoder(AbsEncoder):
         return torch.cat([self.model.embed_clips(clips, batch_size) for clips in waveforms]).numpy()
 
 
+class SSLAMEncoder(ClipEncoder):
+    """An SSLAM or EAT encoder.
+
+    Args:
+        model_name: folder, Hub id, or an official checkpoint.
+        revision: commit on the Hub; by default the newest.
+        device, pooling, layers, dtype, untrained: of [`Embedder`].
+
+    Raises:
+        UserError: as [`Embedder`].
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        revision: str | None = None,
+        device: str | None = None,
+        *,
+        pooling: ClipPooling = "mean",
+        layers: Sequence[int] = (-1,),
+        dtype: str = "float32",
+        untrained: int | None = None,
+    ):
+        source = model_name if revision is None else snapshot_download(model_name, revision=revision)
+        model = Embedder(source, pooling=pooling, layers=layers, device=device, dtype=dtype, untrained=untrained)
+        super().__init__(model, _describe(model_name, model))
+
+
+class LogMelEncoder(ClipEncoder):
+    """The baseline without a network, see [`LogMelStatistics`]."""
+
+    def __init__(self) -> None:
+        model = LogMelStatistics()
+        super().__init__(model, ModelMeta(name="local/log_mel", revision=__version__, **UNKNOWN, **_sizes(None, model.width)))
+
+
 def _mono(samples: np.ndarray) -> np.ndarray:
     """mteb's collator mixes channels down, but keeps the axis of an only channel."""
     return samples[0] if samples.ndim == 2 and len(samples) == 1 else samples
@@ -82,19 +111,15 @@ def _mono(samples: np.ndarray) -> np.ndarray:
 def _describe(name: str, model: Embedder) -> ModelMeta:
     """Of any model. Its revision is a hash of the weights, so that mteb never takes results of others for those of this one."""
     return ModelMeta(
-        loader=None,
         name=f"local/{Path(name).resolve().name}" if Path(name).exists() else name,
         revision=hash_model(model.encoder, model.extractor),
         experiment_kwargs={
             "pooling": model.pooling,
             "layers": " ".join(map(str, model.layers)),
             "dtype": str(model.encoder.dtype).removeprefix("torch."),
+            **({} if model.untrained is None else {"untrained": model.untrained}),
         },
-        license=None,
-        open_weights=None,
-        public_training_code=None,
-        public_training_data=None,
-        training_datasets=None,
+        **UNKNOWN,
         **_sizes(model.encoder, model.width),
     )
 
@@ -118,12 +143,12 @@ def _official(name: str, config: SSLAMConfig, citation: str, code: str, adapted_
     )
 
 
-def _sizes(encoder: SSLAMModel, width: int) -> dict[str, Any]:
-    """Fields of a `ModelMeta` that follow from the encoder, and those that all of them share."""
+def _sizes(encoder: SSLAMModel | None, width: int) -> dict[str, Any]:
+    """Fields of a `ModelMeta` that follow from the encoder, if there is one, and those that all of them share."""
     return {
-        "n_parameters": encoder.num_parameters(),
+        "n_parameters": encoder.num_parameters() if encoder else 0,
         "n_embedding_parameters": 0,
-        "memory_usage_mb": round(encoder.num_parameters() * encoder.dtype.itemsize / 2**20),
+        "memory_usage_mb": round(encoder.num_parameters() * encoder.dtype.itemsize / 2**20) if encoder else 0,
         "embed_dim": width,
         "max_tokens": float("inf"),  # longer clips are cut into windows
         "similarity_fn_name": "cosine",
