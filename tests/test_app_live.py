@@ -58,14 +58,15 @@ def receive_all(session: LiveSession, waveform: np.ndarray) -> list[LiveState]:
     return [*(session.receive(block) for block in blocks(waveform)), session.stop()]
 
 
-@pytest.mark.parametrize("own", [None, {"median_filter": 0.48, "max_gap": 0.32}])
+@pytest.mark.parametrize("own", [None, {"median_filter": 0.48, "max_gap": 0.32}, {"change_filter": 2.0}])
 def test_events_are_those_of_a_recording_and_as_late_as_is_stated(tmp_path, own):
     model = save_detector(tmp_path / "model", event_detection=own)
     listener = open_listener(AppSettings(model=str(model), device="cpu", live_window=0.64, live_hop=0.16))
-    assert listener.live_delay() == listener.model.detection_delay(listener.extractor, window=0.64, hop=0.16)
+    live = {"window": 0.64, "hop": 0.16, "change_filter": 0.0}  # which would wait for minutes
+    assert listener.live_delay() == listener.model.detection_delay(listener.extractor, **live)
     states = receive_all(LiveSession(listener), sound())
     found = sorted({event for state in states for event, _ in state.events})
-    expected = listener.model.detect(sound(), listener.extractor, window=0.64, hop=0.16)
+    expected = listener.model.detect(sound(), listener.extractor, **live)
     assert len(found) > 5
     assert found == sorted(map(rounded, expected))
     late = {event: delay for state in states[:-1] for event, delay in state.events}

@@ -236,7 +236,7 @@ def test_what_is_held_does_not_grow_and_what_came_before_does_not_matter():
     found, sizes = [], []
     for _ in range(100):
         found.append(decoder.push(block))
-        held = decoder._filter._held
+        held = decoder._filters._medians._held
         sizes.append((held.nbytes, held.base is None, len(decoder._runs), len(decoder._events)))
     assert set(sizes) == {sizes[0]}
     assert sizes[0][0] <= 6 * 3 * 8
@@ -273,7 +273,10 @@ def test_settings_are_kept_with_the_model(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"treshold": 0.5}, "cannot have 'treshold': known are threshold, onset_threshold, median_filter, max_gap, min_duration"),
+        (
+            {"treshold": 0.5},
+            "cannot have 'treshold': known are threshold, onset_threshold, median_filter, change_filter, max_gap, min_duration",
+        ),
         ({"threshold": {"cat": 0.5}}, "threshold has a value for 'cat', which is none of the 3 classes: 'dog', 'rain', 'bell'"),
         ({"threshold": 1.5}, r"threshold is 1.5 for 'dog', but a number in \[0, 1\] is expected"),
         ({"threshold": math.nan}, "threshold is nan"),

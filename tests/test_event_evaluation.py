@@ -18,13 +18,13 @@ from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.classifier import evaluate_classifier
 from transformers_sslam.evaluation.detector import detector_table, evaluate_detector
 from transformers_sslam.evaluation.event_input import Recordings
-from transformers_sslam.evaluation.event_results import evaluate_events, event_activity, filter_scores, max_overlap
-from transformers_sslam.evaluation.event_tuning import tune_events
+from transformers_sslam.evaluation.event_results import evaluate_events, event_activity, max_overlap
+from transformers_sslam.evaluation.event_tuning import CHANGE_LENGTHS, tune_events
 from transformers_sslam.evaluation.events import collar_f1, psds, segment_f1
 from transformers_sslam.evaluation.false_alarms import Choice, choose_within, count_false_alarms, front
 from transformers_sslam.evaluation.scored_events import ScoredEvents
 from transformers_sslam.evaluation.settings import EvaluationSettings
-from transformers_sslam.events_sslam import EventSettings, find_events
+from transformers_sslam.events_sslam import EventSettings, filter_scores, find_events
 
 
 CLASSES = ["cat", "dog", "owl"]
@@ -403,6 +403,34 @@ def test_tuning_is_written_into_the_model_and_used_by_it(tmp_path, capsys):
     assert f"false alarms: {total / hours:.1f} an hour ({total} in {hours:.3g} h" in capsys.readouterr().out
 
 
+def test_change_filters_are_tuned_on_request_and_used_by_the_model(tmp_path, capsys, monkeypatch):
+    chosen = EventSettings(**{name: dict.fromkeys(CLASSES, value) for name, value in {"threshold": 0.3, "change_filter": 1.0}.items()})
+    asked = []
+
+    def choose(*scored, change_lengths, **options):
+        asked.append(change_lengths)
+        return chosen
+
+    monkeypatch.setattr("transformers_sslam.evaluation.detector.tune_events", choose)
+    clips, model = write_clips(tmp_path / "clips"), write_model(tmp_path / "model")
+    arguments = ["evaluate", "--task", "events", "--model", str(model), "--data_dir", str(clips), "--label_column", "events"]
+    arguments += ["--test_split", "train", "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*arguments, "--tune", "--tune_for", "collar", "--tune_change_filter"]) == 0
+    printed, results = capsys.readouterr().out, json.loads((tmp_path / "out" / "results.json").read_text())
+    tuned = json.loads((model / "config.json").read_text())["event_detection"]
+    scored = ScoredEvents.load(tmp_path / "out" / "scores.npz")
+    assert asked == [CHANGE_LENGTHS]
+    assert EventSettings(**tuned) == chosen
+    assert "| threshold | change filter (s) |" in printed
+    assert main(arguments) == 0
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert again["metrics"] == results["metrics"]
+    network, extractor = SSLAMForAudioFrameClassification.from_pretrained(model), SSLAMFeatureExtractor.from_pretrained(model)
+    name = next(iter(scored.scores))
+    expected = find_events(scored.scores[name], scored.step, CLASSES, EventSettings(**tuned), scored.durations[name])
+    assert [event[:3] for event in network.detect(waveform(clips, 0), extractor)] == [event[:3] for event in expected]
+
+
 def test_events_beyond_the_end_of_a_clip(tmp_path, capsys):
     events = [[{"label": "cat", "onset": 0.1, "offset": 9.0}], [{"label": "dog", "onset": 5.0, "offset": 6.0}], EVENTS[1], EVENTS[3]]
     clips, model = write_clips(tmp_path / "clips", events), write_model(tmp_path / "model")
@@ -461,6 +489,7 @@ def test_what_cannot_be_evaluated_is_rejected_before_anything_is_decoded(tmp_pat
         ({"tune_for": "psds"}, "tune_for is 'psds', but has no effect without tune"),
         ({"max_false_alarms": 6.0}, "max_false_alarms is 6, but has no effect without tune"),
         ({"tune": True, "max_false_alarms": -1.0}, "max_false_alarms is -1.0, but a number an hour that is not negative"),
+        ({"tune_change_filter": True}, "tune_change_filter is set, but has no effect without tune"),
         ({"tune": True, "max_gap": 0.5}, "max_gap is set, but tune chooses thresholds and filters anew"),
     ):
         with pytest.raises(UserError, match=message):

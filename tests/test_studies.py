@@ -403,18 +403,20 @@ def test_the_study_of_events_compares_all_methods_on_the_same_mixtures(tmp_path)
     )
     table = study.run(settings)
     results = json.loads((tmp_path / "study" / "results.json").read_text())["methods"]
-    assert list(results) == [
+    methods = [
         "detector, pre-trained, 80 ms",
         "detector, from scratch, 80 ms",
         *(f"tagging, pre-trained, windows of {window:g} s" for window in study.TAGGING_WINDOWS),
         "log-mel statistics, linear",
     ]
+    filters = ("median filters", "median or change filters")
+    assert list(results) == [f"{method}, {kind}" for method in methods for kind in filters]
     for found in results.values():
         low, high = found["metrics"]["segment_f1_interval"]
         assert 0 <= low <= found["metrics"]["segment_f1"] <= high <= 1
         assert set(found["by_overlap"]) <= {"1", "2"}
         assert f"{found['metrics']['psds2']:.3f}" in table
-    assert results["log-mel statistics, linear"]["metrics"]["segment_f1"] > 0.9  # a hum and a hiss are told apart by them
+    assert results["log-mel statistics, linear, median filters"]["metrics"]["segment_f1"] > 0.9  # a hum and a hiss are told apart by them
     model = tmp_path / "study" / "detector-pre-trained-12.5" / "model.safetensors"
     before = model.stat().st_mtime_ns
     assert study.run(settings) == table

@@ -5,13 +5,14 @@ python scripts/studies/events.py --data_dir PATH/TO/esc --model runs/tiny/stage2
     --test_backgrounds '[{kind: folder, path: PATH/TO/backgrounds/test}]'
 
 All are trained on mixtures of the training folds, made anew in each epoch (statistics: on fixed ones), tuned on fixed mixtures of the same
-folds for each metric by itself, and tested on mixtures of the test folds: PSDS, segment-based and collar-based F1 with bootstrap intervals
-over clips, also by the number of simultaneous sounds. Finished steps are found again.
+folds for each metric by itself, once with median filters alone and once with change filters too, and tested on mixtures of the test folds:
+PSDS, segment-based and collar-based F1 with bootstrap intervals over clips, also by the number of simultaneous sounds. Finished steps are
+found again.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from operator import getitem
@@ -33,7 +34,7 @@ from transformers_sslam.audio.rows import LabelledRows, read_rows
 from transformers_sslam.configuration_sslam import ENCODER_FIELDS
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.event_results import evaluate_events
-from transformers_sslam.evaluation.event_tuning import TunedMetric, tune_events
+from transformers_sslam.evaluation.event_tuning import CHANGE_LENGTHS, TunedMetric, tune_events
 from transformers_sslam.evaluation.scored_events import ScoredEvents, score_events
 from transformers_sslam.files import write_json
 from transformers_sslam.finetuning.repeats import fine_tune_once
@@ -202,15 +203,17 @@ def run(settings: StudySettings) -> str:
     train, test = (read_rows(splits[name], "events") for name in ("train", "test"))
     tuning = train.select(np.sort(np.random.default_rng(settings.seed).permutation(len(train))[: settings.tuning_clips]))
     for name, score in methods(settings, mixtures, sorted(train.labels.names)):
-        results[name] = evaluate(score(tuning), score(test))
-        write_json(Path(settings.output_dir) / "results.json", {"settings": settings_dict(settings), "methods": results})
-        print(name, json.dumps({metric: round(results[name]["metrics"][metric], 3) for metric in METRICS}), flush=True)
+        scored = score(tuning), score(test)
+        for filters, lengths in {"median filters": (), "median or change filters": CHANGE_LENGTHS}.items():
+            found = results[f"{name}, {filters}"] = evaluate(*scored, lengths)
+            write_json(Path(settings.output_dir) / "results.json", {"settings": settings_dict(settings), "methods": results})
+            print(name, filters, json.dumps({metric: round(found["metrics"][metric], 3) for metric in METRICS}), flush=True)
     return tables(results)
 
 
-def evaluate(tuning: ScoredEvents, test: ScoredEvents) -> dict[str, Any]:
+def evaluate(tuning: ScoredEvents, test: ScoredEvents, change_lengths: Sequence[float] = ()) -> dict[str, Any]:
     """What [`evaluate_events`] gives, each metric with the filters and thresholds that were tuned for it."""
-    found = {metric: tune_events(*tuning, metric=metric) for metric in sorted(set(TUNED_FOR.values()))}
+    found = {metric: tune_events(*tuning, change_lengths=change_lengths, metric=metric) for metric in sorted(set(TUNED_FOR.values()))}
     by_tuning = {metric: evaluate_events(*test, settings=settings) for metric, settings in found.items()}
 
     def chosen(*path: str) -> dict[str, Any]:

@@ -88,8 +88,8 @@ class SSLAMDetectionMixin(nn.Module):
 
         Args:
             audio, feature_extractor, hop, window, batch_size, sampling_rate: see [`score_steps`], as for errors.
-            settings: `threshold`, `onset_threshold`, `median_filter`, `max_gap`, `min_duration`: fields of `events_sslam.EventSettings`.
-                Those that are left out or `None` are as in `config.event_detection`.
+            settings: `threshold`, `onset_threshold`, `median_filter`, `change_filter`, `max_gap`, `min_duration`: fields of
+                `events_sslam.EventSettings`. Those that are left out or `None` are as in `config.event_detection`.
         """
         events = self.detect_stream(
             audio, feature_extractor, hop=hop, window=window, batch_size=batch_size, sampling_rate=sampling_rate, **settings
@@ -111,8 +111,9 @@ class SSLAMDetectionMixin(nn.Module):
 
         The scores of a step are final when no later window holds it: at most a window and a hop after it. Half the median filter and the
         longest gap that is closed are added. So with windows of 10 s and hops of 5 s an event comes at most 15 s after its end. A `window`
-        of 1.92 s with a `hop` of 0.16 s makes it 2 s, at the cost of context and of more computation. [`detection_delay`] has the figure
-        for any settings. Events come in the order in which they become final, not in that of their starts.
+        of 1.92 s with a `hop` of 0.16 s makes it 2 s, at the cost of context and of more computation. A change filter adds minutes: if the
+        model has one, give `change_filter=0`. [`detection_delay`] has the figure for any settings. Events come in the order in which they
+        become final, not in that of their starts.
 
         Args:
             audio: an iterable of successive blocks, such as a generator that reads a microphone. The length of a block adds to the delay.

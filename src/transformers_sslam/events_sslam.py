@@ -1,4 +1,4 @@
-"""From scores over time to events: median filter, thresholds, gaps and shortest lengths, for a recording as it arrives."""
+"""From scores over time to events: filters, thresholds, gaps and shortest lengths, for a recording as it arrives."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,13 +10,11 @@ import numpy as np
 import torch
 
 from .configuration_sslam import SSLAMConfig
+from .filters_sslam import UNIT, ChangeFilter, MedianFilter, filter_halves
 
 
-BLOCK = 2**18  # scores that are filtered or decoded at a time
+BLOCK = 2**18  # scores that are decoded at a time
 LONGEST = 86_400  # seconds of a filter, gap or event, far above any that is meant
-# Sums of scores are kept as whole numbers of this unit: exact, so that an event's mean depends neither on what came before nor on the
-# pieces. 64 bits last for years of a recording.
-UNIT = 2.0**-32
 
 
 class Event(NamedTuple):
@@ -37,6 +35,7 @@ class EventOptions(TypedDict, total=False):
     threshold: ByClass | None
     onset_threshold: ByClass | None
     median_filter: ByClass | None
+    change_filter: ByClass | None
     max_gap: ByClass | None
     min_duration: ByClass | None
 
@@ -46,10 +45,12 @@ class EventSettings:
     """How scores over time become events. Each is a number, or a number for each label; classes that it leaves out have the default.
 
     Attributes:
-        threshold: a step belongs to an event if its score is above it, after the median filter.
+        threshold: a step belongs to an event if its score is above it, after both filters.
         onset_threshold: hysteresis: an event needs a step above it, and extends over the steps around that are above `threshold`. `None`:
             `threshold`, so no hysteresis.
         median_filter: length in seconds, rounded to an odd number of steps; 0 for none.
+        change_filter: length in seconds; 0 for none. Events begin and end where scores change most, compared over half the length on each
+            side, and have one score, their mean ([`ChangeFilter`]); it follows the median filter.
         max_gap: events of a class with a shorter or equal gap between them, in seconds, are one.
         min_duration: shorter events, in seconds, are left out, after gaps are closed.
     """
@@ -57,6 +58,7 @@ class EventSettings:
     threshold: ByClass = 0.5
     onset_threshold: ByClass | None = None
     median_filter: ByClass = 0.0
+    change_filter: ByClass = 0.0
     max_gap: ByClass = 0.0
     min_duration: ByClass = 0.0
 
@@ -142,52 +144,19 @@ class _Stretch:
 _Final = tuple[float, int, _Stretch]  # when it became final, its class
 
 
-def filter_halves(seconds: float | np.ndarray, step: float) -> np.ndarray:
-    """How many steps on each side a median filter of this length takes: its length is rounded to an odd number of steps."""
-    return np.floor(np.asarray(seconds) / step / 2 + 1e-6).astype(int)
+class _Filters:
+    """The median filter, and after it the change filter."""
 
-
-class _MedianFilter:
-    """Medians over `2 * halves + 1` steps of each class, of steps that arrive piece by piece.
-
-    Beyond the ends scores are mirrored, the first and last steps repeated, as by `scipy.ndimage.median_filter` (mode "reflect").
-    """
-
-    def __init__(self, halves: np.ndarray):
-        self.half = int(halves.max(initial=0))
-        self._classes = {int(half): np.flatnonzero(halves == half) for half in np.unique(halves)}
-        self._held = np.zeros((0, len(halves)), dtype=np.float32)  # steps that later medians need
-        self._started = False  # whether those before the first step are among them
+    def __init__(self, values: dict[str, np.ndarray], step: float):
+        self._medians = MedianFilter(filter_halves(values["median_filter"], step))
+        self._changes = ChangeFilter(filter_halves(values["change_filter"], step))
+        self.delay = self._medians.delay + self._changes.delay
 
     def push(self, scores: np.ndarray) -> np.ndarray:
-        """Medians `(n, classes)` that are now known."""
-        self._held = np.concatenate((self._held, scores))  # always a copy: a caller may use its buffer again
-        if not self._started:
-            if len(self._held) < max(1, self.half):
-                return self._held[:0]
-            self._held = np.concatenate((self._held[: self.half][::-1], self._held))
-            self._started = True
-        return self._medians()
+        return self._changes.push(self._medians.push(scores))
 
     def finish(self) -> np.ndarray:
-        """The medians of the last steps."""
-        if len(self._held):
-            before = 0 if self._started else self.half
-            self._held = np.pad(self._held, ((before, self.half), (0, 0)), mode="symmetric")
-        return self._medians()
-
-    def _medians(self) -> np.ndarray:
-        steps = max(0, len(self._held) - 2 * self.half)
-        medians = np.empty((steps, self._held.shape[1]), dtype=self._held.dtype)
-        for half, classes in self._classes.items():
-            rows = max(1, BLOCK // ((2 * half + 1) * len(classes)))
-            for first in range(0, steps, rows):
-                last = min(steps, first + rows)
-                around = self._held[self.half - half + first : self.half + half + last, classes]
-                windows = np.lib.stride_tricks.sliding_window_view(around, 2 * half + 1, axis=0)
-                medians[first:last, classes] = np.partition(windows, half, axis=-1)[..., half]
-        self._held = self._held[steps:].copy()
-        return medians
+        return np.concatenate((self._changes.push(self._medians.finish()), self._changes.finish()))
 
 
 class EventDecoder:
@@ -214,9 +183,9 @@ class EventDecoder:
         self._threshold, self._onset, self._shortest = values["threshold"], values["onset_threshold"], values["min_duration"]
         # In steps. A millionth of a step is added, because 0.48 / 0.16 may be a little less than 3.
         self._gaps = np.floor(values["max_gap"] / self.step + 1e-6)
-        self._filter = _MedianFilter(filter_halves(values["median_filter"], self.step))
-        self.delay = float(self._filter.half + self._gaps.max(initial=0) + 1) * self.step
-        self._steps = 0  # that have passed the filter
+        self._filters = _Filters(values, self.step)
+        self.delay = float(self._filters.delay + self._gaps.max(initial=0) + 1) * self.step
+        self._steps = 0  # that have passed the filters
         # Of those steps, for each class: the sum of scores in units of UNIT, and how many are above the onset threshold.
         self._totals = np.zeros((len(self.classes), 2), dtype=np.int64)
         self._runs: dict[int, _Stretch] = {}  # of each class that is active: its steps above the threshold so far
@@ -227,7 +196,7 @@ class EventDecoder:
         scores = _checked_scores(scores, len(self.classes))
         rows = max(1, BLOCK // max(1, len(self.classes)))
         pieces = (scores[first : first + rows] for first in range(0, len(scores), rows))
-        return [event for piece in pieces for event in self._as_events(self._decode(self._filter.push(piece)))]
+        return [event for piece in pieces for event in self._as_events(self._decode(self._filters.push(piece)))]
 
     def finish(self, duration: float | None = None) -> list[Event]:
         """The remaining events, because the recording has ended; `duration`, in seconds, limits their ends.
@@ -235,7 +204,7 @@ class EventDecoder:
         Raises:
             ValueError: if there are steps that begin after `duration`.
         """
-        final = self._decode(self._filter.finish())
+        final = self._decode(self._filters.finish())
         if duration is not None and self._steps > steps_within(duration, self.step):
             raise ValueError(
                 f"duration is {duration:g} s, but there are scores of {self._steps} steps of {self.step:g} s: leave out the steps that "
@@ -302,10 +271,10 @@ class EventDecoder:
 def filter_scores(
     scores: np.ndarray | torch.Tensor, step: float, classes: Sequence[str], settings: EventSettings, duration: float | None = None
 ) -> np.ndarray:
-    """What [`find_events`] compares with the thresholds, `(steps, classes)`: the scores after the median filter."""
+    """What [`find_events`] compares with the thresholds, `(steps, classes)`: the scores after both filters."""
     scores = _checked_scores(scores if duration is None else scores[: steps_within(duration, step)], len(classes))
-    medians = _MedianFilter(filter_halves(settings.by_class(classes)["median_filter"], step))
-    return np.concatenate((medians.push(scores), medians.finish()))
+    filters = _Filters(settings.by_class(classes), step)
+    return np.concatenate((filters.push(scores), filters.finish()))
 
 
 def find_events(
@@ -357,5 +326,5 @@ def _checked_scores(scores: np.ndarray | torch.Tensor, classes: int) -> np.ndarr
 
 __all__ = [
     *("ByClass", "Event", "EventDecoder", "EventOptions", "EventSettings"),
-    *("filter_halves", "filter_scores", "find_events", "in_order", "steps_within"),
+    *("filter_scores", "find_events", "in_order", "steps_within"),
 ]

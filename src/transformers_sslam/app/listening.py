@@ -90,7 +90,7 @@ class Listener(ABC):
     @abstractmethod
     def live(self, blocks: Iterable[np.ndarray]) -> Iterator[list[Event]]:
         """The events of the last seconds of a source that arrives in blocks, as they are written, whenever there are others. The settings
-        are the model's own."""
+        are the model's own, but without a change filter, which would wait for minutes."""
 
     def live_delay(self) -> float:
         """Seconds of sound after the end of an event until [`live`] has it, at most; the length of a block is to be added."""
@@ -243,7 +243,7 @@ class DetectorListener(Listener):
         settings = self._settings(positions)
         limits = settings.by_class(self.classes)
         scores = filter_scores(recording.scores, self._step, self.classes, settings, recording.duration)
-        found = find_events(scores, self._step, self.classes, replace(settings, median_filter=0.0), recording.duration)
+        found = find_events(scores, self._step, self.classes, replace(settings, median_filter=0.0, change_filter=0.0), recording.duration)
         return Found([rounded(event) for event in found], scores, limits["threshold"], limits["onset_threshold"])
 
     def _threshold_slider(self) -> Slider:
@@ -278,12 +278,12 @@ class DetectorListener(Listener):
 
     def live(self, blocks: Iterable[np.ndarray]) -> Iterator[list[Event]]:
         recent: list[Event] = []
-        for event in self.model.detect_stream(blocks, self.extractor, **self.live_options):
+        for event in self.model.detect_stream(blocks, self.extractor, change_filter=0.0, **self.live_options):
             recent = [*(known for known in recent if known.end > event.end - RECENT), rounded(event)]
             yield recent
 
     def delay(self, window: float | None, hop: float | None) -> float:
-        return self.model.detection_delay(self.extractor, window=window, hop=hop)
+        return self.model.detection_delay(self.extractor, window=window, hop=hop, change_filter=0.0)
 
     def _score(self, blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         result = self.model.score_steps(blocks, self.extractor, **self._options)

@@ -21,14 +21,14 @@ from ..audio.events import Event, EventTable
 from ..audio.rows import LabelledRows
 from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
-from ..events_sslam import EventSettings
+from ..events_sslam import EventSettings, filter_scores
 from ..files import read_json, write_json
 from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
 from ..reports import markdown_table
 from ..settings import settings_dict
 from .calibration import Calibrator, as_logits, report_calibration, scale_head
-from .event_results import EVENT_METRICS, F1, SCENARIOS, evaluate_events, event_activity, filter_scores
-from .event_tuning import tune_events
+from .event_results import EVENT_METRICS, F1, SCENARIOS, evaluate_events, event_activity
+from .event_tuning import CHANGE_LENGTHS, tune_events
 from .events import psds
 from .loading import load_model
 from .per_class import PICTURE, TABLE_METRICS, class_table, one_line
@@ -90,7 +90,7 @@ def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
     (output / PICTURE).unlink(missing_ok=True)  # of an earlier evaluation of a classifier
     tuning = {}
     if settings.tune:
-        before, found = found, tune_events(*scored, metric=settings.tune_for, max_false_alarms=settings.max_false_alarms, before=found)
+        before, found = found, _tuned(settings, scored, found)
         tuning = {"tuning": _compare(scored, before, found, settings.tune_for)}
     results = {
         "settings": settings_dict(settings),
@@ -111,6 +111,12 @@ def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
     return results
 
 
+def _tuned(settings: EvaluationSettings, scored: ScoredEvents, before: EventSettings) -> EventSettings:
+    changes = CHANGE_LENGTHS if settings.tune_change_filter else ()
+    limit = settings.max_false_alarms
+    return tune_events(*scored, change_lengths=changes, metric=settings.tune_for, max_false_alarms=limit, before=before)
+
+
 def step_targets(scored: ScoredEvents) -> np.ndarray:
     """`(steps of all clips, classes)`: the fraction of each step that an event of the class covers, as training has them."""
     targets = []
@@ -126,9 +132,9 @@ def _logits(scored: ScoredEvents) -> np.ndarray:
 
 
 def write_event_detection(model: Path, settings: EventSettings) -> None:
-    """Write thresholds and median filters into a saved model's `config.json`, in place of its other settings of event detection."""
+    """Write thresholds and filters into a saved model's `config.json`, in place of its other settings of event detection."""
     config = read_json(model / "config.json")
-    config["event_detection"] = {name: getattr(settings, name) for name in ("threshold", "median_filter")}
+    config["event_detection"] = {name: value for name, value in asdict(settings).items() if isinstance(value, dict)}  # what was tuned
     with as_user_error(f"{model / 'config.json'} cannot hold what was tuned"):
         EventSettings.of(SSLAMConfig.from_dict(config))
     write_json(model / "config.json", config, sort_keys=True)  # as Transformers writes it
@@ -194,11 +200,12 @@ def overlap_table(by_overlap: dict[str, dict[str, Any]]) -> str:
 def tuning_table(tuning: dict[str, Any], chosen: dict[str, Any]) -> str:
     """A Markdown table of F1, or PSDS, before and after tuning, and of what was chosen."""
     metric = "PSDS 1" if tuning["metric"] == "psds" else f"{tuning['metric']} F1"
-    header = ["class", f"{metric} before", "after", "threshold", "median filter (s)"]
+    filters = {name: chosen[name] for name in ("median_filter", "change_filter") if isinstance(chosen.get(name), dict)}
+    header = ["class", f"{metric} before", "after", "threshold", *(f"{name.replace('_', ' ')} (s)" for name in filters)]
     rows = []
     for label, before in tuning["before"].items():
-        after, threshold, length = tuning["after"][label], chosen["threshold"][label], chosen["median_filter"][label]
-        rows.append([one_line(label), f"{before:.3f}", f"{after:.3f}", f"{threshold:.6g}", f"{length:g}"])
+        lengths = (f"{by_label[label]:g}" for by_label in filters.values())
+        rows.append([one_line(label), f"{before:.3f}", f"{tuning['after'][label]:.3f}", f"{chosen['threshold'][label]:.6g}", *lengths])
     return markdown_table(header, rows)
 
 

@@ -18,6 +18,11 @@ class EventFlags:
     )
     onset_threshold: ByClass = setting("hysteresis: an event needs a step with a score above this; null: the model's, or threshold", None)
     median_filter: ByClass = setting("seconds of scores that a median filter spans; null: the model's, or 0, no filter", None)
+    change_filter: ByClass = setting(
+        "seconds, half of them on each side, over which scores are compared to find where events begin and end; null: the model's, or 0, "
+        "thresholds alone",
+        None,
+    )
     max_gap: ByClass = setting("events of a class at most so many seconds apart are one; null: the model's, or 0", None)
     min_duration: ByClass = setting("events shorter than so many seconds are left out; null: the model's, or 0", None)
 
@@ -28,6 +33,7 @@ class EventFlags:
             threshold=self.threshold,
             onset_threshold=self.onset_threshold,
             median_filter=self.median_filter,
+            change_filter=self.change_filter,
             max_gap=self.max_gap,
             min_duration=self.min_duration,
         )

@@ -5,7 +5,7 @@ results = evaluate_events(scores, 0.16, classes, ground_truth, durations, EventS
 results["metrics"]["psds1"], results["per_class"]["dog"]["segment_f1"]
 ```
 
-PSDS is of the scores after the median filter, over all thresholds. F1 is of the events that `find_events` finds with these settings, which
+PSDS is of the scores after the filters, over all thresholds. F1 is of the events that `find_events` finds with these settings, which
 are those of `sslam detect`.
 """
 
@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import median_filter
 
-from ..events_sslam import EventSettings, filter_halves, find_events
+from ..events_sslam import EventSettings, filter_scores, find_events
 from .event_input import Recordings
 from .events import EventMetric, GroundTruth, collar_f1, psds, segment_f1
 from .false_alarms import count_false_alarms
@@ -44,7 +43,7 @@ def evaluate_events(
     """All metrics of event detection, with bootstrap intervals over recordings.
 
     Args:
-        scores: of each recording, `(steps, classes)` in [0, 1], before any filter.
+        scores: of each recording, `(steps, classes)` in [0, 1], before the filters.
         step, classes, ground_truth, durations: as of [`events.psds`].
         settings: how scores become events.
         confidence: of the intervals; `None` for none.
@@ -90,16 +89,6 @@ def evaluate_events(
         "false_alarms": count_false_alarms(Recordings.of(activity, step, classes, ground_truth, durations), 0.5),
         "merged_events": found["psds1"].merged_events,
     }
-
-
-def filter_scores(scores: np.ndarray, step: float, classes: Sequence[str], settings: EventSettings) -> np.ndarray:
-    """`scores (steps, classes)` after each class's median filter, as `EventDecoder` applies it."""
-    halves = filter_halves(settings.by_class(classes)["median_filter"], step)
-    filtered = np.array(scores)
-    for half in np.unique(halves[halves > 0]).tolist():
-        columns = halves == half
-        filtered[:, columns] = median_filter(filtered[:, columns], size=(2 * half + 1, 1), mode="reflect")
-    return filtered
 
 
 def event_activity(

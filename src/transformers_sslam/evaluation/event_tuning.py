@@ -1,13 +1,13 @@
-"""Median filters and thresholds of event detection, chosen for each class on validation clips.
+"""Filters and thresholds of event detection, chosen for each class on validation clips.
 
 ```python
 settings = tune_events(scores, step, classes, ground_truth, durations, metric="segment", max_false_alarms=6)
 evaluate_events(other_scores, step, classes, other_ground_truth, other_durations, settings)
 ```
 
-For each class and each length of the filter F1 is computed at every threshold that makes a difference, so that the result is the best one
+For each class and each filter F1 is computed at every threshold that makes a difference, so that the result is the best one
 there is on these clips. On them F1 is then too high: evaluate on others. PSDS, which is over all thresholds, depends on the filter alone:
-it gains from longer ones than segments do.
+it gains from longer ones than segments do, and most from change filters.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ..events_sslam import EventSettings, filter_halves
+from ..events_sslam import EventSettings, filter_scores
+from ..filters_sslam import filter_halves
 from .event_input import MICROSECONDS, Recordings
-from .event_results import SCENARIOS, filter_scores
+from .event_results import SCENARIOS
 from .events import GroundTruth, largest_matching, psds, true_segments, within_collars
 from .false_alarms import Choice, choose_within, front, hours_of, wrong_detections
 from .psd_roc import Detections, Timeline
@@ -26,6 +27,7 @@ from .psd_roc import Detections, Timeline
 
 TunedMetric = Literal["segment", "collar", "psds"]
 LENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # of median filters, in seconds
+CHANGE_LENGTHS = (1.0, 2.0, 3.0, 4.0, 5.0)  # of change filters
 
 
 def tune_events(
@@ -36,11 +38,12 @@ def tune_events(
     durations: Mapping[str, float],
     *,
     lengths: Sequence[float] = LENGTHS,
+    change_lengths: Sequence[float] = (),
     metric: TunedMetric = "segment",
     max_false_alarms: float | None = None,
     before: EventSettings | None = None,
 ) -> EventSettings:
-    """The length of the median filter and the threshold of each class that give it the highest F1; or the filter of the highest PSDS, and
+    """The filter and the threshold of each class that give it the highest F1; or the filter of the highest PSDS, and
     the threshold of the highest segment F1 with it. Nothing is random.
 
     The threshold lies between the lowest score that should count and the next lower one. Of equally good ones the highest is taken, and of
@@ -54,7 +57,8 @@ def tune_events(
 
     Args:
         scores, step, classes, ground_truth, durations: as of [`event_results.evaluate_events`].
-        lengths: of the filter, in seconds. Of those that are the same number of steps, the first is tried.
+        lengths: of the median filter, in seconds. Of those that are the same number of steps, the first is tried.
+        change_lengths: of the change filter, which are tried after them, without a median filter.
         metric: F1 of segments of 1 s, or of collars of 0.2 s ([`events.segment_f1`], [`events.collar_f1`]); `"psds"`: PSDS of scenario 1
             of the class, as systems of DCASE task 4 choose their filters.
         max_false_alarms: an hour, of all classes together, on these recordings: see the module `false_alarms`. `None`: any number.
@@ -62,7 +66,8 @@ def tune_events(
             events, or no threshold finds one.
 
     Returns:
-        Settings with `threshold` and `median_filter` by label, and neither hysteresis, gaps nor a shortest duration.
+        Settings with `threshold`, `median_filter` and, if one is used, `change_filter` by label, and neither hysteresis, gaps nor a
+        shortest duration.
 
     Raises:
         ValueError: as of [`events.psds`], or if there is no length, one is out of range, the metric is unknown, or the limit negative.
@@ -75,9 +80,10 @@ def tune_events(
     data, limited = Recordings.of(scores, step, classes, ground_truth, durations), max_false_alarms is not None
     kept = (before or EventSettings()).by_class(data.classes)
     found: dict[int, list[Choice]] = {c: [] for c in data.with_events.tolist()}
-    tried = filter_halves(np.array(sorted(lengths)), step)
-    for length in np.array(sorted(lengths))[np.unique(tried, return_index=True)[1]].tolist():
-        filtered = _filtered(data, step, EventSettings(median_filter=length))
+    filters = [(length, 0.0) for length in _different(lengths, step)]
+    filters += [(0.0, length) for length in _different(change_lengths, step) if filter_halves(length, step)]
+    for median, change in filters:
+        filtered = _filtered(data, step, EventSettings(median_filter=median, change_filter=change))
         areas = _psds_by_class(filtered, step, ground_truth, durations) if metric == "psds" else {}
         of_class = _CollarCounts(filtered) if metric == "collar" else _SegmentCounts(filtered)
         timeline = Timeline(filtered)
@@ -87,7 +93,7 @@ def tune_events(
             if choices and area > choices[0].area:
                 choices.clear()
             if not choices or area == choices[0].area:
-                choices += _choices(*of_class(c), wrong, area, length)
+                choices += _choices(*of_class(c), wrong, area, (median, change))
     fronts = {c: front(choices) for c, choices in found.items()}
     if max_false_alarms is None:
         chosen = {c: choices[-1] for c, choices in fronts.items() if choices}
@@ -96,10 +102,20 @@ def tune_events(
         highest = np.max([values.max(0) for values in _filtered(data, step, before or EventSettings()).scores], axis=0)
         silent = [_between(value, 1.0) if value < 1 else 1.0 for value in highest.tolist()]
         kept["threshold"] = np.where(kept["threshold"] >= highest, kept["threshold"], silent)
-    return EventSettings(
-        threshold={label: chosen[c].threshold if c in chosen else float(kept["threshold"][c]) for c, label in enumerate(data.classes)},
-        median_filter={label: chosen[c].length if c in chosen else float(kept["median_filter"][c]) for c, label in enumerate(data.classes)},
-    )
+    by_label: dict[str, dict[str, float]] = {"threshold": {}, "median_filter": {}, "change_filter": {}}
+    for c, label in enumerate(data.classes):
+        found_here = (chosen[c].threshold, *chosen[c].filters) if c in chosen else (float(kept[name][c]) for name in by_label)
+        for values, value in zip(by_label.values(), found_here):
+            values[label] = value
+    if not any(by_label["change_filter"].values()):
+        del by_label["change_filter"]
+    return EventSettings(**by_label)
+
+
+def _different(lengths: Sequence[float], step: float) -> list[float]:
+    """In their order, of those that are the same number of steps the first."""
+    ordered = np.array(sorted(lengths))
+    return ordered[np.unique(filter_halves(ordered, step), return_index=True)[1]].tolist()
 
 
 def check_limit(max_false_alarms: float | None) -> None:
@@ -119,7 +135,7 @@ def _psds_by_class(data: Recordings, step: float, ground_truth: GroundTruth, dur
 
 
 def _choices(
-    scores: np.ndarray, true: np.ndarray, found: np.ndarray, total: int, wrong: Detections | None, area: float, length: float
+    scores: np.ndarray, true: np.ndarray, found: np.ndarray, total: int, wrong: Detections | None, area: float, filters: tuple[float, float]
 ) -> list[Choice]:
     """The thresholds, from that of the highest F1 upwards, of which no other one has as high an F1 with as few false alarms; of equal ones
     the highest. Lower ones are left out, because where a class is found nearly all the time, false alarms are few, but long.
@@ -128,7 +144,7 @@ def _choices(
         scores, true, found: `(n,)`; by how much true positives, and all positives, change where the threshold falls below each score.
         total: number of true positives that there could be.
         wrong: false alarms, if they count.
-        area, length: PSDS with this filter, and its length.
+        area, filters: PSDS with these filters, and their lengths.
     """
     alarms = np.zeros_like(true)
     if wrong is not None:
@@ -147,7 +163,7 @@ def _choices(
     f1, alarms = (values[: f1.argmax() + 1] for values in (f1, alarms))
     by_alarms = np.lexsort((-f1, alarms))
     best = by_alarms[np.diff(np.maximum.accumulate(f1[by_alarms]), prepend=0.0) > 0]
-    return [Choice(area, float(f1[i]), int(alarms[i]), _between(float(scores[i + 1]), float(scores[i])), length) for i in best.tolist()]
+    return [Choice(area, float(f1[i]), int(alarms[i]), _between(float(scores[i + 1]), float(scores[i])), filters) for i in best.tolist()]
 
 
 def _between(lower: float, upper: float) -> float:

@@ -19,20 +19,21 @@ TOLERANCE = 0.1  # the fraction of an event that must lie in ground truth of its
 
 @dataclass(frozen=True)
 class Choice:
-    """A threshold and a filter of a class, and what they lead to.
+    """A threshold and filters of a class, and what they lead to.
 
     Attributes:
         area: PSDS of the class, where that is asked for.
         f1: of the class.
         alarms: number of false alarms.
-        threshold, length: of the filter, in seconds.
+        threshold: of the class.
+        filters: lengths of the median filter and of the change filter, in seconds.
     """
 
     area: float
     f1: float
     alarms: int
     threshold: float
-    length: float
+    filters: tuple[float, float]
 
 
 def wrong_detections(timeline: Timeline, c: int) -> Detections:

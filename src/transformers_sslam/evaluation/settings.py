@@ -19,7 +19,7 @@ class EventEvaluationSettings(EventFlags):
     """Event detection, with task events"""
 
     tune: bool = setting(
-        "choose threshold and median_filter for each class on these clips, and write them into the model's config.json; the clips are then "
+        "choose threshold and filter for each class on these clips, and write them into the model's config.json; the clips are then "
         "no longer a test of it",
         False,
     )
@@ -28,6 +28,7 @@ class EventEvaluationSettings(EventFlags):
         "segment F1 by the thresholds",
         "segment",
     )
+    tune_change_filter: bool = setting("try change filters too, as if each event had one score; not for live sources", False)
     max_false_alarms: float | None = setting("most false alarms an hour, of all classes together, on the clips that tune; null: any", None)
 
 
@@ -71,6 +72,8 @@ class EvaluationSettings(EventEvaluationSettings, CalibrationSettings, LabelledD
             raise UserError(
                 f"max_false_alarms is {self.max_false_alarms:g}, but has no effect without tune: add --tune true, or leave it out"
             )
+        if self.tune_change_filter and not self.tune:
+            raise UserError("tune_change_filter is set, but has no effect without tune: add --tune true, or leave it out")
         with as_user_error("tune"):
             check_limit(self.max_false_alarms)
         if self.tune and options:
