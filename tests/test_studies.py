@@ -284,10 +284,9 @@ def test_variants_differ_in_what_they_see_and_cost_the_same(tmp_path):
         **{"model_config": {"num_views": 4, "unmixed_span_length": 16}, "max_steps": 1000, "warmup_steps": 10},
     }
     (tmp_path / "stage2.json").write_text(json.dumps(stage2))
-    settings = study.StudySettings(data_dir="x", stage2=str(tmp_path / "stage2.json"))
     cost, fields = {}, {}
     for variant in study.VARIANTS:
-        changes = study.variant_settings(settings, variant, tmp_path / "stage1")
+        changes = study.variant_settings(str(tmp_path / "stage2.json"), {}, variant, tmp_path / "stage1")
         steps = changes.pop("max_steps")
         fields[variant] = {name.removeprefix("model_config."): value for name, value in changes.items()}
         config = SSLAMConfig.from_pretrained(tmp_path / "stage1", **{**PRETRAINING_STAGES[2], **stage2["model_config"], **fields[variant]})

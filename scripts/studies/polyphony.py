@@ -94,11 +94,18 @@ class StudySettings:
             raise UserError("variants must have unmixed, with which the others are compared, and methods one at least")
 
 
-def variant_settings(settings: StudySettings, variant: str, stage1: Path) -> dict[str, Any]:
-    """Of a variant's stage 2: steps, as many as cost what those of the recipe cost with retention; and its fields, views among them."""
+def variant_settings(stage2: str, changes: dict[str, Any], variant: str, stage1: Path) -> dict[str, Any]:
+    """Of a variant's stage 2: steps, as many as cost what those of the recipe cost with retention; and its fields, views among them.
+
+    Args:
+        stage2: recipe of `sslam pretrain`.
+        changes: to that recipe, by name.
+        variant: of `VARIANTS`.
+        stage1: the model to start from.
+    """
     # Which the recipe need not say, and nothing here follows.
     elsewhere: dict[str, Any] = {"data.sources": [{"kind": "folder", "path": "none"}], "output_dir": "none"}
-    recipe = read_settings(PreTrainingSettings, settings.stage2, {**settings.pretraining, **settings.pretraining_stage2, **elsewhere})
+    recipe = read_settings(PreTrainingSettings, stage2, {**changes, **elsewhere})
     frames = SSLAMFeatureExtractor(**recipe.feature_extractor).max_length
 
     def fields(name: str) -> dict[str, Any]:
@@ -180,9 +187,10 @@ def run(settings: StudySettings, clips: Path, every: Sequence[int | str], seed: 
     num_events = np.array(open_splits(str(mixtures), "parquet")["test"]["num_events"])
     record: dict = {"settings": comparable(settings), "fold": fold, "precision": {}, "steps": {}, "cpu_seconds": {}}
     for variant in settings.variants:
-        own = variant_settings(settings, variant, stage1)
+        changes = {**shared, **settings.pretraining_stage2}
+        own = variant_settings(settings.stage2, changes, variant, stage1)
         record["steps"][variant] = own["max_steps"]
-        changes = {**shared, **settings.pretraining_stage2, "model": str(stage1), **own}
+        changes |= {"model": str(stage1), **own}
         model, record["cpu_seconds"][variant] = pretrain_on_folds(settings.stage2, clips, others, output / variant, changes)
         found = probe(model, mixtures, num_events, [method for method in PROBES if method in settings.methods])
         if "fine-tuned" in settings.methods:

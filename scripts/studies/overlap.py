@@ -1,0 +1,317 @@
+"""Do mixtures in pre-training help where sounds overlap? Everyday sounds, speakers and instruments, six ways to pre-train, frozen encoders.
+
+python scripts/studies/overlap.py --sources '[{kind: audiofolder, path: PATH/TO/clips}]' \
+    --tasks '{sounds: runs/polyphonic_sounds, speakers: runs/polyphonic_speakers, instruments: runs/polyphonic_instruments}'
+
+For each seed stage 1 is pre-trained once, and stage 2 continues from it in the ways of scripts/studies/polyphony.py, at equal
+floating-point operations. Then each student is probed, frozen, on every task: mixtures made by `sslam mix`, of which probes are trained on
+the training split and tested on the other. Seeds differ in weights, masks, mixtures and the order of clips; the tasks are the same for all.
+Beside them stand the student of stage 1, and untrained networks. Finished steps are found again, so that seeds can be added later.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from polyphony import ALL, TITLES, VARIANTS, by_events, variant_settings
+from scipy.optimize import brentq
+from scipy.stats import chi2, norm, t
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from steps import pretrain_once
+
+from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
+from transformers_sslam.audio.layouts import open_splits
+from transformers_sslam.audio.rows import all_rows
+from transformers_sslam.errors import UserError
+from transformers_sslam.evaluation.features import Features, encode_clips, hash_waveforms
+from transformers_sslam.evaluation.frozen import FrozenSettings, Task, read_task
+from transformers_sslam.evaluation.intervals import format_summary, summarize_difference
+from transformers_sslam.evaluation.loading import hash_model
+from transformers_sslam.evaluation.probing import build_probe
+from transformers_sslam.files import write_json
+from transformers_sslam.pretraining.settings import PreTrainingSettings
+from transformers_sslam.reports import markdown_table
+from transformers_sslam.settings import parse_settings, read_settings, setting
+
+
+BASELINES = {"untrained": "untrained", "stage1": "stage 1 (EAT) alone"}
+PROBES = {"mean": "linear_mean", "maximum": "linear_max_by_frequency"}
+STEPS = "steps"  # beside them: which sounds at which time
+METHODS = {
+    "mean": "clips, linear on mean patches",
+    "maximum": "clips, linear on the maximum over time by frequency",
+    STEPS: "steps of 160 ms, linear on their patches",
+}
+PENALTY = 1e3  # of the squared weights: from 1e2 to 1e5 results differ by a point or three, in the same order
+POWER = 0.8
+
+
+@dataclass
+class StudySettings:
+    sources: list[dict[str, Any]] = setting("recordings to pre-train on, none of those that test mixtures are made of")
+    tasks: dict[str, str] = setting("folders of mixtures, as `sslam mix` writes them, by name")
+    output_dir: str = setting("folder for all models and results", "runs/overlap")
+    seeds: list[int] = setting("one repetition each", [0, 1, 2])
+    variants: list[str] = setting(f"what is compared, unmixed among it: some of {', '.join(VARIANTS)}", list(VARIANTS))
+    stage1: str = setting("recipe of the first stage", "pretrain_tiny_stage1")
+    stage2: str = setting("recipe of the second stage; its number of steps is that of `retention`", "pretrain_tiny_stage2")
+    pretraining: dict[str, Any] = setting("changes to both recipes, by name", {})
+    pretraining_stage1: dict[str, Any] = setting("changes to the recipe of the first stage alone, by name", {})
+    pretraining_stage2: dict[str, Any] = setting("changes to the recipe of the second stage alone, by name", {})
+
+    def __post_init__(self):
+        if unknown := [name for name in self.variants if name not in VARIANTS]:
+            raise UserError(f"variants names {', '.join(unknown)}, but some of {', '.join(VARIANTS)} are expected")
+        if "unmixed" not in self.variants or not self.tasks or not self.seeds:
+            raise UserError("variants must have unmixed, with which the others are compared, and tasks and seeds one at least")
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """A task: clips with their labels, and what sounds when.
+
+    Attributes:
+        task: clips, targets and the two splits.
+        num_events: `(clips,)`, events of each.
+        spans: events of each clip, as class, onset and offset in seconds.
+        key: a hash of the waveforms.
+    """
+
+    task: Task
+    num_events: np.ndarray
+    spans: list[list[tuple[int, float, float]]]
+    key: str
+
+    @property
+    def train(self) -> np.ndarray:
+        return self.task.partitions[0].train
+
+    @property
+    def test(self) -> np.ndarray:
+        return self.task.partitions[0].evaluation
+
+    def step_targets(self, clips: np.ndarray, steps: int, seconds: float) -> np.ndarray:
+        """`(clips * steps, classes)`: whether the class sounds in the middle of each step of so many seconds."""
+        middles = (np.arange(steps) + 0.5) * seconds
+        targets = np.zeros((len(clips), steps, len(self.task.classes)), np.int64)
+        for row, clip in enumerate(clips):
+            for label, onset, offset in self.spans[clip]:
+                targets[row, (onset <= middles) & (middles < offset), label] = 1
+        return targets.reshape(-1, targets.shape[-1])
+
+
+@cache
+def read_mixtures(data_dir: str, sampling_rate: int) -> Mixtures:
+    """All clips of a task, decoded."""
+    about = FrozenSettings(model="", data_dir=data_dir, layout="parquet", label_column="labels", fold_column=None)
+    task = read_task(about, sampling_rate)
+    splits = open_splits(data_dir, "parquet")
+    rows = all_rows({name: splits[name] for name in (about.train_split, about.test_split)}).remove_columns("audio")
+    rows = rows.select(task.waveforms.kept)
+    events = rows.features["events"]
+    names = (events.feature if isinstance(events, datasets.List) else events)["label"].names
+    spans = [[(task.classes.index(names[e["label"]]), e["onset"], e["offset"]) for e in found] for found in rows["events"]]
+    return Mixtures(task, np.array(rows["num_events"]), spans, hash_waveforms(task.waveforms))
+
+
+def step_vectors(features: Features, frequencies: int) -> np.ndarray:
+    """All patches of a time step one after the other: `(clips, steps, frequencies * hidden_size)`, of the steps that no clip pads."""
+    tokens, mask = features.patch_tokens(np.arange(len(features)))
+    steps = int(mask.sum(1).min()) // frequencies
+    return tokens[:, : steps * frequencies].reshape(len(features), steps, -1).numpy()
+
+
+def probe(model: SSLAMModel, extractor: SSLAMFeatureExtractor, mixtures: Mixtures) -> dict[str, dict[str, float]]:
+    """Mean average precision on the test mixtures, by method and number of events."""
+    task, config = mixtures.task, model.config
+    longest = max(len(waveform) for waveform in task.waveforms) / extractor.sampling_rate
+    # No longer than the clips, for time; the last frames of a patch may be padding.
+    extractor.max_length = min(config.max_length, -(-round(100 * longest) // config.patch_size) * config.patch_size)
+    features = encode_clips(model, extractor, task.waveforms)
+    train, test = features.select(mixtures.train), features.select(mixtures.test)
+    targets, num_events = task.targets[mixtures.test], mixtures.num_events[mixtures.test]
+    found = {}
+    for method, name in PROBES.items():
+        scores = build_probe(name).fit(train, task.targets[mixtures.train], seed=0).scores(test)
+        found[method] = by_events(scores, targets, num_events)
+    vectors = [step_vectors(part, config.num_frequency_patches) for part in (train, test)]
+    steps, seconds = vectors[0].shape[1], config.patch_size / 100
+    known, wanted = (mixtures.step_targets(clips, steps, seconds) for clips in (mixtures.train, mixtures.test))
+    train_steps, test_steps = (part.reshape(-1, part.shape[-1]) for part in vectors)
+    regression = make_pipeline(StandardScaler(), Ridge(PENALTY)).fit(train_steps, known)
+    found[STEPS] = by_events(regression.predict(test_steps), wanted, np.repeat(num_events, steps))
+    return found
+
+
+def probe_once(model: SSLAMModel, extractor: SSLAMFeatureExtractor, data_dir: str, file: Path) -> dict[str, dict[str, float]]:
+    """[`probe`], unless `file` holds its result for the very same network and clips."""
+    mixtures = read_mixtures(data_dir, extractor.sampling_rate)
+    key = hash_model(model, extractor, data=[mixtures.key, mixtures.spans], methods=METHODS)
+    saved = json.loads(file.read_text()) if file.is_file() else {}
+    if saved.get("key") != key:
+        saved = {"key": key, "precision": probe(model, extractor, mixtures)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, saved)
+    return saved["precision"]
+
+
+def pretrain(settings: StudySettings, seed: int) -> tuple[dict[str, Path], dict[str, int]]:
+    """The models of one seed by variant, with the one that they all started from as `stage1`, and the number of steps of each."""
+    output = Path(settings.output_dir) / f"seed-{seed}"
+    shared = {**settings.pretraining, "data.sources": settings.sources, "seed": seed}
+    models, steps = {}, {}
+
+    def train(recipe: str, name: str, changes: dict[str, Any]) -> None:
+        run = read_settings(PreTrainingSettings, recipe, {**shared, **changes, "output_dir": str(output / name)})
+        models[name], steps[name] = pretrain_once(run)[0], run.max_steps
+
+    train(settings.stage1, "stage1", settings.pretraining_stage1)
+    for variant in settings.variants:
+        own = variant_settings(settings.stage2, {**shared, **settings.pretraining_stage2}, variant, models["stage1"])
+        train(settings.stage2, variant, {**settings.pretraining_stage2, "model": str(models["stage1"]), **own})
+    return models, steps
+
+
+def run(settings: StudySettings, seed: int) -> dict[str, Any]:
+    """Everything of one seed: steps by network, and mean average precision by network, task, method and number of events."""
+    output = Path(settings.output_dir) / f"seed-{seed}"
+    models, steps = pretrain(settings, seed)
+    precision: dict[str, Any] = {}
+    for name in (*BASELINES, *settings.variants):
+        folder = models.get(name, models["stage1"])
+        if name == "untrained":
+            torch.manual_seed(seed)
+            network = SSLAMModel(SSLAMConfig.from_pretrained(folder))
+        else:
+            network = SSLAMModel.from_pretrained(folder, dtype=torch.float32)
+        precision[name] = {
+            task: probe_once(network, SSLAMFeatureExtractor.from_pretrained(folder), data_dir, output / "probes" / f"{name}-{task}.json")
+            for task, data_dir in settings.tasks.items()
+        }
+    return {"steps": steps, "precision": precision}
+
+
+def detectable_difference(std: float, count: int, power: float = POWER) -> float:
+    """The smallest true difference that a paired, two-sided t-test at 5 % finds with this probability.
+
+    Args:
+        std: standard deviation of the differences of single pairs.
+        count: of pairs; NaN for one.
+        power: that probability.
+    """
+    if count < 2:
+        return float("nan")
+    freedom = count - 1
+    # A t statistic of this true effect is normal over an independent root mean square: the average over quantiles of the latter.
+    spread = np.sqrt(chi2.ppf((np.arange(10_000) + 0.5) / 10_000, freedom) / freedom)
+    limit = t.ppf(0.975, freedom)
+    effect = brentq(lambda effect: norm.sf(limit * spread - effect).mean() - power, 0.0, 100.0)  # in standard errors
+    return float(effect * std / np.sqrt(count))
+
+
+def report(settings: StudySettings, records: dict[int, dict[str, Any]]) -> str:
+    """A table of each task: networks by method, with their paired gains over unmixed clips; and how small a gain could have been found."""
+    names = [*BASELINES, *settings.variants]
+    titles = {**BASELINES, **TITLES}
+    tables = []
+    for task in settings.tasks:
+
+        def values(name: str, method: str, events: str = ALL, task: str = task) -> list[float]:
+            return [record["precision"][name][task][method][events] for record in records.values()]
+
+        rows, spread = [], []
+        for name in names:
+            row = [titles[name]]
+            for method in METHODS:
+                gain = summarize_difference(values(name, method), values("unmixed", method))
+                mean = f"{100 * np.mean(values(name, method)):.1f}"
+                row += [mean, "-" if name == "unmixed" else format_summary(gain, decimals=2)]
+            rows.append(row)
+        for method in METHODS:
+            gains = [summarize_difference(values(name, method), values("unmixed", method)) for name in settings.variants[1:]]
+            pooled = float(np.sqrt(np.mean([gain.std**2 for gain in gains]))) if gains else float("nan")
+            spread.append(f"{METHODS[method]}: {100 * detectable_difference(pooled, len(records)):.2f}")
+        header = [f"{task}: mAP, %"]
+        for method in METHODS.values():
+            header += [method, "over unmixed only, paired"]
+        tables.append(markdown_table(header, rows))
+        tables.append(f"Gain that {len(records)} seeds find with probability {POWER:g}, points: {'; '.join(spread)}.")
+    return "\n\n".join(tables)
+
+
+def by_number(settings: StudySettings, records: dict[int, dict[str, Any]], method: str) -> str:
+    """Paired gains over unmixed clips by the number of events, of all tasks: points, with their interval over seeds."""
+    columns = sorted(
+        {k for record in records.values() for found in record["precision"]["unmixed"].values() for k in found[method]} - {ALL}, key=int
+    )
+    rows = []
+    for task in settings.tasks:
+        for variant in [name for name in settings.variants if name != "unmixed"]:
+            row = [task, TITLES[variant]]
+            for k in columns:
+                pairs = [[record["precision"][name][task][method].get(k) for record in records.values()] for name in (variant, "unmixed")]
+                row.append("" if None in pairs[0] else format_summary(summarize_difference(*pairs)))
+            rows.append(row)
+    return markdown_table([f"{METHODS[method]}: gain by k", "", *columns], rows)
+
+
+def plot(settings: StudySettings, records: dict[int, dict[str, Any]]) -> Path:
+    """Gains over unmixed clips with their 95 % intervals over seeds, by task and method: `gains.png`."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    others = [name for name in settings.variants if name != "unmixed"]
+    figure, axes = pyplot.subplots(1, len(settings.tasks), figsize=(4.2 * len(settings.tasks), 3.4), constrained_layout=True, squeeze=False)
+    for axis, task in zip(axes[0], settings.tasks):
+        for offset, method in enumerate(METHODS):
+            for place, variant in enumerate(others):
+                found = [[record["precision"][name][task][method][ALL] for record in records.values()] for name in (variant, "unmixed")]
+                gain = summarize_difference(*found)
+                width = 0 if len(records) == 1 else (gain.high - gain.low) / 2
+                label = METHODS[method] if place == 0 else None
+                height = len(others) - place - 0.2 * offset
+                axis.errorbar(100 * gain.mean, height, xerr=100 * width, fmt="o", color=f"C{offset}", label=label, capsize=2, markersize=4)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(title=task, xlabel="mAP over unmixed only, points", yticks=[len(others) - place - 0.2 for place in range(len(others))])
+        axis.set_yticklabels([TITLES[name] for name in others] if axis is axes[0, 0] else [])
+        axis.grid(alpha=0.3, axis="x")
+    axes[0, -1].legend(fontsize="x-small")
+    path = Path(settings.output_dir) / "gains.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    transformers.logging.disable_progress_bar()
+    records = {}
+    try:
+        settings = parse_settings(StudySettings, sys.argv[1:] if arguments is None else arguments, prog="overlap.py", description=__doc__)
+        for seed in settings.seeds:
+            records[seed] = run(settings, seed)
+            found = records[seed]["precision"].items()
+            totals = {name: {task: round(by_method["maximum"][ALL], 3) for task, by_method in tasks.items()} for name, tasks in found}
+            print(f"seed {seed}: {json.dumps(totals)}", file=sys.stderr, flush=True)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    write_json(Path(settings.output_dir) / "results.json", {str(seed): record for seed, record in records.items()})
+    plot(settings, records)
+    print(report(settings, records))
+    for method in METHODS:
+        print(f"\n{by_number(settings, records, method)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Scripts of the study of overlapping sounds: sets of speakers and instruments, probes of clips and of time steps, tables."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import overlap
+import pytest
+import sets
+import soundfile
+from conftest import noise
+from scipy.stats import ttest_1samp
+
+from transformers_sslam.audio.layouts import open_splits
+from transformers_sslam.audio.rows import fold_values
+from transformers_sslam.errors import UserError
+from transformers_sslam.evaluation.features import Features
+from transformers_sslam.polyphony.benchmark import BenchmarkSettings, make_benchmark
+from transformers_sslam.polyphony.render import MixtureSettings
+
+
+NETWORK = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_length": 64},
+    **{"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_groups": 8, "num_views": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def write_gsm(path: Path, seconds: float, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, noise(seconds, seed=seed, sampling_rate=8000), 8000, format="RAW", subtype="GSM610")
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    """Three prompts of each voice, and what is left out: a beep, silence, one too short, one too long, one of two names."""
+    folders = [folder for names in sets.VOICES.values() for folder in names]
+    for number, folder in enumerate(folders):
+        root = tmp_path / "sounds" / folder
+        for i, name in enumerate(("digits/1", "letters/a", "goodbye")):
+            write_gsm(root / f"{name}.gsm", 0.5 + 0.1 * i, seed=10 * number + i)
+        for name, seconds in (("beep", 0.5), ("silence/1", 0.5), ("digits/short", 0.2), ("long", 5.5)):
+            write_gsm(root / f"{name}.gsm", seconds, seed=10 * number + 5)
+        (root / "again.gsm").write_bytes((root / "goodbye.gsm").read_bytes())
+    return tmp_path / "sounds"
+
+
+def test_the_set_of_speakers_has_each_prompt_in_one_fold_and_only_speech(prompts, tmp_path):
+    clips = list(sets.speakers(prompts))
+    assert Counter(clip.label for clip in clips) == {voice: 3 * len(folders) for voice, folders in sets.VOICES.items()}
+    assert {clip.recording for clip in clips} == {"digits/1", "letters/a", "again"}
+    assert all(len({clip.fold for clip in clips if clip.recording == prompt}) == 1 for prompt in ("digits/1", "letters/a", "again"))
+    assert sets.write_set(iter(clips), tmp_path / "set") == len(clips) == 24
+    splits = open_splits(str(tmp_path / "set"))
+    assert set(fold_values(splits, "fold")) == {clip.fold for clip in clips} <= {1, 2, 3, 4, 5}
+    waveform, rate = soundfile.read(tmp_path / "set" / f"{clips[0].name}.flac", dtype="float32")
+    assert rate == 8000
+    np.testing.assert_allclose(waveform, clips[0].waveform, atol=2**-15)
+    with pytest.raises(UserError, match="not empty|exists"):
+        sets.write_set(iter(clips), tmp_path / "set")
+
+
+def test_a_voice_whose_package_is_not_installed_is_named(prompts):
+    for file in (prompts / "fr").rglob("*.gsm"):
+        file.unlink()
+    with pytest.raises(UserError, match="no prompts of armelle in fr: install the packages"):
+        list(sets.speakers(prompts))
+
+
+class Synthesizer:
+    """Of FluidSynth what the script uses: a sine of the note, twice as loud on the left, that sounds on until `system_reset`."""
+
+    def __init__(self):
+        self.sounding, self.program = [], None
+
+    def sfload(self, path: str) -> int:
+        return -1 if "absent" in path else 7
+
+    def program_select(self, channel: int, soundfont: int, bank: int, program: int) -> None:
+        assert (channel, soundfont, bank) == (0, 7, 0)
+        self.program = program
+
+    def noteon(self, channel: int, pitch: int, velocity: int) -> None:
+        if (self.program, pitch) != (40, 36):  # a violin has no such note
+            self.sounding.append(pitch)
+
+    def noteoff(self, channel: int, pitch: int) -> None: ...
+
+    def system_reset(self) -> None:
+        self.sounding, self.program = [], None
+
+    def get_samples(self, count: int) -> np.ndarray:
+        times = np.arange(count) / sets.NOTE_RATE
+        mono = sum((np.sin(2 * np.pi * 440 * 2 ** ((pitch - 69) / 12) * times) for pitch in self.sounding), np.zeros(count))
+        return np.round(6000 * np.stack((1.5 * mono, 0.5 * mono), axis=1)).astype(np.int16).ravel()
+
+
+def test_the_set_of_instruments_has_single_notes_and_every_instrument_in_every_fold():
+    clips = list(sets.instruments(Synthesizer(), "any.sf2"))
+    assert len(clips) == len(sets.INSTRUMENTS) * len(sets.PITCHES) - 1
+    assert {(clip.label, clip.fold) for clip in clips} == {(name, fold) for name in sets.INSTRUMENTS.values() for fold in (1, 2, 3, 4)}
+    assert all(len({clip.fold for clip in clips if clip.name.endswith(f"-{pitch:03d}")}) == 1 for pitch in sets.PITCHES)
+    for clip in clips[:: len(sets.PITCHES) + 1]:
+        assert clip.waveform.shape == (64_000,)
+        spectrum = np.abs(np.fft.rfft(clip.waveform[:16_000]))  # a bin is 1 Hz
+        assert spectrum.argmax() == pytest.approx(440 * 2 ** ((int(clip.name[-3:]) - 69) / 12), abs=1)
+        assert np.abs(clip.waveform).max() == pytest.approx(6000 / 2**15, rel=0.01)
+    with pytest.raises(UserError, match=r"absent.sf2 is no soundfont that can be read"):
+        list(sets.instruments(Synthesizer(), "absent.sf2"))
+
+
+def test_patches_of_a_step_stand_together_and_padded_steps_are_left_out():
+    patches = np.arange(2 * 12 * 3, dtype=np.float32).reshape(2, 12, 3)  # 12 patches: 3 steps of 4
+    features = Features({"patches": patches, "lengths": np.array([12, 8])}, np.arange(2), (1,))
+    vectors = overlap.step_vectors(features, 4)
+    assert vectors.shape == (2, 2, 12)
+    np.testing.assert_array_equal(vectors[1, 1], np.arange(36 + 12, 36 + 24))
+
+
+def test_a_class_sounds_in_a_step_whose_middle_lies_in_an_event():
+    class Task:
+        classes = ["a", "b"]
+
+    mixtures = overlap.Mixtures(Task(), np.array([1, 2]), [[(0, 0.25, 0.6)], [(1, 0.0, 0.05), (1, 0.7, 9.0), (0, 0.55, 0.75)]], "")
+    targets = mixtures.step_targets(np.array([1, 0]), 4, 0.2)  # middles .1, .3, .5, .7
+    np.testing.assert_array_equal(targets.reshape(2, 4, 2)[0], [[0, 0], [0, 0], [0, 0], [1, 1]])
+    np.testing.assert_array_equal(targets.reshape(2, 4, 2)[1], [[0, 0], [1, 0], [1, 0], [0, 0]])
+
+
+def test_a_detectable_difference_is_found_four_times_in_five():
+    generator = np.random.default_rng(0)
+    for count in (3, 8):
+        difference = overlap.detectable_difference(2.0, count)
+        pairs = difference + 2.0 * generator.standard_normal((20_000, count))
+        assert (ttest_1samp(pairs, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
+    assert np.isnan(overlap.detectable_difference(2.0, 1))
+
+
+@pytest.fixture
+def arguments(tmp_path) -> list[str]:
+    """The study on clips of half a second, of two seeds and two variants."""
+    lines = ["file_name,label,fold"]
+    (tmp_path / "clips").mkdir()
+    for fold in (1, 2):
+        for i, label in enumerate(("hum", "hiss") * 3):
+            tone = np.sin(np.arange(8000) * (0.1 + 0.001 * (10 * fold + i))) if label == "hum" else noise(0.5, seed=10 * fold + i)
+            soundfile.write(tmp_path / "clips" / f"{fold}-{i}.wav", 0.3 * tone, 16_000)
+            lines.append(f"{fold}-{i}.wav,{label},{fold}")
+    (tmp_path / "clips" / "metadata.csv").write_text("\n".join(lines))
+    make_benchmark(
+        BenchmarkSettings(
+            data_dir=str(tmp_path / "clips"),
+            output_dir=str(tmp_path / "mixtures"),
+            **{"fold_column": "fold", "train_folds": [1], "test_folds": [2], "num_events": [1, 2], "train_clips": 8, "test_clips": 6},
+            mixing=MixtureSettings(clip_seconds=0.6, event_seconds=0.3, repeat_classes=False),
+        )
+    )
+    run = {"max_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 2, "dataloader_num_workers": 0, "report_to": "none"}
+    elsewhere = {"data": {"sources": [{"kind": "folder", "path": "replaced"}]}, "feature_extractor": {"max_length": 64}}
+    for stage, fields in ((1, NETWORK), (2, {"num_views": 2, "unmixed_span_length": 16})):
+        (tmp_path / f"stage{stage}.json").write_text(json.dumps({"stage": stage, "model_config": fields, **run, **elsewhere}))
+    source = {"kind": "audiofolder", "path": str(tmp_path / "clips"), "keep": {"fold": [1]}}
+    return [
+        f"--sources={json.dumps([source])}",
+        f"--tasks={json.dumps({'hums': str(tmp_path / 'mixtures')})}",
+        f"--output_dir={tmp_path / 'out'}",
+        f"--stage1={tmp_path / 'stage1.json'}",
+        f"--stage2={tmp_path / 'stage2.json'}",
+        *("--seeds", "0", "1", "--variants", "unmixed", "retention"),
+    ]
+
+
+def test_the_study_in_miniature(arguments, tmp_path, capsys, monkeypatch):
+    overlap.main(arguments)
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results) == ["0", "1"]
+    for record in results.values():
+        assert set(record["steps"]) == {"stage1", "unmixed", "retention"}
+        assert list(record["precision"]) == ["untrained", "stage1", "unmixed", "retention"]
+        for found in record["precision"].values():
+            assert set(found["hums"]) == set(overlap.METHODS)
+            assert all(set(values) == {"1", "2", "all"} and 0 < min(values.values()) <= 1 for values in found["hums"].values())
+            assert found["hums"]["maximum"]["all"] > 0.8  # a hum and a hiss are told apart by any network
+            assert found["hums"]["steps"]["all"] > 0.5
+    first, second = (results[seed]["precision"]["untrained"] for seed in "01")
+    assert first != second  # of other random weights
+    means = {name: np.mean([r["precision"][name]["hums"]["mean"]["all"] for r in results.values()]) for name in ("retention", "unmixed")}
+    gain = 100 * (means["retention"] - means["unmixed"])
+    (row,) = [line for line in printed.splitlines() if line.startswith("| both + retention (SSLAM)")]
+    assert f" | {gain:.2f} ± " in row
+    assert "Gain that 2 seeds find with probability 0.8" in printed
+    assert (tmp_path / "out" / "gains.png").is_file()
+
+    def again(*_):
+        raise AssertionError("a finished step was done again")
+
+    monkeypatch.setattr(overlap, "probe", again)
+    monkeypatch.setattr("steps.PreTrainer", again)
+    overlap.main(arguments)
+    assert capsys.readouterr().out == printed
+
+
+def test_a_study_without_its_reference_is_refused():
+    for wrong, message in (
+        ({"variants": ["both"]}, "must have unmixed"),
+        ({"variants": ["mixit"]}, "names mixit"),
+        ({"tasks": {}}, "tasks"),
+    ):
+        with pytest.raises(UserError, match=message):
+            overlap.StudySettings(**{"sources": [], "tasks": {"a": "b"}, **wrong})
