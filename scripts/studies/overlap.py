@@ -35,7 +35,7 @@ from transformers_sslam.audio.rows import all_rows
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.features import Features, encode_clips, hash_waveforms
 from transformers_sslam.evaluation.frozen import FrozenSettings, Task, read_task
-from transformers_sslam.evaluation.intervals import format_summary, summarize_difference
+from transformers_sslam.evaluation.intervals import Summary, format_summary, summarize_difference
 from transformers_sslam.evaluation.loading import hash_model
 from transformers_sslam.evaluation.probing import build_probe
 from transformers_sslam.files import write_json
@@ -54,6 +54,7 @@ METHODS = {
 }
 PENALTY = 1e3  # of the squared weights: from 1e2 to 1e5 results differ by a point or three, in the same order
 POWER = 0.8
+Records = dict[int, dict[str, Any]]  # of each seed, what `run` returns
 
 
 @dataclass
@@ -219,53 +220,53 @@ def detectable_difference(std: float, count: int, power: float = POWER) -> float
     return float(effect * std / np.sqrt(count))
 
 
-def report(settings: StudySettings, records: dict[int, dict[str, Any]]) -> str:
-    """A table of each task: networks by method, with their paired gains over unmixed clips; and how small a gain could have been found."""
-    names = [*BASELINES, *settings.variants]
-    titles = {**BASELINES, **TITLES}
+def gain_of(records: Records, variant: str, task: str, method: str, k: str = ALL) -> Summary | None:
+    """Of a network over the one of unmixed clips, paired by seed; `None` where the task has no mixtures of k events."""
+    pairs = [[record["precision"][name][task][method].get(k) for name in (variant, "unmixed")] for record in records.values()]
+    values, others = zip(*pairs)
+    return None if None in values else summarize_difference(values, others)
+
+
+def report(settings: StudySettings, records: Records) -> str:
+    """Of each task, networks by method with their gains over unmixed clips, and how small a gain could have been found; then gains by k."""
     tables = []
     for task in settings.tasks:
-
-        def values(name: str, method: str, events: str = ALL, task: str = task) -> list[float]:
-            return [record["precision"][name][task][method][events] for record in records.values()]
-
-        rows, spread = [], []
-        for name in names:
-            row = [titles[name]]
+        rows = []
+        for name, title in {**BASELINES, **{name: TITLES[name] for name in settings.variants}}.items():
+            row = [title]
             for method in METHODS:
-                gain = summarize_difference(values(name, method), values("unmixed", method))
-                mean = f"{100 * np.mean(values(name, method)):.1f}"
-                row += [mean, "-" if name == "unmixed" else format_summary(gain, decimals=2)]
+                mean = np.mean([record["precision"][name][task][method][ALL] for record in records.values()])
+                gain = gain_of(records, name, task, method)
+                row += [f"{100 * mean:.1f}", "-" if name == "unmixed" or gain is None else format_summary(gain, decimals=2)]
             rows.append(row)
-        for method in METHODS:
-            gains = [summarize_difference(values(name, method), values("unmixed", method)) for name in settings.variants[1:]]
-            pooled = float(np.sqrt(np.mean([gain.std**2 for gain in gains]))) if gains else float("nan")
-            spread.append(f"{METHODS[method]}: {100 * detectable_difference(pooled, len(records)):.2f}")
-        header = [f"{task}: mAP, %"]
-        for method in METHODS.values():
-            header += [method, "over unmixed only, paired"]
+        header = [f"{task}: mAP, %", *(cell for title in METHODS.values() for cell in (title, "over unmixed only, paired"))]
         tables.append(markdown_table(header, rows))
-        tables.append(f"Gain that {len(records)} seeds find with probability {POWER:g}, points: {'; '.join(spread)}.")
+    others = [name for name in settings.variants if name != "unmixed"]
+    found = []
+    for method, title in METHODS.items():
+        stds = [gain.std for task in settings.tasks for name in others if (gain := gain_of(records, name, task, method))]
+        std = float(np.sqrt(np.mean(np.square(stds)))) if stds else float("nan")
+        found.append(f"{title}: {100 * detectable_difference(std, len(records)):.2f} (standard deviation {100 * std:.2f})")
+    tables.append(f"Gain in points that {len(records)} seeds find with probability {POWER:g}: {'; '.join(found)}.")
+    for method, title in METHODS.items():
+        numbers = sorted(
+            {k for record in records.values() for by_k in record["precision"]["unmixed"].values() for k in by_k[method]} - {ALL}
+        )
+        columns = sorted(numbers, key=int)
+        rows = [
+            [
+                task,
+                TITLES[name],
+                *("" if (gain := gain_of(records, name, task, method, k)) is None else format_summary(gain) for k in columns),
+            ]
+            for task in settings.tasks
+            for name in others
+        ]
+        tables.append(markdown_table([f"{title}: gain by k", "", *columns], rows))
     return "\n\n".join(tables)
 
 
-def by_number(settings: StudySettings, records: dict[int, dict[str, Any]], method: str) -> str:
-    """Paired gains over unmixed clips by the number of events, of all tasks: points, with their interval over seeds."""
-    columns = sorted(
-        {k for record in records.values() for found in record["precision"]["unmixed"].values() for k in found[method]} - {ALL}, key=int
-    )
-    rows = []
-    for task in settings.tasks:
-        for variant in [name for name in settings.variants if name != "unmixed"]:
-            row = [task, TITLES[variant]]
-            for k in columns:
-                pairs = [[record["precision"][name][task][method].get(k) for record in records.values()] for name in (variant, "unmixed")]
-                row.append("" if None in pairs[0] else format_summary(summarize_difference(*pairs)))
-            rows.append(row)
-    return markdown_table([f"{METHODS[method]}: gain by k", "", *columns], rows)
-
-
-def plot(settings: StudySettings, records: dict[int, dict[str, Any]]) -> Path:
+def plot(settings: StudySettings, records: Records) -> Path:
     """Gains over unmixed clips with their 95 % intervals over seeds, by task and method: `gains.png`."""
     import matplotlib
 
@@ -273,18 +274,16 @@ def plot(settings: StudySettings, records: dict[int, dict[str, Any]]) -> Path:
     from matplotlib import pyplot
 
     others = [name for name in settings.variants if name != "unmixed"]
+    places = np.arange(len(others), 0, -1)
     figure, axes = pyplot.subplots(1, len(settings.tasks), figsize=(4.2 * len(settings.tasks), 3.4), constrained_layout=True, squeeze=False)
     for axis, task in zip(axes[0], settings.tasks):
-        for offset, method in enumerate(METHODS):
-            for place, variant in enumerate(others):
-                found = [[record["precision"][name][task][method][ALL] for record in records.values()] for name in (variant, "unmixed")]
-                gain = summarize_difference(*found)
-                width = 0 if len(records) == 1 else (gain.high - gain.low) / 2
-                label = METHODS[method] if place == 0 else None
-                height = len(others) - place - 0.2 * offset
-                axis.errorbar(100 * gain.mean, height, xerr=100 * width, fmt="o", color=f"C{offset}", label=label, capsize=2, markersize=4)
+        for offset, (method, title) in enumerate(METHODS.items()):
+            found = [gain_of(records, name, task, method) for name in others]
+            means, lows, highs = (100 * np.array([getattr(gain, name) for gain in found]) for name in ("mean", "low", "high"))
+            width = None if len(records) == 1 else [means - lows, highs - means]
+            axis.errorbar(means, places - 0.2 * offset, xerr=width, fmt="o", label=title, capsize=2, markersize=4)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(title=task, xlabel="mAP over unmixed only, points", yticks=[len(others) - place - 0.2 for place in range(len(others))])
+        axis.set(title=task, xlabel="mAP over unmixed only, points", yticks=places - 0.2)
         axis.set_yticklabels([TITLES[name] for name in others] if axis is axes[0, 0] else [])
         axis.grid(alpha=0.3, axis="x")
     axes[0, -1].legend(fontsize="x-small")
@@ -309,8 +308,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_json(Path(settings.output_dir) / "results.json", {str(seed): record for seed, record in records.items()})
     plot(settings, records)
     print(report(settings, records))
-    for method in METHODS:
-        print(f"\n{by_number(settings, records, method)}")
 
 
 if __name__ == "__main__":
