@@ -555,10 +555,16 @@ def test_thresholds_are_tuned_on_folds_that_a_model_has_not_learnt(tmp_path, mon
     assert trained == [[9, 1], [9, 2]]
     limited = study.tune_by_cross_validation(replace(free, max_false_alarms=100.0))  # none in 12 s
     assert limited.threshold == {"dog": 0.65}  # 3 of 4 dogs
+    assert not free.tune_change_filter
+    monkeypatch.setattr(study, "tune_events", lambda *scores, change_lengths, max_false_alarms: change_lengths)
+    assert study.tune_by_cross_validation(free) == ()
+    assert study.tune_by_cross_validation(replace(free, tune_change_filter=True)) == study.CHANGE_LENGTHS
     with pytest.raises(UserError, match="the fold 2 is in tuning_folds and in test_folds"):
         everyday_settings(study, tmp_path, test_folds=[2], tuning_folds=[1, "2"])
     with pytest.raises(UserError, match="max_false_alarms is 6, but has no effect without tuning_folds"):
         everyday_settings(study, tmp_path, max_false_alarms=6.0)
+    with pytest.raises(UserError, match="tune_change_filter is set, but has no effect without tuning_folds"):
+        everyday_settings(study, tmp_path, tune_change_filter=True)
     with pytest.raises(UserError, match="c have other classes or time steps than b: give folds with the same classes"):
         study.join_scores({"b": others, "c": others._replace(classes=["cat"])})
 

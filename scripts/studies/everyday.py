@@ -37,7 +37,7 @@ from transformers_sslam.audio.sources import SourceSettings
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.detector import write_event_detection
 from transformers_sslam.evaluation.event_results import evaluate_events
-from transformers_sslam.evaluation.event_tuning import tune_events
+from transformers_sslam.evaluation.event_tuning import CHANGE_LENGTHS, tune_events
 from transformers_sslam.evaluation.scored_events import ScoredEvents
 from transformers_sslam.events_sslam import EventSettings
 from transformers_sslam.files import write_folder_atomically, write_json
@@ -63,6 +63,7 @@ class StudySettings:
     test_folds: list[int | str] = setting("folds that are held out; empty: none", [])
     tuning_folds: list[int | str] = setting("folds to tune thresholds on, each by a model without it; empty: on mixtures of all", [])
     max_false_alarms: float | None = setting("most false alarms an hour, in mixtures of tuning_folds and in others; null: any", None)
+    tune_change_filter: bool = setting("on mixtures of tuning_folds try change filters too", False)
     seed: int = setting("random seed of the whole run", 0)
     licenses: list[str] = setting("licences of clips that are trained on", ["CC0", "CC-BY"])
     clips_of_a_class: int = setting("clips of each class that is learnt; those of other classes are learnt to be none of them", 32)
@@ -85,6 +86,8 @@ class StudySettings:
             raise UserError(f"the fold {both[0]} is in tuning_folds and in test_folds: thresholds must not be tuned on what tests them")
         if self.max_false_alarms is not None and not self.tuning_folds:
             raise UserError(f"max_false_alarms is {self.max_false_alarms:g}, but has no effect without tuning_folds: set both, or neither")
+        if self.tune_change_filter and not self.tuning_folds:
+            raise UserError("tune_change_filter is set, but has no effect without tuning_folds: set both, or neither")
 
 
 def copy_sounds(settings: StudySettings) -> Path:
@@ -207,13 +210,13 @@ def tune_by_cross_validation(settings: StudySettings) -> EventSettings:
     in which every event is a false alarm.
     """
     parts: dict[str, ScoredEvents] = {}
+    alone = replace(settings, tuning_folds=[], max_false_alarms=None, tune_change_filter=False)
     for fold in settings.tuning_folds:
-        model = train(replace(settings, test_folds=[*settings.test_folds, fold], tuning_folds=[], max_false_alarms=None))
-        parts[f"mixtures of fold {fold}"] = mixture_scores(
-            replace(settings, test_folds=[fold], tuning_folds=[], max_false_alarms=None), model, "test"
-        )
+        model = train(replace(alone, test_folds=[*settings.test_folds, fold]))
+        parts[f"mixtures of fold {fold}"] = mixture_scores(replace(alone, test_folds=[fold]), model, "test")
         parts[f"others without fold {fold}"] = other_scores(settings, model)
-    return tune_events(*join_scores(parts), max_false_alarms=settings.max_false_alarms)
+    changes = CHANGE_LENGTHS if settings.tune_change_filter else ()
+    return tune_events(*join_scores(parts), change_lengths=changes, max_false_alarms=settings.max_false_alarms)
 
 
 def join_scores(parts: Mapping[str, ScoredEvents]) -> ScoredEvents:
