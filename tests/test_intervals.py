@@ -8,6 +8,7 @@ from scipy import stats
 
 from transformers_sslam.evaluation.intervals import (
     Summary,
+    independent_values,
     logit_interval,
     percentile_interval,
     proportion_interval,
@@ -185,3 +186,10 @@ def test_folds_that_differ_keep_their_own_interval_within_what_is_possible():
     seeds = [1.0, 0.9, 0.9, 0.8]  # two seeds of two folds
     widened = widen_by_clips(summarize([0.95, 0.85]), seeds, [(value - 0.1, value) for value in seeds], [1, 1, 2, 2])
     assert widened.low == pytest.approx(max(0.0, min(summarize([0.95, 0.85]).low, 0.9 - 0.1 / 2**0.5)))
+
+
+def test_seeds_of_one_fold_count_once_and_of_a_single_fold_each():
+    assert independent_values([0.5, 0.7, 0.8, 0.7], [1, 2, 3, 1]) == pytest.approx([0.6, 0.7, 0.8])
+    assert independent_values([0.5, 0.7], [2, 2]) == [0.5, 0.7]
+    with pytest.raises(ValueError, match="zip"):
+        independent_values([0.5], [1, 2])

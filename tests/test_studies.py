@@ -17,11 +17,9 @@ import pytest
 import soundfile
 import steps
 from conftest import noise, tiny_config
-from sklearn.metrics import average_precision_score
 from steps import copy_clips, epochs_of_equal_cost, pretrain_on_folds, read_records
 
 from transformers_sslam import (
-    PRETRAINING_STAGES,
     SSLAMConfig,
     SSLAMFeatureExtractor,
     SSLAMForAudioFrameClassification,
@@ -37,7 +35,6 @@ from transformers_sslam.events_sslam import EventSettings
 from transformers_sslam.finetuning import repeats
 from transformers_sslam.finetuning.repeats import fine_tune_once
 from transformers_sslam.finetuning.settings import FineTuningSettings
-from transformers_sslam.pretraining.monitoring import training_flops_per_clip
 from transformers_sslam.settings import load_yaml
 
 
@@ -163,22 +160,6 @@ def test_records_of_other_settings_are_left_out(tmp_path):
     assert others == ["b", "c"]
 
 
-def test_seeds_of_one_fold_count_once_in_the_table_of_a_study(tmp_path):
-    """Folds 1, 2, 3 and 1 again: three independent values."""
-    study = load_script("polyphony")
-    settings = study.StudySettings(data_dir="none", output_dir=str(tmp_path), num_events=[1])
-    for seed, (fold, precision) in enumerate([(1, 0.5), (2, 0.7), (3, 0.8), (1, 0.7)]):
-        (tmp_path / f"seed-{seed}").mkdir()
-        every = {variant: {method: {"1": precision, "all": precision} for method in study.METHODS} for variant in study.VARIANTS}
-        record = {"settings": study.comparable(settings), "fold": fold, "precision": every}
-        (tmp_path / f"seed-{seed}" / "results.json").write_text(json.dumps(record))
-    text = study.report(settings)
-    assert "mean ± standard deviation [95 %] of 3 folds, 4 seeds" in text
-    assert "mixture-invariant" not in text  # only where it is asked for
-    assert "| unmixed only (MB-UA) | 70.0 | 70.0 ± 10.0 [45.2, 94.8] | - |" in text  # t(2) = 4.303, times 10 / sqrt(3): 24.8
-    assert (tmp_path / "precision.png").is_file()
-
-
 def test_pre_training_after_fine_tuning_has_its_own_precision(clips, recipe, tmp_path):
     """As in the second fold of a study: what Accelerate keeps of the first `Trainer` must not decide."""
     model, _ = pretrain_on_folds(recipe, clips, [1, 3], tmp_path / "first", {"bf16": True})
@@ -275,96 +256,27 @@ def test_epochs_of_equal_cost_are_rounded_up():
     assert epochs_of_equal_cost(40, cost=100, total=251) == 101
 
 
-def test_variants_differ_in_what_they_see_and_cost_the_same(tmp_path):
-    study = load_script("polyphony")
-    SSLAMForPreTraining(tiny_config(**{**PRETRAINING_STAGES[1], **SIZES})).save_pretrained(tmp_path / "stage1")
-    SSLAMFeatureExtractor(max_length=64).save_pretrained(tmp_path / "stage1")
-    stage2 = {
-        **{"output_dir": "x", "stage": 2, "data": {"sources": [{"kind": "folder", "path": "x"}]}, "feature_extractor": {"max_length": 64}},
-        **{"model_config": {"num_views": 4, "unmixed_span_length": 16}, "max_steps": 1000, "warmup_steps": 10},
-    }
-    (tmp_path / "stage2.json").write_text(json.dumps(stage2))
-    cost, fields = {}, {}
-    for variant in study.VARIANTS:
-        changes = study.variant_settings(str(tmp_path / "stage2.json"), {}, variant, tmp_path / "stage1")
-        steps = changes.pop("max_steps")
-        fields[variant] = {name.removeprefix("model_config."): value for name, value in changes.items()}
-        config = SSLAMConfig.from_pretrained(tmp_path / "stage1", **{**PRETRAINING_STAGES[2], **stage2["model_config"], **fields[variant]})
-        cost[variant] = steps * training_flops_per_clip(config, 64)
-    assert fields == {
-        "unmixed": {"use_mixtures": False, "num_views": 8},
-        "mixed": {"use_unmixed": False, "source_retention_loss_weight": 0, "num_views": 8},
-        "both": {"source_retention_loss_weight": 0, "num_views": 4},
-        "retention": {"num_views": 4},
-        "three_sources": {"num_sources": 3, "gain_db": [-10, 10], "mixing_partners": "batch", "num_views": 4},
-        "mixture_invariant": {"objective": "mixture_invariant", "num_views": 4},
-    }
-    np.testing.assert_allclose(list(cost.values()), cost["retention"], rtol=5e-4)  # to half an update of a thousand
-
-
-def test_precision_by_number_of_events_is_that_of_the_clips_that_have_so_many():
-    by_events = load_script("polyphony").by_events
-    generator = np.random.default_rng(0)
-    scores, targets = generator.standard_normal((60, 4)), (generator.random((60, 4)) < 0.4).astype(np.int64)
-    num_events = np.repeat([1, 3, 14], 20)
-    targets[num_events == 1, 2] = 0  # a class without positives among these
-    found = by_events(scores, targets, num_events)
-    assert list(found) == ["1", "3", "14", "all"]
-    expected = [average_precision_score(targets[num_events == 1, i], scores[num_events == 1, i]) for i in (0, 1, 3)]
-    assert found["1"] == pytest.approx(np.mean(expected), abs=1e-12)
-    assert found["all"] == pytest.approx(average_precision_score(targets, scores, average="macro"), abs=1e-12)
-
-
-def test_the_table_has_the_variants_and_methods_that_are_asked_for(tmp_path):
-    study = load_script("polyphony")
-    chosen = {"variants": ["unmixed", "three_sources", "mixture_invariant"], "methods": ["linear"]}
-    settings = study.StudySettings(data_dir="none", output_dir=str(tmp_path), num_events=[1], **chosen)
-    for seed, gain in enumerate((0.1, 0.2)):
-        (tmp_path / f"seed-{seed}").mkdir()
-        precision = {variant: {"linear": {"1": 0.5, "all": 0.5 + gain * (variant != "unmixed")}} for variant in chosen["variants"]}
-        record = {"settings": study.comparable(settings), "fold": seed, "precision": precision}
-        (tmp_path / f"seed-{seed}" / "results.json").write_text(json.dumps(record))
-    text = study.report(settings)
-    assert text.count("mAP, % by k") == 1
-    assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == [f"| {study.TITLES[variant]}" for variant in chosen["variants"]]
-    assert "| both + mixture-invariant loss | 50.0 | 65.0 ±" in text
-    for wrong, message in (({"variants": ["unmixed", "mixit"]}, "variants names mixit"), ({"variants": ["both"]}, "must have unmixed")):
-        with pytest.raises(UserError, match=message):
-            study.StudySettings(data_dir="none", **wrong)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["small_model", "polyphony"])
-def test_a_study_in_miniature(study, shared, tmp_path):
-    """The real programs on a few updates: what they print and write."""
+def test_a_study_in_miniature(shared, tmp_path):
+    """The real program on a few updates: what it prints and writes."""
     small = {"max_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 2}
     arguments = [f"--pretraining={json.dumps(small)}", "--finetuning.num_train_epochs=1", "--finetuning.disable_tqdm=true"]
-    if study == "small_model":
-        arguments += ["--folds=2", "--repetitions=1", "--short_epochs=1", "--clips_per_class=2"]
-    else:
-        arguments += ["--seeds=0", "--num_events=[1, 3]", "--train_clips=10", "--test_clips=10", f"--stage1_dir={tmp_path / 'stage1'}"]
-    command = [sys.executable, str(SCRIPTS / f"{study}.py"), f"--data_dir={shared / 'data' / 'esc10'}", f"--output_dir={tmp_path / 'out'}"]
+    arguments += ["--folds=2", "--repetitions=1", "--short_epochs=1", "--clips_per_class=2"]
+    command = [
+        sys.executable,
+        str(SCRIPTS / "small_model.py"),
+        f"--data_dir={shared / 'data' / 'esc10'}",
+        f"--output_dir={tmp_path / 'out'}",
+    ]
     process = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    if study == "small_model":
-        accuracy = results["runs"]["fold-2-seed-1"]["accuracy"]
-        assert set(accuracy) == {
-            "full",
-            "scratch",
-            "short",
-            "scratch_short",
-            "few",
-            "scratch_few",
-            "probe",
-            "probe_mean_and_deviation",
-            "statistics",
-        }
-        assert f"| pre-trained, all clips | {100 * accuracy['full']:.1f} |" in process.stdout
-        assert accuracy["statistics"] > 0.7
-    else:
-        assert set(results["precision"]["fine-tuned"]) == {"unmixed", "mixed", "both", "retention"}
-        assert (tmp_path / "out" / "precision.png").is_file()
+    accuracy = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]["fold-2-seed-1"]["accuracy"]
+    assert set(accuracy) == {
+        *("full", "scratch", "short", "scratch_short", "few", "scratch_few"),
+        *("probe", "probe_mean_and_deviation", "statistics"),
+    }
+    assert f"| pre-trained, all clips | {100 * accuracy['full']:.1f} |" in process.stdout
+    assert accuracy["statistics"] > 0.7
 
 
 def test_the_study_of_events_compares_all_methods_on_the_same_mixtures(tmp_path):

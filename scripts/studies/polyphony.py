@@ -1,44 +1,46 @@
-"""Results of mixtures and source retention, by how many sounds overlap: the four variants of SSLAM's ablation at equal compute, and others.
+"""Do mixtures in pre-training help where sounds overlap? Everyday sounds, speakers and instruments, six ways to pre-train, frozen encoders.
 
-python scripts/studies/polyphony.py --data_dir PATH/TO/esc10
-python scripts/studies/polyphony.py --data_dir PATH/TO/esc10 --seeds 0 2 4  # and, at the same time, the others: --seeds 1 3
-python scripts/studies/polyphony.py --data_dir PATH/TO/esc10 --methods linear attentive \
-  --variants unmixed mixed both retention three_sources mixture_invariant
+python scripts/studies/polyphony.py --sources '[{kind: audiofolder, path: PATH/TO/clips}]' \
+    --tasks '{sounds: runs/polyphonic_sounds, speakers: runs/polyphonic_speakers, instruments: runs/polyphonic_instruments}'
 
-Each seed holds out a fold. On the others, stage 1 is pre-trained once, and stage 2 continues from it in four ways (section 5 of SSLAM,
-ICLR 2025, arXiv 2506.12222): unmixed clips only (MB-UA), mixtures only (MB-PMA), both (MB-UA-PMA), both and source retention (SSLAM), with
-the same number of views a clip and as many updates as the same floating-point operations allow. `variants` may add retention of three
-sources with gains, and the mixture-invariant baseline in its place. Then each is probed, frozen, and fine-tuned
-on mixtures of k events made from the same folds, and tested on mixtures of the fold held out: mean average precision by k.
-Stage 1 is shared with scripts/study_small_model.py where `stage1_dir` and the changes are the same. Finished steps are found again.
+For each seed stage 1 is pre-trained once, and stage 2 continues from it in several ways: on unmixed clips only (MB-UA of SSLAM, ICLR 2025,
+arXiv 2506.12222, section 5), mixtures only (MB-PMA), both (MB-UA-PMA), both with source retention (SSLAM), with retention of three sources
+with gains, and with the mixture-invariant loss in its place; with the same number of views a clip, and as many updates as the same
+floating-point operations allow. Then each student is probed, frozen, on every task: mixtures made by `sslam mix`, of which probes are
+trained on the training split and tested on the other. Beside them stand the student of stage 1, and untrained networks. Seeds differ in
+weights, masks, mixtures and the order of clips; the tasks are the same for all. Finished steps are found again: seeds can be added later.
 """
 
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 import transformers
-from steps import copy_clips, pretrain_on_folds, read_records
+from scipy.optimize import brentq
+from scipy.stats import chi2, norm, t
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from steps import pretrain_once
 
 from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
 from transformers_sslam.audio.layouts import open_splits
-from transformers_sslam.audio.rows import fold_values
+from transformers_sslam.audio.rows import all_rows
 from transformers_sslam.errors import UserError
-from transformers_sslam.evaluation.features import encode_clips
-from transformers_sslam.evaluation.frozen import FrozenSettings, read_task
-from transformers_sslam.evaluation.intervals import format_summary, independent_values, summarize, summarize_difference
+from transformers_sslam.evaluation.features import Features, encode_clips, hash_waveforms
+from transformers_sslam.evaluation.frozen import FrozenSettings, Task, read_task
+from transformers_sslam.evaluation.intervals import Summary, format_summary, summarize_difference
+from transformers_sslam.evaluation.loading import hash_model
 from transformers_sslam.evaluation.metrics import average_precision
 from transformers_sslam.evaluation.probing import build_probe
 from transformers_sslam.files import write_json
-from transformers_sslam.finetuning.repeats import fine_tune_once
-from transformers_sslam.finetuning.settings import FineTuningSettings
-from transformers_sslam.polyphony.benchmark import BenchmarkSettings, make_benchmark
-from transformers_sslam.polyphony.render import MixtureSettings
 from transformers_sslam.pretraining.monitoring import training_flops_per_clip
 from transformers_sslam.pretraining.settings import PreTrainingSettings
 from transformers_sslam.reports import markdown_table
@@ -54,7 +56,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "three_sources": {"num_sources": 3, "gain_db": [-10, 10], "mixing_partners": "batch"},
     "mixture_invariant": {"objective": "mixture_invariant"},
 }
-PUBLISHED = ["unmixed", "mixed", "both", "retention"]
 TITLES = {
     "unmixed": "unmixed only (MB-UA)",
     "mixed": "mixed only (MB-PMA)",
@@ -63,35 +64,38 @@ TITLES = {
     "three_sources": "both + retention, 3 sources with gains",
     "mixture_invariant": "both + mixture-invariant loss",
 }
-METHODS = {"linear": "frozen, linear on mean patches", "attentive": "frozen, attentive probe", "fine-tuned": "fine-tuned"}
-PROBES = {"linear": "linear_mean", "attentive": "attentive"}
+BASELINES = {"untrained": "untrained", "stage1": "stage 1 (EAT) alone"}
+PROBES = {"mean": "linear_mean", "maximum": "linear_max_by_frequency"}
+STEPS = "steps"  # beside them: which sounds at which time
 ALL = "all"  # beside the numbers of events
+METHODS = {
+    "mean": "clips, linear on mean patches",
+    "maximum": "clips, linear on the maximum over time by frequency",
+    STEPS: "steps of 160 ms, linear on their patches",
+}
+PENALTY = 1e3  # of the squared weights; of one network, 1e2 and 1e4 gave results that differed by up to three points
+POWER = 0.8
+Records = dict[int, dict[str, Any]]  # of each seed, what `run` returns
 
 
 @dataclass
 class StudySettings:
-    data_dir: str = setting("folder of single sounds, an 'audiofolder' with the columns `label`, `fold` and `source`")
+    sources: list[dict[str, Any]] = setting("recordings to pre-train on, none of those that test mixtures are made of")
+    tasks: dict[str, str] = setting("folders of mixtures, as `sslam mix` writes them, by name")
     output_dir: str = setting("folder for all models and results", "runs/polyphony")
-    stage1_dir: str = setting("folder for the runs of stage 1", "runs/small_model")
-    seeds: list[int] = setting("one repetition each; seed s holds out fold number s modulo the number of folds", [0, 1, 2, 3, 4])
+    seeds: list[int] = setting("one repetition each", [0, 1, 2])
+    variants: list[str] = setting(f"what is compared, unmixed among it: some of {', '.join(VARIANTS)}", list(VARIANTS))
     stage1: str = setting("recipe of the first stage", "pretrain_tiny_stage1")
     stage2: str = setting("recipe of the second stage; its number of steps is that of `retention`", "pretrain_tiny_stage2")
-    finetuning_recipe: str = setting("recipe of the fine-tuning", "finetune_tiny_polyphonic")
-    pretraining: dict[str, Any] = setting("changes to both recipes of pre-training, by name", {})
+    pretraining: dict[str, Any] = setting("changes to both recipes, by name", {})
+    pretraining_stage1: dict[str, Any] = setting("changes to the recipe of the first stage alone, by name", {})
     pretraining_stage2: dict[str, Any] = setting("changes to the recipe of the second stage alone, by name", {})
-    finetuning: dict[str, Any] = setting("changes to the recipe of fine-tuning, by name", {})
-    num_events: list[int] = setting("numbers of events of a mixture", [1, 2, 3, 4, 6, 8, 10, 14])
-    train_clips: int = setting("training mixtures for each number of events", 40)
-    test_clips: int = setting("test mixtures for each number of events", 60)
-    variants: list[str] = setting(f"what is compared, unmixed among it: some of {', '.join(VARIANTS)}", PUBLISHED)
-    methods: list[str] = setting(f"how it is compared: some of {', '.join(METHODS)}", list(METHODS))
 
     def __post_init__(self):
-        for name, known in (("variants", VARIANTS), ("methods", METHODS)):
-            if unknown := [value for value in getattr(self, name) if value not in known]:
-                raise UserError(f"{name} names {', '.join(unknown)}, but some of {', '.join(known)} are expected")
-        if "unmixed" not in self.variants or not self.methods:
-            raise UserError("variants must have unmixed, with which the others are compared, and methods one at least")
+        if unknown := [name for name in self.variants if name not in VARIANTS]:
+            raise UserError(f"variants names {', '.join(unknown)}, but some of {', '.join(VARIANTS)} are expected")
+        if "unmixed" not in self.variants or not self.tasks or not self.seeds:
+            raise UserError("variants must have unmixed, with which the others are compared, and tasks and seeds one at least")
 
 
 def variant_settings(stage2: str, changes: dict[str, Any], variant: str, stage1: Path) -> dict[str, Any]:
@@ -121,29 +125,59 @@ def variant_settings(stage2: str, changes: dict[str, Any], variant: str, stage1:
     return {"max_steps": steps, **{f"model_config.{name}": value for name, value in fields(variant).items()}}
 
 
-def make_mixtures(settings: StudySettings, clips: Path, others: Sequence[int | str], fold: int | str, seed: int, seconds: float) -> Path:
-    """Mixtures of the folds to train on and of the one held out, as long as the model's input."""
-    output = Path(settings.output_dir) / f"seed-{seed}" / "mixtures"
-    mixtures = BenchmarkSettings(
-        data_dir=str(clips),
-        output_dir=str(output),
-        group_column="source",
-        fold_column="fold",
-        train_folds=list(others),
-        test_folds=[fold],
-        num_events=settings.num_events,
-        train_clips=settings.train_clips,
-        test_clips=settings.test_clips,
-        mixing=MixtureSettings(clip_seconds=seconds, event_seconds=seconds / 2),
-        seed=seed,
-    )
-    made, wanted = output.with_suffix(".json"), json.loads(json.dumps(asdict(mixtures)))
-    if not output.exists():
-        make_benchmark(mixtures)
-        write_json(made, wanted)
-    elif not made.is_file() or json.loads(made.read_text()) != wanted:
-        raise UserError(f"{output} holds mixtures of other settings: delete it, or give another output_dir")
-    return output
+@dataclass(frozen=True)
+class Mixtures:
+    """A task: clips with their labels, and what sounds when.
+
+    Attributes:
+        task: clips, targets and the two splits.
+        num_events: `(clips,)`, events of each.
+        spans: events of each clip, as class, onset and offset in seconds.
+        key: a hash of the waveforms.
+    """
+
+    task: Task
+    num_events: np.ndarray
+    spans: list[list[tuple[int, float, float]]]
+    key: str
+
+    @property
+    def train(self) -> np.ndarray:
+        return self.task.partitions[0].train
+
+    @property
+    def test(self) -> np.ndarray:
+        return self.task.partitions[0].evaluation
+
+    def step_targets(self, clips: np.ndarray, steps: int, seconds: float) -> np.ndarray:
+        """`(clips * steps, classes)`: whether the class sounds in the middle of each step of so many seconds."""
+        middles = (np.arange(steps) + 0.5) * seconds
+        targets = np.zeros((len(clips), steps, len(self.task.classes)), np.int64)
+        for row, clip in enumerate(clips):
+            for label, onset, offset in self.spans[clip]:
+                targets[row, (onset <= middles) & (middles < offset), label] = 1
+        return targets.reshape(-1, targets.shape[-1])
+
+
+@cache
+def read_mixtures(data_dir: str, sampling_rate: int) -> Mixtures:
+    """All clips of a task, decoded."""
+    about = FrozenSettings(model="", data_dir=data_dir, layout="parquet", label_column="labels", fold_column=None)
+    task = read_task(about, sampling_rate)
+    splits = open_splits(data_dir, "parquet")
+    rows = all_rows({name: splits[name] for name in (about.train_split, about.test_split)}).remove_columns("audio")
+    rows = rows.select(task.waveforms.kept)
+    events = rows.features["events"]
+    names = (events.feature if isinstance(events, datasets.List) else events)["label"].names
+    spans = [[(task.classes.index(names[e["label"]]), e["onset"], e["offset"]) for e in found] for found in rows["events"]]
+    return Mixtures(task, np.array(rows["num_events"]), spans, hash_waveforms(task.waveforms))
+
+
+def step_vectors(features: Features, frequencies: int) -> np.ndarray:
+    """All patches of a time step one after the other: `(clips, steps, frequencies * hidden_size)`, of the steps that no clip pads."""
+    tokens, mask = features.patch_tokens(np.arange(len(features)))
+    steps = int(mask.sum(1).min()) // frequencies
+    return tokens[:, : steps * frequencies].reshape(len(features), steps, -1).numpy()
 
 
 def by_events(scores: np.ndarray, targets: np.ndarray, num_events: np.ndarray) -> dict[str, float]:
@@ -156,140 +190,182 @@ def by_events(scores: np.ndarray, targets: np.ndarray, num_events: np.ndarray) -
     return {**found, ALL: mean(np.ones(len(scores), bool))}
 
 
-def probe(model: Path, mixtures: Path, num_events: np.ndarray, methods: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Frozen student: probes trained on the training mixtures, on the test mixtures."""
-    if not methods:
-        return {}
-    extractor = SSLAMFeatureExtractor.from_pretrained(model)
-    task = read_task(
-        FrozenSettings(model=str(model), data_dir=str(mixtures), layout="parquet", label_column="labels", fold_column=None),
-        extractor.sampling_rate,
-    )
-    (partition,) = task.partitions
-    features = encode_clips(SSLAMModel.from_pretrained(model, dtype=torch.float32), extractor, task.waveforms)
-    train, test = features.select(partition.train), features.select(partition.evaluation)
+def probe(model: SSLAMModel, extractor: SSLAMFeatureExtractor, mixtures: Mixtures) -> dict[str, dict[str, float]]:
+    """Mean average precision on the test mixtures, by method and number of events."""
+    task, config = mixtures.task, model.config
+    longest = max(len(waveform) for waveform in task.waveforms) / extractor.sampling_rate
+    # No longer than the clips, for time; the last frames of a patch may be padding.
+    extractor.max_length = min(config.max_length, -(-round(100 * longest) // config.patch_size) * config.patch_size)
+    features = encode_clips(model, extractor, task.waveforms)
+    train, test = features.select(mixtures.train), features.select(mixtures.test)
+    targets, num_events = task.targets[mixtures.test], mixtures.num_events[mixtures.test]
     found = {}
-    for name in methods:
-        scores = build_probe(PROBES[name]).fit(train, task.targets[partition.train], seed=0).scores(test)
-        found[name] = by_events(scores, task.targets[partition.evaluation], num_events)
+    for method, name in PROBES.items():
+        scores = build_probe(name).fit(train, task.targets[mixtures.train], seed=0).scores(test)
+        found[method] = by_events(scores, targets, num_events)
+    vectors = [step_vectors(part, config.num_frequency_patches) for part in (train, test)]
+    steps, seconds = vectors[0].shape[1], config.patch_size / 100
+    known, wanted = (mixtures.step_targets(clips, steps, seconds) for clips in (mixtures.train, mixtures.test))
+    train_steps, test_steps = (part.reshape(-1, part.shape[-1]) for part in vectors)
+    regression = make_pipeline(StandardScaler(), Ridge(PENALTY)).fit(train_steps, known)
+    found[STEPS] = by_events(regression.predict(test_steps), wanted, np.repeat(num_events, steps))
     return found
 
 
-def run(settings: StudySettings, clips: Path, every: Sequence[int | str], seed: int) -> dict:
-    """All variants of one seed: mean average precision by variant, method and number of events."""
-    fold = every[seed % len(every)]
-    others = [other for other in every if other != fold]
+def probe_once(model: SSLAMModel, extractor: SSLAMFeatureExtractor, data_dir: str, file: Path) -> dict[str, dict[str, float]]:
+    """[`probe`], unless `file` holds its result for the very same network and clips."""
+    mixtures = read_mixtures(data_dir, extractor.sampling_rate)
+    key = hash_model(model, extractor, data=[mixtures.key, mixtures.spans], methods=METHODS)
+    saved = json.loads(file.read_text()) if file.is_file() else {}
+    if saved.get("key") != key:
+        saved = {"key": key, "precision": probe(model, extractor, mixtures)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, saved)
+    return saved["precision"]
+
+
+def pretrain(settings: StudySettings, seed: int) -> tuple[dict[str, Path], dict[str, int]]:
+    """The models of one seed by variant, with the one that they all started from as `stage1`, and the number of steps of each."""
     output = Path(settings.output_dir) / f"seed-{seed}"
-    shared = {"seed": seed, **settings.pretraining}
-    stage1, _ = pretrain_on_folds(settings.stage1, clips, others, Path(settings.stage1_dir) / f"fold-{fold}-seed-{seed}" / "stage1", shared)
-    seconds = SSLAMFeatureExtractor.from_pretrained(stage1).max_length / 100
-    mixtures = make_mixtures(settings, clips, others, fold, seed, seconds)
-    num_events = np.array(open_splits(str(mixtures), "parquet")["test"]["num_events"])
-    record: dict = {"settings": comparable(settings), "fold": fold, "precision": {}, "steps": {}, "cpu_seconds": {}}
+    shared = {**settings.pretraining, "data.sources": settings.sources, "seed": seed}
+    models, steps = {}, {}
+
+    def train(recipe: str, name: str, changes: dict[str, Any]) -> None:
+        run = read_settings(PreTrainingSettings, recipe, {**shared, **changes, "output_dir": str(output / name)})
+        models[name], steps[name] = pretrain_once(run)[0], run.max_steps
+
+    train(settings.stage1, "stage1", settings.pretraining_stage1)
     for variant in settings.variants:
-        changes = {**shared, **settings.pretraining_stage2}
-        own = variant_settings(settings.stage2, changes, variant, stage1)
-        record["steps"][variant] = own["max_steps"]
-        changes |= {"model": str(stage1), **own}
-        model, record["cpu_seconds"][variant] = pretrain_on_folds(settings.stage2, clips, others, output / variant, changes)
-        found = probe(model, mixtures, num_events, [method for method in PROBES if method in settings.methods])
-        if "fine-tuned" in settings.methods:
-            tuned = output / f"{variant}-fine-tuned"
-            fixed = {"data_dir": str(mixtures), "model": str(model), "output_dir": str(tuned), "seed": seed}
-            fine_tune_once(read_settings(FineTuningSettings, settings.finetuning_recipe, {**settings.finetuning, **fixed}))
-            scores = np.load(tuned / "scores.npz")
-            found["fine-tuned"] = by_events(scores["logits"], scores["targets"], num_events)
-        record["precision"][variant] = found
-    write_json(output / "results.json", record)
-    return record
+        own = variant_settings(settings.stage2, {**shared, **settings.pretraining_stage2}, variant, models["stage1"])
+        train(settings.stage2, variant, {**settings.pretraining_stage2, "model": str(models["stage1"]), **own})
+    return models, steps
 
 
-def comparable(settings: StudySettings) -> dict[str, Any]:
-    """What all runs of a table must have in common."""
-    return {name: value for name, value in asdict(settings).items() if name not in ("data_dir", "output_dir", "stage1_dir", "seeds")}
-
-
-def report(settings: StudySettings) -> str:
-    """Tables by method of all seeds that are finished by these settings, `results.json` of what they hold, and the plot. Seeds that are
-    tested on the same fold count once, by their mean."""
-    records, others = read_records(Path(settings.output_dir).glob("seed-*/results.json"), comparable(settings))
-    if others:
-        print(f"left out, for they are of other settings: {', '.join(others)}", file=sys.stderr)
-    if not records:
-        return "no run is finished yet"
-    columns = [*map(str, settings.num_events), ALL]
-    folds = [record["fold"] for record in records.values()]
-    precision = {
-        method: {
-            variant: {
-                k: independent_values([record["precision"][variant][method][k] for record in records.values()], folds) for k in columns
-            }
-            for variant in settings.variants
+def run(settings: StudySettings, seed: int) -> dict[str, Any]:
+    """Everything of one seed: steps by network, and mean average precision by network, task, method and number of events."""
+    output = Path(settings.output_dir) / f"seed-{seed}"
+    models, steps = pretrain(settings, seed)
+    precision: dict[str, Any] = {}
+    for name in (*BASELINES, *settings.variants):
+        folder = models.get(name, models["stage1"])
+        if name == "untrained":
+            torch.manual_seed(seed)
+            network = SSLAMModel(SSLAMConfig.from_pretrained(folder))
+        else:
+            network = SSLAMModel.from_pretrained(folder, dtype=torch.float32)
+        precision[name] = {
+            task: probe_once(network, SSLAMFeatureExtractor.from_pretrained(folder), data_dir, output / "probes" / f"{name}-{task}.json")
+            for task, data_dir in settings.tasks.items()
         }
-        for method in settings.methods
-    }
-    write_json(Path(settings.output_dir) / "results.json", {"runs": records, "precision": precision})
+    return {"steps": steps, "precision": precision}
+
+
+def detectable_difference(std: float, count: int, power: float = POWER) -> float:
+    """The smallest true difference that a paired, two-sided t-test at 5 % finds with this probability.
+
+    Args:
+        std: standard deviation of the differences of single pairs.
+        count: of pairs; NaN for one.
+        power: that probability.
+    """
+    if count < 2:
+        return float("nan")
+    freedom = count - 1
+    # A t statistic of this true effect is normal over an independent root mean square: the average over quantiles of the latter.
+    spread = np.sqrt(chi2.ppf((np.arange(10_000) + 0.5) / 10_000, freedom) / freedom)
+    limit = t.ppf(0.975, freedom)
+    effect = brentq(lambda effect: norm.sf(limit * spread - effect).mean() - power, 0.0, 100.0)  # in standard errors
+    return float(effect * std / np.sqrt(count))
+
+
+def gain_of(records: Records, variant: str, task: str, method: str, k: str = ALL) -> Summary | None:
+    """Of a network over the one of unmixed clips, paired by seed; `None` where the task has no mixtures of k events."""
+    pairs = [[record["precision"][name][task][method].get(k) for name in (variant, "unmixed")] for record in records.values()]
+    values, others = zip(*pairs)
+    return None if None in values else summarize_difference(values, others)
+
+
+def report(settings: StudySettings, records: Records) -> str:
+    """Of each task, networks by method with their gains over unmixed clips, and how small a gain could have been found; then gains by k."""
     tables = []
-    for method in settings.methods:
+    for task in settings.tasks:
         rows = []
-        for variant, values in precision[method].items():
-            gain = summarize_difference(values[ALL], precision[method]["unmixed"][ALL])
-            cells = [f"{100 * np.mean(values[k]):.1f}" for k in columns[:-1]]
-            overall = format_summary(summarize(values[ALL]))
-            rows.append([TITLES[variant], *cells, overall, "-" if variant == "unmixed" else format_summary(gain)])
-        header = [
-            f"{METHODS[method]}: mAP, % by k",
-            *columns[:-1],
-            f"all, mean ± standard deviation [95 %] of {len(set(folds))} folds, {len(records)} seeds",
-            "over unmixed only, paired",
-        ]
+        for name, title in {**BASELINES, **{name: TITLES[name] for name in settings.variants}}.items():
+            row = [title]
+            for method in METHODS:
+                mean = np.mean([record["precision"][name][task][method][ALL] for record in records.values()])
+                gain = gain_of(records, name, task, method)
+                row += [f"{100 * mean:.1f}", "-" if name == "unmixed" or gain is None else format_summary(gain, decimals=2)]
+            rows.append(row)
+        header = [f"{task}: mAP, %", *(cell for title in METHODS.values() for cell in (title, "over unmixed only, paired"))]
         tables.append(markdown_table(header, rows))
-    plot(settings, precision)
+    others = [name for name in settings.variants if name != "unmixed"]
+    found = []
+    for method, title in METHODS.items():
+        stds = [gain.std for task in settings.tasks for name in others if (gain := gain_of(records, name, task, method))]
+        std = float(np.sqrt(np.mean(np.square(stds)))) if stds else float("nan")
+        found.append(f"{title}: {100 * detectable_difference(std, len(records)):.2f} (standard deviation {100 * std:.2f})")
+    tables.append(f"Gain in points that {len(records)} seeds find with probability {POWER:g}: {'; '.join(found)}.")
+    for method, title in METHODS.items():
+        numbers = sorted(
+            {k for record in records.values() for by_k in record["precision"]["unmixed"].values() for k in by_k[method]} - {ALL}
+        )
+        columns = sorted(numbers, key=int)
+        rows = [
+            [
+                task,
+                TITLES[name],
+                *("" if (gain := gain_of(records, name, task, method, k)) is None else format_summary(gain) for k in columns),
+            ]
+            for task in settings.tasks
+            for name in others
+        ]
+        tables.append(markdown_table([f"{title}: gain by k", "", *columns], rows))
     return "\n\n".join(tables)
 
 
-def plot(settings: StudySettings, precision: dict) -> Path:
-    """Mean average precision against the number of events, with 95 % intervals over folds: `precision.png`."""
+def plot(settings: StudySettings, records: Records) -> Path:
+    """Gains over unmixed clips with their 95 % intervals over seeds, by task and method: `gains.png`."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    width = 4.2 * len(settings.methods)
-    figure, axes = pyplot.subplots(1, len(settings.methods), figsize=(width, 3.6), sharex=True, constrained_layout=True, squeeze=False)
-    for axis, method in zip(axes[0], settings.methods):
-        for offset, (variant, values) in enumerate(precision[method].items()):
-            summaries = [summarize(values[str(k)]) for k in settings.num_events]
-            means = np.array([summary.mean for summary in summaries])
-            bounds = np.abs(np.array([[summary.low, summary.high] for summary in summaries]).T - means)
-            places = np.array(settings.num_events) + 0.12 * (
-                offset - (len(settings.variants) - 1) / 2
-            )  # side by side, so that no interval hides another
-            axis.errorbar(places, 100 * means, 100 * bounds, label=TITLES[variant], capsize=2, marker="o", markersize=3, linewidth=1)
-        axis.set(title=METHODS[method], xlabel="events that sound at once (k)", ylabel="mAP, %", xticks=settings.num_events)
-        axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="small")
-    path = Path(settings.output_dir) / "precision.png"
+    others = [name for name in settings.variants if name != "unmixed"]
+    places = np.arange(len(others), 0, -1)
+    figure, axes = pyplot.subplots(1, len(settings.tasks), figsize=(4.2 * len(settings.tasks), 3.4), constrained_layout=True, squeeze=False)
+    for axis, task in zip(axes[0], settings.tasks):
+        for offset, (method, title) in enumerate(METHODS.items()):
+            found = [gain_of(records, name, task, method) for name in others]
+            means, lows, highs = (100 * np.array([getattr(gain, name) for gain in found]) for name in ("mean", "low", "high"))
+            width = None if len(records) == 1 else [means - lows, highs - means]
+            axis.errorbar(means, places - 0.2 * offset, xerr=width, fmt="o", label=title, capsize=2, markersize=4)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(title=task, xlabel="mAP over unmixed only, points", yticks=places - 0.2)
+        axis.set_yticklabels([TITLES[name] for name in others] if axis is axes[0, 0] else [])
+        axis.grid(alpha=0.3, axis="x")
+    axes[0, -1].legend(fontsize="x-small")
+    path = Path(settings.output_dir) / "gains.png"
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
+    records = {}
     try:
-        settings = parse_settings(StudySettings, sys.argv[1:], prog="polyphony.py", description=__doc__)
-        every = fold_values(open_splits(settings.data_dir), "fold")
-        clips = copy_clips(settings.data_dir, Path(settings.stage1_dir) / "clips")
+        settings = parse_settings(StudySettings, sys.argv[1:] if arguments is None else arguments, prog="polyphony.py", description=__doc__)
         for seed in settings.seeds:
-            precision = run(settings, clips, every, seed)["precision"]
-            print(
-                f"seed {seed}: " + json.dumps({v: {m: round(p[ALL], 3) for m, p in found.items()} for v, found in precision.items()}),
-                flush=True,
-            )
+            records[seed] = run(settings, seed)
+            found = records[seed]["precision"].items()
+            totals = {name: {task: round(by_method["maximum"][ALL], 3) for task, by_method in tasks.items()} for name, tasks in found}
+            print(f"seed {seed}: {json.dumps(totals)}", file=sys.stderr, flush=True)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(report(settings))
+    write_json(Path(settings.output_dir) / "results.json", {str(seed): record for seed, record in records.items()})
+    plot(settings, records)
+    print(report(settings, records))
 
 
 if __name__ == "__main__":

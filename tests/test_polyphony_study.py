@@ -1,4 +1,4 @@
-"""Scripts of the study of overlapping sounds: sets of speakers and instruments, probes of clips and of time steps, tables."""
+"""The study of overlapping sounds: variants at equal cost, sets of speakers and instruments, probes of clips and of time steps, tables."""
 
 import json
 from collections import Counter
@@ -6,19 +6,22 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import overlap
+import polyphony
 import pytest
 import sets
 import soundfile
-from conftest import noise
+from conftest import noise, tiny_config
 from scipy.stats import ttest_1samp
+from sklearn.metrics import average_precision_score
 
+from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
 from transformers_sslam.audio.layouts import open_splits
 from transformers_sslam.audio.rows import fold_values
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.features import Features
 from transformers_sslam.polyphony.benchmark import BenchmarkSettings, make_benchmark
 from transformers_sslam.polyphony.render import MixtureSettings
+from transformers_sslam.pretraining.monitoring import training_flops_per_clip
 
 
 NETWORK = {
@@ -115,10 +118,48 @@ def test_the_set_of_instruments_has_single_notes_and_every_instrument_in_every_f
         list(sets.instruments(Synthesizer(), "absent.sf2"))
 
 
+def test_variants_differ_in_what_they_see_and_cost_the_same(tmp_path):
+    SSLAMForPreTraining(tiny_config(**{**PRETRAINING_STAGES[1], **NETWORK})).save_pretrained(tmp_path / "stage1")
+    SSLAMFeatureExtractor(max_length=64).save_pretrained(tmp_path / "stage1")
+    stage2 = {
+        **{"output_dir": "x", "stage": 2, "data": {"sources": [{"kind": "folder", "path": "x"}]}, "feature_extractor": {"max_length": 64}},
+        **{"model_config": {"num_views": 4, "unmixed_span_length": 16}, "max_steps": 1000, "warmup_steps": 10},
+    }
+    (tmp_path / "stage2.json").write_text(json.dumps(stage2))
+    cost, fields = {}, {}
+    for variant in polyphony.VARIANTS:
+        changes = polyphony.variant_settings(str(tmp_path / "stage2.json"), {}, variant, tmp_path / "stage1")
+        steps = changes.pop("max_steps")
+        fields[variant] = {name.removeprefix("model_config."): value for name, value in changes.items()}
+        config = SSLAMConfig.from_pretrained(tmp_path / "stage1", **{**PRETRAINING_STAGES[2], **stage2["model_config"], **fields[variant]})
+        cost[variant] = steps * training_flops_per_clip(config, 64)
+    assert fields == {
+        "unmixed": {"use_mixtures": False, "num_views": 8},
+        "mixed": {"use_unmixed": False, "source_retention_loss_weight": 0, "num_views": 8},
+        "both": {"source_retention_loss_weight": 0, "num_views": 4},
+        "retention": {"num_views": 4},
+        "three_sources": {"num_sources": 3, "gain_db": [-10, 10], "mixing_partners": "batch", "num_views": 4},
+        "mixture_invariant": {"objective": "mixture_invariant", "num_views": 4},
+    }
+    np.testing.assert_allclose(list(cost.values()), cost["retention"], rtol=5e-4)  # to half an update of a thousand
+
+
+def test_precision_by_number_of_events_is_that_of_the_clips_that_have_so_many():
+    generator = np.random.default_rng(0)
+    scores, targets = generator.standard_normal((60, 4)), (generator.random((60, 4)) < 0.4).astype(np.int64)
+    num_events = np.repeat([1, 3, 14], 20)
+    targets[num_events == 1, 2] = 0  # a class without positives among these
+    found = polyphony.by_events(scores, targets, num_events)
+    assert list(found) == ["1", "3", "14", "all"]
+    expected = [average_precision_score(targets[num_events == 1, i], scores[num_events == 1, i]) for i in (0, 1, 3)]
+    assert found["1"] == pytest.approx(np.mean(expected), abs=1e-12)
+    assert found["all"] == pytest.approx(average_precision_score(targets, scores, average="macro"), abs=1e-12)
+
+
 def test_patches_of_a_step_stand_together_and_padded_steps_are_left_out():
     patches = np.arange(2 * 12 * 3, dtype=np.float32).reshape(2, 12, 3)  # 12 patches: 3 steps of 4
     features = Features({"patches": patches, "lengths": np.array([12, 8])}, np.arange(2), (1,))
-    vectors = overlap.step_vectors(features, 4)
+    vectors = polyphony.step_vectors(features, 4)
     assert vectors.shape == (2, 2, 12)
     np.testing.assert_array_equal(vectors[1, 1], np.arange(36 + 12, 36 + 24))
 
@@ -127,7 +168,7 @@ def test_a_class_sounds_in_a_step_whose_middle_lies_in_an_event():
     class Task:
         classes = ["a", "b"]
 
-    mixtures = overlap.Mixtures(Task(), np.array([1, 2]), [[(0, 0.25, 0.6)], [(1, 0.0, 0.05), (1, 0.7, 9.0), (0, 0.55, 0.75)]], "")
+    mixtures = polyphony.Mixtures(Task(), np.array([1, 2]), [[(0, 0.25, 0.6)], [(1, 0.0, 0.05), (1, 0.7, 9.0), (0, 0.55, 0.75)]], "")
     targets = mixtures.step_targets(np.array([1, 0]), 4, 0.2)  # middles .1, .3, .5, .7
     np.testing.assert_array_equal(targets.reshape(2, 4, 2)[0], [[0, 0], [0, 0], [0, 0], [1, 1]])
     np.testing.assert_array_equal(targets.reshape(2, 4, 2)[1], [[0, 0], [1, 0], [1, 0], [0, 0]])
@@ -136,10 +177,10 @@ def test_a_class_sounds_in_a_step_whose_middle_lies_in_an_event():
 def test_a_detectable_difference_is_found_four_times_in_five():
     generator = np.random.default_rng(0)
     for count in (3, 8):
-        difference = overlap.detectable_difference(2.0, count)
+        difference = polyphony.detectable_difference(2.0, count)
         pairs = difference + 2.0 * generator.standard_normal((20_000, count))
         assert (ttest_1samp(pairs, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
-    assert np.isnan(overlap.detectable_difference(2.0, 1))
+    assert np.isnan(polyphony.detectable_difference(2.0, 1))
 
 
 @pytest.fixture
@@ -177,7 +218,7 @@ def arguments(tmp_path) -> list[str]:
 
 
 def test_the_study_in_miniature(arguments, tmp_path, capsys, monkeypatch):
-    overlap.main(arguments)
+    polyphony.main(arguments)
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results) == ["0", "1"]
@@ -185,7 +226,7 @@ def test_the_study_in_miniature(arguments, tmp_path, capsys, monkeypatch):
         assert set(record["steps"]) == {"stage1", "unmixed", "retention"}
         assert list(record["precision"]) == ["untrained", "stage1", "unmixed", "retention"]
         for found in record["precision"].values():
-            assert set(found["hums"]) == set(overlap.METHODS)
+            assert set(found["hums"]) == set(polyphony.METHODS)
             assert all(set(values) == {"1", "2", "all"} and 0 < min(values.values()) <= 1 for values in found["hums"].values())
             assert found["hums"]["maximum"]["all"] > 0.8  # a hum and a hiss are told apart by any network
             assert found["hums"]["steps"]["all"] > 0.5
@@ -198,32 +239,32 @@ def test_the_study_in_miniature(arguments, tmp_path, capsys, monkeypatch):
     def again(*_):
         raise AssertionError("a finished step was done again")
 
-    monkeypatch.setattr(overlap, "probe", again)
+    monkeypatch.setattr(polyphony, "probe", again)
     monkeypatch.setattr("steps.PreTrainer", again)
-    overlap.main(arguments)
+    polyphony.main(arguments)
     assert capsys.readouterr().out == printed
 
 
 def test_tables_give_means_and_paired_gains_by_task_method_and_number_of_events():
-    settings = overlap.StudySettings(sources=[], tasks={"sounds": "a", "speakers": "b"}, variants=["unmixed", "both"])
+    settings = polyphony.StudySettings(sources=[], tasks={"sounds": "a", "speakers": "b"}, variants=["unmixed", "both"])
     records = {}
     for seed, gain in enumerate((0.01, 0.02, 0.03)):  # 2 points, standard deviation 1; by k 0, but 4 points of one speaker
         base = {"1": 0.5, "all": 0.4 + 0.1 * seed}
 
         def methods(more: dict[str, float], base: dict[str, float] = base) -> dict[str, dict[str, float]]:
-            return {method: {k: value + more.get(k, 0) for k, value in base.items()} for method in overlap.METHODS}
+            return {method: {k: value + more.get(k, 0) for k, value in base.items()} for method in polyphony.METHODS}
 
         plain, better = methods({}), methods({"all": gain})
         precision = {name: {"sounds": plain, "speakers": plain} for name in ("untrained", "stage1", "unmixed")}
         precision["both"] = {"sounds": better, "speakers": methods({"all": gain, "1": 0.04})}
         records[seed] = {"precision": precision}
-    text = overlap.report(settings, records)
+    text = polyphony.report(settings, records)
     gain = "2.00 ± 1.00 [-0.48, 4.48]"  # t of two degrees of freedom, 4.303, over the root of 3
     assert f"| both (MB-UA-PMA) | 52.0 | {gain} | 52.0 | {gain} | 52.0 | {gain} |" in text
     assert "| unmixed only (MB-UA) | 50.0 | - | 50.0 | - | 50.0 | - |" in text
     assert text.count("| sounds | both (MB-UA-PMA) | 0.0 ± 0.0 [0.0, 0.0] |") == 3
     assert text.count("| speakers | both (MB-UA-PMA) | 4.0 ± 0.0 [4.0, 4.0] |") == 3
-    assert f"{100 * overlap.detectable_difference(0.01, 3):.2f} (standard deviation 1.00)" in text
+    assert f"{100 * polyphony.detectable_difference(0.01, 3):.2f} (standard deviation 1.00)" in text
 
 
 def test_a_study_without_its_reference_is_refused():
@@ -233,4 +274,4 @@ def test_a_study_without_its_reference_is_refused():
         ({"tasks": {}}, "tasks"),
     ):
         with pytest.raises(UserError, match=message):
-            overlap.StudySettings(**{"sources": [], "tasks": {"a": "b"}, **wrong})
+            polyphony.StudySettings(**{"sources": [], "tasks": {"a": "b"}, **wrong})
