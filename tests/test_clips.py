@@ -96,7 +96,7 @@ def test_what_cannot_be_used_is_counted_by_its_cause_and_named(audio, cause: str
     clips, statistics = read(audio)
     assert clips == []
     assert statistics.unreadable == {cause: 1}
-    assert (statistics.recordings, statistics.num_unreadable, statistics.num_left_out) == (1, 1, 1)
+    assert (statistics.recordings, statistics.num_unreadable, statistics.too_short, statistics.short_ends) == (1, 1, 0, 0)
     assert "clip" in statistics.examples[0] or "nowhere/at/all.wav" in statistics.examples[0]
 
 

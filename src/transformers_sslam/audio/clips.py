@@ -92,10 +92,6 @@ class ReadStatistics:
         return sum(self.unreadable.values())
 
     @property
-    def num_left_out(self) -> int:
-        return self.num_unreadable + self.too_short + self.short_ends
-
-    @property
     def num_clips(self) -> int:
         return sum(self.clips.values())
 
