@@ -14,7 +14,7 @@ from conftest import noise, tiny_config
 from scipy.stats import ttest_1samp
 from sklearn.metrics import average_precision_score
 
-from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
+from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining, SSLAMModel
 from transformers_sslam.audio.layouts import open_splits
 from transformers_sslam.audio.rows import fold_values
 from transformers_sslam.errors import UserError
@@ -79,18 +79,19 @@ def test_a_voice_whose_package_is_not_installed_is_named(prompts):
 class Synthesizer:
     """Of FluidSynth what the script uses: a sine of the note, twice as loud on the left, that sounds on until `system_reset`."""
 
-    def __init__(self):
-        self.sounding, self.program = [], None
+    def __init__(self, missing: int | None = None, silent: int | None = None):
+        self.sounding, self.program, self.missing, self.silent = [], None, missing, silent
 
     def sfload(self, path: str) -> int:
         return -1 if "absent" in path else 7
 
-    def program_select(self, channel: int, soundfont: int, bank: int, program: int) -> None:
+    def program_select(self, channel: int, soundfont: int, bank: int, program: int) -> int:
         assert (channel, soundfont, bank) == (0, 7, 0)
         self.program = program
+        return -1 if program == self.missing else 0
 
     def noteon(self, channel: int, pitch: int, velocity: int) -> None:
-        if (self.program, pitch) != (40, 36):  # a violin has no such note
+        if (self.program, pitch) != (40, 36) and self.program != self.silent:  # a violin has no such note
             self.sounding.append(pitch)
 
     def noteoff(self, channel: int, pitch: int) -> None: ...
@@ -107,15 +108,23 @@ class Synthesizer:
 def test_the_set_of_instruments_has_single_notes_and_every_instrument_in_every_fold():
     clips = list(sets.instruments(Synthesizer(), "any.sf2"))
     assert len(clips) == len(sets.INSTRUMENTS) * len(sets.PITCHES) - 1
-    assert {(clip.label, clip.fold) for clip in clips} == {(name, fold) for name in sets.INSTRUMENTS.values() for fold in (1, 2, 3, 4)}
+    assert {(clip.label, clip.fold) for clip in clips} == {(name, fold) for name in sets.INSTRUMENTS.values() for fold in range(1, 6)}
     assert all(len({clip.fold for clip in clips if clip.name.endswith(f"-{pitch:03d}")}) == 1 for pitch in sets.PITCHES)
     for clip in clips[:: len(sets.PITCHES) + 1]:
         assert clip.waveform.shape == (64_000,)
         spectrum = np.abs(np.fft.rfft(clip.waveform[:16_000]))  # a bin is 1 Hz
         assert spectrum.argmax() == pytest.approx(440 * 2 ** ((int(clip.name[-3:]) - 69) / 12), abs=1)
         assert np.abs(clip.waveform).max() == pytest.approx(6000 / 2**15, rel=0.01)
-    with pytest.raises(UserError, match=r"absent.sf2 is no soundfont that can be read"):
-        list(sets.instruments(Synthesizer(), "absent.sf2"))
+    for fold in range(1, 6):
+        pitches = {int(clip.name[-3:]) % 12 for clip in clips if clip.fold == fold}
+        assert len(pitches) == 4  # not octaves of one note, whose partials coincide
+    for synthesizer, file, message in (
+        (Synthesizer(), "absent.sf2", "absent.sf2 is not a readable soundfont"),
+        (Synthesizer(missing=42), "any.sf2", r"any.sf2 has no program 42 \(cello\)"),
+        (Synthesizer(silent=46), "any.sf2", "any.sf2 has no note of harp that sounds"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(sets.instruments(synthesizer, file))
 
 
 def test_variants_differ_in_what_they_see_and_cost_the_same(tmp_path):
@@ -156,12 +165,12 @@ def test_precision_by_number_of_events_is_that_of_the_clips_that_have_so_many():
     assert found["all"] == pytest.approx(average_precision_score(targets, scores, average="macro"), abs=1e-12)
 
 
-def test_patches_of_a_step_stand_together_and_padded_steps_are_left_out():
+def test_patches_of_a_step_stand_together():
     patches = np.arange(2 * 12 * 3, dtype=np.float32).reshape(2, 12, 3)  # 12 patches: 3 steps of 4
     features = Features({"patches": patches, "lengths": np.array([12, 8])}, np.arange(2), (1,))
-    vectors = polyphony.step_vectors(features, 4)
-    assert vectors.shape == (2, 2, 12)
-    np.testing.assert_array_equal(vectors[1, 1], np.arange(36 + 12, 36 + 24))
+    vectors = polyphony.step_vectors(features, 2, 4)
+    assert vectors.shape == (2 * 2, 12)
+    np.testing.assert_array_equal(vectors[3], np.arange(36 + 12, 36 + 24))
 
 
 def test_a_class_sounds_in_a_step_whose_middle_lies_in_an_event():
@@ -180,7 +189,6 @@ def test_a_detectable_difference_is_found_four_times_in_five():
         difference = polyphony.detectable_difference(2.0, count)
         pairs = difference + 2.0 * generator.standard_normal((20_000, count))
         assert (ttest_1samp(pairs, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
-    assert np.isnan(polyphony.detectable_difference(2.0, 1))
 
 
 @pytest.fixture
@@ -233,7 +241,7 @@ def test_the_study_in_miniature(arguments, tmp_path, capsys, monkeypatch):
     first, second = (results[seed]["precision"]["untrained"] for seed in "01")
     assert first != second  # of other random weights
     assert "| both + retention (SSLAM) |" in printed
-    assert "Gain in points that 2 seeds find with probability 0.8" in printed
+    assert "| gain that 2 seeds find with probability 0.8 |" in printed
     assert (tmp_path / "out" / "gains.png").is_file()
 
     def again(*_):
@@ -264,14 +272,56 @@ def test_tables_give_means_and_paired_gains_by_task_method_and_number_of_events(
     assert "| unmixed only (MB-UA) | 50.0 | - | 50.0 | - | 50.0 | - |" in text
     assert text.count("| sounds | both (MB-UA-PMA) | 0.0 ± 0.0 [0.0, 0.0] |") == 3
     assert text.count("| speakers | both (MB-UA-PMA) | 4.0 ± 0.0 [4.0, 4.0] |") == 3
-    assert f"{100 * polyphony.detectable_difference(0.01, 3):.2f} (standard deviation 1.00)" in text
+    smallest = f"{100 * polyphony.detectable_difference(0.01, 3):.2f}"
+    assert text.count(f"| gain that 3 seeds find with probability 0.8 |  | {smallest} |  | {smallest} |  | {smallest} |") == 2
+    single = polyphony.report(settings, {0: records[0]})
+    assert "| both (MB-UA-PMA) | 41.0 | 1.00 | 41.0 | 1.00 | 41.0 | 1.00 |" in single
+    assert "nan" not in single
+    assert "find with probability" not in single
 
 
-def test_a_study_without_its_reference_is_refused():
+def test_settings_that_cannot_be_compared_are_refused():
     for wrong, message in (
-        ({"variants": ["both"]}, "must have unmixed"),
+        ({"variants": ["both"]}, "variants are both, but must be different ones with unmixed"),
+        ({"variants": ["unmixed", "both", "both"]}, "must be different ones"),
         ({"variants": ["mixit"]}, "names mixit"),
-        ({"tasks": {}}, "tasks"),
+        ({"tasks": {}}, "tasks or seeds are empty"),
     ):
         with pytest.raises(UserError, match=message):
             polyphony.StudySettings(**{"sources": [], "tasks": {"a": "b"}, **wrong})
+
+
+def test_events_are_those_of_the_clips_with_the_labels(arguments, tmp_path):
+    mixtures = polyphony.read_mixtures(str(tmp_path / "mixtures"), 16_000)
+    assert len(mixtures.spans) == len(mixtures.task.targets) == len(mixtures.num_events) == 28
+    for spans, targets, number in zip(mixtures.spans, mixtures.task.targets, mixtures.num_events):
+        assert {label for label, *_ in spans} == set(np.flatnonzero(targets))
+        assert len(spans) == number
+        assert all(0 <= onset < offset <= 0.6 for _, onset, offset in spans)
+
+
+def test_mixtures_that_are_none_or_longer_than_the_model_takes_are_refused(arguments, tmp_path):
+    mixtures = polyphony.read_mixtures(str(tmp_path / "mixtures"), 16_000)
+    model = SSLAMModel(tiny_config(max_length=48))
+    with pytest.raises(UserError, match=r"a mixture has 58 frames \(10 ms\), but the model takes 48: mix shorter clips"):
+        polyphony.probe(model, SSLAMFeatureExtractor(max_length=48), mixtures)
+    rows = open_splits(str(tmp_path / "mixtures"), "parquet")
+    for name, split in rows.items():
+        split.remove_columns("events").to_parquet(tmp_path / "others" / f"{name}-0.parquet")
+    with pytest.raises(UserError, match="others has no column events: give a folder that `sslam mix` wrote"):
+        polyphony.read_mixtures(str(tmp_path / "others"), 16_000)
+
+
+def test_a_damaged_result_is_computed_again(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(polyphony, "probe", lambda *_: {"mean": {"all": 0.5}})
+    model, extractor = SSLAMModel(tiny_config()), SSLAMFeatureExtractor(max_length=64)
+    file = tmp_path / "probes" / "a.json"
+    task = str(tmp_path / "mixtures")
+    assert polyphony.probe_once(model, extractor, task, file) == {"mean": {"all": 0.5}}
+    monkeypatch.setattr(polyphony, "probe", lambda *_: {"mean": {"all": 0.7}})
+    assert polyphony.probe_once(model, extractor, task, file) == {"mean": {"all": 0.5}}
+    file.write_text(file.read_text()[:20])
+    assert polyphony.probe_once(model, extractor, task, file) == {"mean": {"all": 0.7}}
+    monkeypatch.setattr(polyphony, "PENALTY", 1.0)
+    monkeypatch.setattr(polyphony, "probe", lambda *_: {"mean": {"all": 0.9}})
+    assert polyphony.probe_once(model, extractor, task, file) == {"mean": {"all": 0.9}}

@@ -1,6 +1,6 @@
 """Do mixtures in pre-training help where sounds overlap? Everyday sounds, speakers and instruments, six ways to pre-train, frozen encoders.
 
-python scripts/studies/polyphony.py --sources '[{kind: audiofolder, path: PATH/TO/clips}]' \
+python scripts/studies/polyphony.py --sources '[{kind: audiofolder, path: PATH/TO/esc, keep: {fold: [1, 2, 3]}}]' \
     --tasks '{sounds: runs/polyphonic_sounds, speakers: runs/polyphonic_speakers, instruments: runs/polyphonic_instruments}'
 
 For each seed stage 1 is pre-trained once, and stage 2 continues from it in several ways: on unmixed clips only (MB-UA of SSLAM, ICLR 2025,
@@ -19,16 +19,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import transformers
 from scipy.optimize import brentq
-from scipy.stats import chi2, norm, t
+from scipy.stats import nct, t
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from steps import pretrain_once
+from steps import pretrain_once, read_or_none
 
 from transformers_sslam import PRETRAINING_STAGES, SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
 from transformers_sslam.audio.layouts import open_splits
@@ -40,6 +39,7 @@ from transformers_sslam.evaluation.intervals import Summary, format_summary, sum
 from transformers_sslam.evaluation.loading import hash_model
 from transformers_sslam.evaluation.metrics import average_precision
 from transformers_sslam.evaluation.probing import build_probe
+from transformers_sslam.fbank import num_frames
 from transformers_sslam.files import write_json
 from transformers_sslam.pretraining.monitoring import training_flops_per_clip
 from transformers_sslam.pretraining.settings import PreTrainingSettings
@@ -47,7 +47,7 @@ from transformers_sslam.reports import markdown_table
 from transformers_sslam.settings import parse_settings, read_settings, setting
 
 
-# Fields of the model, over those of the recipe; one half has twice the views, so that a clip is seen as often.
+# Fields of the model, over those of the recipe. Variants with one half have twice the views, so that each clip has the same number of them.
 VARIANTS: dict[str, dict[str, Any]] = {
     "unmixed": {"use_mixtures": False},
     "mixed": {"use_unmixed": False, "source_retention_loss_weight": 0},
@@ -73,7 +73,8 @@ METHODS = {
     "maximum": "clips, linear on the maximum over time by frequency",
     STEPS: "steps of 160 ms, linear on their patches",
 }
-PENALTY = 1e3  # of the squared weights; of one network, 1e2 and 1e4 gave results that differed by up to three points
+PENALTY = 1e3  # of the squared weights, chosen with the student of stage 1 of one seed
+VERSION = 2  # of `probe`
 POWER = 0.8
 Records = dict[int, dict[str, Any]]  # of each seed, what `run` returns
 
@@ -94,12 +95,14 @@ class StudySettings:
     def __post_init__(self):
         if unknown := [name for name in self.variants if name not in VARIANTS]:
             raise UserError(f"variants names {', '.join(unknown)}, but some of {', '.join(VARIANTS)} are expected")
-        if "unmixed" not in self.variants or not self.tasks or not self.seeds:
-            raise UserError("variants must have unmixed, with which the others are compared, and tasks and seeds one at least")
+        if "unmixed" not in self.variants or len(set(self.variants)) < len(self.variants):
+            raise UserError(f"variants are {', '.join(self.variants)}, but must be different ones with unmixed, to which they are compared")
+        if not self.tasks or not self.seeds:
+            raise UserError("tasks or seeds are empty, but at least one of each is needed")
 
 
 def variant_settings(stage2: str, changes: dict[str, Any], variant: str, stage1: Path) -> dict[str, Any]:
-    """Of a variant's stage 2: steps, as many as cost what those of the recipe cost with retention; and its fields, views among them.
+    """Settings of a variant's stage 2: its fields of the model, and the number of steps that costs as much as the recipe's with retention.
 
     Args:
         stage2: recipe of `sslam pretrain`.
@@ -107,7 +110,7 @@ def variant_settings(stage2: str, changes: dict[str, Any], variant: str, stage1:
         variant: of `VARIANTS`.
         stage1: the model to start from.
     """
-    # Which the recipe need not say, and nothing here follows.
+    # Placeholders: required settings that do not change the cost.
     elsewhere: dict[str, Any] = {"data.sources": [{"kind": "folder", "path": "none"}], "output_dir": "none"}
     recipe = read_settings(PreTrainingSettings, stage2, {**changes, **elsewhere})
     frames = SSLAMFeatureExtractor(**recipe.feature_extractor).max_length
@@ -161,23 +164,27 @@ class Mixtures:
 
 @cache
 def read_mixtures(data_dir: str, sampling_rate: int) -> Mixtures:
-    """All clips of a task, decoded."""
+    """All clips of a task, decoded.
+
+    Raises:
+        UserError: if the folder is not one of `sslam mix`.
+    """
     about = FrozenSettings(model="", data_dir=data_dir, layout="parquet", label_column="labels", fold_column=None)
     task = read_task(about, sampling_rate)
     splits = open_splits(data_dir, "parquet")
     rows = all_rows({name: splits[name] for name in (about.train_split, about.test_split)}).remove_columns("audio")
+    if missing := {"events", "num_events"} - set(rows.column_names):
+        raise UserError(f"{data_dir} has no column {min(missing)}: give a folder that `sslam mix` wrote")
     rows = rows.select(task.waveforms.kept)
-    events = rows.features["events"]
-    names = (events.feature if isinstance(events, datasets.List) else events)["label"].names
+    names = rows.features["events"].feature["label"].names
     spans = [[(task.classes.index(names[e["label"]]), e["onset"], e["offset"]) for e in found] for found in rows["events"]]
     return Mixtures(task, np.array(rows["num_events"]), spans, hash_waveforms(task.waveforms))
 
 
-def step_vectors(features: Features, frequencies: int) -> np.ndarray:
-    """All patches of a time step one after the other: `(clips, steps, frequencies * hidden_size)`, of the steps that no clip pads."""
-    tokens, mask = features.patch_tokens(np.arange(len(features)))
-    steps = int(mask.sum(1).min()) // frequencies
-    return tokens[:, : steps * frequencies].reshape(len(features), steps, -1).numpy()
+def step_vectors(features: Features, steps: int, frequencies: int) -> np.ndarray:
+    """All patches of a time step one after the other, of the first steps: `(clips * steps, frequencies * hidden_size)`."""
+    tokens, _ = features.patch_tokens(np.arange(len(features)))
+    return tokens[:, : steps * frequencies].reshape(len(features) * steps, -1).numpy()
 
 
 def by_events(scores: np.ndarray, targets: np.ndarray, num_events: np.ndarray) -> dict[str, float]:
@@ -191,11 +198,19 @@ def by_events(scores: np.ndarray, targets: np.ndarray, num_events: np.ndarray) -
 
 
 def probe(model: SSLAMModel, extractor: SSLAMFeatureExtractor, mixtures: Mixtures) -> dict[str, dict[str, float]]:
-    """Mean average precision on the test mixtures, by method and number of events."""
+    """Mean average precision on the test mixtures, by method and number of events.
+
+    Raises:
+        UserError: if the model takes shorter clips only.
+    """
     task, config = mixtures.task, model.config
-    longest = max(len(waveform) for waveform in task.waveforms) / extractor.sampling_rate
-    # No longer than the clips, for time; the last frames of a patch may be padding.
-    extractor.max_length = min(config.max_length, -(-round(100 * longest) // config.patch_size) * config.patch_size)
+    frames = [num_frames(len(waveform), extractor.sampling_rate) for waveform in task.waveforms]
+    if max(frames) > config.max_length:
+        raise UserError(
+            f"a mixture has {max(frames)} frames (10 ms), but the model takes {config.max_length}: mix shorter clips, or pre-train with a "
+            "larger max_length"
+        )
+    extractor.max_length = -(-max(frames) // config.patch_size) * config.patch_size  # no longer than the clips, for time
     features = encode_clips(model, extractor, task.waveforms)
     train, test = features.select(mixtures.train), features.select(mixtures.test)
     targets, num_events = task.targets[mixtures.test], mixtures.num_events[mixtures.test]
@@ -203,24 +218,24 @@ def probe(model: SSLAMModel, extractor: SSLAMFeatureExtractor, mixtures: Mixture
     for method, name in PROBES.items():
         scores = build_probe(name).fit(train, task.targets[mixtures.train], seed=0).scores(test)
         found[method] = by_events(scores, targets, num_events)
-    vectors = [step_vectors(part, config.num_frequency_patches) for part in (train, test)]
-    steps, seconds = vectors[0].shape[1], config.patch_size / 100
+    steps, seconds = min(frames) // config.patch_size, config.patch_size / 100  # whole ones, which all clips have
     known, wanted = (mixtures.step_targets(clips, steps, seconds) for clips in (mixtures.train, mixtures.test))
-    train_steps, test_steps = (part.reshape(-1, part.shape[-1]) for part in vectors)
-    regression = make_pipeline(StandardScaler(), Ridge(PENALTY)).fit(train_steps, known)
-    found[STEPS] = by_events(regression.predict(test_steps), wanted, np.repeat(num_events, steps))
+    regression = make_pipeline(StandardScaler(), Ridge(PENALTY)).fit(step_vectors(train, steps, config.num_frequency_patches), known)
+    scores = regression.predict(step_vectors(test, steps, config.num_frequency_patches))
+    found[STEPS] = by_events(scores, wanted, np.repeat(num_events, steps))
     return found
 
 
 def probe_once(model: SSLAMModel, extractor: SSLAMFeatureExtractor, data_dir: str, file: Path) -> dict[str, dict[str, float]]:
-    """[`probe`], unless `file` holds its result for the very same network and clips."""
+    """[`probe`], unless `file` holds its result for the very same network, mixtures and methods."""
     mixtures = read_mixtures(data_dir, extractor.sampling_rate)
-    key = hash_model(model, extractor, data=[mixtures.key, mixtures.spans], methods=METHODS)
-    saved = json.loads(file.read_text()) if file.is_file() else {}
-    if saved.get("key") != key:
+    labels = {"targets": mixtures.task.targets.tolist(), "spans": mixtures.spans, "test": mixtures.test.tolist()}
+    key = hash_model(model, extractor, data=mixtures.key, methods=[PROBES, PENALTY, VERSION], **labels)
+    saved = read_or_none(file)
+    if saved is None or saved.get("key") != key:
         saved = {"key": key, "precision": probe(model, extractor, mixtures)}
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, saved)
+        write_json(file, saved, sealed=True)
     return saved["precision"]
 
 
@@ -265,16 +280,11 @@ def detectable_difference(std: float, count: int, power: float = POWER) -> float
 
     Args:
         std: standard deviation of the differences of single pairs.
-        count: of pairs; NaN for one.
+        count: of pairs, two at least.
         power: that probability.
     """
-    if count < 2:
-        return float("nan")
-    freedom = count - 1
-    # A t statistic of this true effect is normal over an independent root mean square: the average over quantiles of the latter.
-    spread = np.sqrt(chi2.ppf((np.arange(10_000) + 0.5) / 10_000, freedom) / freedom)
-    limit = t.ppf(0.975, freedom)
-    effect = brentq(lambda effect: norm.sf(limit * spread - effect).mean() - power, 0.0, 100.0)  # in standard errors
+    limit = t.ppf(0.975, count - 1)
+    effect = brentq(lambda effect: nct.sf(limit, count - 1, effect) - power, 0.0, 100.0)  # in standard errors
     return float(effect * std / np.sqrt(count))
 
 
@@ -286,8 +296,10 @@ def gain_of(records: Records, variant: str, task: str, method: str, k: str = ALL
 
 
 def report(settings: StudySettings, records: Records) -> str:
-    """Of each task, networks by method with their gains over unmixed clips, and how small a gain could have been found; then gains by k."""
+    """Tables of each task: mean average precision and paired gains by network; the smallest gain that could be found; gains by number of
+    events."""
     tables = []
+    others = [name for name in settings.variants if name != "unmixed"]
     for task in settings.tasks:
         rows = []
         for name, title in {**BASELINES, **{name: TITLES[name] for name in settings.variants}}.items():
@@ -297,19 +309,16 @@ def report(settings: StudySettings, records: Records) -> str:
                 gain = gain_of(records, name, task, method)
                 row += [f"{100 * mean:.1f}", "-" if name == "unmixed" or gain is None else format_summary(gain, decimals=2)]
             rows.append(row)
+        if others and len(records) > 1:
+            row = [f"gain that {len(records)} seeds find with probability {POWER:g}"]
+            for method in METHODS:
+                stds = [gain.std for name in others if (gain := gain_of(records, name, task, method))]
+                row += ["", f"{100 * detectable_difference(float(np.sqrt(np.mean(np.square(stds)))), len(records)):.2f}"]
+            rows.append(row)
         header = [f"{task}: mAP, %", *(cell for title in METHODS.values() for cell in (title, "over unmixed only, paired"))]
         tables.append(markdown_table(header, rows))
-    others = [name for name in settings.variants if name != "unmixed"]
-    found = []
     for method, title in METHODS.items():
-        stds = [gain.std for task in settings.tasks for name in others if (gain := gain_of(records, name, task, method))]
-        std = float(np.sqrt(np.mean(np.square(stds)))) if stds else float("nan")
-        found.append(f"{title}: {100 * detectable_difference(std, len(records)):.2f} (standard deviation {100 * std:.2f})")
-    tables.append(f"Gain in points that {len(records)} seeds find with probability {POWER:g}: {'; '.join(found)}.")
-    for method, title in METHODS.items():
-        numbers = sorted(
-            {k for record in records.values() for by_k in record["precision"]["unmixed"].values() for k in by_k[method]} - {ALL}
-        )
+        numbers = {k for record in records.values() for by_k in record["precision"]["unmixed"].values() for k in by_k[method]} - {ALL}
         columns = sorted(numbers, key=int)
         rows = [
             [
@@ -320,7 +329,7 @@ def report(settings: StudySettings, records: Records) -> str:
             for task in settings.tasks
             for name in others
         ]
-        tables.append(markdown_table([f"{title}: gain by k", "", *columns], rows))
+        tables.append(markdown_table([f"{title}: gain by number of events", "pre-trained on", *columns], rows))
     return "\n\n".join(tables)
 
 

@@ -10,7 +10,7 @@ alike (GSM). A prompt is in the same fold for all of them. Licences: CC-BY(-SA) 
 files of the packages say.
 
 Instruments: notes of 3 s of twenty of them, every third semitone of five octaves, rendered by FluidSynth from FluidR3 (MIT licence). A
-fold has every fourth of these pitches, the same for all instruments.
+fold has every fifth of these pitches, the same for all instruments: 15 semitones apart, so that no fold has octaves alone.
 """
 
 import csv
@@ -53,7 +53,7 @@ INSTRUMENTS = {
 PITCHES = range(36, 97, 3)
 NOTE_RATE, NOTE_SECONDS, RELEASE_SECONDS, VELOCITY = 16_000, 3.0, 1.0, 100
 AUDIBLE = 1e-3  # peak below which an instrument has no such note
-NOTE_FOLDS = 4
+NOTE_FOLDS = 5
 
 
 @dataclass
@@ -66,7 +66,7 @@ class SetSettings:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip of a set: `waveform: (samples,)`, and what is written of it in `metadata.csv`."""
+    """A clip of a set: `waveform: (samples,)`, and its row of `metadata.csv`."""
 
     name: str
     waveform: np.ndarray
@@ -103,31 +103,35 @@ def speakers(sounds_dir: str | Path) -> Iterator[Clip]:
 
 
 def instruments(synthesizer: Any, soundfont: str | Path) -> Iterator[Clip]:
-    """Every note of every instrument, if it sounds.
+    """Every note that an instrument has.
 
     Args:
         synthesizer: as `fluidsynth.Synth`, at 16 kHz.
         soundfont: file with the programs of General MIDI.
 
     Raises:
-        UserError: if the file cannot be read.
+        UserError: if the file cannot be read, or lacks an instrument.
     """
     loaded = synthesizer.sfload(str(soundfont))
     if loaded < 0:
-        raise UserError(f"{soundfont} is no soundfont that can be read: install fluid-soundfont-gm, or give another one as soundfont")
+        raise UserError(f"{soundfont} is not a readable soundfont: install fluid-soundfont-gm, or give another one as soundfont")
     for program, instrument in INSTRUMENTS.items():
-        synthesizer.program_select(0, loaded, 0, program)
+        count = 0
         for number, pitch in enumerate(PITCHES):
+            synthesizer.system_reset()  # or what is left of the last note would sound in this one
+            if synthesizer.program_select(0, loaded, 0, program) != 0:
+                raise UserError(f"{soundfont} has no program {program} ({instrument}): give a soundfont of General MIDI")
             synthesizer.noteon(0, pitch, VELOCITY)
             held = synthesizer.get_samples(round(NOTE_SECONDS * NOTE_RATE))
             synthesizer.noteoff(0, pitch)
             stereo = np.concatenate((held, synthesizer.get_samples(round(RELEASE_SECONDS * NOTE_RATE))))
-            synthesizer.system_reset()  # or what is left of this note would sound in the next
-            synthesizer.program_select(0, loaded, 0, program)
             waveform = stereo.reshape(-1, 2).mean(1).astype(np.float32) / 2**15
             if np.abs(waveform).max() >= AUDIBLE:
+                count += 1
                 name = f"{instrument}-{pitch:03d}"
                 yield Clip(name, waveform, NOTE_RATE, instrument, name, number % NOTE_FOLDS + 1)
+        if not count:
+            raise UserError(f"{soundfont} has no note of {instrument} that sounds: give a soundfont of General MIDI")
 
 
 def write_set(clips: Iterable[Clip], output_dir: str | Path) -> int:

@@ -120,14 +120,14 @@ def pretrain_on_folds(
 
 def _read_step(file: Path, settings: Any) -> dict[str, Any] | None:
     """What a step left, if it was done with the very same settings."""
-    step = _read_or_none(file)
+    step = read_or_none(file)
     same = (
         step is not None and step.keys() == {"settings", "results"} and step["settings"] == json.loads(json.dumps(settings_dict(settings)))
     )
     return step["results"] if step and same and isinstance(step["results"], dict) else None
 
 
-def _read_or_none(file: Path) -> dict[str, Any] | None:
+def read_or_none(file: Path) -> dict[str, Any] | None:
     """The content of a JSON file; `None`, with a warning, of a damaged one, so that what wrote it is done again."""
     try:
         return read_json(file) if file.is_file() else None
@@ -148,7 +148,7 @@ def read_records(files: Iterable[Path], settings: dict[str, Any]) -> tuple[dict[
     A run that is asked for again finds its finished steps, and writes its record anew.
     """
     wanted = json.loads(json.dumps(settings))
-    found = {file.parent.name: _read_or_none(file) or {} for file in sorted(files)}
+    found = {file.parent.name: read_or_none(file) or {} for file in sorted(files)}
     records = {name: record for name, record in found.items() if record.get("settings") == wanted}
     return records, sorted(found.keys() - records.keys())
 
@@ -158,4 +158,4 @@ def epochs_of_equal_cost(epochs: float, cost: float, total: float) -> int:
     return math.ceil(epochs * total / cost)
 
 
-__all__ = ["copy_clips", "epochs_of_equal_cost", "pretrain_on_folds", "pretrain_once", "read_records"]
+__all__ = ["copy_clips", "epochs_of_equal_cost", "pretrain_on_folds", "pretrain_once", "read_or_none", "read_records"]
