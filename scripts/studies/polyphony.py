@@ -353,7 +353,7 @@ def plot(settings: StudySettings, records: Records) -> Path:
         axis.set(title=task, xlabel="mAP over unmixed only, points", yticks=places - 0.2)
         axis.set_yticklabels([TITLES[name] for name in others] if axis is axes[0, 0] else [])
         axis.grid(alpha=0.3, axis="x")
-    axes[0, -1].legend(fontsize="x-small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), fontsize="small")
     path = Path(settings.output_dir) / "gains.png"
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
