@@ -50,4 +50,4 @@ def test_every_kind_of_task_runs_on_the_sets_and_their_mixtures(tmp_path, monkey
         assert found[name] == 1
         assert found[f"{name}Clustering"] > 0.9
         assert found[f"{name}Reranking"] > 0.9
-        assert found[f"{name}AtOnce"] > 0.5
+        assert found[f"{name}AtOnce"] > 0.99  # 0.96 of classifiers that give 0 or 1
