@@ -106,6 +106,8 @@ def positions(listener, **moved: float) -> list[float]:
         (None, {}, {}),
         (None, {"threshold": 0.7, "median_filter": 0.48, "max_gap": 0.64}, {"threshold": 0.7, "median_filter": 0.48, "max_gap": 0.64}),
         ({"threshold": {"dog": 0.2, "sea": 0.9}, "median_filter": 0.48, "max_gap": 0.32}, {}, {}),
+        ({"median_filter": 0.48}, {"median_filter": 0.0, "change_filter": 0.64}, {"median_filter": 0.0, "change_filter": 0.64}),
+        ({"change_filter": {"dog": 0.64, "sea": 0.96}}, {}, {}),
         # Thresholds of their own are shifted together, and those of beginnings with them.
         (
             {"threshold": {"dog": 0.2, "sea": 0.9}, "min_duration": 0.3},
@@ -148,11 +150,11 @@ def test_thresholds_of_their_own_are_shifted_together_and_the_slider_says_so(tmp
     own = {"threshold": {"dog": 0.2, "sea": 0.9}, "median_filter": {"dog": 0.48}}
     model = save_detector(tmp_path / "model", event_detection=own)
     listener = open_listener(AppSettings(model=str(model), device="cpu"))
-    first, second, third = listener.sliders
+    first, second, third, fourth = listener.sliders
     assert (first.label, first.value) == ("How sure must the model be? (added to all thresholds)", 0)
     assert "Each kind of sound has a threshold of its own, from 0.2 to 0.9; this is added to all." in first.info
     assert "Until it is moved, each kind of sound has its own, from 0 to 0.48." in second.info
-    assert "Until" not in third.info
+    assert "Until" not in third.info + fourth.info
     for shift, expected in ((0.0, [0.2, 0.5, 0.9]), (0.05, [0.25, 0.55, 0.95]), (0.3, [0.5, 0.8, 1.0]), (-0.6, [0.0, 0.0, 0.3])):
         found = listener.find(kept(tmp_path, np.zeros((4, 3), np.float32)), positions(listener, threshold=shift))
         assert found.thresholds.tolist() == pytest.approx(expected, abs=1e-9)

@@ -240,8 +240,8 @@ def test_sliders_act_without_the_model_and_playing_goes_on(served, visit, record
     page.get_by_role("button", name="Back to the model's own settings").click()
     page.wait_for_function("count => document.querySelectorAll('#table tbody tr[data-span]').length === count", arg=len(before))
     assert shown_events(page) == before
-    shown = [page.input_value(f"#{name} input[type=number]") for name in ("threshold", "median_filter", "max_gap", "zoom")]
-    assert shown == ["0.5", "0", "0", "1"]
+    shown = [page.input_value(f"#{name} input[type=number]") for name in ("threshold", "median_filter", "change_filter", "max_gap", "zoom")]
+    assert shown == ["0.5", "0", "0", "0", "1"]
     move(page, "threshold", 1.5)  # more than there is: as 1
     assert (page.inner_text("#table h2"), page.locator(".toast-body").count()) == ("No events found", 0)
 

@@ -35,7 +35,7 @@ from .wording import clock
 
 
 ROWS_AT_ONCE = 2**12  # of the embeddings
-LONGEST_SECONDS = 3.0  # of a slider, unless the model has more
+LONGEST_SECONDS = 5.0  # of a slider, unless the model has more
 LIVE_WINDOW, LIVE_HOP = 1.92, 0.32  # seconds, unless the settings say otherwise
 SILENT = 2.0**-15  # less than a step of 16 bits
 RECENT = 30.0  # seconds before the latest event of a live source, of which earlier ones are kept
@@ -216,6 +216,11 @@ SECONDS_SLIDERS = (
         "median_filter",
         "Smooth the scores over (median filter, seconds)",
         "A longer one removes short events and closes short gaps; 0 switches it off.",
+    ),
+    SecondsSlider(
+        "change_filter",
+        "Compare the scores over (change filter, seconds)",
+        "Events then begin and end where scores change most, and each has one score; 0 switches it off, as while listening live.",
     ),
     SecondsSlider(
         "max_gap",
