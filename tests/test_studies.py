@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import soundfile
 import steps
+import torch
 from conftest import noise, tiny_config
+from safetensors.torch import load_file
 from steps import copy_clips, epochs_of_equal_cost, pretrain_on_folds, read_records
 
 from transformers_sslam import (
@@ -334,8 +336,11 @@ def test_the_study_of_events_compares_all_methods_on_the_same_mixtures(tmp_path)
     assert model.stat().st_mtime_ns == before
 
 
-def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_from_none_of_the_held_out_fold(tmp_path):
+def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_each_test_from_none_of_its_fold(tmp_path, monkeypatch):
     study = load_script("everyday")
+    monkeypatch.setattr(study, "fit_temperature", lambda *scores, exclusive: 2.0)  # after two steps scores may be no better than chance
+    choosing, choose = [], study.choose
+    monkeypatch.setattr(study, "choose", lambda settings, folds: choosing.append(sorted(folds)) or choose(settings, folds))
     sounds, free = tmp_path / "esc", tmp_path / "free"
     sounds.mkdir()
     free.mkdir()
@@ -358,7 +363,8 @@ def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_from_none_of_t
         data_dir=str(sounds),
         free_dir=str(free),
         output_dir=str(tmp_path / "study"),
-        test_folds=[3],
+        folds=[2, 3],
+        max_false_alarms=[100.0],
         clips_of_a_class=6,
         backgrounds=[{"kind": "folder", "path": str(tmp_path / "train")}],
         test_backgrounds=[{"kind": "folder", "path": str(tmp_path / "test")}],
@@ -375,16 +381,58 @@ def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_from_none_of_t
     assert json.loads(table["1-0.wav"]["events"]) == [{"onset": 0.5, "offset": 1.25, "label": "hum"}]
     assert (table["1-4.wav"]["events"], table["1-4.wav"]["sound"][:6]) == ("[]", "other ")  # another sound: learnt to be none of them
     results = study.run(settings)
-    model = tmp_path / "study" / "without-3-seed-0" / "model"
-    saved = load_yaml((model / "settings.yaml").read_text())
-    assert [str(fold) for fold in saved["train_folds"]] == ["1", "2"]
-    assert results["tags"]["clips"] == 4  # of the held-out fold, under any licence
-    assert results["tags"]["esc10"]["clips"] == 2
-    assert np.sum(results["tags"]["confusion"]) == 4
-    assert len(results["tags"]["highest_scores_of_others"]) == 1
-    assert 0 <= results["events"]["metrics"]["segment_f1"] <= 1
-    assert results["false_alarms"]["free"]["hours"] == pytest.approx(4 / 3600)
-    assert SSLAMConfig.from_pretrained(model).class_names == ["hiss", "hum"]
+    for name, folds in (("2", ["1", "3"]), ("3", ["1", "2"]), ("none", ["1", "2", "3"])):
+        output = tmp_path / "study" / f"without-{name}-seed-0"
+        model, run = output / "model", load_yaml((output / "model" / "settings.yaml").read_text())
+        assert [str(fold) for fold in run["train_folds"]] == folds
+        for step, sources in (("stage1", None), ("stage2", None), ("model", run["mixing"]["sounds"])):
+            if sources is None:
+                sources = json.loads((output / step / "step.json").read_text())["settings"]["data"]["sources"]
+            assert list(map(str, sources[0]["keep"]["fold"])) == folds
+    assert choosing == [["3"], ["2"], ["2", "3"]]  # never by scores of the fold that is tested
+    trained = model
+    model = tmp_path / "study" / "model-seed-0"
+    config = SSLAMConfig.from_pretrained(model)
+    assert (config.class_names, config.calibration) == (["hiss", "hum"], {"temperature": 2.0})
+    assert set(config.event_detection["threshold"]) == {"hiss", "hum"}
+    assert "divided by a temperature of 2" in (model / "README.md").read_text()
+    assert not (model / "results.json").exists()  # of the weights before that
+    found = results["3"]
+    assert found["tags"]["clips"] == 4  # of the held-out fold, under any licence
+    assert found["tags"]["esc10"]["clips"] == 2
+    assert np.sum(found["tags"]["confusion"]) == 4
+    network, extractor = study.load(tmp_path / "study" / "without-3-seed-0" / "model")
+    study.scale_head(network, study.HEAD, 2.0)  # of what is tested too
+    calibrated = study.tag_scores(network, extractor, sounds, ["3-4.wav"])
+    assert found["tags"]["highest_scores_of_others"] == pytest.approx([calibrated.max()])
+    assert list(found["events"]) == ["none", "100"]
+    for events in found["events"].values():
+        assert 0 <= events["metrics"]["segment_f1"] <= 1
+        assert {name: one["hours"] for name, one in events["false_alarms_of_others"].items()} == pytest.approx(
+            {"clips of other classes": 2 / 3600, "free": 4 / 3600}
+        )
+    table = study.tables(results)
+    assert "| accuracy, esc10, % |" in table
+    assert "| limit 100: false alarms an hour, free |" in table
+    del results["2"]["events"]["100"]["false_alarms_of_others"]["clips of other classes"]  # a fold without such clips
+    results["3"]["events"]["100"]["false_alarms_of_others"]["clips of other classes"]["per_hour"] = 7.0
+    assert "| limit 100: false alarms an hour, clips of other classes | - | 7 | 7 " in study.tables(results)
+    mixtures = [open_splits(str(tmp_path / "study" / f"mixtures-{fold}"), "parquet")["test"] for fold in (2, 3)]
+    assert mixtures[0]["events"] != mixtures[1]["events"]  # of another seed
+    heads = [load_file(folder / "model.safetensors")["frame_classifier.weight"] for folder in (trained, model)]
+    assert torch.equal(heads[0] / 2, heads[1])
+    before = (trained / "model.safetensors").stat().st_mtime_ns
+    again = study.run(replace(settings, max_false_alarms=[]))  # nothing is trained twice, and no threshold limited
+    assert (trained / "model.safetensors").stat().st_mtime_ns == before
+    assert torch.equal(load_file(trained / "model.safetensors")["frame_classifier.weight"], heads[0])
+    assert again["3"]["events"] == {"none": found["events"]["none"]}
+    for changes, message in (
+        ({"licenses": ["CC0", "CC-BY-NC"]}, r"was made with licenses \['CC0', 'CC-BY'\], not \['CC0', 'CC-BY-NC'\]: delete it"),
+        ({"folds": [2, 9]}, "has no fold 9, only 1, 2, 3"),
+        ({"subsets": ["esc50"]}, "has no column esc50, only file_name, label"),
+    ):
+        with pytest.raises(UserError, match=message):
+            study.run(replace(settings, **changes))
 
 
 # Frozen encoders by fold
@@ -440,69 +488,69 @@ def test_frozen_networks_are_compared_by_fold(clips, tmp_path):
 
 
 def everyday_settings(study, tmp_path, **changes):
-    return study.StudySettings(data_dir="clips", free_dir="free", output_dir=str(tmp_path), **changes)
+    return study.StudySettings(**{"data_dir": "clips", "free_dir": "free", "output_dir": str(tmp_path), **changes})
 
 
-def test_thresholds_are_tuned_on_folds_that_a_model_has_not_learnt(tmp_path, monkeypatch):
-    """Two folds, of which the second has higher scores; and a recording without sounds, in which one of the models has a false alarm."""
+def one_class(values, events=()) -> ScoredEvents:
+    """A recording `a` of a dog's scores, in steps of 1 s."""
+    return ScoredEvents({"a": np.array([values]).T}, 1.0, ["dog"], {"a": list(events)}, {"a": float(len(values))})
+
+
+def test_thresholds_of_a_fold_are_chosen_by_models_that_have_not_learnt_theirs(tmp_path, monkeypatch):
+    """Of two folds the second has higher scores; and there are clips without sounds, in one of which a model has a false alarm."""
     study = load_script("everyday")
-    trained = []
-
-    def train(settings):
-        trained.append(settings.test_folds)
-        return Path("-".join(map(str, settings.test_folds)))
-
-    def mixture_scores(settings, model, split):
-        assert (settings.test_folds, split) == (trained[-1][-1:], "test")  # mixtures of the fold that is tuned on alone
-        values = np.array([[0.9], [0.2], [0.5 if model.name == "9-1" else 0.7], [0.2]])
-        return ScoredEvents({"a": values}, 1.0, ["dog"], {"a": [(0.0, 1.0, "dog"), (2.0, 3.0, "dog")]}, {"a": 4.0})
-
-    others = ScoredEvents({"b": np.array([[0.1], [0.6]])}, 1.0, ["dog"], {"b": []}, {"b": 2.0})
-    silent = others._replace(scores={"b": np.full((2, 1), 0.1)})
-    monkeypatch.setattr(study, "train", train)
-    monkeypatch.setattr(study, "mixture_scores", mixture_scores)
-    monkeypatch.setattr(study, "other_scores", lambda settings, model: others if model.name == "9-1" else silent)
-    free = everyday_settings(study, tmp_path, test_folds=[9], tuning_folds=[1, 2])
-    assert study.tune_by_cross_validation(free).threshold == {"dog": 0.35}  # all 4 dogs, and a false alarm
-    assert trained == [[9, 1], [9, 2]]
-    limited = study.tune_by_cross_validation(replace(free, max_false_alarms=100.0))  # none in 12 s
-    assert limited.threshold == {"dog": 0.65}  # 3 of 4 dogs
-    assert not free.tune_change_filter
+    dogs = [(0.0, 1.0, "dog"), (2.0, 3.0, "dog")]
+    first = study.HeldOut(tmp_path, one_class([0.9, 0.2, 0.5, 0.2], dogs), one_class([0.1, 0.6]))
+    second = study.HeldOut(tmp_path, one_class([0.9, 0.2, 0.7, 0.2], dogs), one_class([0.1, 0.1]))
+    monkeypatch.setattr(study, "fit_temperature", lambda *scores, exclusive: 1.0)
+    settings = everyday_settings(study, tmp_path, max_false_alarms=[100.0])
+    temperature, chosen = study.choose(settings, {"1": first, "2": second})
+    assert temperature == 1
+    assert chosen["none"].threshold == {"dog": 0.35}  # all 4 dogs, and a false alarm
+    assert chosen["100"].threshold == {"dog": 0.65}  # 3 of 4 dogs, and none in 12 s
+    assert study.choose(settings, {"2": second})[1]["100"].threshold == {"dog": 0.45}
     monkeypatch.setattr(study, "tune_events", lambda *scores, change_lengths, max_false_alarms: change_lengths)
-    assert study.tune_by_cross_validation(free) == ()
-    assert study.tune_by_cross_validation(replace(free, tune_change_filter=True)) == study.CHANGE_LENGTHS
-    with pytest.raises(UserError, match="the fold 2 is in tuning_folds and in test_folds"):
-        everyday_settings(study, tmp_path, test_folds=[2], tuning_folds=[1, "2"])
-    with pytest.raises(UserError, match="max_false_alarms is 6, but has no effect without tuning_folds"):
-        everyday_settings(study, tmp_path, max_false_alarms=6.0)
-    with pytest.raises(UserError, match="tune_change_filter is set, but has no effect without tuning_folds"):
-        everyday_settings(study, tmp_path, tune_change_filter=True)
+    assert study.choose(settings, {"2": second})[1]["none"] == study.CHANGE_LENGTHS
+    with pytest.raises(UserError, match=r"folds are \[1, '1'\], but thresholds for one are chosen on the others"):
+        everyday_settings(study, tmp_path, folds=[1, "1"])
+    clips = {"kind": "folder", "path": "a/clips"}
+    for changes, message in (
+        ({"free_dir": None}, "encoder is None and free_dir None: give one"),
+        ({"max_false_alarms": [-1.0]}, "max_false_alarms: max_false_alarms is -1.0, but a number an hour that is not negative"),
+        ({"backgrounds": [clips]}, "backgrounds or test_backgrounds is empty, but not both"),
+        ({"others": [clips, {**clips, "path": "b/clips"}]}, "others has two sources of the name clips: give each a name"),
+    ):
+        with pytest.raises(UserError, match=message):
+            everyday_settings(study, tmp_path, **changes)
     with pytest.raises(UserError, match="c have other classes or time steps than b: give folds with the same classes"):
-        study.join_scores({"b": others, "c": others._replace(classes=["cat"])})
+        study.join_scores({"b": first.mixtures, "c": first.mixtures._replace(classes=["cat"])})
 
 
-def test_tuned_thresholds_go_into_the_model_that_has_learnt_all_folds(tmp_path, monkeypatch):
-    study, model = load_script("everyday"), tmp_path / "model"
-    SSLAMForAudioFrameClassification(tiny_config(num_labels=1, id2label={0: "dog"})).save_pretrained(model)
-    monkeypatch.setattr(study, "train", lambda settings: model)
-    tuned = EventSettings(threshold={"dog": 0.35}, median_filter={"dog": 0.5})
-    monkeypatch.setattr(study, "tune_by_cross_validation", lambda settings: tuned)
-    assert study.run(everyday_settings(study, tmp_path)) == {}
-    assert json.loads((model / "config.json").read_text()).get("event_detection") is None
-    assert study.run(everyday_settings(study, tmp_path, tuning_folds=[1, 2])) == {}
-    found = json.loads((model / "config.json").read_text())["event_detection"]
-    assert found == {"threshold": {"dog": 0.35}, "median_filter": {"dog": 0.5}}
+def test_scores_are_calibrated_as_by_a_temperature_of_the_head(tmp_path):
+    """Logits of 2 and -2 of steps that are true, or not, in three of four cases: their temperature is 2 / ln 3."""
+    study = load_script("everyday")
+    sure = 1 / (1 + np.exp(-2))
+    scored = one_class([sure] * 4 + [1 - sure] * 4, [(0.0, 3.0, "dog"), (7.0, 8.0, "dog")])
+    found = study.HeldOut(tmp_path, scored, one_class([0.1]))
+    temperature, _ = study.choose(everyday_settings(study, tmp_path), {"1": found, "2": found})
+    assert temperature == pytest.approx(2 / np.log(3), rel=1e-6)
+    np.testing.assert_allclose(study.calibrated(scored, temperature).scores["a"][:, 0], [0.75] * 4 + [0.25] * 4, rtol=1e-6)
+    measured = study.measure(scored, temperature)
+    assert measured["expected_calibration_error"] == pytest.approx(0, abs=1e-6)
+    assert measured["before"]["expected_calibration_error"] == pytest.approx(sure - 0.75, rel=1e-6)
 
 
-def test_scores_of_other_recordings_are_those_of_the_model(clips, tmp_path):
-    study, model = load_script("everyday"), tmp_path / "model"
+def test_scores_of_recordings_without_events_are_those_of_the_model(clips):
+    study, extractor = load_script("everyday"), SSLAMFeatureExtractor(max_length=64)
     network = SSLAMForAudioFrameClassification(tiny_config(num_labels=1, id2label={0: "dog"})).eval()
-    network.save_pretrained(model)
-    SSLAMFeatureExtractor(max_length=64).save_pretrained(model)
-    settings = everyday_settings(study, tmp_path, others=[{"kind": "audiofolder", "path": str(clips), "keep": {"fold": [1]}}])
-    found = study.other_scores(settings, model)
-    assert (len(found.scores), found.step, found.classes) == (4, 0.16, ["dog"])
+    audio = study.AudioColumn(study._audio(clips, ["1-0.wav", "1-1.wav"]))
+    found = study.score_without_events(network, extractor, audio)
+    assert (len(found.scores), found.step, found.classes) == (2, 0.16, ["dog"])
     assert set(found.durations.values()) == {0.7}
     assert all(events == [] for events in found.ground_truth.values())
-    alone = network.score_steps(load_waveform(clips / "1-0.wav"), SSLAMFeatureExtractor(max_length=64))
-    np.testing.assert_allclose(next(iter(found.scores.values())), alone.scores, atol=1e-6)
+    alone = network.score_steps(load_waveform(clips / "1-0.wav"), extractor)
+    np.testing.assert_allclose(found.scores["0"], alone.scores, atol=1e-6)
+    threshold = float(min(values.min() for values in found.scores.values())) - 1e-3
+    assert study.false_alarms(found, EventSettings(threshold=threshold))["by_class"] == {"dog": 2}
+    assert study.false_alarms(found, EventSettings(threshold=1.0)) == {"per_hour": 0.0, "hours": pytest.approx(1.4 / 3600), "by_class": {}}
+    assert study.score_without_events(network, extractor, study.AudioColumn(study._audio(clips, []))).scores == {}

@@ -1,32 +1,33 @@
 """The model to ship, sslam-small-everyday: tags and events of everyday sounds, from clips whose licences allow it.
 
-python scripts/studies/everyday.py --data_dir PATH/TO/esc --free_dir PATH/TO/free --test_folds 4      # evaluate: fold 4 held out
-python scripts/studies/everyday.py --data_dir PATH/TO/esc --free_dir PATH/TO/free --test_folds '[]'   # the model itself, of all folds
-python scripts/studies/everyday.py --data_dir PATH/TO/esc --free_dir PATH/TO/free --test_folds '[]' --tuning_folds 1 2 3 4  # its thresholds
+python scripts/studies/everyday.py --data_dir PATH/TO/esc --encoder PATH/TO/MODEL             # of recordings without labels
+python scripts/studies/everyday.py --data_dir PATH/TO/esc --free_dir PATH/TO/free             # with pre-training of each model
 
-Pre-training in both stages without labels, of the training folds and the further recordings; then event detection, of mixtures that are
-made anew in each epoch and of the clips themselves. Nothing of the held-out folds is in either. Finished steps are found again.
+A model is trained without each fold, and tested on it: event detection, of mixtures that are made anew in each epoch and of the clips
+themselves. The temperature of its scores and the thresholds and filters of each class are chosen by scores of the other models, each on the
+fold that it has not learnt: on what a model has learnt they would be too low. (These models have learnt the fold that is tested, so the
+choice is not wholly independent of it; with a model for each pair of folds it would be, at twice the cost.) Then the model itself is
+trained on all folds, with those that all of them choose together. Without `encoder` each model is first pre-trained in both stages, on its
+folds and on the recordings of `free_dir`.
 
-Thresholds that are tuned on what a model has learnt are too low for what it has not. With `tuning_folds` a further model is trained without
-each of them, on the mixtures of which it then gives scores; thresholds are tuned on these of all folds together, and go into the model.
+Finished steps are found again, so that other limits of false alarms cost no training.
 """
 
 import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pandas as pd
 import torch
 import transformers
-from events import detector_scores
-from events import evaluate as evaluate_events_of
+from scipy.special import expit
 from steps import pretrain_once
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioFrameClassification
@@ -34,23 +35,35 @@ from transformers_sslam.audio.cache import Waveforms
 from transformers_sslam.audio.layouts import open_splits
 from transformers_sslam.audio.rows import AudioColumn, read_rows
 from transformers_sslam.audio.sources import SourceSettings
-from transformers_sslam.errors import UserError
-from transformers_sslam.evaluation.detector import write_event_detection
+from transformers_sslam.errors import UserError, as_user_error
+from transformers_sslam.evaluation.calibration import (
+    as_logits,
+    describe_calibration,
+    fit_temperature,
+    measure_calibration,
+    scale_head,
+    write_calibration,
+)
+from transformers_sslam.evaluation.detector import HEAD, step_logits, step_targets, write_event_detection
 from transformers_sslam.evaluation.event_results import evaluate_events
-from transformers_sslam.evaluation.event_tuning import CHANGE_LENGTHS, tune_events
-from transformers_sslam.evaluation.scored_events import ScoredEvents
-from transformers_sslam.events_sslam import EventSettings
-from transformers_sslam.files import write_folder_atomically, write_json
+from transformers_sslam.evaluation.event_tuning import CHANGE_LENGTHS, check_limit, tune_events
+from transformers_sslam.evaluation.intervals import format_summary, summarize
+from transformers_sslam.evaluation.scored_events import ScoredEvents, score_events
+from transformers_sslam.events_sslam import EventSettings, find_events
+from transformers_sslam.files import read_json, write_folder_atomically, write_json
 from transformers_sslam.finetuning.repeats import fine_tune_once
 from transformers_sslam.finetuning.settings import FineTuningSettings
 from transformers_sslam.polyphony.benchmark import BenchmarkSettings, make_benchmark
 from transformers_sslam.polyphony.render import FRAMES_PER_SECOND, MixtureSettings, find_sound
 from transformers_sslam.polyphony.sounds import open_table
 from transformers_sslam.pretraining.settings import PreTrainingSettings
+from transformers_sslam.publishing.hub import RECORDS
+from transformers_sslam.reports import markdown_table
 from transformers_sslam.settings import parse_settings, read_settings, setting, settings_dict
 
 
-OTHERS = 4  # classes that sounds of other kinds share, so that they are about a fifth of the events of mixtures, but without labels
+NO_LIMIT = "none"
+MAY_CHANGE = {"output_dir", "folds", "max_false_alarms", "seed", "others", "subsets"}  # in a folder that another run has begun
 
 
 @dataclass
@@ -58,21 +71,23 @@ class StudySettings:
     """The model to ship"""
 
     data_dir: str = setting("audio folder of the labelled clips, with the columns label, fold, recording and license")
-    free_dir: str = setting("audio folder of further recordings, for pre-training")
+    free_dir: str | None = setting("audio folder of further recordings, for pre-training", None)
+    encoder: str | None = setting("model to fine-tune, pre-trained without the labelled clips; null: pre-train one for each model", None)
     output_dir: str = setting("folder for all models and results", "runs/everyday")
-    test_folds: list[int | str] = setting("folds that are held out; empty: none", [])
-    tuning_folds: list[int | str] = setting("folds to tune thresholds on, each by a model without it; empty: on mixtures of all", [])
-    max_false_alarms: float | None = setting("most false alarms an hour, in mixtures of tuning_folds and in others; null: any", None)
-    tune_change_filter: bool = setting("on mixtures of tuning_folds try change filters too", False)
+    folds: list[int | str] = setting("folds that are held out in turn", [1, 2, 3, 4])
+    max_false_alarms: list[float] = setting(
+        "limits of false alarms an hour, in mixtures and clips of other classes together, to compare with none; the last is the model's", []
+    )
     seed: int = setting("random seed of the whole run", 0)
     licenses: list[str] = setting("licences of clips that are trained on", ["CC0", "CC-BY"])
     clips_of_a_class: int = setting("clips of each class that is learnt; those of other classes are learnt to be none of them", 32)
+    other_classes: int = setting("number of classes that sounds of others share, so that mixtures have as many of them", 4)
     backgrounds: list[dict[str, Any]] = setting("recordings to lay below mixtures, without the sounds that are learnt", [])
     test_backgrounds: list[dict[str, Any]] = setting("others, to lay below mixtures of the held-out folds", [])
     others: list[dict[str, Any]] = setting("recordings without the learnt sounds, in which events are false alarms", [])
     subsets: list[str] = setting("columns that are True for clips of some classes, which are also compared among themselves", ["esc10"])
     num_events: list[int] = setting("numbers of sounds of a mixture to test on", [1, 2, 3, 4])
-    mixtures: int = setting("mixtures for each of them, and as many to tune thresholds on", 150)
+    mixtures: int = setting("mixtures of a held-out fold for each of them", 150)
     clip_seconds: float = setting("their length", 5.135)
     stage1: str = setting("recipe of the first stage", "pretrain_tiny_stage1")
     stage2: str = setting("recipe of the second stage", "pretrain_tiny_stage2")
@@ -82,12 +97,38 @@ class StudySettings:
     finetuning: dict[str, Any] = setting("changes to the recipe of fine-tuning, by name", {})
 
     def __post_init__(self):
-        if both := sorted(set(map(str, self.tuning_folds)) & set(map(str, self.test_folds))):
-            raise UserError(f"the fold {both[0]} is in tuning_folds and in test_folds: thresholds must not be tuned on what tests them")
-        if self.max_false_alarms is not None and not self.tuning_folds:
-            raise UserError(f"max_false_alarms is {self.max_false_alarms:g}, but has no effect without tuning_folds: set both, or neither")
-        if self.tune_change_filter and not self.tuning_folds:
-            raise UserError("tune_change_filter is set, but has no effect without tuning_folds: set both, or neither")
+        if len(set(map(str, self.folds))) < 2:
+            raise UserError(f"folds are {self.folds}, but thresholds for one are chosen on the others: give two or more")
+        if (self.encoder is None) == (self.free_dir is None):
+            raise UserError(f"encoder is {self.encoder} and free_dir {self.free_dir}: give one, a model or recordings to pre-train on")
+        if bool(self.backgrounds) != bool(self.test_backgrounds):
+            raise UserError("backgrounds or test_backgrounds is empty, but not both: give other recordings for each, or none")
+        with as_user_error("max_false_alarms"):
+            for limit in self.max_false_alarms:
+                check_limit(limit)
+        names = [SourceSettings.of(source).name for source in self.others]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"others has two sources of the name {twice[0]}: give each a name of its own")
+
+
+def check_data(settings: StudySettings) -> None:
+    """Raise a `UserError` if the clips lack a column or a fold, or `output_dir` holds what was made by other settings."""
+    table = pd.read_csv(Path(settings.data_dir) / "metadata.csv", dtype=str, keep_default_na=False)
+    if absent := [name for name in ("label", "fold", "recording", "license", *settings.subsets) if name not in table]:
+        raise UserError(f"{settings.data_dir} has no column {absent[0]}, only {', '.join(table)}")
+    if absent := sorted(set(map(str, settings.folds)) - set(table["fold"])):
+        raise UserError(f"{settings.data_dir} has no fold {absent[0]}, only {', '.join(sorted(set(table['fold'])))}")
+    record = Path(settings.output_dir) / "settings.json"
+    mine = json.loads(json.dumps({name: value for name, value in settings_dict(settings).items() if name not in MAY_CHANGE}))
+    if record.exists():
+        former = read_json(record)
+        if different := sorted(name for name in mine if former.get(name) != mine[name]):
+            name = different[0]
+            raise UserError(
+                f"{settings.output_dir} was made with {name} {former.get(name)!r}, not {mine[name]!r}: delete it, or choose another folder"
+            )
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, mine)
 
 
 def copy_sounds(settings: StudySettings) -> Path:
@@ -108,7 +149,7 @@ def copy_sounds(settings: StudySettings) -> Path:
             onset = sound.start / 16_000
             found.append({"onset": onset, "offset": onset + len(sound.power) / FRAMES_PER_SECOND, "label": label})
         events.append(json.dumps(found))
-        sounds.append(label if found else f"other {i % OTHERS}")
+        sounds.append(label if found else f"other {i % settings.other_classes}")
     with write_folder_atomically(output) as unfinished:
         for name in table["file_name"]:
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
@@ -122,23 +163,18 @@ def _audio(folder: Path, names: Any) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"audio": [str(folder / name) for name in names]}, features=column)
 
 
-def train(settings: StudySettings) -> Path:
-    """Both stages of pre-training and the fine-tuning. Returns the model's folder."""
+def train(settings: StudySettings, held_out: int | str | None) -> Path:
+    """A model that has learnt all folds but one, or all. Returns its folder."""
     sounds = copy_sounds(settings)
-    name = "-".join(map(str, settings.test_folds)) or "none"
-    output = Path(settings.output_dir) / f"without-{name}-seed-{settings.seed}"
-    folds = sorted(set(pd.read_csv(sounds / "metadata.csv", dtype=str)["fold"]) - set(map(str, settings.test_folds)))
+    output = Path(settings.output_dir) / f"without-{'none' if held_out is None else held_out}-seed-{settings.seed}"
+    folds = sorted(set(pd.read_csv(sounds / "metadata.csv", dtype=str)["fold"]) - {str(held_out)})
     clips = {"kind": "audiofolder", "path": str(sounds), "keep": {"fold": folds}}
-    fixed = {"data.sources": [clips, {"kind": "audiofolder", "path": settings.free_dir}], "seed": settings.seed, **settings.pretraining}
-    first, _ = pretrain_once(read_settings(PreTrainingSettings, settings.stage1, {**fixed, "output_dir": str(output / "stage1")}))
-    own = {**settings.pretraining_stage2, "model": str(first), "output_dir": str(output / "stage2")}
-    second, _ = pretrain_once(read_settings(PreTrainingSettings, settings.stage2, {**fixed, **own}))
     run = read_settings(
         FineTuningSettings,
         settings.finetuning_recipe,
         {
             "data_dir": str(sounds),
-            "model": str(second),
+            "model": settings.encoder or str(pretrain(settings, clips, output)),
             "output_dir": str(output / "model"),
             "fold_column": "fold",
             "train_folds": folds,
@@ -154,69 +190,64 @@ def train(settings: StudySettings) -> Path:
     return Path(run.output_dir)
 
 
-@torch.inference_mode()
-def tag_scores(model: Path, folder: Path, names: Sequence[str]) -> np.ndarray:
-    """Scores of whole clips: `(clips, classes)`."""
-    network, extractor = SSLAMForAudioFrameClassification.from_pretrained(model), SSLAMFeatureExtractor.from_pretrained(model)
-    waveforms, scores = Waveforms(AudioColumn(_audio(folder, names)), extractor.sampling_rate), []
-    for start in range(0, len(names), 16):
-        clips = [waveforms[i] for i in range(start, min(start + 16, len(names)))]
-        inputs = extractor(clips, sampling_rate=extractor.sampling_rate, return_tensors="pt", return_attention_mask=True)
-        scores.append(network(**inputs).clip_logits.sigmoid())
-    return torch.cat(scores).numpy()
+def pretrain(settings: StudySettings, clips: dict[str, Any], output: Path) -> Path:
+    """Both stages, of `clips` and the further recordings. Returns the encoder's folder."""
+    fixed = {"data.sources": [clips, {"kind": "audiofolder", "path": settings.free_dir}], "seed": settings.seed, **settings.pretraining}
+    first, _ = pretrain_once(read_settings(PreTrainingSettings, settings.stage1, {**fixed, "output_dir": str(output / "stage1")}))
+    own = {**settings.pretraining_stage2, "model": str(first), "output_dir": str(output / "stage2")}
+    second, _ = pretrain_once(read_settings(PreTrainingSettings, settings.stage2, {**fixed, **own}))
+    return second
 
 
-def evaluate_tags(settings: StudySettings, model: Path) -> dict[str, Any]:
-    """Accuracy on the clips of the learnt classes in the held-out folds, under any licence; what is taken for what; other clips' scores."""
-    table = pd.read_csv(Path(settings.data_dir) / "metadata.csv", dtype=str, keep_default_na=False)
-    table["learnt"] = table["label"].map(table["label"].value_counts()) == settings.clips_of_a_class
-    table = table[table["fold"].isin(list(map(str, settings.test_folds)))].reset_index(drop=True)
-    classes = SSLAMForAudioFrameClassification.from_pretrained(model).config.class_names
-    scores = tag_scores(model, Path(settings.data_dir), table["file_name"])
-    learnt = table["learnt"].to_numpy()
-    truth = np.array([classes.index(label) for label in table["label"][learnt]])
-    confusion = np.zeros((len(classes), len(classes)), dtype=int)
-    np.add.at(confusion, (truth, scores[learnt].argmax(1)), 1)
-    found: dict[str, Any] = {"clips": len(truth), "accuracy": float(np.mean(scores[learnt].argmax(1) == truth))}
-    for column in settings.subsets:  # classes among themselves
-        members = [i for i, name in enumerate(classes) if (table[column][learnt & (table["label"] == name)] == "True").any()]
-        inside = np.isin(truth, members)
-        chosen = np.array(members)[scores[learnt][inside][:, members].argmax(1)]
-        found[column] = {"clips": int(inside.sum()), "accuracy": float(np.mean(chosen == truth[inside]))}
-    others = scores[~learnt].max(1) if (~learnt).any() else np.zeros(0)
-    return {**found, "classes": classes, "confusion": confusion.tolist(), "highest_scores_of_others": np.sort(others).tolist()}
+class HeldOut(NamedTuple):
+    """A model that has not learnt a fold, and its scores there, before any calibration: of mixtures, and of clips without learnt sounds."""
+
+    model: Path
+    mixtures: ScoredEvents
+    others: ScoredEvents
 
 
-def mixture_scores(settings: StudySettings, model: Path, split: str) -> ScoredEvents:
-    """Scores of a model on mixtures of the held-out folds (`split` test), or of the others (train)."""
-    sounds = Path(settings.output_dir) / "sounds"
-    classes = SSLAMForAudioFrameClassification.from_pretrained(model).config.class_names
-    output = Path(settings.output_dir) / f"mixtures-{'-'.join(map(str, settings.test_folds))}"
+def score_held_out(settings: StudySettings, fold: int | str) -> HeldOut:
+    """Train without a fold, and score what is of it."""
+    model = train(settings, fold)
+    sounds, network, extractor = copy_sounds(settings), *load(model)
+    output = Path(settings.output_dir) / f"mixtures-{fold}"
+    table = pd.read_csv(sounds / "metadata.csv", dtype=str, keep_default_na=False)
     if not output.exists():
-        folds = sorted(set(pd.read_csv(sounds / "metadata.csv", dtype=str)["fold"]) - set(map(str, settings.test_folds)))
-        options: dict[str, Any] = {"data_dir": str(sounds), "fold_column": "fold", "train_folds": folds, "classes": classes}
-        options |= {"test_folds": settings.test_folds, "group_column": "recording", "train_backgrounds": settings.backgrounds}
-        options |= {"test_backgrounds": settings.test_backgrounds, "num_events": settings.num_events, "train_clips": settings.mixtures}
-        options |= {"test_clips": settings.mixtures}
+        options: dict[str, Any] = {"data_dir": str(sounds), "fold_column": "fold", "train_folds": sorted(set(table["fold"]) - {str(fold)})}
+        options |= {"test_folds": [fold], "classes": network.config.class_names, "group_column": "recording", "train_clips": 1}
+        options |= {"train_backgrounds": settings.backgrounds, "test_backgrounds": settings.test_backgrounds}
+        # Another seed for each fold: otherwise the mixtures of all folds would have the same excerpts of the backgrounds.
+        options |= {"num_events": settings.num_events, "test_clips": settings.mixtures, "seed": sorted(set(table["fold"])).index(str(fold))}
         rules = MixtureSettings(clip_seconds=settings.clip_seconds, overlap="anywhere")
         make_benchmark(BenchmarkSettings(**options, output_dir=str(output), mixing=rules))
-    return detector_scores(model, read_rows(open_splits(str(output), "parquet")[split], "events"))
+    rows = read_rows(open_splits(str(output), "parquet")["test"], "events")
+    others = table["file_name"][(table["fold"] == str(fold)) & (table["events"] == "[]")].tolist()
+    unlearnt = score_without_events(network, extractor, AudioColumn(_audio(sounds, others)))
+    return HeldOut(model, score_events(network, extractor, rows).events, unlearnt)
 
 
-def tune_by_cross_validation(settings: StudySettings) -> EventSettings:
-    """Thresholds and filters of the highest mean segment F1, with at most `max_false_alarms` an hour, on scores of all `tuning_folds`.
+def load(model: Path) -> tuple[SSLAMForAudioFrameClassification, SSLAMFeatureExtractor]:
+    """A model and its feature extractor."""
+    return SSLAMForAudioFrameClassification.from_pretrained(model), SSLAMFeatureExtractor.from_pretrained(model)
 
-    Each fold's scores are of a model that has learnt from neither this fold nor the test folds: of mixtures of the fold, and of `others`,
-    in which every event is a false alarm.
-    """
-    parts: dict[str, ScoredEvents] = {}
-    alone = replace(settings, tuning_folds=[], max_false_alarms=None, tune_change_filter=False)
-    for fold in settings.tuning_folds:
-        model = train(replace(alone, test_folds=[*settings.test_folds, fold]))
-        parts[f"mixtures of fold {fold}"] = mixture_scores(replace(alone, test_folds=[fold]), model, "test")
-        parts[f"others without fold {fold}"] = other_scores(settings, model)
-    changes = CHANGE_LENGTHS if settings.tune_change_filter else ()
-    return tune_events(*join_scores(parts), change_lengths=changes, max_false_alarms=settings.max_false_alarms)
+
+def score_without_events(network: SSLAMForAudioFrameClassification, extractor: SSLAMFeatureExtractor, audio: AudioColumn) -> ScoredEvents:
+    """Scores of recordings in which nothing that the model knows sounds."""
+    waveforms = Waveforms(audio, extractor.sampling_rate)
+    if len(audio):  # a fold may have no such clips
+        waveforms.check_unreadable(0.0, "evaluation")
+    found = [network.score_steps(waveform, extractor) for waveform in waveforms]
+    scores, durations = {str(i): one.scores for i, one in enumerate(found)}, {str(i): one.duration for i, one in enumerate(found)}
+    classes = network.config.class_names
+    return ScoredEvents(scores, network.config.frames_per_step / 100, classes, {name: [] for name in scores}, durations)
+
+
+def calibrated(scored: ScoredEvents, temperature: float) -> ScoredEvents:
+    """The scores of a model whose head is divided by the temperature (exact where no windows overlap)."""
+    return scored._replace(
+        scores={name: expit(as_logits(values) / temperature).astype(np.float32) for name, values in scored.scores.items()}
+    )
 
 
 def join_scores(parts: Mapping[str, ScoredEvents]) -> ScoredEvents:
@@ -231,52 +262,143 @@ def join_scores(parts: Mapping[str, ScoredEvents]) -> ScoredEvents:
     return ScoredEvents(joined("scores"), first.step, first.classes, joined("ground_truth"), joined("durations"))
 
 
-def other_scores(settings: StudySettings, model: Path) -> ScoredEvents:
-    """Scores of a model on all recordings of `others`, without events."""
-    network, extractor = SSLAMForAudioFrameClassification.from_pretrained(model), SSLAMFeatureExtractor.from_pretrained(model)
-    scores: dict[str, np.ndarray] = {}
-    durations: dict[str, float] = {}
-    for source in map(SourceSettings.of, settings.others):
-        waveforms = Waveforms(AudioColumn(open_table(source)), extractor.sampling_rate)
-        waveforms.check_unreadable(0.0, "evaluation")
-        for i, waveform in enumerate(waveforms):
-            found = network.score_steps(waveform, extractor)
-            scores[f"{source.name} {i}"], durations[f"{source.name} {i}"] = found.scores, found.duration
-    return ScoredEvents(scores, network.config.frames_per_step / 100, network.config.class_names, {name: [] for name in scores}, durations)
+def join_mixtures(folds: Mapping[str, HeldOut]) -> ScoredEvents:
+    """Those of all these folds, each scored by the model that has not learnt it."""
+    return join_scores({f"mixtures of fold {fold}": own.mixtures for fold, own in folds.items()})
 
 
-def count_false_alarms(settings: StudySettings, model: Path, event_detection: dict[str, Any]) -> dict[str, Any]:
-    """Events that are detected, with these settings, in recordings without the learnt sounds: in an hour, and by class in all."""
-    network, extractor = SSLAMForAudioFrameClassification.from_pretrained(model), SSLAMFeatureExtractor.from_pretrained(model)
-    found: dict[str, Any] = {}
+def choose(settings: StudySettings, folds: Mapping[str, HeldOut]) -> tuple[float, dict[str, EventSettings]]:
+    """The temperature that fits scores to frequencies in the mixtures of these folds; and by limit of false alarms the thresholds and
+    filters of the highest mean segment F1, of the calibrated scores of mixtures and of the clips without learnt sounds."""
+    mixtures = join_mixtures(folds)
+    temperature = fit_temperature(step_logits(mixtures), step_targets(mixtures), exclusive=False)
+    others = {f"others of fold {fold}": own.others for fold, own in folds.items()}
+    scored = calibrated(join_scores({"all": mixtures, **others}), temperature)
+    limits = {NO_LIMIT: None, **{f"{limit:g}": limit for limit in settings.max_false_alarms}}
+    return temperature, {
+        name: tune_events(*scored, change_lengths=CHANGE_LENGTHS, max_false_alarms=limit) for name, limit in limits.items()
+    }
+
+
+def evaluate(settings: StudySettings, own: HeldOut, fold: int | str, others: Mapping[str, HeldOut]) -> dict[str, Any]:
+    """A model on the fold that it has not learnt, with the temperature, thresholds and filters that the other folds choose."""
+    temperature, chosen = choose(settings, others)
+    network, extractor = load(own.model)
+    scale_head(network, HEAD, temperature)
+    mixtures = calibrated(own.mixtures, temperature)
+    unlearnt = {"clips of other classes": calibrated(own.others, temperature)}
     for source in map(SourceSettings.of, settings.others):
-        waveforms = Waveforms(AudioColumn(open_table(source)), extractor.sampling_rate)
-        waveforms.check_unreadable(0.0, "evaluation")
-        events = Counter(event.label for waveform in waveforms for event in network.detect(waveform, extractor, **event_detection))
-        hours = sum(len(waveform) for waveform in waveforms) / extractor.sampling_rate / 3600
-        found[source.name] = {"hours": hours, "an_hour": events.total() / hours, "by_class": dict(events.most_common())}
-    return found
+        unlearnt[source.name] = score_without_events(network, extractor, AudioColumn(open_table(source)))
+    return {
+        "calibration": measure(own.mixtures, temperature),
+        "tags": evaluate_tags(settings, network, extractor, fold),
+        "events": {
+            limit: {
+                "event_detection": asdict(found),
+                **evaluate_events(*mixtures, found, confidence=None),
+                "false_alarms_of_others": {name: false_alarms(scored, found) for name, scored in unlearnt.items() if scored.scores},
+            }
+            for limit, found in chosen.items()
+        },
+    }
+
+
+def measure(scored: ScoredEvents, temperature: float) -> dict[str, Any]:
+    """How well calibrated scores agree with frequencies, and uncalibrated ones (`before`): of all time steps."""
+    targets = step_targets(scored)
+    found, before = (measure_calibration(step_logits(part), targets, exclusive=False) for part in (calibrated(scored, temperature), scored))
+    return {"temperature": temperature, **found, "before": before}
+
+
+def false_alarms(scored: ScoredEvents, settings: EventSettings) -> dict[str, Any]:
+    """Events that these settings find in recordings without any: `per_hour`, `hours` of all recordings, and `by_class` their number."""
+    by_class: Counter[str] = Counter()
+    for name, values in scored.scores.items():
+        events = find_events(values, scored.step, scored.classes, settings, scored.durations[name])
+        by_class.update(event.label for event in events)
+    hours = sum(scored.durations.values()) / 3600
+    return {"per_hour": by_class.total() / hours, "hours": hours, "by_class": dict(by_class.most_common())}
+
+
+@torch.inference_mode()
+def tag_scores(
+    network: SSLAMForAudioFrameClassification, extractor: SSLAMFeatureExtractor, folder: Path, names: Iterable[str]
+) -> np.ndarray:
+    """Scores of whole clips: `(clips, classes)`."""
+    waveforms, scores = Waveforms(AudioColumn(_audio(folder, names)), extractor.sampling_rate), []
+    waveforms.check_unreadable(0.0, "evaluation")
+    for start in range(0, len(waveforms), 16):
+        clips = [waveforms[i] for i in range(start, min(start + 16, len(waveforms)))]
+        inputs = extractor(clips, sampling_rate=extractor.sampling_rate, return_tensors="pt", return_attention_mask=True)
+        scores.append(network(**inputs).clip_logits.sigmoid())
+    return torch.cat(scores).numpy()
+
+
+def evaluate_tags(
+    settings: StudySettings, network: SSLAMForAudioFrameClassification, extractor: SSLAMFeatureExtractor, fold: int | str
+) -> dict[str, Any]:
+    """Accuracy on the clips of the learnt classes in a fold, under any licence; what is taken for what; other clips' scores."""
+    every = pd.read_csv(Path(settings.data_dir) / "metadata.csv", dtype=str, keep_default_na=False)
+    table, classes = every[every["fold"] == str(fold)].reset_index(drop=True), network.config.class_names
+    scores = tag_scores(network, extractor, Path(settings.data_dir), table["file_name"])
+    learnt = table["label"].isin(classes).to_numpy()
+    truth = np.array([classes.index(label) for label in table["label"][learnt]])
+    confusion = np.zeros((len(classes), len(classes)), dtype=int)
+    np.add.at(confusion, (truth, scores[learnt].argmax(1)), 1)
+    found: dict[str, Any] = {"clips": len(truth), "accuracy": float(np.mean(scores[learnt].argmax(1) == truth))}
+    for column in settings.subsets:  # classes among themselves
+        members = [i for i, name in enumerate(classes) if (every[column][every["label"] == name] == "True").any()]
+        inside = np.isin(truth, members)
+        chosen = np.array(members)[scores[learnt][inside][:, members].argmax(1)]
+        found[column] = {"clips": int(inside.sum()), "accuracy": float(np.mean(chosen == truth[inside]))}
+    others = scores[~learnt].max(1) if (~learnt).any() else np.zeros(0)
+    return {**found, "classes": classes, "confusion": confusion.tolist(), "highest_scores_of_others": np.sort(others).tolist()}
 
 
 def run(settings: StudySettings) -> dict[str, Any]:
-    """The model and, of held-out folds, its results."""
-    model = train(settings)
-    tuned = tune_by_cross_validation(settings) if settings.tuning_folds else None
-    if not settings.test_folds:
-        if tuned is not None:
-            write_event_detection(model, tuned)
-        return {}
-    test = mixture_scores(settings, model, "test")
-    results: dict[str, Any] = {"tags": evaluate_tags(settings, model)}
-    if tuned is None:  # filters and thresholds of mixtures of the folds that the model has learnt
-        results["events"] = evaluate_events_of(mixture_scores(settings, model, "train"), test)
-        chosen = results["events"]["event_detection"]["segment"]
-    else:
-        chosen = asdict(tuned)
-        results["events"] = {"event_detection": {"segment": chosen}, **evaluate_events(*test, tuned)}
-    results["false_alarms"] = count_false_alarms(settings, model, chosen)
-    write_json(model.parent / "results.json", {"settings": settings_dict(settings), **results})
+    """The results by fold; then the model of all folds, calibrated and with thresholds, in `model-seed-*`."""
+    check_data(settings)
+    folds = {str(fold): score_held_out(settings, fold) for fold in settings.folds}
+    results = {fold: evaluate(settings, own, fold, {k: v for k, v in folds.items() if k != fold}) for fold, own in folds.items()}
+    write_json(Path(settings.output_dir) / f"results-seed-{settings.seed}.json", {"settings": settings_dict(settings), "folds": results})
+    temperature, chosen = choose(settings, folds)
+    mixtures = join_mixtures(folds)
+    description = describe_calibration(measure(mixtures, temperature), len(mixtures.scores), "mixtures of held-out folds")
+    trained = train(settings, None)
+    with write_folder_atomically(Path(settings.output_dir) / f"model-seed-{settings.seed}") as model:
+        for file in trained.iterdir():
+            if file.is_file() and file.name not in RECORDS:  # they are of the weights before the calibration
+                shutil.copy(file, model)
+        write_calibration(model, HEAD, temperature, description)
+        write_event_detection(model, list(chosen.values())[-1])
     return results
+
+
+def tables(results: Mapping[str, dict[str, Any]]) -> str:
+    """Figures by fold and, with their intervals over folds, in the mean; then those of events by limit of false alarms."""
+
+    def row(title: str, values: list[float], scale: float = 1, decimals: int = 3) -> list[str]:
+        known = [value for value in values if not np.isnan(value)]
+        texts = ["-" if np.isnan(value) else f"{scale * value:.{decimals}f}" for value in values]
+        return [title, *texts, format_summary(summarize(known), scale, decimals)]
+
+    folds = list(results.values())
+    subsets = [name for name, found in folds[0]["tags"].items() if isinstance(found, dict)]
+    rows = [row("accuracy, %", [found["tags"]["accuracy"] for found in folds], 100, 1)]
+    rows += [row(f"accuracy, {name}, %", [found["tags"][name]["accuracy"] for found in folds], 100, 1) for name in subsets]
+    rows.append(row("temperature", [found["calibration"]["temperature"] for found in folds], 1, 2))
+    for title, calibrations in (("before", [found["calibration"]["before"] for found in folds]), ("", [f["calibration"] for f in folds])):
+        rows.append(row(f"calibration error {title}".rstrip(), [one["expected_calibration_error"] for one in calibrations]))
+    for limit in folds[0]["events"]:
+        events = [found["events"][limit] for found in folds]
+        about = f"limit {limit}"
+        for metric in ("segment_f1", "collar_f1", "psds1", "psds1_macro", "psds2"):
+            rows.append(row(f"{about}: {metric}", [found["metrics"][metric] for found in events]))
+        rows.append(row(f"{about}: false alarms an hour, mixtures", [found["false_alarms"]["per_hour"] for found in events], 1, 0))
+        for name in dict.fromkeys(name for one in events for name in one["false_alarms_of_others"]):  # a fold may have no such clips
+            of_others = [one["false_alarms_of_others"].get(name, {"per_hour": np.nan})["per_hour"] for one in events]
+            rows.append(row(f"{about}: false alarms an hour, {name}", of_others, 1, 0))
+    return markdown_table(["", *(f"fold {fold}" for fold in results), "mean ± standard deviation [95 %]"], rows)
 
 
 def main() -> None:
@@ -286,10 +408,7 @@ def main() -> None:
         results = run(settings)
     except UserError as error:
         sys.exit(f"error: {error}")
-    if results:
-        tags, alarms = results["tags"], results["false_alarms"]
-        print(f"{100 * tags['accuracy']:.1f} % of {tags['clips']} clips; {results['events']['metrics']}")
-        print("false alarms an hour:", {name: round(found["an_hour"], 1) for name, found in alarms.items()})
+    print(tables(results))
 
 
 if __name__ == "__main__":

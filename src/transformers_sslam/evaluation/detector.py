@@ -82,10 +82,10 @@ def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
     scored, unreadable, cut_events = score()
     targets = step_targets(scored)
     if settings.calibrate:
-        scale_head(model, HEAD, calibrator.fit(_logits(scored), targets, exclusive=False))
+        scale_head(model, HEAD, calibrator.fit(step_logits(scored), targets, exclusive=False))
         found = EventSettings.of(model.config, **settings.event_options)
         scored, unreadable, cut_events = score()
-    calibration = calibrator.measure(_logits(scored), targets, exclusive=False)
+    calibration = calibrator.measure(step_logits(scored), targets, exclusive=False)
     scored.save(output / "scores.npz")
     (output / PICTURE).unlink(missing_ok=True)  # of an earlier evaluation of a classifier
     tuning = {}
@@ -126,8 +126,8 @@ def step_targets(scored: ScoredEvents) -> np.ndarray:
     return np.concatenate(targets)
 
 
-def _logits(scored: ScoredEvents) -> np.ndarray:
-    """`(steps of all clips, classes)`."""
+def step_logits(scored: ScoredEvents) -> np.ndarray:
+    """`(steps of all clips, classes)`, beside [`step_targets`]."""
     return as_logits(np.concatenate(list(scored.scores.values())))
 
 
