@@ -396,6 +396,7 @@ def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_each_test_from
     assert (config.class_names, config.calibration) == (["hiss", "hum"], {"temperature": 2.0})
     assert set(config.event_detection["threshold"]) == {"hiss", "hum"}
     assert "divided by a temperature of 2" in (model / "README.md").read_text()
+    assert (model / "reliability.png").exists()
     assert not (model / "results.json").exists()  # of the weights before that
     found = results["3"]
     assert found["tags"]["clips"] == 4  # of the held-out fold, under any licence

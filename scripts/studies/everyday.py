@@ -41,6 +41,7 @@ from transformers_sslam.evaluation.calibration import (
     describe_calibration,
     fit_temperature,
     measure_calibration,
+    replace_diagram,
     scale_head,
     write_calibration,
 )
@@ -363,12 +364,14 @@ def run(settings: StudySettings) -> dict[str, Any]:
     write_json(Path(settings.output_dir) / f"results-seed-{settings.seed}.json", {"settings": settings_dict(settings), "folds": results})
     temperature, chosen = choose(settings, folds)
     mixtures = join_mixtures(folds)
-    description = describe_calibration(measure(mixtures, temperature), len(mixtures.scores), "mixtures of held-out folds")
+    calibration = measure(mixtures, temperature)
     trained = train(settings, None)
     with write_folder_atomically(Path(settings.output_dir) / f"model-seed-{settings.seed}") as model:
         for file in trained.iterdir():
             if file.is_file() and file.name not in RECORDS:  # they are of the weights before the calibration
                 shutil.copy(file, model)
+        replace_diagram(model, calibration)
+        description = describe_calibration(calibration, len(mixtures.scores), "mixtures of held-out folds")
         write_calibration(model, HEAD, temperature, description)
         write_event_detection(model, list(chosen.values())[-1])
     return results
