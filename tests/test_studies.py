@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -418,8 +419,12 @@ def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_each_test_from
     del results["2"]["events"]["100"]["false_alarms_of_others"]["clips of other classes"]  # a fold without such clips
     results["3"]["events"]["100"]["false_alarms_of_others"]["clips of other classes"]["per_hour"] = 7.0
     assert "| limit 100: false alarms an hour, clips of other classes | - | 7 | 7 " in study.tables(results)
-    mixtures = [open_splits(str(tmp_path / "study" / f"mixtures-{fold}"), "parquet")["test"] for fold in (2, 3)]
-    assert mixtures[0]["events"] != mixtures[1]["events"]  # of another seed
+    for fold, seed in ((2, 1), (3, 2)):  # other excerpts of the backgrounds for each fold
+        assert re.search(rf"(?m)^seed: {seed}$", (tmp_path / "study" / f"mixtures-{fold}" / "README.md").read_text())
+    mixtures = study.calibrated(study.score_held_out(settings, 3).mixtures, 2.0)
+    for events in found["events"].values():
+        expected = study.evaluate_events(*mixtures, EventSettings(**events["event_detection"]), confidence=None)
+        assert (events["metrics"], events["false_alarms"]) == (expected["metrics"], expected["false_alarms"])
     heads = [load_file(folder / "model.safetensors")["frame_classifier.weight"] for folder in (trained, model)]
     assert torch.equal(heads[0] / 2, heads[1])
     before = (trained / "model.safetensors").stat().st_mtime_ns
@@ -510,6 +515,8 @@ def test_thresholds_of_a_fold_are_chosen_by_models_that_have_not_learnt_theirs(t
     assert chosen["none"].threshold == {"dog": 0.35}  # all 4 dogs, and a false alarm
     assert chosen["100"].threshold == {"dog": 0.65}  # 3 of 4 dogs, and none in 12 s
     assert study.choose(settings, {"2": second})[1]["100"].threshold == {"dog": 0.45}
+    monkeypatch.setattr(study, "fit_temperature", lambda *scores, exclusive: 2.0)
+    assert study.choose(settings, {"1": first, "2": second})[1]["none"].threshold == {"dog": 0.42}  # between 1/3 and 0.5, calibrated
     monkeypatch.setattr(study, "tune_events", lambda *scores, change_lengths, max_false_alarms: change_lengths)
     assert study.choose(settings, {"2": second})[1]["none"] == study.CHANGE_LENGTHS
     with pytest.raises(UserError, match=r"folds are \[1, '1'\], but thresholds for one are chosen on the others"):
