@@ -435,6 +435,7 @@ def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_each_test_from
     for changes, message in (
         ({"licenses": ["CC0", "CC-BY-NC"]}, r"was made with licenses \['CC0', 'CC-BY'\], not \['CC0', 'CC-BY-NC'\]: delete it"),
         ({"folds": [2, 9]}, "has no fold 9, only 1, 2, 3"),
+        ({"data_dir": str(tmp_path)}, "has no metadata.csv: give an audio folder"),
         ({"subsets": ["esc50"]}, "has no column esc50, only file_name, label"),
     ):
         with pytest.raises(UserError, match=message):

@@ -114,6 +114,8 @@ class StudySettings:
 
 def check_data(settings: StudySettings) -> None:
     """Raise a `UserError` if the clips lack a column or a fold, or `output_dir` holds what was made by other settings."""
+    if not (Path(settings.data_dir) / "metadata.csv").is_file():
+        raise UserError(f"data_dir {settings.data_dir} has no metadata.csv: give an audio folder of labelled clips")
     table = pd.read_csv(Path(settings.data_dir) / "metadata.csv", dtype=str, keep_default_na=False)
     if absent := [name for name in ("label", "fold", "recording", "license", *settings.subsets) if name not in table]:
         raise UserError(f"{settings.data_dir} has no column {absent[0]}, only {', '.join(table)}")
