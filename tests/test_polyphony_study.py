@@ -1,9 +1,11 @@
 """The study of overlapping sounds: variants at equal cost, sets of speakers and instruments, probes of clips and of time steps, tables."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
+import av
 import datasets
 import numpy as np
 import polyphony
@@ -81,13 +83,17 @@ class Synthesizer:
 
     def __init__(self, missing: int | None = None, silent: int | None = None):
         self.sounding, self.program, self.missing, self.silent = [], None, missing, silent
+        self.programs: list[int] = []  # all that were chosen
 
     def sfload(self, path: str) -> int:
         return -1 if "absent" in path else 7
 
     def program_select(self, channel: int, soundfont: int, bank: int, program: int) -> int:
-        assert (channel, soundfont, bank) == (0, 7, 0)
-        self.program = program
+        assert soundfont == 7
+        assert bank == (128 if channel == sets.DRUM_CHANNEL else 0)
+        if bank == 0:
+            self.program = program
+            self.programs.append(program)
         return -1 if program == self.missing else 0
 
     def noteon(self, channel: int, pitch: int, velocity: int) -> None:
@@ -125,6 +131,90 @@ def test_the_set_of_instruments_has_single_notes_and_every_instrument_in_every_f
     ):
         with pytest.raises(UserError, match=message):
             list(sets.instruments(synthesizer, file))
+
+
+def write_g722(path: Path, seconds: float, pitch: float) -> None:
+    """A sine, coded as the wideband prompts are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format="g722") as container:
+        stream = container.add_stream("adpcm_g722", rate=16_000, layout="mono")
+        samples = (8000 * np.sin(2 * np.pi * pitch * np.arange(round(16_000 * seconds)) / 16_000)).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            container.mux(packet)
+
+
+def test_speech_has_each_synthetic_voice_in_one_fold_and_each_prompt_of_the_person_once(tmp_path, monkeypatch):
+    commands = []
+
+    def speak(command):
+        commands.append(command)
+        return np.full(8 * 22_050, 0.5, np.float32), 22_050
+
+    monkeypatch.setattr(sets, "speak", speak)
+    pitches = {300 + 320 * number for number in range(20)}
+    for pitch in pitches:
+        write_g722(tmp_path / sets.PERSON / "digits" / f"{pitch}.g722", 1.0, pitch)
+    write_g722(tmp_path / sets.PERSON / "beep.g722", 1.0, 140)
+    clips = list(sets.speech(tmp_path))
+    synthetic, person = [clip for clip in clips if clip.sampling_rate == 22_050], [clip for clip in clips if clip.sampling_rate == 16_000]
+    assert {clip.label for clip in clips} == {"speech"}
+    assert Counter(clip.recording for clip in synthetic) == {**dict.fromkeys(sets.LANGUAGES, 3), **dict.fromkeys(sets.FLITE_VOICES, 6)}
+    assert all(len({clip.fold for clip in synthetic if clip.recording == voice}) == 1 for voice in (*sets.LANGUAGES, *sets.FLITE_VOICES))
+    assert {clip.waveform.shape for clip in synthetic} == {(5 * 22_050,)}
+    assert {clip.fold for clip in clips if clip.recording in sets.FLITE_VOICES} == {1, 2, 3, 4}
+    assert len({command[command.index("-t") + 1] for command in commands if command[0] == "flite"}) == 24  # never the same numbers twice
+    # 1 s of a prompt and a pause of .1 to .5 s: four fit, the fourth or fifth is cut; of 20 prompts that is four or five clips.
+    assert len(person) in (4, 5)
+    assert [clip.fold for clip in person] == [1, 2, 3, 4, 1][: len(person)]
+    assert {clip.waveform.shape for clip in person} == {(80_000,)}
+    spectra = [np.abs(np.fft.rfft(clip.waveform[:16_000])) for clip in person]  # a bin is 1 Hz
+    first = {int(spectrum.argmax()) for spectrum in spectra}
+    assert len(first) == len(person)  # no prompt in two clips
+    assert first <= pitches  # decoded as G.722 at 16 kHz; and not the beep
+    assert all(clip.waveform[2000:12_000].std() == pytest.approx(8000 / 2**15 / np.sqrt(2), rel=0.1) for clip in person)
+    with pytest.raises(UserError, match="has no prompts: install asterisk-core-sounds-ru-g722"):
+        list(sets.speech(tmp_path / "absent"))
+
+
+def test_a_program_that_speaks_writes_a_file_and_one_that_cannot_is_named():
+    writes = "import sys, numpy, soundfile; soundfile.write(sys.argv[-1], numpy.full(100, 0.25), 8000)"
+    waveform, rate = sets.speak([sys.executable, "-c", writes])
+    assert (rate, waveform.tolist()) == (8000, [0.25] * 100)
+    with pytest.raises(UserError, match="no-such-program cannot speak .*: install the packages"):
+        sets.speak(["no-such-program"])
+    with pytest.raises(UserError, match="cannot speak .*exit status 3"):
+        sets.speak([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_tunes_have_instruments_of_one_fold_each_and_no_bells():
+    synthesizer = Synthesizer()
+    clips = list(sets.tunes(synthesizer, "any.sf2"))
+    assert len(clips) == sets.TUNES
+    assert Counter(clip.fold for clip in clips) == dict.fromkeys((1, 2, 3, 4), sets.TUNES // 4)
+    assert {clip.waveform.shape for clip in clips} == {(80_000,)}
+    assert all(np.abs(clip.waveform).max() > 0.1 for clip in clips)
+    assert len({clip.waveform.tobytes() for clip in clips}) == len(clips)
+    programs = np.array(synthesizer.programs).reshape(-1, 2)
+    by_fold = [set(programs[fold::4].ravel()) for fold in range(4)]
+    assert all(not by_fold[i] & by_fold[j] for i in range(4) for j in range(i))
+    assert 14 not in set.union(*by_fold)
+    for file, missing, message in (("absent.sf2", None, "absent.sf2 is not a readable"), ("any.sf2", programs[0, 1], "has no program")):
+        with pytest.raises(UserError, match=message):
+            list(sets.tunes(Synthesizer(missing=missing), file))
+
+
+def test_a_tune_is_in_a_scale_and_each_of_its_notes_ends():
+    for seed in range(8):
+        played = sets.compose(np.random.default_rng(seed), 0.25)
+        assert {channel for _, channel, _, _ in played} in ({0, 1}, {0, 1, sets.DRUM_CHANNEL})
+        for channel, pitch in {(channel, pitch) for _, channel, pitch, _ in played}:
+            notes = sorted((instant, velocity > 0) for instant, *which, velocity in played if which == [channel, pitch])
+            assert [begins for _, begins in notes] == [True, False] * (len(notes) // 2)
+        assert all(0 <= instant <= sets.OTHER_SECONDS for instant, *_ in played)
+        melody = {pitch % 12 for _, channel, pitch, _ in played if channel < 2}
+        assert any(melody <= {(root + step) % 12 for step in scale} for root in range(12) for scale in sets.SCALES)
 
 
 def test_variants_differ_in_what_they_see_and_cost_the_same(tmp_path):

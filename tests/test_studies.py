@@ -32,6 +32,7 @@ from transformers_sslam import (
 )
 from transformers_sslam.audio.decode import load_waveform
 from transformers_sslam.audio.layouts import open_splits
+from transformers_sslam.audio.rows import read_rows
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.scored_events import ScoredEvents
 from transformers_sslam.events_sslam import EventSettings
@@ -292,6 +293,11 @@ def test_the_study_of_events_compares_all_methods_on_the_same_mixtures(tmp_path)
             soundfile.write(tmp_path / "sounds" / f"{fold}-{i}.wav", 0.3 * tone, 16_000)
             lines.append(f"{fold}-{i}.wav,{label},{fold}")
     (tmp_path / "sounds" / "metadata.csv").write_text("\n".join(lines))
+    voices = tmp_path / "voices"
+    voices.mkdir()
+    for fold in (*FOLDS, 9):  # 9: no fold of the clips
+        soundfile.write(voices / f"{fold}.wav", 0.2 * noise(1.0, seed=50 + fold), 16_000)
+    (voices / "metadata.csv").write_text("file_name,label,fold,recording\n" + "".join(f"{i}.wav,voice,{i},v{i}\n" for i in (*FOLDS, 9)))
     for name in ("train", "test"):
         (tmp_path / name).mkdir()
         soundfile.write(tmp_path / name / "below.wav", 0.01 * noise(4.0, seed=name == "test"), 16_000)
@@ -356,6 +362,11 @@ def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_each_test_from
     (sounds / "metadata.csv").write_text("\n".join(lines))
     soundfile.write(free / "rain.wav", 0.1 * noise(4.0, seed=99), 16_000)
     (free / "metadata.csv").write_text("file_name,license\nrain.wav,CC0\n")
+    voices = tmp_path / "voices"
+    voices.mkdir()
+    for fold in (*FOLDS, 9):  # 9: no fold of the clips
+        soundfile.write(voices / f"{fold}.wav", 0.2 * noise(1.0, seed=50 + fold), 16_000)
+    (voices / "metadata.csv").write_text("file_name,label,fold,recording\n" + "".join(f"{i}.wav,voice,{i},v{i}\n" for i in (*FOLDS, 9)))
     for name in ("train", "test"):
         (tmp_path / name).mkdir()
         soundfile.write(tmp_path / name / "below.wav", 0.01 * noise(4.0, seed=name == "test"), 16_000)
@@ -369,16 +380,21 @@ def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_each_test_from
         clips_of_a_class=6,
         backgrounds=[{"kind": "folder", "path": str(tmp_path / "train")}],
         test_backgrounds=[{"kind": "folder", "path": str(tmp_path / "test")}],
-        others=[{"kind": "folder", "path": str(free)}],
+        others=[str(voices)],
+        test_others=[{"kind": "folder", "path": str(free)}],
         pretraining={**small, "model_config": {**SIZES, "max_length": 128}},
         finetuning={"num_train_epochs": 1, "clips_per_epoch": 4, "per_device_train_batch_size": 2, "disable_tqdm": True, "use_cpu": True},
         clip_seconds=1.2,
         num_events=[1, 2],
         mixtures=2,
+        windows=[0.64],
     )
     table = study.copy_sounds(settings)
     table = {row["file_name"]: row for row in csv.DictReader((table / "metadata.csv").open())}
-    assert set(table) == {f"{fold}-{i}.wav" for fold in FOLDS for i in (0, 1, 2, 4)}  # those under other licences are left out
+    own = {f"{fold}-{i}.wav" for fold in FOLDS for i in (0, 1, 2, 4)}  # those under other licences are left out
+    assert set(table) == own | {f"voices/{fold}.wav" for fold in FOLDS}
+    assert [table["voices/2.wav"][name] for name in ("label", "fold", "recording", "license", "events")] == ["voice", "2", "v2", "", "[]"]
+    assert (tmp_path / "study" / "sounds" / "voices" / "2.wav").read_bytes() == (voices / "2.wav").read_bytes()
     assert json.loads(table["1-0.wav"]["events"]) == [{"onset": 0.5, "offset": 1.25, "label": "hum"}]
     assert (table["1-4.wav"]["events"], table["1-4.wav"]["sound"][:6]) == ("[]", "other ")  # another sound: learnt to be none of them
     results = study.run(settings)
@@ -411,10 +427,11 @@ def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_each_test_from
     for events in found["events"].values():
         assert 0 <= events["metrics"]["segment_f1"] <= 1
         assert {name: one["hours"] for name, one in events["false_alarms_of_others"].items()} == pytest.approx(
-            {"clips of other classes": 2 / 3600, "free": 4 / 3600}
+            {"clips of other classes": 3 / 3600, "free": 4 / 3600}
         )
     table = study.tables(results)
     assert "| accuracy, esc10, % |" in table
+    assert "| detector over windows of 0.64 s: segment_f1 |" in table
     assert "| limit 100: false alarms an hour, free |" in table
     del results["2"]["events"]["100"]["false_alarms_of_others"]["clips of other classes"]  # a fold without such clips
     results["3"]["events"]["100"]["false_alarms_of_others"]["clips of other classes"]["per_hour"] = 7.0
@@ -437,6 +454,9 @@ def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_each_test_from
         ({"folds": [2, 9]}, "has no fold 9, only 1, 2, 3"),
         ({"data_dir": str(tmp_path)}, "has no metadata.csv: give an audio folder"),
         ({"subsets": ["esc50"]}, "has no column esc50, only file_name, label"),
+        ({"others": [str(free)]}, "free has no column label, only file_name, license"),
+        ({"others": [str(tmp_path / "train")]}, "train has no metadata.csv: give an audio folder"),
+        ({"others": [str(sounds)]}, "others have click too .*, which .* has: give sounds of other labels"),
     ):
         with pytest.raises(UserError, match=message):
             study.run(replace(settings, **changes))
@@ -507,8 +527,8 @@ def test_thresholds_of_a_fold_are_chosen_by_models_that_have_not_learnt_theirs(t
     """Of two folds the second has higher scores; and there are clips without sounds, in one of which a model has a false alarm."""
     study = load_script("everyday")
     dogs = [(0.0, 1.0, "dog"), (2.0, 3.0, "dog")]
-    first = study.HeldOut(tmp_path, one_class([0.9, 0.2, 0.5, 0.2], dogs), one_class([0.1, 0.6]))
-    second = study.HeldOut(tmp_path, one_class([0.9, 0.2, 0.7, 0.2], dogs), one_class([0.1, 0.1]))
+    first = study.HeldOut(tmp_path, one_class([0.9, 0.2, 0.5, 0.2], dogs), one_class([0.1, 0.6]), {})
+    second = study.HeldOut(tmp_path, one_class([0.9, 0.2, 0.7, 0.2], dogs), one_class([0.1, 0.1]), {})
     monkeypatch.setattr(study, "fit_temperature", lambda *scores, exclusive: 1.0)
     settings = everyday_settings(study, tmp_path, max_false_alarms=[100.0])
     temperature, chosen = study.choose(settings, {"1": first, "2": second})
@@ -527,7 +547,8 @@ def test_thresholds_of_a_fold_are_chosen_by_models_that_have_not_learnt_theirs(t
         ({"free_dir": None}, "encoder is None and free_dir None: give one"),
         ({"max_false_alarms": [-1.0]}, "max_false_alarms: max_false_alarms is -1.0, but a number an hour that is not negative"),
         ({"backgrounds": [clips]}, "backgrounds or test_backgrounds is empty, but not both"),
-        ({"others": [clips, {**clips, "path": "b/clips"}]}, "others has two sources of the name clips: give each a name"),
+        ({"test_others": [clips, {**clips, "path": "b/clips"}]}, "test_others has two folders of the name clips: give each a name"),
+        ({"others": ["a/clips", "b/clips"]}, "^others has two folders of the name clips: give each a name"),
     ):
         with pytest.raises(UserError, match=message):
             everyday_settings(study, tmp_path, **changes)
@@ -535,12 +556,24 @@ def test_thresholds_of_a_fold_are_chosen_by_models_that_have_not_learnt_theirs(t
         study.join_scores({"b": first.mixtures, "c": first.mixtures._replace(classes=["cat"])})
 
 
+def test_a_detector_and_sliding_windows_have_thresholds_of_the_other_folds(tmp_path):
+    study, dogs = load_script("everyday"), [(0.0, 1.0, "dog"), (2.0, 3.0, "dog")]
+    early, late, others = one_class([0.9, 0.2, 0.5, 0.2], dogs), one_class([0.2, 0.9, 0.2, 0.9], dogs), one_class([0.1])
+    found = study.evaluate_windows(
+        study.HeldOut(tmp_path, early, others, {"1": late}),
+        {"2": study.HeldOut(tmp_path, one_class([0.9, 0.2, 0.7, 0.2], dogs), others, {"1": early})},
+    )
+    for name, threshold, f1 in (("detector", 0.45, 1.0), ("windows of 1 s", 0.35, 0.0)):
+        assert found[name]["event_detection"]["threshold"] == {"dog": threshold}  # halfway between the scores of fold 2
+        assert found[name]["metrics"]["segment_f1"] == f1
+
+
 def test_scores_are_calibrated_as_by_a_temperature_of_the_head(tmp_path):
     """Logits of 2 and -2 of steps that are true, or not, in three of four cases: their temperature is 2 / ln 3."""
     study = load_script("everyday")
     sure = 1 / (1 + np.exp(-2))
     scored = one_class([sure] * 4 + [1 - sure] * 4, [(0.0, 3.0, "dog"), (7.0, 8.0, "dog")])
-    found = study.HeldOut(tmp_path, scored, one_class([0.1]))
+    found = study.HeldOut(tmp_path, scored, one_class([0.1]), {})
     temperature, _ = study.choose(everyday_settings(study, tmp_path), {"1": found, "2": found})
     assert temperature == pytest.approx(2 / np.log(3), rel=1e-6)
     np.testing.assert_allclose(study.calibrated(scored, temperature).scores["a"][:, 0], [0.75] * 4 + [0.25] * 4, rtol=1e-6)
@@ -552,7 +585,7 @@ def test_scores_are_calibrated_as_by_a_temperature_of_the_head(tmp_path):
 def test_scores_of_recordings_without_events_are_those_of_the_model(clips):
     study, extractor = load_script("everyday"), SSLAMFeatureExtractor(max_length=64)
     network = SSLAMForAudioFrameClassification(tiny_config(num_labels=1, id2label={0: "dog"})).eval()
-    audio = study.AudioColumn(study._audio(clips, ["1-0.wav", "1-1.wav"]))
+    audio = study.audio_column(clips, ["1-0.wav", "1-1.wav"])
     found = study.score_without_events(network, extractor, audio)
     assert (len(found.scores), found.step, found.classes) == (2, 0.16, ["dog"])
     assert set(found.durations.values()) == {0.7}
@@ -562,4 +595,23 @@ def test_scores_of_recordings_without_events_are_those_of_the_model(clips):
     threshold = float(min(values.min() for values in found.scores.values())) - 1e-3
     assert study.false_alarms(found, EventSettings(threshold=threshold))["by_class"] == {"dog": 2}
     assert study.false_alarms(found, EventSettings(threshold=1.0)) == {"per_hour": 0.0, "hours": pytest.approx(1.4 / 3600), "by_class": {}}
-    assert study.score_without_events(network, extractor, study.AudioColumn(study._audio(clips, []))).scores == {}
+    assert study.score_without_events(network, extractor, study.audio_column(clips, [])).scores == {}
+
+
+def test_a_step_has_the_clip_scores_of_the_window_around_it(tmp_path):
+    study, extractor = load_script("everyday"), SSLAMFeatureExtractor(max_length=64)
+    network = SSLAMForAudioFrameClassification(tiny_config(num_labels=1, id2label={0: "dog"})).eval()
+    waveform = 0.1 * noise(1.0, seed=3, sampling_rate=16_000).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", waveform, 16_000, subtype="FLOAT")
+    event = json.dumps([{"onset": 0.25, "offset": 0.5, "label": "dog"}]).replace('"', '""')
+    (tmp_path / "metadata.csv").write_text(f'file_name,events\na.wav,"{event}"\n')
+    rows = read_rows(open_splits(str(tmp_path))["train"], "events")
+    found = study.window_scores(network, extractor, rows, window=0.4, hop=0.3)
+    assert (found.step, found.classes) == (0.3, ["dog"])
+    name = rows.name(0)
+    assert (found.ground_truth, found.durations) == ({name: [(0.25, 0.5, "dog")]}, {name: 1.0})
+    for step, (start, end) in enumerate(((0, 5600), (4000, 10_400), (8800, 15_200))):  # middles at .15, .45 and .75 s
+        inputs = extractor(waveform[start:end], sampling_rate=16_000, return_attention_mask=True, return_tensors="pt")
+        with torch.inference_mode():
+            alone = network(**inputs).clip_logits.sigmoid().numpy()
+        np.testing.assert_allclose(found.scores[name][step : step + 1], alone, atol=1e-5)

@@ -4,8 +4,9 @@ python scripts/studies/everyday.py --data_dir PATH/TO/esc --encoder PATH/TO/MODE
 python scripts/studies/everyday.py --data_dir PATH/TO/esc --free_dir PATH/TO/free             # with pre-training of each model
 
 A model is trained without each fold, and tested on it: event detection, of mixtures that are made anew in each epoch and of the clips
-themselves. The temperature of its scores and the thresholds and filters of each class are chosen by scores of the other models, each on the
-fold that it has not learnt: on what a model has learnt they would be too low. (These models have learnt the fold that is tested, so the
+themselves. Clips of other classes, and the sounds of `others`, such as speech and tunes of scripts/studies/sets.py, are learnt to be none
+of the classes. The temperature of the scores and the thresholds and filters of each class are chosen by scores of the other models, each on
+the fold that it has not learnt: on what a model has learnt they would be too low. (These models have learnt the fold that is tested, so the
 choice is not wholly independent of it; with a model for each pair of folds it would be, at twice the cost.) Then the model itself is
 trained on all folds, with those that all of them choose together. Without `encoder` each model is first pre-trained in both stages, on its
 folds and on the recordings of `free_dir`.
@@ -22,12 +23,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import pandas as pd
-import torch
 import transformers
-from scipy.special import expit
+from everyday_scores import (
+    audio_column,
+    calibrated,
+    false_alarms,
+    join_scores,
+    load,
+    measure,
+    score_without_events,
+    tables,
+    tag_scores,
+    window_scores,
+)
 from steps import pretrain_once
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioFrameClassification
@@ -37,10 +47,8 @@ from transformers_sslam.audio.rows import AudioColumn, read_rows
 from transformers_sslam.audio.sources import SourceSettings
 from transformers_sslam.errors import UserError, as_user_error
 from transformers_sslam.evaluation.calibration import (
-    as_logits,
     describe_calibration,
     fit_temperature,
-    measure_calibration,
     replace_diagram,
     scale_head,
     write_calibration,
@@ -48,9 +56,8 @@ from transformers_sslam.evaluation.calibration import (
 from transformers_sslam.evaluation.detector import HEAD, step_logits, step_targets, write_event_detection
 from transformers_sslam.evaluation.event_results import evaluate_events
 from transformers_sslam.evaluation.event_tuning import CHANGE_LENGTHS, check_limit, tune_events
-from transformers_sslam.evaluation.intervals import format_summary, summarize
 from transformers_sslam.evaluation.scored_events import ScoredEvents, score_events
-from transformers_sslam.events_sslam import EventSettings, find_events
+from transformers_sslam.events_sslam import EventSettings
 from transformers_sslam.files import read_json, write_folder_atomically, write_json
 from transformers_sslam.finetuning.repeats import fine_tune_once
 from transformers_sslam.finetuning.settings import FineTuningSettings
@@ -59,12 +66,12 @@ from transformers_sslam.polyphony.render import FRAMES_PER_SECOND, MixtureSettin
 from transformers_sslam.polyphony.sounds import open_table
 from transformers_sslam.pretraining.settings import PreTrainingSettings
 from transformers_sslam.publishing.hub import RECORDS
-from transformers_sslam.reports import markdown_table
 from transformers_sslam.settings import parse_settings, read_settings, setting, settings_dict
 
 
 NO_LIMIT = "none"
-MAY_CHANGE = {"output_dir", "folds", "max_false_alarms", "seed", "others", "subsets"}  # in a folder that another run has begun
+NATIVE_STEP = 0.16  # seconds, of the encoder's patches
+MAY_CHANGE = {"output_dir", "folds", "max_false_alarms", "seed", "test_others", "subsets"}  # in a folder that another run has begun
 
 
 @dataclass
@@ -85,11 +92,15 @@ class StudySettings:
     other_classes: int = setting("number of classes that sounds of others share, so that mixtures have as many of them", 4)
     backgrounds: list[dict[str, Any]] = setting("recordings to lay below mixtures, without the sounds that are learnt", [])
     test_backgrounds: list[dict[str, Any]] = setting("others, to lay below mixtures of the held-out folds", [])
-    others: list[dict[str, Any]] = setting("recordings without the learnt sounds, in which events are false alarms", [])
+    others: list[str] = setting("audio folders of further sounds, with label, fold and recording, that are learnt to be none of them", [])
+    test_others: list[dict[str, Any]] = setting("recordings without the learnt sounds, in which events are false alarms", [])
     subsets: list[str] = setting("columns that are True for clips of some classes, which are also compared among themselves", ["esc10"])
     num_events: list[int] = setting("numbers of sounds of a mixture to test on", [1, 2, 3, 4])
     mixtures: int = setting("mixtures of a held-out fold for each of them", 150)
     clip_seconds: float = setting("their length", 5.135)
+    windows: list[float] = setting(
+        "seconds of windows whose tags, one window for each time step of the encoder, events are compared with", []
+    )
     stage1: str = setting("recipe of the first stage", "pretrain_tiny_stage1")
     stage2: str = setting("recipe of the second stage", "pretrain_tiny_stage2")
     finetuning_recipe: str = setting("recipe of the fine-tuning", "finetune_everyday")
@@ -107,18 +118,29 @@ class StudySettings:
         with as_user_error("max_false_alarms"):
             for limit in self.max_false_alarms:
                 check_limit(limit)
-        names = [SourceSettings.of(source).name for source in self.others]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"others has two sources of the name {twice[0]}: give each a name of its own")
+        further = [Path(folder).name for folder in self.others]
+        for option, names in (("others", further), ("test_others", [SourceSettings.of(source).name for source in self.test_others])):
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise UserError(f"{option} has two folders of the name {twice[0]}: give each a name of its own")
+
+
+def read_table(folder: str | Path, columns: Iterable[str]) -> pd.DataFrame:
+    """`metadata.csv` of an audio folder. Raises a `UserError` if there is none, or it lacks one of these columns."""
+    if not (Path(folder) / "metadata.csv").is_file():
+        raise UserError(f"{folder} has no metadata.csv: give an audio folder of labelled clips")
+    table = pd.read_csv(Path(folder) / "metadata.csv", dtype=str, keep_default_na=False)
+    if absent := [name for name in ("file_name", *columns) if name not in table]:
+        raise UserError(f"{folder} has no column {absent[0]}, only {', '.join(table)}")
+    return table
 
 
 def check_data(settings: StudySettings) -> None:
-    """Raise a `UserError` if the clips lack a column or a fold, or `output_dir` holds what was made by other settings."""
-    if not (Path(settings.data_dir) / "metadata.csv").is_file():
-        raise UserError(f"data_dir {settings.data_dir} has no metadata.csv: give an audio folder of labelled clips")
-    table = pd.read_csv(Path(settings.data_dir) / "metadata.csv", dtype=str, keep_default_na=False)
-    if absent := [name for name in ("label", "fold", "recording", "license", *settings.subsets) if name not in table]:
-        raise UserError(f"{settings.data_dir} has no column {absent[0]}, only {', '.join(table)}")
+    """Raise a `UserError` if clips lack a column or a fold, or `output_dir` holds what was made by other settings."""
+    table = read_table(settings.data_dir, ("label", "fold", "recording", "license", *settings.subsets))
+    for folder in settings.others:
+        further = read_table(folder, ("label", "fold", "recording"))
+        if known := sorted(set(further["label"]) & set(table["label"])):
+            raise UserError(f"others have {known[0]} too ({folder}), which {settings.data_dir} has: give sounds of other labels")
     if absent := sorted(set(map(str, settings.folds)) - set(table["fold"])):
         raise UserError(f"{settings.data_dir} has no fold {absent[0]}, only {', '.join(sorted(set(table['fold'])))}")
     record = Path(settings.output_dir) / "settings.json"
@@ -140,9 +162,16 @@ def copy_sounds(settings: StudySettings) -> Path:
     if output.exists():
         return output
     table = pd.read_csv(folder / "metadata.csv", dtype=str, keep_default_na=False)
-    numbers = Counter(table["label"])
-    table = table[table["license"].isin(settings.licenses)].reset_index(drop=True)
-    waveforms = Waveforms(AudioColumn(_audio(folder, table["file_name"])), 16_000)
+    numbers, folds = Counter(table["label"]), set(table["fold"])
+    parts = [table[table["license"].isin(settings.licenses)].assign(file=lambda rows: [folder / name for name in rows["file_name"]])]
+    for other in map(Path, settings.others):
+        further = pd.read_csv(other / "metadata.csv", dtype=str, keep_default_na=False)
+        further = further[further["fold"].isin(folds)]
+        files = [other / name for name in further["file_name"]]
+        parts.append(further.assign(file=files, file_name=f"{other.name}/" + further["file_name"]))
+    table = pd.concat(parts, ignore_index=True).fillna("")
+    files = table.pop("file")
+    waveforms = Waveforms(audio_column(Path(), files), 16_000)
     waveforms.check_unreadable(0.0, "training")
     rules, events, sounds = MixtureSettings(), [], []
     for i, waveform in enumerate(waveforms):
@@ -154,16 +183,11 @@ def copy_sounds(settings: StudySettings) -> Path:
         events.append(json.dumps(found))
         sounds.append(label if found else f"other {i % settings.other_classes}")
     with write_folder_atomically(output) as unfinished:
-        for name in table["file_name"]:
+        for file, name in zip(files, table["file_name"]):
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, unfinished / name)
+            shutil.copyfile(file, unfinished / name)
         table.assign(events=events, sound=sounds).to_csv(unfinished / "metadata.csv", index=False)
     return output
-
-
-def _audio(folder: Path, names: Any) -> datasets.Dataset:
-    column = datasets.Features({"audio": datasets.Audio(decode=False)})
-    return datasets.Dataset.from_dict({"audio": [str(folder / name) for name in names]}, features=column)
 
 
 def train(settings: StudySettings, held_out: int | str | None) -> Path:
@@ -208,6 +232,7 @@ class HeldOut(NamedTuple):
     model: Path
     mixtures: ScoredEvents
     others: ScoredEvents
+    windows: dict[str, ScoredEvents]  # of mixtures, by windows whose clip scores they are
 
 
 def score_held_out(settings: StudySettings, fold: int | str) -> HeldOut:
@@ -226,43 +251,9 @@ def score_held_out(settings: StudySettings, fold: int | str) -> HeldOut:
         make_benchmark(BenchmarkSettings(**options, output_dir=str(output), mixing=rules))
     rows = read_rows(open_splits(str(output), "parquet")["test"], "events")
     others = table["file_name"][(table["fold"] == str(fold)) & (table["events"] == "[]")].tolist()
-    unlearnt = score_without_events(network, extractor, AudioColumn(_audio(sounds, others)))
-    return HeldOut(model, score_events(network, extractor, rows).events, unlearnt)
-
-
-def load(model: Path) -> tuple[SSLAMForAudioFrameClassification, SSLAMFeatureExtractor]:
-    """A model and its feature extractor."""
-    return SSLAMForAudioFrameClassification.from_pretrained(model), SSLAMFeatureExtractor.from_pretrained(model)
-
-
-def score_without_events(network: SSLAMForAudioFrameClassification, extractor: SSLAMFeatureExtractor, audio: AudioColumn) -> ScoredEvents:
-    """Scores of recordings in which nothing that the model knows sounds."""
-    waveforms = Waveforms(audio, extractor.sampling_rate)
-    if len(audio):  # a fold may have no such clips
-        waveforms.check_unreadable(0.0, "evaluation")
-    found = [network.score_steps(waveform, extractor) for waveform in waveforms]
-    scores, durations = {str(i): one.scores for i, one in enumerate(found)}, {str(i): one.duration for i, one in enumerate(found)}
-    classes = network.config.class_names
-    return ScoredEvents(scores, network.config.frames_per_step / 100, classes, {name: [] for name in scores}, durations)
-
-
-def calibrated(scored: ScoredEvents, temperature: float) -> ScoredEvents:
-    """The scores of a model whose head is divided by the temperature (exact where no windows overlap)."""
-    return scored._replace(
-        scores={name: expit(as_logits(values) / temperature).astype(np.float32) for name, values in scored.scores.items()}
-    )
-
-
-def join_scores(parts: Mapping[str, ScoredEvents]) -> ScoredEvents:
-    """The recordings of all parts, whose names begin with that of the part."""
-    first = next(iter(parts.values()))
-    if different := [name for name, part in parts.items() if (part.step, part.classes) != (first.step, first.classes)]:
-        raise UserError(f"{different[0]} have other classes or time steps than {next(iter(parts))}: give folds with the same classes")
-
-    def joined(field: str) -> dict[str, Any]:
-        return {f"{name}/{recording}": value for name, part in parts.items() for recording, value in getattr(part, field).items()}
-
-    return ScoredEvents(joined("scores"), first.step, first.classes, joined("ground_truth"), joined("durations"))
+    unlearnt = score_without_events(network, extractor, audio_column(sounds, others))
+    windows = {f"{window:g}": window_scores(network, extractor, rows, window, NATIVE_STEP) for window in settings.windows}
+    return HeldOut(model, score_events(network, extractor, rows).events, unlearnt, windows)
 
 
 def join_mixtures(folds: Mapping[str, HeldOut]) -> ScoredEvents:
@@ -290,7 +281,7 @@ def evaluate(settings: StudySettings, own: HeldOut, fold: int | str, others: Map
     scale_head(network, HEAD, temperature)
     mixtures = calibrated(own.mixtures, temperature)
     unlearnt = {"clips of other classes": calibrated(own.others, temperature)}
-    for source in map(SourceSettings.of, settings.others):
+    for source in map(SourceSettings.of, settings.test_others):
         unlearnt[source.name] = score_without_events(network, extractor, AudioColumn(open_table(source)))
     return {
         "calibration": measure(own.mixtures, temperature),
@@ -303,38 +294,22 @@ def evaluate(settings: StudySettings, own: HeldOut, fold: int | str, others: Map
             }
             for limit, found in chosen.items()
         },
+        "windows": evaluate_windows(own, others) if settings.windows else {},
     }
 
 
-def measure(scored: ScoredEvents, temperature: float) -> dict[str, Any]:
-    """How well calibrated scores agree with frequencies, and uncalibrated ones (`before`): of all time steps."""
-    targets = step_targets(scored)
-    found, before = (measure_calibration(step_logits(part), targets, exclusive=False) for part in (calibrated(scored, temperature), scored))
-    return {"temperature": temperature, **found, "before": before}
+def evaluate_windows(own: HeldOut, others: Mapping[str, HeldOut]) -> dict[str, Any]:
+    """The detector, and the same network as a tagger of sliding windows, each with the thresholds and filters that have the highest mean
+    segment F1 in the mixtures of the other folds, without a limit."""
 
+    def evaluated(mixtures: ScoredEvents, tuning: dict[str, ScoredEvents]) -> dict[str, Any]:
+        tuned = tune_events(*join_scores(tuning), change_lengths=CHANGE_LENGTHS)
+        return {"event_detection": asdict(tuned), **evaluate_events(*mixtures, tuned, confidence=None)}
 
-def false_alarms(scored: ScoredEvents, settings: EventSettings) -> dict[str, Any]:
-    """Events that these settings find in recordings without any: `per_hour`, `hours` of all recordings, and `by_class` their number."""
-    by_class: Counter[str] = Counter()
-    for name, values in scored.scores.items():
-        events = find_events(values, scored.step, scored.classes, settings, scored.durations[name])
-        by_class.update(event.label for event in events)
-    hours = sum(scored.durations.values()) / 3600
-    return {"per_hour": by_class.total() / hours, "hours": hours, "by_class": dict(by_class.most_common())}
-
-
-@torch.inference_mode()
-def tag_scores(
-    network: SSLAMForAudioFrameClassification, extractor: SSLAMFeatureExtractor, folder: Path, names: Iterable[str]
-) -> np.ndarray:
-    """Scores of whole clips: `(clips, classes)`."""
-    waveforms, scores = Waveforms(AudioColumn(_audio(folder, names)), extractor.sampling_rate), []
-    waveforms.check_unreadable(0.0, "evaluation")
-    for start in range(0, len(waveforms), 16):
-        clips = [waveforms[i] for i in range(start, min(start + 16, len(waveforms)))]
-        inputs = extractor(clips, sampling_rate=extractor.sampling_rate, return_tensors="pt", return_attention_mask=True)
-        scores.append(network(**inputs).clip_logits.sigmoid())
-    return torch.cat(scores).numpy()
+    found = {"detector": evaluated(own.mixtures, {fold: other.mixtures for fold, other in others.items()})}
+    for window, mixtures in own.windows.items():
+        found[f"windows of {window} s"] = evaluated(mixtures, {fold: other.windows[window] for fold, other in others.items()})
+    return found
 
 
 def evaluate_tags(
@@ -377,33 +352,6 @@ def run(settings: StudySettings) -> dict[str, Any]:
         write_calibration(model, HEAD, temperature, description)
         write_event_detection(model, list(chosen.values())[-1])
     return results
-
-
-def tables(results: Mapping[str, dict[str, Any]]) -> str:
-    """Figures by fold and, with their intervals over folds, in the mean; then those of events by limit of false alarms."""
-
-    def row(title: str, values: list[float], scale: float = 1, decimals: int = 3) -> list[str]:
-        known = [value for value in values if not np.isnan(value)]
-        texts = ["-" if np.isnan(value) else f"{scale * value:.{decimals}f}" for value in values]
-        return [title, *texts, format_summary(summarize(known), scale, decimals)]
-
-    folds = list(results.values())
-    subsets = [name for name, found in folds[0]["tags"].items() if isinstance(found, dict)]
-    rows = [row("accuracy, %", [found["tags"]["accuracy"] for found in folds], 100, 1)]
-    rows += [row(f"accuracy, {name}, %", [found["tags"][name]["accuracy"] for found in folds], 100, 1) for name in subsets]
-    rows.append(row("temperature", [found["calibration"]["temperature"] for found in folds], 1, 2))
-    for title, calibrations in (("before", [found["calibration"]["before"] for found in folds]), ("", [f["calibration"] for f in folds])):
-        rows.append(row(f"calibration error {title}".rstrip(), [one["expected_calibration_error"] for one in calibrations]))
-    for limit in folds[0]["events"]:
-        events = [found["events"][limit] for found in folds]
-        about = f"limit {limit}"
-        for metric in ("segment_f1", "collar_f1", "psds1", "psds1_macro", "psds2"):
-            rows.append(row(f"{about}: {metric}", [found["metrics"][metric] for found in events]))
-        rows.append(row(f"{about}: false alarms an hour, mixtures", [found["false_alarms"]["per_hour"] for found in events], 1, 0))
-        for name in dict.fromkeys(name for one in events for name in one["false_alarms_of_others"]):  # a fold may have no such clips
-            of_others = [one["false_alarms_of_others"].get(name, {"per_hour": np.nan})["per_hour"] for one in events]
-            rows.append(row(f"{about}: false alarms an hour, {name}", of_others, 1, 0))
-    return markdown_table(["", *(f"fold {fold}" for fold in results), "mean ± standard deviation [95 %]"], rows)
 
 
 def main() -> None:
