@@ -34,6 +34,7 @@ from transformers_sslam.audio.decode import load_waveform
 from transformers_sslam.audio.layouts import open_splits
 from transformers_sslam.audio.rows import read_rows
 from transformers_sslam.errors import UserError
+from transformers_sslam.evaluation.intervals import summarize
 from transformers_sslam.evaluation.scored_events import ScoredEvents
 from transformers_sslam.events_sslam import EventSettings
 from transformers_sslam.finetuning import repeats
@@ -431,7 +432,6 @@ def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_each_test_from
         )
     table = study.tables(results)
     assert "| accuracy, esc10, % |" in table
-    assert "| detector over windows of 0.64 s: segment_f1 |" in table
     assert "| limit 100: false alarms an hour, free |" in table
     del results["2"]["events"]["100"]["false_alarms_of_others"]["clips of other classes"]  # a fold without such clips
     results["3"]["events"]["100"]["false_alarms_of_others"]["clips of other classes"]["per_hour"] = 7.0
@@ -564,8 +564,17 @@ def test_a_detector_and_sliding_windows_have_thresholds_of_the_other_folds(tmp_p
         {"2": study.HeldOut(tmp_path, one_class([0.9, 0.2, 0.7, 0.2], dogs), others, {"1": early})},
     )
     for name, threshold, f1 in (("detector", 0.45, 1.0), ("windows of 1 s", 0.35, 0.0)):
-        assert found[name]["event_detection"]["threshold"] == {"dog": threshold}  # halfway between the scores of fold 2
+        assert found[name]["event_detection"]["segment"]["threshold"] == {"dog": threshold}  # halfway between the scores of fold 2
         assert found[name]["metrics"]["segment_f1"] == f1
+    worse = study.evaluate_windows(
+        study.HeldOut(tmp_path, late, others, {"1": late}), {"2": study.HeldOut(tmp_path, early, others, {"1": early})}
+    )
+    lines = study.table_of_windows({"1": {"windows": found}, "2": {"windows": worse}}).splitlines()
+    assert lines[0] == "|  | all |"  # each recording has the same number of sounds at once
+    for name, both in (("detector", [1, 0]), ("windows of 1 s", [0, 0]), ("gain over windows of 1 s", [1, 0])):
+        expected = summarize(both)
+        cell = f"{expected.mean:.3f} ± {expected.std:.3f} [{expected.low:.3f}, {expected.high:.3f}]"
+        assert f"| segment_f1, {name} | {cell} |" in lines
 
 
 def test_scores_are_calibrated_as_by_a_temperature_of_the_head(tmp_path):

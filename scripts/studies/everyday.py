@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import transformers
+from events import evaluate as evaluate_tuned
 from everyday_scores import (
     audio_column,
     calibrated,
@@ -34,6 +35,7 @@ from everyday_scores import (
     load,
     measure,
     score_without_events,
+    table_of_windows,
     tables,
     tag_scores,
     window_scores,
@@ -299,17 +301,12 @@ def evaluate(settings: StudySettings, own: HeldOut, fold: int | str, others: Map
 
 
 def evaluate_windows(own: HeldOut, others: Mapping[str, HeldOut]) -> dict[str, Any]:
-    """The detector, and the same network as a tagger of sliding windows, each with the thresholds and filters that have the highest mean
-    segment F1 in the mixtures of the other folds, without a limit."""
-
-    def evaluated(mixtures: ScoredEvents, tuning: dict[str, ScoredEvents]) -> dict[str, Any]:
-        tuned = tune_events(*join_scores(tuning), change_lengths=CHANGE_LENGTHS)
-        return {"event_detection": asdict(tuned), **evaluate_events(*mixtures, tuned, confidence=None)}
-
-    found = {"detector": evaluated(own.mixtures, {fold: other.mixtures for fold, other in others.items()})}
+    """The detector, and the same network as a tagger of sliding windows: each metric with the thresholds and filters that have its highest
+    mean over classes in the mixtures of the other folds, without a limit."""
+    compared = {"detector": (own.mixtures, {fold: other.mixtures for fold, other in others.items()})}
     for window, mixtures in own.windows.items():
-        found[f"windows of {window} s"] = evaluated(mixtures, {fold: other.windows[window] for fold, other in others.items()})
-    return found
+        compared[f"windows of {window} s"] = mixtures, {fold: other.windows[window] for fold, other in others.items()}
+    return {name: evaluate_tuned(join_scores(tuning), mixtures, CHANGE_LENGTHS) for name, (mixtures, tuning) in compared.items()}
 
 
 def evaluate_tags(
@@ -362,6 +359,8 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     print(tables(results))
+    if settings.windows:
+        print("\n" + table_of_windows(results))
 
 
 if __name__ == "__main__":

@@ -139,11 +139,27 @@ def tables(results: Mapping[str, dict[str, Any]]) -> str:
         for name in dict.fromkeys(name for one in events for name in one["false_alarms_of_others"]):  # a fold may have no such clips
             of_others = [one["false_alarms_of_others"].get(name, {"per_hour": np.nan})["per_hour"] for one in events]
             rows.append(row(f"{about}: false alarms an hour, {name}", of_others, 1, 0))
-    for name in folds[0]["windows"]:
-        for metric in ("segment_f1", "collar_f1", "psds1", "psds2"):
-            values = [found["windows"][name]["metrics"][metric] for found in folds]
-            rows.append(row(f"{name}: {metric}", values))
-            if name != "detector":
-                gains = [found["windows"]["detector"]["metrics"][metric] - value for found, value in zip(folds, values)]
-                rows.append(row(f"detector over {name}: {metric}", gains))
     return markdown_table(["", *(f"fold {fold}" for fold in results), "mean ± standard deviation [95 %]"], rows)
+
+
+def table_of_windows(results: Mapping[str, dict[str, Any]]) -> str:
+    """The detector, sliding windows, and the detector's gain over them fold by fold: mean over folds [95 %] of each metric in all mixtures,
+    and in those with 1, 2, ... sounds at once."""
+    folds = [found["windows"] for found in results.values()]
+    numbers = [number for number in folds[0]["detector"]["by_overlap"] if all(number in found["detector"]["by_overlap"] for found in folds)]
+
+    def values(name: str, metric: str, number: str | None) -> np.ndarray:
+        return np.array([(found[name]["by_overlap"][number] if number else found[name]["metrics"])[metric] for found in folds])
+
+    def cell(differences: np.ndarray) -> str:
+        known = differences[~np.isnan(differences)]
+        return format_summary(summarize(known), 1, 3) if len(known) else "-"
+
+    rows = []
+    for metric in ("segment_f1", "collar_f1", "psds1", "psds1_macro", "psds2"):
+        for name in folds[0]:
+            rows.append([f"{metric}, {name}", *(cell(values(name, metric, number)) for number in (None, *numbers))])
+        for name in list(folds[0])[1:]:
+            gains = (cell(values("detector", metric, number) - values(name, metric, number)) for number in (None, *numbers))
+            rows.append([f"{metric}, gain over {name}", *gains])
+    return markdown_table(["", "all", *(f"{number} at once" for number in numbers)], rows)
