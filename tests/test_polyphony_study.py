@@ -81,7 +81,7 @@ def test_a_voice_whose_package_is_not_installed_is_named(prompts):
 class Synthesizer:
     """Of FluidSynth what the script uses: a sine of the note, twice as loud on the left, that sounds on until `system_reset`."""
 
-    def __init__(self, missing: int | None = None, silent: int | None = None):
+    def __init__(self, missing: int | str | None = None, silent: int | None = None):
         self.sounding, self.program, self.missing, self.silent = [], None, missing, silent
         self.programs: list[int] = []  # all that were chosen
 
@@ -90,10 +90,12 @@ class Synthesizer:
 
     def program_select(self, channel: int, soundfont: int, bank: int, program: int) -> int:
         assert soundfont == 7
-        assert bank == (128 if channel == sets.DRUM_CHANNEL else 0)
-        if bank == 0:
-            self.program = program
-            self.programs.append(program)
+        if channel == sets.DRUM_CHANNEL:
+            assert bank == 128
+            return -1 if self.missing == "drums" else 0
+        assert bank == 0
+        self.program = program
+        self.programs.append(program)
         return -1 if program == self.missing else 0
 
     def noteon(self, channel: int, pitch: int, velocity: int) -> None:
@@ -153,6 +155,7 @@ def test_speech_has_each_synthetic_voice_in_one_fold_and_each_prompt_of_the_pers
         return np.full(8 * 22_050, 0.5, np.float32), 22_050
 
     monkeypatch.setattr(sets, "speak", speak)
+    monkeypatch.setattr(sets, "installed_voices", lambda: {"rms", *sets.FLITE_VOICES})
     pitches = {300 + 320 * number for number in range(20)}
     for pitch in pitches:
         write_g722(tmp_path / sets.PERSON / "digits" / f"{pitch}.g722", 1.0, pitch)
@@ -176,6 +179,9 @@ def test_speech_has_each_synthetic_voice_in_one_fold_and_each_prompt_of_the_pers
     write_g722(tmp_path / "beeps" / sets.PERSON / "beep.g722", 1.0, 1000)
     with pytest.raises(UserError, match="has no prompts: install asterisk-core-sounds-ru-g722"):
         list(sets.speech(tmp_path / "beeps"))
+    monkeypatch.setattr(sets, "installed_voices", lambda: {"awb", "rms", "kal16"})
+    with pytest.raises(UserError, match="flite has no voice slt: install"):
+        list(sets.speech(tmp_path))
 
 
 def test_a_program_that_speaks_writes_a_file_and_one_that_cannot_is_named():
@@ -186,6 +192,17 @@ def test_a_program_that_speaks_writes_a_file_and_one_that_cannot_is_named():
         sets.speak(["no-such-program"])
     with pytest.raises(UserError, match="cannot speak .*exit status 3"):
         sets.speak([sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(UserError, match="cannot speak .*: install the packages"):
+        sets.speak([sys.executable, "-c", ""])  # writes nothing
+
+
+def test_voices_of_flite_are_those_that_it_lists(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="flite does not start .*: install the packages"):
+        sets.installed_voices()
+    (tmp_path / "flite").write_text(f"#!{sys.executable}\nprint('Voices available: kal awb_time kal16 awb rms slt ')\n")
+    (tmp_path / "flite").chmod(0o755)
+    assert sets.installed_voices() == {"kal", "awb_time", "kal16", "awb", "rms", "slt"}
 
 
 def test_tunes_have_instruments_of_one_fold_each_and_no_bells():
@@ -200,7 +217,11 @@ def test_tunes_have_instruments_of_one_fold_each_and_no_bells():
     by_fold = [set(programs[fold::4].ravel()) for fold in range(4)]
     assert all(not by_fold[i] & by_fold[j] for i in range(4) for j in range(i))
     assert 14 not in sets.TUNE_PROGRAMS  # tubular bells, like church bells
-    for file, missing, message in (("absent.sf2", None, "absent.sf2 is not a readable"), ("any.sf2", programs[0, 1], "has no program")):
+    for file, missing, message in (
+        ("absent.sf2", None, "absent.sf2 is not a readable"),
+        ("any.sf2", programs[0, 1], "has no program"),
+        ("any.sf2", "drums", "any.sf2 has no drums"),
+    ):
         with pytest.raises(UserError, match=message):
             list(sets.tunes(Synthesizer(missing=missing), file))
 

@@ -294,11 +294,6 @@ def test_the_study_of_events_compares_all_methods_on_the_same_mixtures(tmp_path)
             soundfile.write(tmp_path / "sounds" / f"{fold}-{i}.wav", 0.3 * tone, 16_000)
             lines.append(f"{fold}-{i}.wav,{label},{fold}")
     (tmp_path / "sounds" / "metadata.csv").write_text("\n".join(lines))
-    voices = tmp_path / "voices"
-    voices.mkdir()
-    for fold in (*FOLDS, 9):  # 9: no fold of the clips
-        soundfile.write(voices / f"{fold}.wav", 0.2 * noise(1.0, seed=50 + fold), 16_000)
-    (voices / "metadata.csv").write_text("file_name,label,fold,recording\n" + "".join(f"{i}.wav,voice,{i},v{i}\n" for i in (*FOLDS, 9)))
     for name in ("train", "test"):
         (tmp_path / name).mkdir()
         soundfile.write(tmp_path / name / "below.wav", 0.01 * noise(4.0, seed=name == "test"), 16_000)
@@ -368,6 +363,9 @@ def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_each_test_from
     for fold in (*FOLDS, 9):  # 9: no fold of the clips
         soundfile.write(voices / f"{fold}.wav", 0.2 * noise(1.0, seed=50 + fold), 16_000)
     (voices / "metadata.csv").write_text("file_name,label,fold,recording\n" + "".join(f"{i}.wav,voice,{i},v{i}\n" for i in (*FOLDS, 9)))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "metadata.csv").write_text("file_name,label,fold,recording\na.wav,voice,fold1,a\n")
     for name in ("train", "test"):
         (tmp_path / name).mkdir()
         soundfile.write(tmp_path / name / "below.wav", 0.01 * noise(4.0, seed=name == "test"), 16_000)
@@ -456,6 +454,7 @@ def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_each_test_from
         ({"subsets": ["esc50"]}, "has no column esc50, only file_name, label"),
         ({"others": [str(free)]}, "free has no column label, only file_name, license"),
         ({"others": [str(tmp_path / "train")]}, "train has no metadata.csv: give an audio folder"),
+        ({"others": [str(elsewhere)]}, "elsewhere has no clip in the folds of .*esc, 1, 2, 3$"),
         ({"others": [str(sounds)]}, "others have click too .*, which .* has: give sounds of other labels"),
     ):
         with pytest.raises(UserError, match=message):
@@ -548,12 +547,25 @@ def test_thresholds_of_a_fold_are_chosen_by_models_that_have_not_learnt_theirs(t
         ({"max_false_alarms": [-1.0]}, "max_false_alarms: max_false_alarms is -1.0, but a number an hour that is not negative"),
         ({"backgrounds": [clips]}, "backgrounds or test_backgrounds is empty, but not both"),
         ({"test_others": [clips, {**clips, "path": "b/clips"}]}, "test_others has two folders of the name clips: give each a name"),
-        ({"others": ["a/clips", "b/clips"]}, "^others has two folders of the name clips: give each a name"),
+        ({"windows": [0.64, 0.0]}, "windows has 0, but numbers of seconds of at least 0.16 are expected"),
+        ({"others": ["a/clips", "b/clips/../clips"]}, "^others has two folders of the name clips: give each a name"),
     ):
         with pytest.raises(UserError, match=message):
             everyday_settings(study, tmp_path, **changes)
     with pytest.raises(UserError, match="c have other classes or time steps than b: give folds with the same classes"):
         study.join_scores({"b": first.mixtures, "c": first.mixtures._replace(classes=["cat"])})
+
+
+def test_further_sounds_do_not_replace_clips_of_the_same_path(tmp_path):
+    study = load_script("everyday")
+    for folder in (tmp_path / "esc" / "voices", tmp_path / "voices"):
+        folder.mkdir(parents=True)
+        soundfile.write(folder / "1.wav", 0.1 * noise(1.0), 16_000)
+    (tmp_path / "esc" / "metadata.csv").write_text("file_name,label,fold,recording,license\nvoices/1.wav,dog,1,a,CC0\n")
+    (tmp_path / "voices" / "metadata.csv").write_text("file_name,label,fold,recording\n1.wav,voice,1,b\n")
+    paths = {"data_dir": str(tmp_path / "esc"), "output_dir": str(tmp_path / "study"), "subsets": []}
+    with pytest.raises(UserError, match="data_dir and others have two files voices/1.wav: rename a folder of others"):
+        study.copy_sounds(study.StudySettings(**paths, free_dir="free", others=[str(tmp_path / "voices" / ".." / "voices")]))
 
 
 def test_a_detector_and_sliding_windows_have_thresholds_of_the_other_folds(tmp_path):

@@ -73,7 +73,8 @@ from transformers_sslam.settings import parse_settings, read_settings, setting, 
 
 NO_LIMIT = "none"
 NATIVE_STEP = 0.16  # seconds, of the encoder's patches
-MAY_CHANGE = {"output_dir", "folds", "max_false_alarms", "seed", "test_others", "subsets"}  # in a folder that another run has begun
+# In a folder that another run has begun.
+MAY_CHANGE = {"output_dir", "folds", "max_false_alarms", "seed", "test_others", "subsets", "windows"}
 
 
 @dataclass
@@ -86,7 +87,7 @@ class StudySettings:
     output_dir: str = setting("folder for all models and results", "runs/everyday")
     folds: list[int | str] = setting("folds that are held out in turn", [1, 2, 3, 4])
     max_false_alarms: list[float] = setting(
-        "limits of false alarms an hour, in mixtures and clips of other classes together, to compare with none; the last is the model's", []
+        "limits of false alarms an hour, in mixtures, clips of other classes and `others` together; the last is the model's", []
     )
     seed: int = setting("random seed of the whole run", 0)
     licenses: list[str] = setting("licences of clips that are trained on", ["CC0", "CC-BY"])
@@ -120,7 +121,9 @@ class StudySettings:
         with as_user_error("max_false_alarms"):
             for limit in self.max_false_alarms:
                 check_limit(limit)
-        further = [Path(folder).name for folder in self.others]
+        if short := [window for window in self.windows if not window >= NATIVE_STEP]:
+            raise UserError(f"windows has {short[0]:g}, but numbers of seconds of at least {NATIVE_STEP:g} are expected")
+        further = [Path(folder).resolve().name for folder in self.others]
         for option, names in (("others", further), ("test_others", [SourceSettings.of(source).name for source in self.test_others])):
             if twice := [name for name in names if names.count(name) > 1]:
                 raise UserError(f"{option} has two folders of the name {twice[0]}: give each a name of its own")
@@ -143,6 +146,8 @@ def check_data(settings: StudySettings) -> None:
         further = read_table(folder, ("label", "fold", "recording"))
         if known := sorted(set(further["label"]) & set(table["label"])):
             raise UserError(f"others have {known[0]} too ({folder}), which {settings.data_dir} has: give sounds of other labels")
+        if not set(further["fold"]) & set(table["fold"]):
+            raise UserError(f"{folder} has no clip in the folds of {settings.data_dir}, {', '.join(sorted(set(table['fold'])))}")
     if absent := sorted(set(map(str, settings.folds)) - set(table["fold"])):
         raise UserError(f"{settings.data_dir} has no fold {absent[0]}, only {', '.join(sorted(set(table['fold'])))}")
     record = Path(settings.output_dir) / "settings.json"
@@ -166,13 +171,15 @@ def copy_sounds(settings: StudySettings) -> Path:
     table = pd.read_csv(folder / "metadata.csv", dtype=str, keep_default_na=False)
     numbers, folds = Counter(table["label"]), set(table["fold"])
     parts = [table[table["license"].isin(settings.licenses)].assign(file=lambda rows: [folder / name for name in rows["file_name"]])]
-    for other in map(Path, settings.others):
+    for other in (Path(folder).resolve() for folder in settings.others):
         further = pd.read_csv(other / "metadata.csv", dtype=str, keep_default_na=False)
         further = further[further["fold"].isin(folds)]
         files = [other / name for name in further["file_name"]]
         parts.append(further.assign(file=files, file_name=f"{other.name}/" + further["file_name"]))
     table = pd.concat(parts, ignore_index=True).fillna("")
     files = table.pop("file")
+    if (twice := table["file_name"].duplicated()).any():
+        raise UserError(f"data_dir and others have two files {table['file_name'][twice].iloc[0]}: rename a folder of others")
     waveforms = Waveforms(audio_column(Path(), files), 16_000)
     waveforms.check_unreadable(0.0, "training")
     rules, events, sounds = MixtureSettings(), [], []

@@ -17,9 +17,9 @@ Instruments: notes of 3 s of twenty of them, every third semitone of five octave
 fold has every fifth of these pitches, the same for all instruments: 15 semitones apart, so that no fold has octaves alone.
 
 Speech and tunes are for a model that shall not take them for something else, under licences that let anyone use its weights. Speech: clips
-of 5 s, numbers that espeak-ng reads in sixteen languages and flite in four voices, each voice in one fold; and, in all folds, prompts of a
-person (CC-BY 3.0), at 16 kHz (G.722). Tunes: 5 s of a melody and chords, half of them with drums, at random, of instruments that are in one
-fold each, rendered by FluidSynth; the soundfont is under the MIT licence, parts under CC0.
+of 5 s, numbers that espeak-ng reads in sixteen languages and flite in four voices, each language and each of these voices in one fold; and,
+in all folds, prompts of a person (CC-BY 3.0), at 16 kHz (G.722). Tunes: 5 s of a melody and chords at random, of instruments that are in
+one fold each, half of them with drums, which are in all, rendered by FluidSynth; the soundfont is under the MIT licence, parts under CC0.
 """
 
 import csv
@@ -77,7 +77,7 @@ FLITE_VOICES = ("awb", "kal16", "rms", "slt")
 PERSON = "ru_RU_f_IvrvoiceRU"
 CLIPS_OF_A_LANGUAGE, CLIPS_OF_A_VOICE, CLIPS_OF_THE_PERSON = 3, 6, 40
 TUNES = 96
-TUNE_PROGRAMS = tuple(program for program in range(112) if program != 14)  # without effects, and tubular bells, which are like church bells
+TUNE_PROGRAMS = tuple(program for program in range(112) if program != 14)  # no percussion, no noises, no tubular bells
 SCALES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10))  # major and natural minor, in semitones
 DRUMS = {0: 36, 4: 38}  # by eighths of a bar: bass drum and snare of General MIDI's channel 10; on all others a closed hi-hat
 CLOSED_HI_HAT, DRUM_CHANNEL = 42, 9
@@ -167,6 +167,8 @@ def speech(sounds_dir: str | Path) -> Iterator[Clip]:
     Raises:
         UserError: if the person has no prompts, or a program is not installed or fails.
     """
+    if missing := sorted(set(FLITE_VOICES) - installed_voices()):  # flite would speak in another voice
+        raise UserError(f"flite has no voice {missing[0]}: install the package flite of Debian 12 or later")
     voices = [*((language, CLIPS_OF_A_LANGUAGE) for language in LANGUAGES), *((voice, CLIPS_OF_A_VOICE) for voice in FLITE_VOICES)]
     for position, (voice, count) in enumerate(voices):
         generator = np.random.default_rng(zlib.crc32(voice.encode()))
@@ -183,15 +185,23 @@ def speech(sounds_dir: str | Path) -> Iterator[Clip]:
         yield Clip(f"person-{number:02d}", waveform, OTHER_RATE, "speech", f"person-{number:02d}", number % OTHER_FOLDS + 1)
 
 
+def installed_voices() -> set[str]:
+    """Those of flite."""
+    try:
+        return set(subprocess.run(["flite", "-lv"], check=True, capture_output=True, text=True).stdout.partition(":")[2].split())
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"flite does not start ({error}): install the packages that this script names") from error
+
+
 def speak(command: list[str]) -> tuple[np.ndarray, int]:
     """What a program says, which writes a file that is its last argument: `(samples,)` and their rate."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "speech.wav"
         try:
             subprocess.run([*command, str(file)], check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+            waveform, rate = soundfile.read(file, dtype="float32")
+        except (OSError, subprocess.CalledProcessError, soundfile.LibsndfileError) as error:
             raise UserError(f"{command[0]} cannot speak ({error}): install the packages that this script names") from error
-        waveform, rate = soundfile.read(file, dtype="float32")
     return waveform, rate
 
 
@@ -226,7 +236,8 @@ def tunes(synthesizer: Any, soundfont: str | Path) -> Iterator[Clip]:
         for channel, program in enumerate(programs):
             if synthesizer.program_select(channel, loaded, 0, int(program)) != 0:
                 raise UserError(f"{soundfont} has no program {program}: give a soundfont of General MIDI")
-        synthesizer.program_select(DRUM_CHANNEL, loaded, 128, 0)
+        if synthesizer.program_select(DRUM_CHANNEL, loaded, 128, 0) != 0:
+            raise UserError(f"{soundfont} has no drums: give a soundfont of General MIDI")
         eighth, now, played = 30 / generator.uniform(70, 160), 0, []
         for instant, channel, pitch, velocity in sorted(compose(generator, eighth)):
             sample = round(instant * OTHER_RATE)
