@@ -510,6 +510,51 @@ def test_frozen_networks_are_compared_by_fold(clips, tmp_path):
     assert set(untrained["folds"]) == {"untrained", "log_mel"}
 
 
+def test_encoders_of_fewer_hours_have_recordings_of_those_of_more(clips, recipe, tmp_path, monkeypatch):
+    study = load_script("hours")
+    for folder, number in (("sea", 6), ("town", 4)):
+        (tmp_path / folder / "further").mkdir(parents=True)
+        for i in range(number):
+            path = tmp_path / folder / ("further" if i % 2 else ".") / f"{i}.flac"
+            soundfile.write(path, noise(0.9, seed=i), 16_000)
+    stage2 = {**json.loads(recipe.read_text()), "stage": 2}
+    stage2["model_config"] = {**stage2["model_config"], "unmixed_span_length": 16}
+    (tmp_path / "stage2.json").write_text(json.dumps(stage2))
+    sources = [str(tmp_path / "sea"), str(tmp_path / "town")]
+    settings = study.StudySettings(str(clips), sources, hours=[0.0005, 0.0015], output_dir=str(tmp_path / "out"), stage1=str(recipe),
+                                   stage2=str(tmp_path / "stage2.json"))  # fmt: skip
+    results = study.run(settings)
+    assert list(results["hours"]) == ["0.0005", "0.0015"]
+    chosen = {}
+    for hours in results["hours"]:
+        manifests = sorted((tmp_path / "out" / f"{hours}-hours-seed-0").glob("*.tsv"))
+        lines = {file.read_text().splitlines()[0]: file.read_text().splitlines()[1:] for file in manifests}
+        assert set(lines) <= set(sources)
+        assert {line.split("\t")[1] for own in lines.values() for line in own} == {"14400"}
+        chosen[hours] = {(root, line) for root, own in lines.items() for line in own}
+        assert 0 <= len(chosen[hours]) * 0.9 / 3600 - float(hours) < 0.9 / 3600
+        assert set(results["hours"][hours]["folds"]["trained"]) == {"1", "2", "3"}
+    assert chosen["0.0005"] < chosen["0.0015"]
+    assert results["hours"]["0.0005"]["folds"]["untrained"] == results["hours"]["0.0015"]["folds"]["untrained"]
+    assert len(study.table(results).splitlines()) == 4
+    monkeypatch.setattr(steps, "PreTrainer", None)  # what is finished is found again
+    assert study.run(settings)["hours"] == results["hours"]
+    root, line = next(iter(chosen["0.0005"]))
+    soundfile.write(Path(root) / line.split("\t")[0], noise(1.8), 16_000)
+    with pytest.raises(TypeError):  # other recordings: the step is not taken for finished
+        study.run(settings)
+    with pytest.raises(UserError, match=r"hours has 1, but all recordings together last 0\.00 hours"):
+        study.run(replace(settings, hours=[1.0]))
+    with pytest.raises(UserError, match="numbers above 0"):
+        replace(settings, hours=[0.0])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty has no recording that ends in .flac, .ogg, .wav"):
+        study.run(replace(settings, sources=[str(tmp_path / "empty")]))
+    (tmp_path / "town" / "0.flac").write_bytes(b"no sound")
+    with pytest.raises(UserError, match=r"town/0\.flac cannot be read"):
+        study.run(settings)
+
+
 # The model of everyday sounds
 
 
