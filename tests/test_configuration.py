@@ -47,6 +47,8 @@ def test_save_and_load(tmp_path):
         ({"padding_value": math.nan}, "padding_value is nan"),
         ({"decoder_kernel_size": 2}, "decoder_kernel_size is 2"),
         ({"decoder_hidden_size": 36}, "decoder_hidden_size is 36 and decoder_num_groups is 8"),
+        ({"problem_type": "multilabel"}, "problem_type is 'multilabel', but must be one of None, regression, single_label_classification"),
+        ({"id2label": ["dog", "rain"]}, r"id2label is \['dog', 'rain'\], but the name of each number is expected"),
     ],
 )
 def test_contradictions_are_refused(kwargs, message):

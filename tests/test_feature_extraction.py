@@ -251,6 +251,8 @@ def test_what_is_no_clip_is_refused(extractor, raw_speech, message):
         ({"max_length": 0}, "0 frames.*multiple of 16"),
         ({"padding": 512, "max_length": 256}, "512 frames and max_length 256"),
         ({"max_length": 16, "truncation": False}, "48 frames.*max_length=16"),
+        ({"max_length": 16.0}, "max_length is 16.0 frames, but must be a positive multiple of 16"),
+        ({"max_length": "16"}, "max_length is '16' frames, but must be"),
         ({"padding": "shortest"}, "shortest"),
         ({"return_tensors": "jax"}, "jax"),
         ({"return_tensors": "mlx"}, "return_tensors is 'mlx'"),

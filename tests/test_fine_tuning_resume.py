@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from conftest import noise
 from processes import Fork, run_on_two
 from safetensors.torch import load_file
 
-from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
+from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification
 from transformers_sslam.checkpoints import checkpoints
 from transformers_sslam.errors import UserError
 from transformers_sslam.files import lock, verify
@@ -240,6 +241,29 @@ def test_checkpoints_of_other_settings_or_data_are_named(settings, clips, monkey
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
     with pytest.raises(UserError, match="a checkpoint of a run with other data: choose another output_dir"):
         fine_tune(settings)
+
+
+def test_a_run_from_weights_that_were_replaced_is_another_run(settings, tmp_path, monkeypatch):
+    model = str(tmp_path / "model")
+
+    def save(seed: int) -> None:
+        torch.manual_seed(seed)
+        SSLAMForAudioClassification(SSLAMConfig(**TINY)).save_pretrained(model)
+        SSLAMFeatureExtractor(max_length=32).save_pretrained(model)
+
+    save(0)
+    settings = replace(settings, model=model, model_config={})
+    interrupt(settings, monkeypatch, 4)
+    save(1)
+    with pytest.raises(UserError, match="checkpoint-3 is a checkpoint of a run with other weights in .*model: choose another output_dir"):
+        fine_tune_once(settings)
+    save(0)  # the same weights in a file of another time
+    loss = fine_tune_once(settings)["metrics"]["loss"]
+    save(1)
+    with pytest.raises(UserError, match="holds a model already, of a run with other weights in .*model"):
+        fine_tune_once(settings)
+    shutil.rmtree(model)
+    assert fine_tune_once(settings)["metrics"]["loss"] == loss  # finished, whatever came of the weights
 
 
 def test_a_run_that_too_many_unreadable_files_stopped_resumes_with_a_larger_limit(settings, monkeypatch, caplog):

@@ -276,10 +276,29 @@ def test_the_loss_of_nothing_known_is_nothing():
     assert not any(parameter.grad.any() for parameter in model.parameters())
 
 
-def test_labels_that_are_not_numbers_are_not_taken_for_unknown():
+@pytest.mark.parametrize("value", [torch.nan, -1.0, 1.5])
+def test_labels_that_are_not_fractions_are_not_taken_for_unknown(value):
     labels = torch.rand(2, 8, 3)
-    labels[0, 0, 0] = torch.nan
-    assert detector()(log_mels(), labels=labels).loss.isnan()
+    labels[0, 0, 0] = value
+    with pytest.raises(ValueError, match=rf"labels has {value:g}, but numbers from 0 \(absent\) to 1 \(present\) are expected, and -100"):
+        detector()(log_mels(), labels=labels)
+    with pytest.raises(ValueError, match=f"clip_labels has {value:g}"):
+        detector()(log_mels(), clip_labels=labels[:, 0])
+
+
+def test_other_classes_have_neither_thresholds_nor_a_calibration(tmp_path):
+    given = {"event_detection": {"threshold": {"cat": 0.9}}, "calibration": {"temperature": 2.0}}
+    detector(id2label={0: "cat", 1: "dog"}, num_labels=2, **given).save_pretrained(tmp_path)
+    same = SSLAMForAudioFrameClassification.from_pretrained(tmp_path, id2label={0: "cat", 1: "dog"}).config
+    assert (same.event_detection, same.calibration) == tuple(given.values())
+    more = {0: "cat", 1: "dog", 2: "cow"}
+    for changes in ({"id2label": more}, {"num_labels": 3}, {"label2id": {name: i for i, name in more.items()}}):
+        config = SSLAMForAudioFrameClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True, **changes).config
+        assert config.num_labels == 3
+        assert (config.event_detection, config.calibration) == (None, None)
+    own = {"event_detection": {"threshold": {"cow": 0.1}}, "id2label": more}
+    config = SSLAMForAudioFrameClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True, **own).config
+    assert (config.event_detection, config.calibration) == (own["event_detection"], None)
 
 
 @pytest.mark.parametrize(

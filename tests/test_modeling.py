@@ -478,6 +478,23 @@ def test_the_classifier_normalises_the_pooled_token():
         torch.testing.assert_close(model(log_mels()).logits, normalised @ model.classifier.weight.T + model.classifier.bias)
 
 
+def test_labels_as_whole_numbers_and_unknown_ones():
+    model, inputs = SSLAMForAudioClassification(tiny_config(num_labels=3)).eval(), torch.randn(2, 64, 128)
+    logits = model(inputs).logits
+    tags = torch.tensor([[1, 0, 1], [0, 1, 0]])
+    expected = nn.functional.binary_cross_entropy_with_logits(logits, tags.float(), reduction="none")
+    assert model(inputs, labels=tags).loss.item() == pytest.approx(expected.mean().item(), rel=1e-6)
+    assert model.config.problem_type == "multi_label_classification"
+    tags[0, 2] = -100  # as in a detector's labels, and in those of `sslam finetune`
+    assert model(inputs, labels=tags).loss.item() == pytest.approx((expected.sum() - expected[0, 2]).item() / 5, rel=1e-6)
+    with pytest.raises(ValueError, match="labels has -1, but numbers from 0"):
+        model(inputs, labels=-torch.ones(2, 3))
+    model.config.problem_type = None
+    classes = torch.tensor([2, 0], dtype=torch.int32)
+    assert model(inputs, labels=classes).loss.item() == pytest.approx(nn.functional.cross_entropy(logits, classes.long()).item(), rel=1e-6)
+    assert model.config.problem_type == "single_label_classification"
+
+
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, problem_type):
     """In a plain `Trainer`: it has to divide the loss by the number of steps, which a model may take upon itself."""

@@ -25,7 +25,6 @@ from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.calibration import fit_temperature, measure_calibration
 from transformers_sslam.evaluation.classifier import evaluate_classifier
 from transformers_sslam.evaluation.metrics import average_precision, mean_over_classes
-from transformers_sslam.evaluation.pooling import known_binary_cross_entropy
 from transformers_sslam.evaluation.probing import Partition, build_probe, check_classes_are_learnable, run_probe
 from transformers_sslam.evaluation.scores import evaluate_tags
 from transformers_sslam.evaluation.settings import EvaluationSettings
@@ -34,6 +33,7 @@ from transformers_sslam.finetuning.optimization import classification_loss
 from transformers_sslam.finetuning.settings import FineTuningSettings
 from transformers_sslam.finetuning.stream import ColumnTargets, EventTargets
 from transformers_sslam.finetuning.training import fine_tune
+from transformers_sslam.losses_sslam import known_binary_cross_entropy
 from transformers_sslam.polyphony.benchmark import BenchmarkSettings, make_benchmark
 from transformers_sslam.pretraining.probe import StudentProbe
 from transformers_sslam.pretraining.settings import StudentProbeSettings

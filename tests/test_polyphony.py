@@ -214,6 +214,8 @@ def test_beyond_full_scale_gains_and_levels_are_those_of_the_scaled_mixture(wave
         ({"level_db": [-20.0, 1.0]}, "level_db"),
         ({"overlap": "sometimes"}, "overlap is 'sometimes', but must be one of together, anywhere"),
         ({"sampling_rate": 0}, "sampling_rate is 0"),
+        ({"sampling_rate": 10**9}, "sampling_rate is 1000000000, but must be 1000 to 655350 Hz"),
+        ({"clip_seconds": 1e12}, r"clip_seconds is 1e\+12, but must be at most 3600"),
     ],
 )
 def test_rules_that_cannot_be_are_rejected(values: dict, message: str):

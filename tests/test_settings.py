@@ -86,6 +86,8 @@ def read(*words: str) -> Example:
         ("--folds [1,b,3]", [1, "b", 3]),
         ("--folds 1 b 3", [1, "b", 3]),
         ("--folds 3", [3]),
+        ("--folds 010", [10]),  # octal in YAML 1.1
+        ("--folds 1e3 yes", ["1e3", "yes"]),
         ("--inputs a.wav", "a.wav"),
         ("--inputs a.wav b.wav", ["a.wav", "b.wav"]),
         ("--inputs a,b.wav c:d.wav", ["a,b.wav", "c:d.wav"]),
@@ -143,6 +145,12 @@ def test_groups_in_lists_and_dictionaries_are_built():
         ("--other 5", "other is 5, but Group or null is expected"),
         ("--limit many", "limit is many, but float or dict[str, float] or null is expected"),
         ("--group.gain -1", "gain is -1.0, but must be at least 0"),
+        ("--other.gain -1", "gain is -1.0, but must be at least 0"),
+        ("--group {gain: x}", "group.gain is x, but float is expected"),
+        ("--group 3", "group is 3, but its settings are expected: write --group.NAME VALUE"),
+        ("--groups x", "groups is x, but list[test_settings.Group] is expected"),
+        ("--config", "config has no value: write --config RECIPE_OR_FILE"),
+        ("--model null", "model is None, but dict is expected"),
         ("--steps.a 3", "there is no setting steps.a"),
         ("steps", "'steps' stands without a name: write --NAME steps (required: --data_dir); a recipe is given as --config RECIPE"),
         ("steps=3", "'steps=3' stands without a name: write --steps 3"),
@@ -151,10 +159,23 @@ def test_groups_in_lists_and_dictionaries_are_built():
 )
 def test_a_wrong_flag_is_named_with_what_was_expected(words, message):
     name, _, value = words.partition(" ")
-    given = [value] if value.startswith("[") else value.split()
+    given = [value] if value[:1] in ("[", "{") else value.split()
     with pytest.raises(UserError) as error:
         read(name, *given)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", ["data_dir", "model"])
+def test_a_path_without_a_name_is_not_the_current_folder(name):
+    """As of an unset variable of the shell."""
+
+    @dataclass(kw_only=True)
+    class Paths:
+        data_dir: str = setting("folder", "clips")
+        model: str | None = setting("model", None)
+
+    with pytest.raises(UserError, match=f"{name} is empty, but a path is expected: write . for the current folder"):
+        parse_settings(Paths, [f"--{name}", ""])
 
 
 def test_a_required_setting_must_be_given():
@@ -176,6 +197,11 @@ def test_flags_override_recipes_and_the_later_recipe_the_earlier(tmp_path):
         ("steps: 5\nsteps: 6", "steps stands twice"),
         ("- 1", "holds .* but lines of the form"),
         ("group:\nsteps: 5", "group is empty in .*recipe.yaml"),
+        ("group: 3", "group is 3 in .*recipe.yaml: write its settings below it"),
+        ("group: []", r"group is \[\] in .*recipe.yaml"),
+        ("group: {roll: null}", "group.roll is null, but bool is expected: give one, or leave it out"),
+        ("steps: null", "steps is null, but int is expected"),
+        ("text: null", "text is null, but str is expected"),
         ("steps: [", "not YAML: "),
         ("steps: 5\nlearning_rate: fast", "learning_rate is fast, but float is expected"),
         ("stepps: 5", "there is no setting stepps: did you mean steps"),

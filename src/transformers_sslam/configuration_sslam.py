@@ -29,6 +29,7 @@ LARGEST_SIZES = {
     **{"patch_size": 1024, "num_mel_bins": 1024, "max_length": 1_048_576, "num_views": 1024},
 }
 
+PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 # Without these an encoder's weights mean nothing, or something else. (Positions are among them, hence `max_length`.)
 ENCODER_FIELDS = {
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps", "qkv_bias"),
@@ -229,6 +230,8 @@ class SSLAMConfig(PreTrainedConfig):
                     f"label2id is {self.label2id} and num_labels {kwargs.get('num_labels')}, but each class from 0 on needs one name: "
                     "leave num_labels out, or correct label2id"
                 )
+        if self.id2label and not isinstance(self.id2label, dict):
+            raise ValueError(f"id2label is {str(self.id2label)[:80]}, but the name of each number is expected: {{0: 'dog', 1: 'rain'}}")
         super().__post_init__(**kwargs)
         # `@strict` checks again whenever it validates, but wraps what it finds in an error of its own. Here a wrong value is a ValueError.
         self.validate_architecture()
@@ -302,12 +305,16 @@ class SSLAMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "SSLAMConfig":
-        """As in Transformers; but a `label2id` that is given replaces `id2label` too, and sizes that are given are checked."""
+        """As in Transformers; but `label2id` replaces `id2label` too, sizes are checked, and other classes have no thresholds yet."""
+        former = config_dict.get("id2label")
         if kwargs.get("label2id") and not kwargs.get("id2label"):
             saved = {name: value for name, value in config_dict.items() if name not in ("id2label", "num_labels")}
             config_dict = {**saved, "label2id": kwargs.pop("label2id")}
         loaded = super().from_dict(config_dict, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).validate_architecture()
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if former and {str(i): name for i, name in former.items()} != {str(i): name for i, name in config.id2label.items()}:
+            vars(config).update(dict.fromkeys({"event_detection", "calibration"} - kwargs.keys()))
+        config.validate_architecture()
         return loaded
 
     def validate_architecture(self):
@@ -331,6 +338,7 @@ class SSLAMConfig(PreTrainedConfig):
         self._require(["hidden_size"], lambda value: value % 4 == 0, "be a multiple of 4: sine and cosine of time and of frequency")
         self._require(["decoder_kernel_size"], lambda value: value % 2 == 1, "be odd, for 'same' padding")
         self._require(["layer_norm_eps"], lambda value: 0 < value < math.inf, "be a finite number above 0")
+        self._require(["problem_type"], PROBLEM_TYPES.__contains__, f"be one of {', '.join(map(str, PROBLEM_TYPES))}")
         self._require(["hidden_act"], ACT2FN.__contains__, f"be one of {', '.join(ACT2FN)}")
         self._require(["padding_value"], math.isfinite, "be finite: it replaces what a mask excludes")
         dropped = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate", "classifier_dropout")

@@ -229,9 +229,9 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         return clip.to(device=device)
 
     def _check_length(self, length: int) -> None:
-        if length < 1 or length % self.pad_to_multiple_of:
+        if not isinstance(length, Integral) or length < 1 or length % self.pad_to_multiple_of:
             raise ValueError(
-                f"max_length is {length} frames, but must be a positive multiple of {self.pad_to_multiple_of} (the model's patch size)"
+                f"max_length is {length!r} frames, but must be a positive multiple of {self.pad_to_multiple_of} (the model's patch size)"
             )
 
     def _target_lengths(self, frames: list[int], padding, max_length: int | None, truncation: bool) -> tuple[int | None, list[int]]:

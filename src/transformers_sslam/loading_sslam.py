@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.utils import logging
 
 
+logger = logging.get_logger(__name__)
 PATCH_PROJECTION = "patch_embeddings.projection.weight"
 
 
@@ -50,6 +52,11 @@ class SSLAMLoadingMixin(PreTrainedModel):
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         # Behind every `from_pretrained`, the last place where a conversion can be added. One that is registered with Transformers would
         # be taken for a format that models are saved in.
+        if type(model).__name__ == "SSLAMForAudioClassification" and model.config.architectures == ["SSLAMForAudioFrameClassification"]:
+            logger.warning(
+                "this model detects events: as a classifier it has a new head, whose scores mean nothing before it is trained. For events "
+                "and tags load it with AutoModelForAudioFrameClassification, and call `detect` or `score_over_time`"
+            )
         flatten = WeightConverter(PATCH_PROJECTION, PATCH_PROJECTION, [FlattenPatchProjection()])
         load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or []), flatten])
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)

@@ -24,6 +24,7 @@ from .attention_sslam import as_boolean, eager_attention_forward, without_autoca
 from .configuration_sslam import SSLAMConfig
 from .inference_sslam import SSLAMEncodingMixin, SSLAMScoringMixin
 from .loading_sslam import SSLAMLoadingMixin, flatten_patch_projection
+from .losses_sslam import labelled_loss
 from .pooling_sslam import SSLAMLayerPooling, pool_tokens, pooled_width, sounding_tokens
 
 
@@ -376,8 +377,8 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel, SSLAMScoringMixin):
         r"""
         Args:
             input_values: `(batch, frames, num_mel_bins)`, see [`SSLAMModel`].
-            labels: `(batch,)`, class indices: cross-entropy; `(batch, num_labels)`, floats in [0, 1]: binary cross-entropy for tags that
-                overlap; `(batch,)` with one label: squared error. `config.problem_type` decides where it is set.
+            labels: `(batch,)`, class indices: cross-entropy; `(batch, num_labels)`, in [0, 1] or -100 where unknown: binary cross-entropy
+                for tags that overlap; `(batch,)` with one label: squared error. `config.problem_type` decides where it is set.
             attention_mask: see [`SSLAMModel`].
 
         Returns:
@@ -387,7 +388,7 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel, SSLAMScoringMixin):
         outputs: SSLAMModelOutput = self.sslam(input_values, attention_mask=attention_mask, **{**kwargs, "return_dict": True})
         pooled = outputs.pooler_output if self.config.layer_pooling is None else outputs.layer_pooler_outputs
         logits = self._classify(pooled)  # type: ignore[arg-type]  # an encoder always gives one
-        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        loss = None if labels is None else labelled_loss(self.loss_function, labels, logits, self.config, **kwargs)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     @without_autocast

@@ -13,11 +13,9 @@ from .attention_sslam import as_boolean, without_autocast
 from .configuration_sslam import SSLAMConfig
 from .detection_sslam import SSLAMDetectionMixin
 from .inference_sslam import SSLAMScoringMixin
+from .losses_sslam import UNKNOWN, known_binary_cross_entropy
 from .modeling_sslam import SSLAMModel, SSLAMModelOutput, SSLAMPreTrainedModel
 from .tasks_sslam import ClipScoring
-
-
-UNKNOWN = -100  # a label that has no part in the loss
 
 
 @dataclass
@@ -87,7 +85,8 @@ class SSLAMForAudioFrameClassification(SSLAMPreTrainedModel, SSLAMDetectionMixin
             input_values: `(batch, frames, num_mel_bins)`, see [`SSLAMModel`].
             labels: `(batch, steps, num_labels)`, floats in [0, 1]: the fraction of each step that an event of the class covers. Entries
                 of -100 are unknown and have no part in the loss; neither have steps without sound.
-            clip_labels: `(batch, num_labels)`, floats in [0, 1], or -100 where unknown: whether the class is in the clip at all.
+            clip_labels: `(batch, num_labels)`, floats in [0, 1], or -100 where unknown: whether the class is in the clip at all. Where only
+                one of both is given, `Trainer` needs `label_names=["labels"]`, or `["clip_labels"]`: otherwise its evaluation has no loss.
             attention_mask: see [`SSLAMModel`]. What lies where there is no sound changes no step that has sound.
 
         Returns:
@@ -109,8 +108,11 @@ class SSLAMForAudioFrameClassification(SSLAMPreTrainedModel, SSLAMDetectionMixin
         loss = None
         if labels is not None or clip_labels is not None:
             # Both, as labels that are absent are unknown: every parameter then has a gradient, as DistributedDataParallel needs it.
-            clip_loss = _binary_cross_entropy("clip_labels", clip_logits, clip_labels)
-            loss = _binary_cross_entropy("labels", logits, labels, sounding_steps) + self.config.clip_loss_weight * clip_loss
+            labels = torch.full_like(logits, UNKNOWN) if labels is None else labels
+            clip_labels = torch.full_like(clip_logits, UNKNOWN) if clip_labels is None else clip_labels
+            sounding = None if sounding_steps is None else sounding_steps.unsqueeze(-1)
+            clip_loss = known_binary_cross_entropy(clip_logits, clip_labels, name="clip_labels")
+            loss = known_binary_cross_entropy(logits, labels, sounding) + self.config.clip_loss_weight * clip_loss
         return SSLAMFrameClassifierOutput(
             loss=loss, logits=logits, clip_logits=clip_logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -162,20 +164,6 @@ class SSLAMForAudioFrameClassification(SSLAMPreTrainedModel, SSLAMDetectionMixin
 def _upsample(steps: torch.Tensor, factor: int) -> torch.Tensor:
     """`(batch, steps, width)` -> `(batch, steps * factor, width)`."""
     return nn.functional.interpolate(steps.transpose(1, 2), scale_factor=factor, mode="linear", align_corners=False).transpose(1, 2)
-
-
-def _binary_cross_entropy(
-    name: str, logits: torch.Tensor, labels: torch.Tensor | None, sounding: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The mean over known labels, of steps that hold sound, in float32; 0 if there are none."""
-    if labels is None:
-        labels = torch.full_like(logits, UNKNOWN)
-    if labels.shape != logits.shape:
-        raise ValueError(f"{name} has shape {tuple(labels.shape)}, but {tuple(logits.shape)} is expected, one for each logit")
-    known = labels != UNKNOWN if sounding is None else (labels != UNKNOWN) & sounding.unsqueeze(-1)
-    targets = torch.where(known, labels, 0).float()
-    losses = nn.functional.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
-    return torch.where(known, losses, 0).sum() / known.sum().clamp_min(1)
 
 
 __all__ = ["SSLAMForAudioFrameClassification", "SSLAMFrameClassifierOutput"]

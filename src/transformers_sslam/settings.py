@@ -36,6 +36,7 @@ from .names import closest, did_you_mean, similar
 
 Settings = TypeVar("Settings")
 RECIPES = Path(__file__).parent / "recipes"
+PATHS = {"data_dir", "output_dir", "output", "model", "cache_dir"}  # settings of several commands
 
 
 def setting(help: str, default: Any = MISSING) -> Any:
@@ -65,11 +66,24 @@ def parse_settings(cls: type[Settings], arguments: Sequence[str], *, prog: str =
     with as_user_error("settings"):
         try:
             namespace = parser.parse_args(_plain_words(cls, arguments))
-        except ArgumentError as error:
+            _check_given(cls, namespace)
+            values = parser.instantiate(namespace).as_dict()
+        except (ArgumentError, TypeError, ValueError) as error:
             raise UserError(_explain(str(error), {name: kind for name, kind, _ in _kinds(cls)})) from error
-        values = parser.instantiate(namespace).as_dict()
         del values["config"]
         return cls(**values)
+
+
+def _check_given(cls: type, values: Any) -> None:
+    """Reject null where a setting has no such value, which jsonargparse accepts everywhere, and a path without a name: an unset variable
+    of the shell would stand for the current folder."""
+    for name, kind, _ in _kinds(cls):
+        group, _, _ = name.rpartition(".")
+        value = values.get(name, MISSING)
+        if value is None and kind is not Any and NoneType not in (kind, *get_args(kind)) and values.get(group, True) is not None:
+            raise UserError(_unexpected(name, "null", kind) + ": give one, or leave it out")
+        if value == "" and name in PATHS:
+            raise UserError(f"{name} is empty, but a path is expected: write . for the current folder")
 
 
 def read_settings(cls: type[Settings], file: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Settings:
@@ -262,6 +276,8 @@ def _plain_words(cls: type, arguments: Sequence[str]) -> list[str]:
         if name in ("help", "print_config"):
             flags.append(word)
         elif name == "config":
+            if not any(values):
+                raise UserError("config has no value: write --config RECIPE_OR_FILE")
             recipes += [f"--config={_checked_recipe(value, kinds)}" for value in values]
         else:
             flags.append(_flag(name, values, kinds))
@@ -276,8 +292,10 @@ def _checked_recipe(name: str, kinds: dict[str, Any]) -> Path:
         raise UserError(f"{file} cannot be read: {error}") from error
     if not isinstance(values or {}, dict):
         raise UserError(f"{file} holds {str(values)[:40]!r}, but lines of the form `name: value` are expected")
-    for group in (name for name, value in (values or {}).items() if value is None and is_dataclass(kinds.get(name))):
-        raise UserError(f"{group} is empty in {file}: write its settings below it, indented, or leave it out")
+    for group, value in (values or {}).items():
+        if is_dataclass(kinds.get(group)) and not isinstance(value, dict):
+            found = "empty" if value is None else repr(value)[:40]
+            raise UserError(f"{group} is {found} in {file}: write its settings below it, indented, or leave it out")
     return file
 
 
@@ -291,7 +309,9 @@ def _flag(name: str, values: list[str], kinds: dict[str, Any]) -> str:
         return f"--{positive}=false"
     for listed in (option for option in options if get_origin(option) is list):
         if len(values) > 1 or (listed is kind and values and values[0][:1] != "["):
-            return f"--{name}={json.dumps(values if get_args(listed) == (str,) else [load_yaml(value) for value in values])}"
+            (element,) = get_args(listed)
+            # Text stays as it is: YAML would read the fold 010 as 8.
+            return f"--{name}={json.dumps(values if str in (element, *get_args(element)) else [load_yaml(value) for value in values])}"
     if kind is None and name not in kinds and group not in kinds:  # also of several values, as of a misspelt list
         raise UserError(f"there is no setting {name}: {closest(name, kinds)}")
     if len(values) > 1:
@@ -320,6 +340,14 @@ def _as_flag(word: str, required: Sequence[str]) -> str:
 def _explain(message: str, known: Mapping[str, Any]) -> str:
     """What jsonargparse found, in one sentence that says what to do."""
     message = " ".join(message.split())
+    if match := re.match(r"Does not validate .*?Errors: - (.*?) - Expected a <class 'NoneType'>", message):  # of a group that may be null
+        return match[1]
+    if match := re.fullmatch(r'Parser key "[\w.]+": Unable to load config .*? - (Parser key .*)', message):
+        return _explain(match[1], known)
+    if match := re.fullmatch(r'Parser key "([\w.]+)": Unable to load config "(.*)"', message):
+        return f"{match[1]} is {match[2]}, but its settings are expected: write --{match[1]}.NAME VALUE"
+    if (match := re.fullmatch(r'Parser key "([\w.]+)": Expected a dot import path string: (.*)', message)) and match[1] in known:
+        return _unexpected(match[1], match[2], known[match[1]])
     if match := re.search(r"unrecognized arguments: --([\w.]+)", message):
         return f"there is no setting {match[1]}: {closest(match[1], known)}"
     if match := re.search(r"(?:(?:Group|Parser key) [\"']([\w.]+).*)?[Oo]ption '(.+?)'(?: is not accepted|$)", message):

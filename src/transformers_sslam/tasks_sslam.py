@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -141,10 +142,11 @@ class Embedding(Task):
         for name, value, kinds in (("per", self.per, get_args(Per)), ("pooling", self.pooling, (None, *get_args(Pooling)))):
             if value not in kinds:
                 raise ValueError(f"{name} is {value!r}, but one of {', '.join(map(repr, kinds))} is expected")
-        if not self.layers or any(isinstance(layer, bool) or not -depth - 1 <= layer <= depth for layer in self.layers):
+        layers = list(self.layers) if isinstance(self.layers, Iterable) and not isinstance(self.layers, str) else []
+        if not layers or any(isinstance(one, bool) or not isinstance(one, Integral) or not -depth - 1 <= one <= depth for one in layers):
             raise ValueError(
-                f"layers is {list(self.layers)}, but numbers from {-depth - 1} to {depth} are expected: 0 for the input of the first "
-                "layer, -1 for the output of the last one"
+                f"layers is {layers or self.layers!r}, but numbers from {-depth - 1} to {depth} are expected, in a list: 0 for the "
+                "input of the first layer, -1 for the output of the last one"
             )
         if self.pooling == "patches" and self.per != "step":
             what = "all patches are kept of a time step only"

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..audio.events import UNKNOWN
 from ..errors import UserError
+from ..losses_sslam import known_binary_cross_entropy
 from ..pooling_sslam import SSLAMLayerPooling
 from ..settings import setting
 from .features import Features
@@ -149,18 +149,6 @@ class TrainedHead:
     def scores(self, features: Features) -> np.ndarray:
         """Logits of all clips, `(clips, classes)`, float32."""
         return np.concatenate([self._logits(features, clips).cpu().numpy() for clips in _batches(len(features), self.batch_size)])
-
-
-def known_binary_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The mean binary cross-entropy over the known targets, in float32; 0 if there are none.
-
-    Args:
-        logits: of any shape.
-        targets: of the same shape, in [0, 1], or -100 where unknown.
-    """
-    known = targets != UNKNOWN
-    losses = nn.functional.binary_cross_entropy_with_logits(logits.float(), torch.where(known, targets, 0).float(), reduction="none")
-    return torch.where(known, losses, 0).sum() / known.sum().clamp_min(1)
 
 
 def _moments(read: Read, features: Features, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:

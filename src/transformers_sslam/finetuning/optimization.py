@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..evaluation.pooling import known_binary_cross_entropy
+from ..losses_sslam import known_binary_cross_entropy
 
 
 def layer_index(name: str, num_layers: int) -> int:

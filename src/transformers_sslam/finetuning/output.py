@@ -1,5 +1,7 @@
 """The folder of a fine-tuning run: which run it holds, whether it is finished, and what can be resumed there."""
 
+import hashlib
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -9,11 +11,13 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers.utils import cached_file
 
 from ..checkpoints import checkpoints, latest_whole_checkpoint, sweep_unsealed
 from ..errors import UserError, as_user_error
 from ..evaluation.per_class import PICTURE
-from ..files import DamagedFileError, lock, read_json, verify, verify_files, write_text
+from ..files import DamagedFileError, hash_file, lock, read_json, verify, verify_files, write_text
+from ..publishing.conversion import resolve_model
 from ..settings import dump_yaml, read_settings
 from .data import hash_data
 from .lora import ADAPTER_FILES
@@ -75,9 +79,31 @@ def differences(settings: FineTuningSettings) -> str:
     except (OSError, UserError) as error:
         logger.warning(f"{output} does not hold a whole run ({error})")
         return "origin, or damaged files"
+    if not names and results is not None and _started_elsewhere(settings, results):
+        return f"weights in {settings.model}"
     if names or settings.streaming or results is None:
         return ", ".join(names)
     return "" if results.get("data") == hash_data(settings) else "data"
+
+
+def hash_origin(origin: str | None) -> str | None:
+    """What tells the weights that a run starts from: a hash of those in a folder, the commit of those on the Hub."""
+    if origin is None:
+        return None
+    if not Path(origin).is_dir():
+        return f"{origin} {Path(cached_file(origin, 'config.json')).parent.name}"
+    weights = {file.name: hash_file(file) for file in sorted(Path(origin).iterdir()) if file.suffix in (".safetensors", ".bin")}
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+
+
+def _started_elsewhere(settings: FineTuningSettings, results: dict[str, Any]) -> bool:
+    """Whether the weights in `settings.model` are others than a finished run started from, as far as both can be known."""
+    if results.get("origin") is None or settings.model is None:
+        return False
+    try:
+        return results["origin"] != hash_origin(resolve_model(settings.model))
+    except UserError:  # the model is no longer there
+        return False
 
 
 def save_settings(settings: FineTuningSettings, file: Path) -> None:
@@ -100,7 +126,7 @@ def find_checkpoint(settings: FineTuningSettings, about: dict[str, Any]) -> Path
 
     Args:
         settings: of the run.
-        about: `settings` and `data` of the run, which those of the checkpoint must equal.
+        about: `settings`, `data` and `origin` of the run, which those of the checkpoint must equal.
 
     Raises:
         UserError: if it is of a run with other settings or data, is damaged, or should not be there.
@@ -119,8 +145,11 @@ def find_checkpoint(settings: FineTuningSettings, about: dict[str, Any]) -> Path
         raise UserError(f"resume_from_checkpoint is false, but {output} holds {found.name}: delete it and its siblings, or choose another")
     then = read_json(found / "run.json")
     names = _different(about["settings"], then.get("settings", {}))  # one that an earlier version did not have is missing, hence null
-    if names or then.get("data") != about["data"]:
+    if then.get("data") != about["data"]:
         names = names or ["data"]
+    if then.get("origin", about["origin"]) != about["origin"]:  # earlier versions did not tell
+        names = names or [f"weights in {settings.model}"]
+    if names:
         raise UserError(
             f"{found} is a checkpoint of a run with other {', '.join(names)}: choose another output_dir, or delete it and its siblings. To "
             f"train its model further, give --model {found} and another output_dir"
@@ -128,4 +157,4 @@ def find_checkpoint(settings: FineTuningSettings, about: dict[str, Any]) -> Path
     return found
 
 
-__all__ = ["comparable", "differences", "find_checkpoint", "locked_folder", "read_results", "save_settings"]
+__all__ = ["comparable", "differences", "find_checkpoint", "hash_origin", "locked_folder", "read_results", "save_settings"]

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback
 
 from ..audio.labels import Labels
+from ..errors import UserError
 
 
 logger = logging.getLogger(__name__)
@@ -85,8 +86,7 @@ class ProgressTable(ProgressCallback):
 
 def warn_of_little(trainer: Any, labels: Labels | None) -> None:
     """Warn of a run of few updates and, where `labels` of the training clips are given, of classes with few clips."""
-    arguments, updates = trainer.args, _updates_per_epoch(trainer)
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * updates)
+    arguments, updates, steps = trainer.args, _updates_per_epoch(trainer), _count_updates(trainer)
     if steps < FEW_UPDATES:
         logger.warning(
             f"the run has only {steps} updates, {updates} an epoch: for more, lower per_device_train_batch_size "
@@ -94,6 +94,14 @@ def warn_of_little(trainer: Any, labels: Labels | None) -> None:
         )
     if labels is not None and (few := [name for name, count in zip(labels.names, labels.counts()) if count < FEW_CLIPS]):
         logger.warning(f"these classes have fewer than {FEW_CLIPS} training clips, and will hardly be learnt: {', '.join(few)}")
+
+
+def check_warmup(trainer: Any) -> None:
+    """Raise a `UserError` if the run ends before its warm-up, so that it would never reach its learning rate."""
+    if trainer.args.warmup_steps >= max(1, steps := _count_updates(trainer)):
+        raise UserError(
+            f"warmup_steps is {trainer.args.warmup_steps:g}, but the run has only {steps} updates: give fewer, or a fraction of all below 1"
+        )
 
 
 def report_best(trainer: Any) -> None:
@@ -105,6 +113,12 @@ def report_best(trainer: Any) -> None:
             f"{ended} after epoch {state.global_step / updates:.4g}; the weights are those after epoch "
             f"{state.best_global_step / updates:.4g}, with the best {trainer.args.metric_for_best_model}"
         )
+
+
+def _count_updates(trainer: Any) -> int:
+    """Of the whole run."""
+    arguments = trainer.args
+    return arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * _updates_per_epoch(trainer))
 
 
 def _updates_per_epoch(trainer: Any) -> int:

@@ -34,6 +34,7 @@ UNSUPPORTED = {
     "save_on_each_node": "all processes of a run write to one output_dir",
     **dict.fromkeys(("prediction_loss_only", "batch_eval_metrics", "include_for_metrics", "eval_accumulation_steps"), OWN_EVALUATION),
     **dict.fromkeys(("eval_do_concat_batches", "bf16_full_eval", "fp16_full_eval"), OWN_EVALUATION),
+    "optim_args": "the optimizer has settings of its own, such as adam_beta2 and weight_decay",
     "optim_target_modules": "the weights of each layer have a learning rate of their own; set layer_decay",
     **dict.fromkeys(("label_names", "length_column_name"), "the column of the labels is label_column"),
     **dict.fromkeys(("neftune_noise_alpha", "use_liger_kernel", "include_num_input_tokens_seen"), LANGUAGE),
@@ -51,6 +52,8 @@ MACHINE_SETTINGS = {
 }
 
 
+# Fields of the configuration that follow from the extractor, or that training ends.
+DECIDED = {"padding_value", "event_detection", "calibration"}
 DEFAULTS = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(TrainingArguments)}
 
 
@@ -274,7 +277,7 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
 
     def _check_model(self) -> None:
         check_normalization(self.normalization)
-        check_names(self.model_config, inspect.get_annotations(SSLAMConfig).keys() - {"padding_value"}, "model_config.")
+        check_names(self.model_config, inspect.get_annotations(SSLAMConfig).keys() - DECIDED, "model_config.")
         if self.freeze_encoder and self.model is None:
             raise UserError("freeze_encoder is true, but model is null: random weights are not useful features, give a checkpoint")
         self._check_lora()
@@ -330,11 +333,13 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
             *("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
             *("gradient_accumulation_steps", "clips_per_epoch", "clips_per_class", "early_stopping_patience"),
         )
-        for name in positive:
+        for name in (*positive, *("save_steps", "eval_steps", "logging_steps", "save_total_limit")):
             value = getattr(self, name)
             if value is not None and not value > 0 and (name, value) != ("max_steps", -1):
                 raise UserError(f"{name} is {value:g}, but must be positive")
         min_lr = self.lr_scheduler_kwargs.get("min_lr", 0.0)
+        if isinstance(min_lr, bool) or not isinstance(min_lr, (int, float)):
+            raise UserError(f"lr_scheduler_kwargs.min_lr is {min_lr!r}, but a number is expected")
         if not self.learning_rate >= min_lr >= 0 or not self.learning_rate:
             raise UserError(
                 f"learning_rate is {self.learning_rate:g} and lr_scheduler_kwargs.min_lr {min_lr:g}, but the schedule falls from "

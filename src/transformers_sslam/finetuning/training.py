@@ -33,8 +33,8 @@ from .lora import ADAPTER, count_parameters, merge_adapters
 from .mixtures import Mixer
 from .model import build_extractor, build_model, frames_per_step
 from .optimization import layer_decay_groups
-from .output import MODEL_FILES, RESULTS, SETTINGS, comparable, find_checkpoint, locked_folder, save_settings
-from .progress import ProgressTable, report_best, warn_of_little
+from .output import MODEL_FILES, RESULTS, SETTINGS, comparable, find_checkpoint, hash_origin, locked_folder, save_settings
+from .progress import ProgressTable, check_warmup, report_best, warn_of_little
 from .settings import FineTuningSettings
 from .stream import EventTargets, LabelledPart, LabelledStream
 from .trainer import EpochBatches, StreamTrainer
@@ -75,7 +75,7 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
             )
         if data.multi_label and settings.label_smoothing_factor:
             raise UserError("label_smoothing_factor is set, but it spreads one label over all classes, and these clips have several")
-        about = {"settings": comparable(settings), "data": data.digest}
+        about = {"settings": comparable(settings), "data": data.digest, "origin": hash_origin(origin)}
         resumed_from = find_checkpoint(settings, about)
         if arguments.process_index == 0:
             save_settings(settings, output / SETTINGS)
@@ -116,6 +116,7 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
             "best_step": trainer.state.best_global_step if arguments.load_best_model_at_end else None,
             "classes": data.classes,
             "data": data.digest,
+            "origin": about["origin"],
             "clips": {name: _count(data.parts[name], unreadable[name]) for name in unreadable},
             "unreadable": unreadable,
             "training_loss": [entry["loss"] for entry in history if "loss" in entry],
@@ -261,6 +262,7 @@ def _build_trainer(
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     metric = "mean_average_precision" if data.multi_label else "accuracy"
     trainer.add_callback(ProgressTable("validation" if "validation" in data.parts else "test", metric))
+    check_warmup(trainer)
     return trainer
 
 

@@ -85,8 +85,10 @@ class MixtureSettings(MixingRules):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.sampling_rate < 1000:
-            raise UserError(f"sampling_rate is {self.sampling_rate}, but must be at least 1000 Hz")
+        if not 1000 <= self.sampling_rate <= 655_350:  # which FLAC can hold
+            raise UserError(f"sampling_rate is {self.sampling_rate}, but must be 1000 to 655350 Hz")
+        if not self.clip_seconds <= 3600:
+            raise UserError(f"clip_seconds is {self.clip_seconds:g}, but must be at most 3600: a mixture is made in memory")
         if not 1 / FRAMES_PER_SECOND <= self.longest_event <= self.clip_seconds / 2 < math.inf:
             raise UserError(
                 f"event_seconds is {self.longest_event:g}, but must lie between 0.01 and half of clip_seconds, {self.clip_seconds / 2:g}"
