@@ -548,7 +548,7 @@ def damaged_sources(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "classes": (save_fine_tuned_fairseq(tmp_path / "classes.pt", num_classes=9), "num_classes 9, but its tensors 5"),
         "overlapping patches": (save_hub_folder(tmp_path / "stride", stride=10), "stride 10, but its tensors 16"),
         "variant": (save_hub_folder(tmp_path / "variant", model_variant="finetune"), "model_variant finetune, but lacks a head"),
-        "config is a list": (with_config(save_hub_folder(tmp_path / "list"), "[]"), "holds a list, but a dict is expected"),
+        "config is a list": (with_config(save_hub_folder(tmp_path / "list"), "[]"), "holds a list, but an object is expected"),
         "nothing there": (tmp_path / "absent.pt", "there is no folder or file .*absent.pt here"),
     }
 

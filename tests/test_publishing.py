@@ -262,7 +262,7 @@ def damage_model_index(folder: Path) -> None:
     ("damage", "sentence"),
     [
         (damage_config, "config.json cannot be read .*property name.*: repair it, or remove it"),
-        (write_a_list_as_config, "config.json cannot be read .*it holds a list, but a dict is expected"),
+        (write_a_list_as_config, "config.json cannot be read .*it holds a list, but an object is expected"),
         (leave_older_weights, "holds model.safetensors and model.safetensors.index.json, of which only one is this model's"),
         (damage_weights, "holds a model that does not load"),
         (take_a_weight, r"1 weights do not fit its config.json, such as classifier.bias, which is missing and should be \(2,\)"),

@@ -312,7 +312,7 @@ class SSLAMConfig(PreTrainedConfig):
             config_dict = {**saved, "label2id": kwargs.pop("label2id")}
         loaded = super().from_dict(config_dict, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        if former and {str(i): name for i, name in former.items()} != {str(i): name for i, name in config.id2label.items()}:
+        if former and {str(i): name for i, name in former.items()} != {str(i): name for i, name in (config.id2label or {}).items()}:
             vars(config).update(dict.fromkeys({"event_detection", "calibration"} - kwargs.keys()))
         config.validate_architecture()
         return loaded

@@ -74,20 +74,20 @@ def _with_null(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def read_json(path: str | Path, kind: type[Any] = dict) -> Any:
-    """The content of a JSON file.
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file.
 
     Raises:
-        DamagedFileError: if it is not JSON in UTF-8, changed though it is sealed, or does not hold a `kind`.
+        DamagedFileError: if it is not JSON in UTF-8, changed though it is sealed, or holds something else.
         OSError: if it is missing or the disk fails.
     """
     try:
         values: Any = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} is damaged: it is not JSON in UTF-8 ({error}). Restore it, or delete it to begin anew") from error
-    if not isinstance(values, kind):
-        raise DamagedFileError(f"{path} is damaged: it holds a {type(values).__name__}, but a {kind.__name__} is expected. Restore it")
-    if isinstance(values, dict) and SEAL in values and values.pop(SEAL) != _hash_values(values):
+    if not isinstance(values, dict):
+        raise DamagedFileError(f"{path} is damaged: it holds a {type(values).__name__}, but an object is expected. Restore it")
+    if SEAL in values and values.pop(SEAL) != _hash_values(values):
         raise DamagedFileError(f"{path} is damaged: it was changed since it was written. Restore it, or delete it to begin anew")
     return values
 

@@ -48,7 +48,7 @@ def labelled_loss(loss_function: Callable, labels: torch.Tensor, logits: torch.T
     `config.problem_type` decides; where it is `None`, the labels, and it is set by them.
     """
     labels = labels.to(logits.device)
-    if config.problem_type is None and config.num_labels > 1 and labels.shape == logits.shape:
+    if config.problem_type is None and logits.shape[1] > 1 and labels.shape == logits.shape:
         config.problem_type = "multi_label_classification"
     if config.problem_type == "multi_label_classification":
         return known_binary_cross_entropy(logits, labels)

@@ -91,7 +91,7 @@ def hash_origin(origin: str | None) -> str | None:
     if origin is None:
         return None
     if not Path(origin).is_dir():
-        return f"{origin} {Path(cached_file(origin, 'config.json')).parent.name}"
+        return f"{origin} {Path(str(cached_file(origin, 'config.json'))).parent.name}"
     weights = {file.name: hash_file(file) for file in sorted(Path(origin).iterdir()) if file.suffix in (".safetensors", ".bin")}
     return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
 

@@ -29,11 +29,13 @@ class EpochBatches:
     Args:
         stream: what is read.
         batches: number of batches in an epoch.
-        done: number of batches that the run was trained on before.
+
+    Attributes:
+        done: number of batches that the run was trained on.
     """
 
-    def __init__(self, stream: LabelledStream, batches: int, done: int = 0):
-        self.stream, self.batches, self.done = stream, batches, done
+    def __init__(self, stream: LabelledStream, batches: int):
+        self.stream, self.batches, self.done = stream, batches, 0
         self._iterator: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
