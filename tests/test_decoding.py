@@ -10,7 +10,9 @@ import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +26,7 @@ soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("torchaudio")
 from transformers_sslam.audio import AudioDecodingError, load_waveform, read_blocks  # noqa: E402
 from transformers_sslam.audio.decode import check_scale  # noqa: E402
+from transformers_sslam.audio.paths import stat_files  # noqa: E402
 
 
 RATE = 16_000
@@ -143,10 +146,25 @@ def test_no_more_than_a_block_is_decoded_before_it_is_asked_for(tmp_path, monkey
     assert read == [8000, 8000]
 
 
-@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_block_has_some_length(seconds):
-    with pytest.raises(ValueError, match="give a positive number"):
+    with pytest.raises(ValueError, match=f"seconds is {seconds}: give a positive number"):
         next(read_blocks(encoded(noise(1.0)), RATE, seconds))
+
+
+@pytest.mark.parametrize("rate", [0, -RATE, 16_000.0])
+def test_a_sampling_rate_is_a_positive_whole_number(rate):
+    for read in (load_waveform, lambda *arguments: next(read_blocks(*arguments))):
+        with pytest.raises(ValueError, match=f"sampling_rate is {rate}: give a positive whole number, in Hz"):
+            read(encoded(noise(0.1)), rate)
+
+
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_what_holds_bytes_is_read_as_bytes_are(kind):
+    data = encoded(noise(0.1))
+    np.testing.assert_array_equal(both(kind(data)), load_waveform(data))
+    with pytest.raises(AudioDecodingError, match="a file of 3 bytes cannot be read as audio"):
+        load_waveform(kind(b"abc"))
 
 
 # --- formats
@@ -573,8 +591,39 @@ def test_a_folder_and_a_file_behind_a_url_are_read_or_rejected(tmp_path):
     path = tmp_path / "a.wav"
     path.write_bytes(encoded(noise(0.5)))
     np.testing.assert_array_equal(load_waveform(f"file://{path}"), load_waveform(path))
-    assert cause(tmp_path) == "unreadable"
+    assert cause(tmp_path) == cause(f"file://{tmp_path}") == "unreadable"
     assert cause(f"file://{tmp_path}/b.wav") == cause(path / "c.wav") == cause({"bytes": None, "path": None}) == "missing"
+    assert cause(f"{tmp_path}/a\0b.wav") == "missing"
+    assert stat_files([f"{tmp_path}/a\0b.wav"]) == [None]
+
+
+class WebServer(BaseHTTPRequestHandler):
+    """Answers `/404.wav` with the status 404, and `/200.wav` with less than it announces."""
+
+    def do_GET(self):
+        status = int(self.path[1:4])
+        self.send_response(status)
+        self.send_header("Content-Length", "1000" if status == 200 else "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_behind_a_url_only_what_the_server_says_is_gone_is_missing():
+    pytest.importorskip("aiohttp")
+    with ThreadingHTTPServer(("127.0.0.1", 0), WebServer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert [cause(f"{address}/{status}.wav") for status in (404, 410)] == ["missing", "missing"]
+        for status in (200, 403, 500, 503):
+            with pytest.raises(OSError, match=rf"^{address}/{status}\.wav cannot be read \(.+\): check the address, the network"):
+                load_waveform(f"{address}/{status}.wav")
+        server.shutdown()
+    with pytest.raises(OSError, match=rf"^{address}/a\.wav cannot be read \(Cannot connect to host .+\): check the address"):
+        next(read_blocks(f"{address}/a.wav"))
 
 
 def test_a_name_that_is_not_utf_8_is_read_and_named_in_errors(tmp_path):

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq  # noqa: E402
 from transformers_sslam.audio import ahead  # noqa: E402
 from transformers_sslam.audio.decode import load_waveform  # noqa: E402
 from transformers_sslam.batching_sslam import compute_batches  # noqa: E402
+from transformers_sslam.cli import main  # noqa: E402
 from transformers_sslam.errors import UserError  # noqa: E402
 from transformers_sslam.evaluation.loading import load_model  # noqa: E402
 from transformers_sslam.files import lock  # noqa: E402
@@ -132,6 +133,25 @@ def test_a_file_system_that_is_not_installed_is_an_error(model, tmp_path, monkey
     (tmp_path / "list.txt").write_text("s3://bucket/a.wav\n")
     with pytest.raises(UserError, match="s3://bucket/a.wav cannot be opened: Install s3fs"):
         tag_files(settings(model, tmp_path / "list.txt", tmp_path / "tags.jsonl"))
+
+
+def test_a_network_that_fails_ends_the_run_in_one_line_and_what_is_finished_is_kept(model, recordings, tmp_path, monkeypatch, capsys):
+    def open_url(*_):
+        raise FileNotFoundError("http://host/b.wav") from ConnectionError("no route to host")
+
+    monkeypatch.setattr("fsspec.open", open_url)
+    monkeypatch.setattr(inputs, "PORTION_FILES", 1)
+    (tmp_path / "list.txt").write_text("recordings/a.wav\nrecordings/c.wav\nmodel/d.wav\nhttp://host/b.wav\n")
+    soundfile.write(model / "d.wav", noise(0.5), RATE)
+    output = tmp_path / "tags.jsonl"
+    arguments = ["tag", "--model", str(model), "--inputs", str(tmp_path / "list.txt"), "--output", str(output), "--device", "cpu"]
+    assert main(arguments) == 1
+    message = "http://host/b.wav cannot be read (no route to host): check the address, the network and the login, then try again"
+    assert capsys.readouterr().err.splitlines()[-1] == f"sslam tag: error: {message}"
+    assert not output.exists()
+    monkeypatch.setattr("fsspec.open", lambda *_: (recordings / "c.wav").open("rb"))
+    summary = tag_files(settings(model, tmp_path / "list.txt", output))
+    assert (summary.finished, summary.skipped) == (2, 2)  # those of the last two portions are processed again
 
 
 def test_recordings_behind_links_are_found(tmp_path):

@@ -1,12 +1,14 @@
 """One audio file, or its bytes, to a mono waveform at the model's sampling rate, whole or in blocks."""
 
 import io
+import math
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import groupby
-from math import gcd
+from numbers import Integral
 from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO
@@ -29,7 +31,8 @@ AUDIO_SUFFIXES = (
 # fmt: on
 _LOWEST_RATE = 1000  # Hz; below it a header is damaged, or what it describes is not sound
 _LARGEST_FILTER = 2**25  # coefficients; 44,100 to 16,000 Hz takes 2**16, 44,099 to 16,000 Hz would take 2**29
-Source = str | Path | bytes | dict
+_MISSING = (404, 410)  # of the answers of a web server
+Source = str | Path | bytes | bytearray | memoryview | dict
 
 
 def check_scale(waveform: np.ndarray, name: str) -> None:
@@ -54,8 +57,11 @@ def load_waveform(source: Source, sampling_rate: int = 16_000) -> np.ndarray:
     Raises:
         AudioDecodingError: (a `ValueError`) if the file is missing, empty, not readable as audio, truncated, damaged, holds NaN or
             infinity, or has a sampling rate that cannot be resampled.
+        ValueError: if `sampling_rate` is not a positive whole number.
+        OSError: if what is behind a URL cannot be read, though it may be there.
         ImportError: if soundfile, PyAV or torchaudio is not installed.
     """
+    _check_whole(sampling_rate)
     parts = []
     with _open(source) as file:
         for native_rate, pieces in groupby(decode_pieces(file, _name(source)), key=itemgetter(0)):
@@ -78,11 +84,12 @@ def read_blocks(source: Source, sampling_rate: int = 16_000, seconds: float = 10
         `(samples,)`, float32, never empty.
 
     Raises:
-        ValueError: if `seconds` is not positive.
+        ValueError: if `seconds` is not positive and finite; and as `load_waveform`.
         AudioDecodingError: as `load_waveform`. What only decoding can tell (NaN, some truncated ends) is raised after the blocks before it.
     """
-    if not seconds > 0:
+    if not 0 < seconds < math.inf:
         raise ValueError(f"seconds is {seconds}: give a positive number")
+    _check_whole(sampling_rate)
     with _open(source) as file:
         for native_rate, pieces in groupby(decode_pieces(file, _name(source), seconds), key=itemgetter(0)):
             _check_rate(native_rate, sampling_rate, source)
@@ -118,7 +125,7 @@ def _resampled(blocks: Iterable[np.ndarray], native_rate: int, sampling_rate: in
     together with as many groups around them as the filter reads, whose results are cut off.
     """
     resampler = _resampler(native_rate, sampling_rate)
-    old, new = (rate // gcd(native_rate, sampling_rate) for rate in (native_rate, sampling_rate))
+    old, new = (rate // math.gcd(native_rate, sampling_rate) for rate in (native_rate, sampling_rate))
     around = -(-int(resampler.width) // old)  # type: ignore[arg-type]  # a number, not a module
     before = 0  # groups held whose results were yielded
     held = np.zeros(0, dtype=np.float32)
@@ -148,15 +155,13 @@ def _open(source: Source) -> BinaryIO:
         place = source["bytes"] if source.get("bytes") is not None else decode_path(str(source["path"]))
     else:
         place = source
-    if isinstance(place, bytes):
+    if isinstance(place, (bytes, bytearray, memoryview)):
         return _Bytes(place)
-    is_remote = "://" in str(place)
     try:
-        if is_remote:
-            import fsspec  # comes with torch
-
-            with fsspec.open(str(place), "rb") as remote:
-                return _Bytes(remote.read())
+        if "\0" in str(place):  # which no path holds
+            raise FileNotFoundError
+        if "://" in str(place):
+            return _Bytes(_read_remote(str(place)))
         # What is not a regular file may block whoever opens or reads it.
         if not stat.S_ISREG(os.stat(place).st_mode):
             raise AudioDecodingError("unreadable", f"{_name(place)} is not a regular file")
@@ -165,20 +170,45 @@ def _open(source: Source) -> BinaryIO:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise AudioDecodingError("missing", f"{_name(place)} is not there") from error
     except OSError as error:
-        if is_remote:
+        if "://" in str(place) and not isinstance(error, IsADirectoryError):
             raise  # a network that fails stops the run, which can be resumed
         raise AudioDecodingError("unreadable", f"{_name(place)} cannot be read ({error.strerror})") from error
 
 
+def _read_remote(url: str) -> bytes:
+    """The bytes behind a URL. `FileNotFoundError` or `IsADirectoryError` if there is no file, `OSError` if that is not known."""
+    import fsspec  # comes with torch
+
+    try:
+        with fsspec.open(url, "rb") as remote:
+            return remote.read()
+    except (ImportError, ValueError, IsADirectoryError):
+        raise
+    except Exception as error:  # libraries of network file systems have errors of their own
+        cause = error.__cause__
+        is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        if is_missing and cause is not None and re.search(r"(^|::)https?://", url):  # for fsspec, whatever failed there is not found
+            is_missing = getattr(cause, "status", None) in _MISSING
+        if is_missing:
+            raise
+        said = " ".join(str(cause or error).split()) or type(cause or error).__name__
+        raise OSError(f"{_name(url)} cannot be read ({said}): check the address, the network and the login, then try again") from error
+
+
 def _name(source: Source) -> str:
     """For messages, which can be printed anywhere."""
-    if isinstance(source, bytes):
-        return f"a file of {len(source)} bytes"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"a file of {memoryview(source).nbytes} bytes"
     return source_name(source) if isinstance(source, dict) else printable_path(str(source))
 
 
+def _check_whole(sampling_rate: int) -> None:
+    if not (isinstance(sampling_rate, Integral) and sampling_rate > 0):
+        raise ValueError(f"sampling_rate is {sampling_rate!r}: give a positive whole number, in Hz")
+
+
 def _check_rate(native_rate: int, sampling_rate: int, source: Source) -> None:
-    divisor = gcd(native_rate, sampling_rate)
+    divisor = math.gcd(native_rate, sampling_rate)
     if native_rate < _LOWEST_RATE or native_rate // divisor * (sampling_rate // divisor) > _LARGEST_FILTER:
         raise AudioDecodingError(
             "unreadable", f"{_name(source)} has {native_rate} Hz, which cannot be resampled to {sampling_rate} Hz: convert it before"

@@ -74,7 +74,7 @@ def stat_files(paths: Sequence[str]) -> list[os.stat_result | None]:
 def _stat(path: str) -> os.stat_result | None:
     try:
         return os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # the latter for NUL in a name
         return None
 
 
