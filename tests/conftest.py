@@ -2,7 +2,9 @@
 
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no test needs a network
@@ -14,6 +16,9 @@ from torch import nn
 
 from transformers_sslam import SSLAMConfig, SSLAMForPreTraining
 
+
+if TYPE_CHECKING:
+    from transformers_sslam.audio.labels import Labels
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -69,6 +74,17 @@ def relative_error(actual, expected) -> float:
 
 def noise(seconds: float, seed: int = 0, sampling_rate: int = 16_000) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(round(seconds * sampling_rate)) * 0.1).astype(np.float32)
+
+
+def named_labels(rows: Iterable[Sequence[str]], multi_label: bool, classes: Sequence[str] | None = None) -> "Labels":
+    """From the names of each clip's classes; `classes`, if declared."""
+    from transformers_sslam.audio.labels import Labels
+
+    rows = [list(dict.fromkeys(row)) for row in rows]
+    index = {name: i for i, name in enumerate(classes or dict.fromkeys(name for row in rows for name in row))}
+    codes = np.array([index[name] for row in rows for name in row], dtype=np.int32)
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return Labels(codes, offsets, list(index), multi_label, classes is not None)
 
 
 def speech_like(seconds: float, sampling_rate: int = 16_000) -> np.ndarray:

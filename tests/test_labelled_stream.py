@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import noise
+from conftest import named_labels, noise
 
 from transformers_sslam import SSLAMFeatureExtractor
 from transformers_sslam.audio.cache import Waveforms
@@ -32,7 +32,7 @@ def audio(*paths: str) -> AudioColumn:
 
 def rows(*labels: str | list[str], multi_label: bool = False) -> LabelledRows:
     names = [label if isinstance(label, list) else [label] for label in labels]
-    return LabelledRows(audio(*map(str, range(len(labels)))), Labels.from_names(names, multi_label))
+    return LabelledRows(audio(*map(str, range(len(labels)))), named_labels(names, multi_label))
 
 
 # --- which clips an epoch has
@@ -40,7 +40,7 @@ def rows(*labels: str | list[str], multi_label: bool = False) -> LabelledRows:
 
 def labels_of(targets: list[list[int]]) -> Labels:
     names = [str(code) for code in range(len(targets[0]))]
-    return Labels.from_names([[names[i] for i, one in enumerate(row) if one] for row in targets], True, names)
+    return named_labels([[names[i] for i, one in enumerate(row) if one] for row in targets], True, names)
 
 
 def test_a_clip_weighs_the_sum_over_its_classes_of_one_over_their_clips():
@@ -54,7 +54,7 @@ def test_a_class_without_clips_weighs_nothing():
 
 
 def test_rare_classes_are_drawn_as_often_as_common_ones():
-    labels = Labels.from_names([["a"]] * 90 + [["b"]] * 9 + [["c"]], False)
+    labels = named_labels([["a"]] * 90 + [["b"]] * 9 + [["c"]], False)
     drawn = WeightedOrder(labels.balanced_weights(), 60_000, seed=0)(0)[:, 1]
     np.testing.assert_allclose(labels.one_hot(drawn).mean(0), [1 / 3] * 3, atol=0.01)
     within = np.bincount(drawn, minlength=100)[90:99] / 60_000

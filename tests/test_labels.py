@@ -1,14 +1,16 @@
 """Labels as a table: what columns of every kind give, what is wrong with a label, and that a table and a stream say the same."""
 
+import math
 import time
 import tracemalloc
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import named_labels
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from transformers_sslam.audio.labels import Event, LabelReader, Labels
+from transformers_sslam.audio.labels import Event, LabelReader
 from transformers_sslam.audio.rows import check_has_labels, choose_classes, fold_names, read_rows
 from transformers_sslam.errors import UserError
 
@@ -49,7 +51,7 @@ def test_a_stream_reads_the_same(kind):
     rows, separator, expected, _ = KINDS[kind]
     stream = rows.to_iterable_dataset()
     reader = LabelReader.of(stream, "label", separator)
-    assert [reader(row) for row in stream] == expected
+    assert [reader.read_row(row)[0] for row in stream] == expected
 
 
 EVENT = {"label": Value("string"), "onset": Value("float64"), "offset": Value("float64")}
@@ -81,6 +83,13 @@ def test_chosen_rows_of_a_table_give_their_own_labels():
         (["a", "b\x00c"], None, r"has the label 'b\\x00c'"),
         (["a", "b\u2028c"], None, r"has the label 'b\\u2028c'"),
         ([0, 1], ClassLabel(names=["a", "b\nc"]), r"has the label 'b\\nc'"),
+        ([3.0, math.nan], None, r"1.wav has no label in the column 'label'"),
+        ([[1.0], [2.0, math.nan]], None, r"1.wav has an empty label in the column 'label'"),
+        ([1.0, -math.inf], None, r"the column 'label' has the label -inf, which is no class: correct it"),
+        ([b"x", b"y"], None, r"the column 'label' holds binary, but a label is text, a number or a class"),
+        ([[b"x"], []], None, r"the column 'label' holds list<item: binary>, but a label is text"),
+        ([{"a": 1}, {"a": 2}], None, r"the column 'label' holds struct<a: int64>, but a label is text"),
+        ([[{"label": b"x", "onset": 0.0, "offset": 1.0}], []], None, r"the column 'label' holds .*label: binary.*, but a label is text"),
     ],
 )
 def test_a_label_that_cannot_be_is_named_in_a_table_and_in_a_stream(cells, feature, message):
@@ -89,7 +98,14 @@ def test_a_label_that_cannot_be_is_named_in_a_table_and_in_a_stream(cells, featu
         read_rows(rows, "label")
     stream = rows.to_iterable_dataset()
     with pytest.raises(UserError, match=message):
-        [LabelReader.of(rows, "label")(row) for row in stream]
+        [LabelReader.of(rows, "label").read_row(row) for row in stream]
+
+
+@pytest.mark.parametrize("feature", [None, ClassLabel(names=["e\u0301", "\xe9"])])
+def test_one_name_in_two_forms_of_unicode_is_not_two_classes(feature):
+    """As macOS and other systems write the names of folders."""
+    with pytest.raises(UserError, match=r"the column 'label' has the labels 'e\\u0301' and '\\xe9', which are one text in two forms"):
+        read_rows(table(["e\u0301", "\xe9"], feature), "label")
 
 
 # --- events
@@ -169,7 +185,7 @@ def test_an_event_without_times_is_a_weak_label():
     np.testing.assert_array_equal(read_rows(table(["a", "b"]), "label").labels.step_targets(0, 0.5, 3), np.full((3, 2), -100))
     stream = table(cells, EVENTS).to_iterable_dataset()
     reader = LabelReader.of(stream, "label")
-    assert [reader(row) for row in stream] == list(labels)
+    assert [reader.read_row(row)[0] for row in stream] == list(labels)
     last = [reader.read_row(row) for row in stream][3]
     assert (last.events(0), last.has_times(0)) == (labels.events(3), True)
 
@@ -244,7 +260,7 @@ def test_lists_of_something_else_are_no_events():
 # --- what a table tells
 
 
-MANY = Labels.from_names([["b"], ["a", "b"], [], ["b", "c"], ["c"]], multi_label=True)
+MANY = named_labels([["b"], ["a", "b"], [], ["b", "c"], ["c"]], multi_label=True)
 
 
 def test_counts_classes_and_targets():
@@ -256,7 +272,7 @@ def test_counts_classes_and_targets():
     assert encoded.counts().tolist() == [1, 3, 2, 0]
     with pytest.raises(ValueError, match="take one_hot"):
         encoded.indices()
-    single = Labels.from_names([["b"], ["a"]], multi_label=False).encode(["a", "b"])
+    single = named_labels([["b"], ["a"]], multi_label=False).encode(["a", "b"])
     assert (single.indices().tolist(), single.indices().dtype) == ([1, 0], np.int64)
 
 
@@ -276,8 +292,8 @@ def test_the_hash_is_of_everything_that_labels_say():
     others = [
         MANY.select([0, 1, 2, 4, 3]),
         MANY.select([0, 1, 2, 3]),
-        Labels.from_names([["b"], ["a", "b"], [], ["b", "c"], ["d"]], multi_label=True),
-        Labels.from_names([["b"], ["a", "b"], [], ["b", "c"], ["c"]], multi_label=False),
+        named_labels([["b"], ["a", "b"], [], ["b", "c"], ["d"]], multi_label=True),
+        named_labels([["b"], ["a", "b"], [], ["b", "c"], ["c"]], multi_label=False),
     ]
     assert MANY.digest() == MANY.select(range(5)).digest()
     assert len({labels.digest() for labels in (MANY, *others)}) == 5

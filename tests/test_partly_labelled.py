@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import named_labels
 from datasets import ClassLabel, Dataset, Features, List, Value
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -17,7 +18,7 @@ from test_probing import FAST, features_of
 
 from transformers_sslam import SSLAMFeatureExtractor
 from transformers_sslam.audio.clips import Clip
-from transformers_sslam.audio.labels import LabelReader, Labels
+from transformers_sslam.audio.labels import LabelReader
 from transformers_sslam.audio.layouts import open_splits
 from transformers_sslam.audio.rows import choose_classes, read_rows
 from transformers_sslam.cli import main
@@ -97,7 +98,7 @@ def test_clips_that_are_known_whole_have_no_unknown_target_though_there_is_the_c
 
 def test_data_whose_unknown_labels_differ_have_another_hash():
     known, other = (read_rows(table([[0], []], unknown, List(NAMES)), "labels").labels for unknown in ([[], [1]], [[], [2]]))
-    assert len({known.digest(), other.digest(), Labels.from_names([["hum"], []], True, NAMES.names).digest()}) == 3
+    assert len({known.digest(), other.digest(), named_labels([["hum"], []], True, NAMES.names).digest()}) == 3
 
 
 def test_a_metadata_csv_can_have_unknown_labels(tmp_path):
@@ -138,7 +139,7 @@ def test_what_contradicts_unknown_labels_is_rejected(rows, column, message):
         read_rows(rows, column)
     stream = rows.to_iterable_dataset()
     with pytest.raises(UserError, match=message):
-        [LabelReader.of(stream, column)(row) for row in stream]
+        [LabelReader.of(stream, column).read_row(row) for row in stream]
 
 
 def test_a_class_that_is_only_ever_unknown_is_named():

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import math
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,14 +43,6 @@ class Labels(Sequence[list[str]]):
     declared: bool = False
     _events: EventTable | None = field(default=None, repr=False)
     unknown: "Labels | None" = field(default=None, repr=False)
-
-    @classmethod
-    def from_names(cls, rows: Iterable[Sequence[str]], multi_label: bool, classes: Sequence[str] | None = None) -> "Labels":
-        """From the names of each clip's classes; `classes`, if declared."""
-        rows = [list(dict.fromkeys(row)) for row in rows]
-        index = {name: i for i, name in enumerate(classes or dict.fromkeys(name for row in rows for name in row))}
-        codes = np.array([index[name] for row in rows for name in row], dtype=np.int32)
-        return cls(codes, offsets_of([len(row) for row in rows]), list(index), multi_label, classes is not None)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -237,8 +230,13 @@ class LabelReader:
         if separator is not None and (classes is not None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind))):
             what = "lists" if _is_list(kind) else "classes" if classes is not None else str(kind)
             raise UserError(f"label_separator is {separator!r}, but the column {column!r} holds {what}, not text to divide: leave it out")
-        if _is_list(kind) and pa.types.is_struct(kind.value_type) and not {"label", "onset", "offset"} <= {f.name for f in kind.value_type}:
-            raise UserError(f"the column {column!r} holds {kind.value_type}, but an event needs label, onset and offset")
+        content = kind.value_type if _is_list(kind) else kind
+        if _is_list(kind) and pa.types.is_struct(content):
+            if not {"label", "onset", "offset"} <= {f.name for f in content}:
+                raise UserError(f"the column {column!r} holds {content}, but an event needs label, onset and offset")
+            content = content.field("label").type
+        if pa.types.is_nested(content) or "binary" in str(content):
+            raise UserError(f"the column {column!r} holds {kind}, but a label is text, a number or a class: convert it, or name another")
         if classes is not None:
             _check_names(classes, column)
         reader = cls(column, separator, classes, kind)
@@ -257,10 +255,6 @@ class LabelReader:
     def multi_label(self) -> bool:
         """See [`Labels`]."""
         return _is_list(self.kind) or self.separator is not None
-
-    def __call__(self, row: dict) -> list[str]:
-        """The names of the classes of one row. Raises as [`read`]."""
-        return self.read_row(row)[0]
 
     def read_row(self, row: dict) -> Labels:
         """The labels of one row, as a table of one clip. Raises as [`read`]."""
@@ -335,7 +329,9 @@ class LabelReader:
             names = list(self.classes)
             new = [code if code is not None and 0 <= code < len(names) else len(names) for code in found]
         else:
-            texts = ["" if value is None else _text(value) for value in found]
+            if infinite := [value for value in found if value in (math.inf, -math.inf)]:
+                raise UserError(f"the column {self.column!r} has the label {infinite[0]}, which is no class: correct it")
+            texts = ["" if value is None or value != value else _text(value) for value in found]  # a value that is not itself is NaN
             names = list(dict.fromkeys(text for text in texts if text))
             _check_names(names, self.column)
             index = {name: code for code, name in enumerate(names)}
@@ -379,9 +375,15 @@ def _text(value: Any) -> str:
 
 
 def _check_names(names: Iterable[str], column: str) -> None:
+    forms: dict[str, str] = {}
     for name in names:
         if any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in name):
             raise UserError(f"the column {column!r} has the label {name!r}, but a label is one line without control characters: rename it")
+        if (other := forms.setdefault(unicodedata.normalize("NFC", name), name)) != name:  # macOS writes names of folders in another form
+            raise UserError(
+                f"the column {column!r} has the labels {other!a} and {name!a}, which are one text in two forms of Unicode: write "
+                "both the same way"
+            )
 
 
 def _without_repeats(codes: np.ndarray, starts: np.ndarray, num_names: int) -> tuple[np.ndarray, np.ndarray]:
