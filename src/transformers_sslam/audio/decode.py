@@ -29,7 +29,7 @@ AUDIO_SUFFIXES = (
     ".tta", ".spx",
 )
 # fmt: on
-_LOWEST_RATE = 1000  # Hz; below it a header is damaged, or what it describes is not sound
+LOWEST_RATE = 1000  # Hz; below it a header is damaged, or what it describes is not sound
 _LARGEST_FILTER = 2**25  # coefficients; 44,100 to 16,000 Hz takes 2**16, 44,099 to 16,000 Hz would take 2**29
 _MISSING = (404, 410)  # of the answers of a web server
 Source = str | Path | bytes | bytearray | memoryview | dict
@@ -209,7 +209,7 @@ def _check_whole(sampling_rate: int) -> None:
 
 def _check_rate(native_rate: int, sampling_rate: int, source: Source) -> None:
     divisor = math.gcd(native_rate, sampling_rate)
-    if native_rate < _LOWEST_RATE or native_rate // divisor * (sampling_rate // divisor) > _LARGEST_FILTER:
+    if native_rate < LOWEST_RATE or native_rate // divisor * (sampling_rate // divisor) > _LARGEST_FILTER:
         raise AudioDecodingError(
             "unreadable", f"{_name(source)} has {native_rate} Hz, which cannot be resampled to {sampling_rate} Hz: convert it before"
         )

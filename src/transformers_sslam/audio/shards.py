@@ -6,6 +6,7 @@ ends with the same files.
 """
 
 import io
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,10 +25,14 @@ from ..errors import UserError
 from ..files import DamagedFileError, hash_file, lock, write_atomically, write_json
 from ..settings import setting
 from .clips import Clip, ReadStatistics, Windows
+from .decode import LOWEST_RATE
 from .readers import StreamSettings
 from .shard_index import SHARD_INDEX, check_shards, read_index
 from .sources import Source, SourceSettings
 from .stream import BatchStream
+
+
+HIGHEST_RATE, HIGHEST_ODD_RATE = 655_350, 65_535  # Hz, that FLAC holds; between them only multiples of 10
 
 
 @dataclass
@@ -58,8 +63,20 @@ class ShardSettings:
             raise UserError(
                 f"clips_per_shard is {self.clips_per_shard}, but must be a positive multiple of clips_per_group, {self.clips_per_group}"
             )
-        if self.window_seconds is not None and self.window_seconds < self.min_seconds:
-            raise UserError(f"window_seconds is {self.window_seconds}, but must be at least min_seconds, {self.min_seconds}")
+        if not LOWEST_RATE <= self.sampling_rate <= HIGHEST_RATE or (self.sampling_rate > HIGHEST_ODD_RATE and self.sampling_rate % 10):
+            raise UserError(
+                f"sampling_rate is {self.sampling_rate}, but {LOWEST_RATE} to {HIGHEST_RATE} Hz are expected, above {HIGHEST_ODD_RATE} in "
+                "tens: FLAC has no others"
+            )
+        if not 0 <= self.min_seconds < math.inf:
+            raise UserError(f"min_seconds is {self.min_seconds:g}, but must be 0 or more")
+        if self.window_seconds is not None:
+            if not self.min_seconds <= self.window_seconds < math.inf:
+                raise UserError(f"window_seconds is {self.window_seconds:g}, but must be at least min_seconds, {self.min_seconds:g}")
+            if round(self.window_seconds * self.sampling_rate) < 1:
+                raise UserError(
+                    f"window_seconds is {self.window_seconds:g}, which is no sample at {self.sampling_rate} Hz: give more, or null"
+                )
 
 
 def run(settings: ShardSettings) -> None:
