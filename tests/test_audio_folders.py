@@ -1,5 +1,6 @@
 """Folders of audio: what is a clip, what is its label, and what is said of all that is neither."""
 
+import json
 import os
 import zipfile
 from collections.abc import Sequence
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 from conftest import noise
+from pyarrow.parquet import write_table
 
 from transformers_sslam.audio.decode import load_waveform
 from transformers_sslam.audio.folders import audio_folder_splits, table_of_files
@@ -120,6 +123,7 @@ def test_a_clip_comes_as_often_as_it_is_listed(tmp_path, caplog):
         (["../x.wav,dog"], r"line 2 of .*metadata.csv names '../x.wav', a file outside of .*clips"),
         (["sub/../../x.wav,dog"], r"line 2 of .*metadata.csv names .* a file outside of"),
         (["a.wav,dog,1"], r"line 2 of .*metadata.csv has 3 cells, but there are 2 columns"),
+        (["a.wav,dog", "b\0.wav,cat"], r"line 3 of .*metadata.csv names 'b\\x00.wav', but no name of a file holds NUL"),
         (["x.wav,dog", "y.wav,dog"], r"2 of 2 clips that are listed are not there, such as .*x.wav \(line 2 of"),
     ],
 )
@@ -138,12 +142,55 @@ def test_rows_that_cannot_be_right_are_named(tmp_path, rows: list[str], message:
         (b"file_name,label,label\na.wav,x,y\n", "two of which have the same name"),
         ("file_name,label\na.wav,Ärger\n".encode("latin-1"), "cannot be read .* it must be text in UTF-8"),
         (b"", "has the columns , but must have one called file_name"),
+        (
+            b'file_name,label\na.wav,"x\nb.wav,y\n',
+            r"line 3 of .*metadata.csv cannot be read \(unexpected end of data\): a cell with quotation",
+        ),
+        (b'file_name,label\na.wav,"x\nb.wav,"y"\n', r"line 3 of .*metadata.csv cannot be read \(',' expected after '\"'\)"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_an_error(tmp_path, content: bytes, message: str):
     write(tmp_path, "a.wav")
     (tmp_path / "metadata.csv").write_bytes(content)
     with pytest.raises(UserError, match=message):
+        open_splits(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"id": 10**25},
+            r"the column 'id' of .*metadata.jsonl cannot be read \(.*\): give all its values one type, and whole numbers fewer",
+        ),
+        ({"id": [1, "x"]}, r"the column 'id' of .*metadata.jsonl cannot be read"),
+        ({"events": [{"label": "x", "onset": 0, "offset": 10**400}]}, r"the column 'events' of .*metadata.jsonl cannot be read"),
+    ],
+)
+def test_numbers_of_too_many_digits_and_mixed_values_are_named(tmp_path, row: dict, message: str):
+    write(tmp_path, "a.wav")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.wav", **row}))
+    with pytest.raises(UserError, match=message):
+        open_splits(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.wav", "x": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(UserError, match="metadata.jsonl cannot be read .*recursion"):
+        open_splits(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Metadata.csv", "METADATA.CSV", "metadata.JSONL", "Metadata.Parquet"])
+def test_metadata_are_found_in_capitals_too(tmp_path, name):
+    write(tmp_path, "train/dog/a.wav", "train/cat/b.wav")
+    file = tmp_path / "train" / name
+    if name.endswith("Parquet"):
+        write_table(pa.table({"file_name": ["dog/a.wav", "cat/b.wav"], "label": ["1", "2"]}), file)
+    elif name.endswith("JSONL"):
+        file.write_text('{"file_name": "dog/a.wav", "label": "1"}\n{"file_name": "cat/b.wav", "label": "2"}\n')
+    else:
+        file.write_text("file_name,label\ndog/a.wav,1\ncat/b.wav,2\n")
+    assert labels(tmp_path) == {"a.wav": ["1"], "b.wav": ["2"]}
+    write(tmp_path, "test/c.wav")
+    file.rename(tmp_path / name)
+    with pytest.raises(UserError, match=f"which are splits, and beside them {name}: move"):
         open_splits(tmp_path)
 
 
@@ -292,6 +339,20 @@ def test_archives_are_splits_or_parts_of_one(tmp_path):
     (tmp_path / "train.zip").write_bytes(b"no archive")
     with pytest.raises(UserError, match="train.zip cannot be extracted"):
         open_splits(tmp_path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_archive_is_named(tmp_path, method):
+    write(tmp_path / "made", "a.wav")
+    path = tmp_path / "clips" / "clips.zip"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.write(tmp_path / "made" / "a.wav", "dog/a.wav")
+    whole = path.read_bytes()
+    for place in range(60, len(whole) - 150, len(whole) // 7):
+        path.write_bytes(whole[:place] + bytes(byte ^ 255 for byte in whole[place : place + 40]) + whole[place + 40 :])
+        with pytest.raises(UserError, match="clips.zip cannot be extracted"):
+            open_splits(path.parent)
 
 
 def test_a_table_of_files_is_in_memory_and_costs_seconds(tmp_path):

@@ -29,7 +29,7 @@ def write_clips(folder: Path, *names: str, samples: int = 160) -> None:
 
 def write_text(path: Path, *lines: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines))
+    path.write_text("".join(f"{line}\n" for line in lines), errors="surrogateescape")
 
 
 def read(rows) -> dict[str, list[Event] | list[str]]:
@@ -228,6 +228,7 @@ def test_missing_clips_of_audioset_strong_are_counted(audioset_strong, caplog):
             ],
             "line 3 of .* is of a second segment of the video s9d-2nhuJCQ, beside s9d-2nhuJCQ_0: keep one",
         ),
+        ("mid_to_display_name.tsv", ["/m/03m9d0z\tW\udce9nd"], r"mid_to_display_name.tsv cannot be read \(.*\): it must be text in UTF-8"),
         ("audioset_eval_strong.tsv", ["segment_id\tlabel", "a\tb"], "has the columns segment_id, label, but needs segment_id, start_time"),
     ],
 )
@@ -496,6 +497,8 @@ def test_an_empty_cell_has_no_events_and_other_text_stays_text(tmp_path, empty):
         "[{",
         "x",
         '{"a": 1}',
+        '[{"label": "x", "onset": 0, "offset": 1' + 400 * "0" + "}]",
+        "[" * 100_000,
     ],
 )
 def test_what_is_not_a_list_of_events_is_named_by_its_line(tmp_path, cell):
@@ -504,6 +507,12 @@ def test_what_is_not_a_list_of_events_is_named_by_its_line(tmp_path, cell):
     write_text(tmp_path / "metadata.csv", "file_name,events", "0.wav,[]", f"1.wav,{quoted}")
     with pytest.raises(UserError, match="line 3 of .*metadata.csv has .* in the column events, but needs a list"):
         open_splits(tmp_path)
+
+
+def test_a_cell_may_hold_the_events_of_a_long_recording(tmp_path):
+    """By default `csv` reads no more than 131,072 characters, about 2,600 of them."""
+    write_metadata(tmp_path, "csv", [[{"label": "dog", "onset": float(i), "offset": i + 0.5} for i in range(4000)]])
+    assert len(events_of(open_splits(tmp_path)["train"])["0.wav"]) == 4000
 
 
 def test_impossible_times_of_a_folder_are_named_by_the_clip(tmp_path):

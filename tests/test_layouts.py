@@ -100,6 +100,12 @@ def test_what_lies_beside_splits_is_not_left_out_silently(beside, tmp_path):
         open_splits(str(tmp_path), "audiofolder")
 
 
+def test_a_manifest_may_begin_with_a_byte_order_mark(tmp_path):
+    write_clip(tmp_path / "clips" / "a.wav")
+    (tmp_path / "all.tsv").write_text("clips\na.wav\t160\n", encoding="utf-8-sig")
+    assert open_splits(tmp_path / "all.tsv", "manifest")["train"]["audio"][0]["path"] == str(tmp_path / "clips" / "a.wav")
+
+
 def test_clips_that_the_metadata_do_not_list_are_counted(tmp_path, caplog):
     for name in ("0.wav", "1.wav", "2.wav"):
         write_clip(tmp_path / name)
@@ -266,6 +272,7 @@ def test_a_table_of_files_is_in_memory_whether_streamed_or_not(esc50):
             lambda root: edit(root / "meta" / "esc50.csv", "5-9032-A-0.wav,5,0,dog", "5-9032-A-0.wav,5,0,cat"),
             "calls target 0 both dog and cat",
         ),
+        (lambda root: edit(root / "meta" / "esc50.csv", ",thunderstorm,", ',"thunder"storm,'), "line 5 of .*esc50.csv cannot be read"),
         (lambda root: edit(root / "meta" / "esc50.csv", "19,thunderstorm,", "19,,"), "line 5 of .*esc50.csv has nothing in category"),
     ],
 )
@@ -331,6 +338,7 @@ def test_twelve_classes_take_unknown_words_and_background_in_and_the_test_archiv
     [
         (lambda root: (root / "testing_list.txt").unlink(), "has no testing_list.txt"),
         (lambda root: (root / "bed" / "b_nohash_0.wav").unlink(), r"validation_list.txt that are not there, .*: 1 \(bed/b_nohash_0.wav\)"),
+        (lambda root: (root / "testing_list.txt").write_bytes(b"\xe9"), "testing_list.txt cannot be read .* it must be text in UTF-8"),
         (lambda root: write_text(root / "testing_list.txt", "bed/b_nohash_0.wav"), r"or in both lists: 1 \(bed/b_nohash_0.wav\)"),
         (lambda root: write_clip(root / "visual" / "a.wav"), "are not the 30 expected: 1 differ, visual among"),
         (lambda root: [path.unlink() for path in (root / "zero").iterdir()], r"without a clip: 1 \(zero\)"),
@@ -431,6 +439,15 @@ def test_missing_clips_of_audioset_are_counted(audioset, monkeypatch):
         (lambda root: edit(root / "eval_segments.csv", "30.000, 40.000", "40.000, 30.000"), "line 5 .* goes from 40.000 s to 30.000 s"),
         (lambda root: edit(root / "eval_segments.csv", "30.000, 40.000, ", "30.000, "), "line 5 .*, but must be YTID, start_seconds"),
         (lambda root: (root / "class_labels_indices.csv").unlink(), "there is no .*class_labels_indices.csv"),
+        (
+            lambda root: edit(root / "class_labels_indices.csv", '"Gush"', "Speech"),
+            "class_labels_indices.csv gives several ids the name 'Speech'",
+        ),
+        (lambda root: edit(root / "eval_segments.csv", '"/m/09x0r"', '"/m/09x0r'), "line 5 of .*eval_segments.csv cannot be read"),
+        (
+            lambda root: (root / "eval_segments.csv").write_bytes(b"\xe9"),
+            r"eval_segments.csv cannot be read \(.*\): it must be text in UTF-8",
+        ),
     ],
 )
 def test_damage_to_audioset_is_named(audioset, damage, message):
@@ -520,6 +537,10 @@ def test_an_impossible_event_is_named_by_its_line(urban_sed, line, message):
         (lambda root: write_clip(root / "audio" / "test" / "soundscape_test_0.flac"), "are one clip twice"),
         (lambda root: write_clip(root / "audio" / "validation" / "a.wav"), "has both validate/ and validation/"),
         (lambda root: write_clip(root / "audio" / "more" / "a.wav"), "annotations/more is missing, though there is audio/more"),
+        (
+            lambda root: (root / "annotations" / "test" / "soundscape_test_0.txt").write_bytes("0\t1\tVögel".encode("latin-1")),
+            r"soundscape_test_0.txt cannot be read \(.*\): it must be text in UTF-8",
+        ),
         (lambda root: (root / "metadata").mkdir(), "holds annotations/, audio/, metadata/, but expected is either"),
         (lambda root: (root / "annotations").rename(root / "labels"), "holds audio/, labels/, but expected is either"),
     ],
@@ -537,6 +558,10 @@ def test_a_table_without_its_columns_or_with_half_an_event_is_refused(tmp_path):
         open_splits(str(tmp_path), "idmt_desed")
     write_text(tmp_path / "metadata" / "train.tsv", "filename\tonset\toffset\tevent_label", "1.wav\t\t\tDog")
     with pytest.raises(UserError, match="line 2 of .*train.tsv goes from '' to ''"):
+        open_splits(str(tmp_path), "idmt_desed")
+    lines = ["filename\tonset\toffset\tevent_label", '1.wav\t0\t1\t"Dog', *20 * ["1.wav\t0\t1\tCat"], '1.wav\t0\t1\t"Dog"']
+    write_text(tmp_path / "metadata" / "train.tsv", *lines)
+    with pytest.raises(UserError, match="line 23 of .*train.tsv cannot be read .*a cell with quotation marks must begin and end with one"):
         open_splits(str(tmp_path), "idmt_desed")
     (tmp_path / "metadata" / "train.tsv").unlink()
     with pytest.raises(UserError, match="there is no .*train.tsv"):

@@ -195,6 +195,10 @@ def test_excerpts_have_their_instruments_and_what_their_names_say(irmas):
             lambda root: write_text(root / "IRMAS-TestingData-Part1" / "Part1" / "01 - Song-1.txt", "voi", "dru"),
             "Song-1.txt holds 'voi dru', but a line for each instrument",
         ),
+        (
+            lambda root: (root / "IRMAS-TestingData-Part1" / "Part1" / "01 - Song-1.txt").write_bytes(b"\xe9"),
+            "Song-1.txt cannot be read .* it must be text in UTF-8",
+        ),
         (lambda root: write_text(root / "IRMAS-TestingData-Part1" / "Part1" / "01 - Song-1.txt"), "Song-1.txt holds '', but a line"),
     ],
 )
@@ -249,6 +253,13 @@ def test_excerpts_of_openmic_are_present_absent_or_unknown(openmic):
     [
         (lambda root: (root / "class-map.json").unlink(), "there is no .*class-map.json: extract the archive again"),
         (lambda root: write_text(root / "class-map.json", "[1]"), "class-map.json is damaged"),
+        *(
+            (
+                lambda root, voice=voice: edit(root / "class-map.json", '"voice": 2', f'"voice": {voice}'),
+                "class-map.json must give each instr",
+            )
+            for voice in ('"2"', "1", "null")
+        ),
         (lambda root: (root / OPENMIC_LABELS).unlink(), "there is no .*aggregated-labels.csv"),
         (
             lambda root: edit(root / OPENMIC_LABELS, "000003_300,banjo", "000003_300,tuba"),
@@ -264,6 +275,7 @@ def test_excerpts_of_openmic_are_present_absent_or_unknown(openmic):
         ),
         (lambda root: (root / "audio" / "000" / "000007_700.ogg").unlink(), r"that are not in .*audio: 1 \(000007_700\)"),
         (lambda root: write_clip(root / "audio" / "000" / "x.wav"), r"csv does not list: 1 \(x\)"),
+        (lambda root: (root / "partitions" / "split01_test.csv").write_bytes(b"\xe9"), "split01_test.csv cannot be read .* text in UTF-8"),
         (lambda root: (root / "partitions" / "split01_test.csv").unlink(), "there is no .*split01_test.csv"),
         (lambda root: write_text(root / "partitions" / "split01_test.csv", "000001_100"), r"list clips twice: 1 \(000001_100\)"),
         (lambda root: write_text(root / "partitions" / "split01_test.csv", "000006_600"), r"or in its labels: 3 \(000007_700, "),

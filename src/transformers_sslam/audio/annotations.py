@@ -1,6 +1,5 @@
 """Formats of annotation files: tables of text, and events of clips as Scaper and DCASE write them."""
 
-import csv
 import json
 import math
 from collections import defaultdict
@@ -10,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from .folders import AUDIO_SUFFIXES
+from .text import read_cells, read_text
 
 
 Event = dict[str, Any]  # label, onset and offset in seconds, or `None` for weak labels, and value, for soft ones
@@ -20,11 +20,12 @@ def read_table(table: Path, columns: Sequence[str], delimiter: str = ",") -> lis
     """Place of each row, for messages, and its text in these columns."""
     if not table.is_file():
         raise UserError(f"there is no {table}: extract the data set again")
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
-        if not set(columns) <= set(reader.fieldnames or ()):
-            raise UserError(f"{table} has the columns {', '.join(reader.fieldnames or ['none'])}, but needs {', '.join(columns)}")
-        rows = [(f"line {reader.line_num} of {table}", [row[column] or "" for column in columns]) for row in reader]
+    cells = read_cells(table, delimiter)
+    _, header = next(cells, (0, []))
+    if not set(columns) <= set(header):
+        raise UserError(f"{table} has the columns {', '.join(header) or 'none'}, but needs {', '.join(columns)}")
+    places = [header.index(column) for column in columns]
+    rows = [(f"line {line} of {table}", [row[i] if i < len(row) else "" for i in places]) for line, row in cells if row]
     if not rows:
         raise UserError(f"{table} has no rows")
     return rows
@@ -37,7 +38,7 @@ def read_texts(paths: Iterable[Path], classes: Collection[str] | None = None, so
     annotations: Events = {}
     for path in sorted(paths):
         annotations[path.stem] = []
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        for number, line in enumerate(read_text(path).splitlines(), start=1):
             place, values = f"line {number} of {path}", line.split("\t")
             if soft and number == 1 and values[:2] == ["onset", "offset"]:
                 continue
@@ -55,13 +56,13 @@ def read_jams(paths: Iterable[Path], classes: Collection[str] | None) -> Events:
     for path in sorted(paths):
         annotations[path.stem] = []
         try:
-            (data,) = (
-                part["data"] for part in json.loads(path.read_text(encoding="utf-8"))["annotations"] if part["namespace"] == "scaper"
-            )
+            (data,) = (part["data"] for part in json.loads(read_text(path))["annotations"] if part["namespace"] == "scaper")
             if isinstance(data, dict):  # columns, as older versions write them
                 data = [dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True)]
             sounds = [(float(one["time"]), float(one["duration"]), one["value"]["label"], one["value"]["role"]) for one in data]
-        except (ValueError, KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{path} is not a JAMS file with one annotation of Scaper ({reason})") from error
         for number, (onset, duration, label, role) in enumerate(sounds, start=1):
@@ -94,8 +95,7 @@ def read_header(table: Path) -> list[str]:
     """The columns of a TSV; none if it is missing, which [`read_table`] reports."""
     if not table.is_file():
         return []
-    with table.open(encoding="utf-8-sig") as file:
-        return file.readline().rstrip("\r\n").split("\t")
+    return next(read_cells(table, "\t"), (0, []))[1]
 
 
 def make_event(place: str, classes: Collection[str] | None, onset: str, offset: str, label: str, value: str | None = None) -> Event:

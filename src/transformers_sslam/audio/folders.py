@@ -6,10 +6,12 @@ one), knows few formats, and caches by time stamps.
 
 import hashlib
 import logging
+import lzma
 import os
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -93,7 +95,7 @@ def open_folder(root: Path) -> "DatasetDict":
 def open_manifest(manifest: Path) -> "DatasetDict":
     """One split, `train`, of a fairseq TSV: the root folder (relative to the manifest's), then `relative path<TAB>samples` a line."""
     try:
-        lines = manifest.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = manifest.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:
         raise UserError(f"the manifest {manifest} cannot be read ({error.strerror})") from error
     if len(lines) < 2:
@@ -152,7 +154,8 @@ def audio_folder_splits(root: Path) -> dict[str, list[Path]]:
     suffixes = (*AUDIO_SUFFIXES, ".zip")
     tops = sorted(path.name for path in root.iterdir() if _holds(path, suffixes))
     split_of = {top: split for top in tops for split, names in SPLIT_FOLDERS.items() if top.lower().removesuffix(".zip") in names}
-    others = [top for top in tops if top not in split_of] + [file.name for file in sorted(root.glob("metadata.*"))]
+    others = [top for top in tops if top not in split_of]
+    others += sorted(path.name for path in root.iterdir() if path.name.lower().startswith("metadata."))
     if not split_of or (others and len(set(split_of.values())) == 1):
         return {"train": [root]}
     if others:
@@ -184,7 +187,7 @@ def _list_files(places: Sequence[Path]) -> Iterator[_Listing]:
         folder = _extract(place) if place.is_file() else place
         names, repeats = find_files(folder, ("",))
         audio = [name for name in names if name.lower().endswith(AUDIO_SUFFIXES)]
-        metadata = [name for name in names if os.path.basename(name) in METADATA_FILES]
+        metadata = [name for name in names if os.path.basename(name).lower() in METADATA_FILES]
         if not metadata:
             _check_folders(folder, names, audio, repeats)
         yield _Listing(folder, [name for name in audio if name not in repeats], metadata, repeats)
@@ -228,7 +231,7 @@ def _extract(archive: Path) -> Path:
             with zipfile.ZipFile(archive) as file:
                 file.extractall(unfinished)
             unfinished.rename(folder)
-        except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, NotImplementedError) as error:
             if not folder.is_dir():  # otherwise another process was faster
                 raise UserError(f"{archive} cannot be extracted ({error}): restore it") from error
         finally:

@@ -1,9 +1,9 @@
 """Metadata files of audio folders: the clips that they list, and their columns."""
 
-import csv
 import json
 import logging
 import os
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -15,11 +15,12 @@ import pyarrow as pa
 from pyarrow.parquet import read_table
 
 from ..errors import UserError
+from .text import read_cells
 
 
 logger = logging.getLogger(__name__)
 
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # in any case
 ROWS_AT_ONCE = 100_000  # that are converted to Arrow
 EVENTS = pa.list_(
     pa.struct([("label", pa.string()), ("onset", pa.float64()), ("offset", pa.float64()), ("value", pa.float64())])  # as `EventTable.read`
@@ -36,7 +37,7 @@ class Metadata(NamedTuple):
 
     def place(self, row: int) -> str:
         """Where a clip is listed."""
-        return f"{'row' if self.file.suffix == '.parquet' else 'line'} {self.lines[row]} of {self.file}"
+        return f"{'row' if self.file.suffix.lower() == '.parquet' else 'line'} {self.lines[row]} of {self.file}"
 
 
 def read_metadata(file: Path, boundary: Path) -> Metadata:
@@ -50,12 +51,12 @@ def read_metadata(file: Path, boundary: Path) -> Metadata:
         UserError: if it cannot be read, has no column `file_name`, lists an absolute path or one outside of the folder `boundary`, or has
             something else in `events`.
     """
-    read = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[file.suffix]
+    read = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[file.suffix.lower()]
     try:
         table, lines = read(file)
     except UserError:
         raise
-    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         raise UserError(f"{file} cannot be read ({error}): it must be text in UTF-8, or parquet") from error
     if "file_name" not in table.column_names or "audio" in table.column_names:
         raise UserError(
@@ -71,6 +72,8 @@ def read_metadata(file: Path, boundary: Path) -> Metadata:
     metadata = Metadata(file, [], lines, table.drop_columns("file_name"))
     folder = os.path.join(file.parent, "")
     for row, name in enumerate(names):
+        if "\0" in name:
+            raise UserError(f"{metadata.place(row)} names {name!r}, but no name of a file holds NUL: write the file again")
         path = folder + name
         if ".." in name or name.startswith("./") or os.path.isabs(name):
             path = os.path.normpath(path)
@@ -88,9 +91,9 @@ def _read_events(metadata: Metadata) -> Metadata:
         cells = column.to_pylist()
         if any(cells) and not any(cell and cell.lstrip().startswith("[") for cell in cells):
             return metadata
-    elif metadata.file.suffix != ".parquet" and pa.types.is_null(column.type):
+    elif metadata.file.suffix.lower() != ".parquet" and pa.types.is_null(column.type):
         cells = column.to_pylist()
-    elif metadata.file.suffix == ".jsonl" and pa.types.is_list(column.type):
+    elif metadata.file.suffix.lower() == ".jsonl" and pa.types.is_list(column.type):
         if not (pa.types.is_struct(column.type.value_type) or pa.types.is_null(column.type.value_type)):
             return metadata
         cells = column.to_pylist()
@@ -111,7 +114,7 @@ def _events(cell: Any, metadata: Metadata, row: int) -> list[dict[str, Any]]:
         if isinstance(events, list):
             events = [event for event in events if not _is_nothing(event)]
         valid = isinstance(events, list) and all(_is_event(event) for event in events)
-    except ValueError:
+    except (ValueError, RecursionError):
         valid = False
     if not valid:
         raise UserError(
@@ -130,29 +133,29 @@ def _is_nothing(event: Any) -> bool:
 def _is_event(event: Any) -> bool:
     if not (isinstance(event, dict) and {"label", "onset", "offset"} <= event.keys() and isinstance(event["label"], str)):
         return False
-    return all(isinstance(event.get(name), (int, float, NoneType)) for name in ("onset", "offset", "value"))
+    numbers = [event.get(name) for name in ("onset", "offset", "value")]
+    return all(isinstance(number, (int, float, NoneType)) and not abs(number or 0) > sys.float_info.max for number in numbers)
 
 
 def _read_csv(file: Path) -> tuple[pa.Table, Sequence[int]]:
     """All cells as text, empty ones missing."""
     lines, pieces = array("q"), []
-    with file.open(encoding="utf-8-sig", newline="") as text:
-        reader = csv.reader(text)
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise UserError(f"{file} has the columns {', '.join(header)}, two of which have the same name: rename one")
+    cells = read_cells(file)
+    _, header = next(cells, (0, []))
+    if len(set(header)) < len(header):
+        raise UserError(f"{file} has the columns {', '.join(header)}, two of which have the same name: rename one")
 
-        def rows() -> Iterator[list[str | None]]:
-            for row in reader:
-                if len(row) > len(header) and any(row[len(header) :]):
-                    raise UserError(f"line {reader.line_num} of {file} has {len(row)} cells, but there are {len(header)} columns: {row}")
-                if row:  # not an empty line
-                    lines.append(reader.line_num)
-                    yield [cell or None for cell in row[: len(header)]] + [None] * (len(header) - len(row))
+    def rows() -> Iterator[list[str | None]]:
+        for line, row in cells:
+            if len(row) > len(header) and any(row[len(header) :]):
+                raise UserError(f"line {line} of {file} has {len(row)} cells, but there are {len(header)} columns: {row}")
+            if row:  # not an empty line
+                lines.append(line)
+                yield [cell or None for cell in row[: len(header)]] + [None] * (len(header) - len(row))
 
-        remaining = rows()
-        while piece := list(islice(remaining, ROWS_AT_ONCE)):
-            pieces.append(pa.table([pa.array(column, pa.string()) for column in zip(*piece)], names=header))
+    remaining = rows()
+    while piece := list(islice(remaining, ROWS_AT_ONCE)):
+        pieces.append(pa.table([pa.array(column, pa.string()) for column in zip(*piece)], names=header))
     return pa.concat_tables(pieces) if pieces else pa.table([pa.array([], pa.string()) for _ in header], names=header), lines
 
 
@@ -168,7 +171,15 @@ def _read_jsonl(file: Path) -> tuple[pa.Table, Sequence[int]]:
                 lines.append(number)
                 rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names}), lines
+    columns = {}
+    for name in names:
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except (OverflowError, pa.ArrowException) as error:
+            raise UserError(
+                f"the column {name!r} of {file} cannot be read ({error}): give all its values one type, and whole numbers fewer digits"
+            ) from error
+    return pa.table(columns), lines
 
 
 def _read_parquet(file: Path) -> tuple[pa.Table, Sequence[int]]:

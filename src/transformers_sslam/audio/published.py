@@ -1,10 +1,10 @@
 """Data sets with labels of clips as their authors distribute them, read into tables of files: ESC-50, Speech Commands, Free Spoken Digit
 Dataset, AudioSet."""
 
-import csv
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from ..errors import UserError
 from .annotations import read_table
 from .folders import AUDIO_SUFFIXES, import_datasets, table_of_files
 from .paths import contents, files_below
+from .text import read_cells, read_text
 
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _speech_commands_splits(root: Path, words: Sequence[str]) -> dict[str, list[
     for split, name in (("validation", "validation_list.txt"), ("test", "testing_list.txt")):
         if not (root / name).is_file():
             raise UserError(f"{root} has no {name}: extract the archive again")
-        lines = (root / name).read_text(encoding="utf-8").splitlines()
+        lines = read_text(root / name).splitlines()
         listed = list(dict.fromkeys(root / line.strip() for line in lines if line.strip()))
         if missing := {str(clip.relative_to(root)) for clip in listed if clip not in clips}:
             raise UserError(f"clips of {root / name} that are not there, or in both lists: {first_names(missing)}; extract it again")
@@ -187,7 +188,10 @@ def open_audioset(root: Path, subset: str) -> "DatasetDict":
     A clip is named after its video, `YTID` or `YYTID`, optionally followed by `_` and more. Segments without a file (deleted videos) are
     counted and left out.
     """
-    classes = {mid: name for _, (mid, name) in read_table(root / "class_labels_indices.csv", ("mid", "display_name"))}
+    table = root / "class_labels_indices.csv"
+    classes = {mid: name for _, (mid, name) in read_table(table, ("mid", "display_name"))}
+    if repeated := [name for name, count in Counter(classes.values()).items() if count > 1]:
+        raise UserError(f"{table} gives several ids the name {repeated[0]!r}: download it again")
     segments = {
         split: [segment for table in tables for segment in _audioset_segments(root / f"{table}_segments.csv", classes)]
         for split, tables in AUDIOSET_SEGMENTS[subset].items()
@@ -202,23 +206,21 @@ def _audioset_segments(table: Path, classes: dict[str, str]) -> Iterator[tuple[s
     """Video and class names of each line: three lines of comments, then `YTID, start_seconds, end_seconds, "mid,mid,..."`."""
     if not table.is_file():
         raise UserError(f"there is no {table}: expected is {EXPECTED['audioset']}")
-    with table.open(encoding="utf-8", newline="") as file:
-        reader = csv.reader(file, skipinitialspace=True)
-        for row in reader:
-            if not row or row[0].startswith("#"):
-                continue
-            place = f"line {reader.line_num} of {table}"
-            try:
-                video, start, end, mids = row
-                valid = 0 <= float(start) < float(end) < math.inf
-            except ValueError as error:
-                raise UserError(f'{place} is {row}, but must be YTID, start_seconds, end_seconds, "labels"') from error
-            if not valid:
-                raise UserError(f"{place} goes from {start} s to {end} s, but a segment starts before it ends")
-            labels = mids.split(",")
-            if unknown := [mid for mid in labels if mid not in classes]:
-                raise UserError(f"{place} has the label {unknown[0]!r}, which is none of class_labels_indices.csv")
-            yield video, [classes[mid] for mid in labels]
+    for line, row in read_cells(table, skip_blanks=True):
+        if not row or row[0].startswith("#"):
+            continue
+        place = f"line {line} of {table}"
+        try:
+            video, start, end, mids = row
+            valid = 0 <= float(start) < float(end) < math.inf
+        except ValueError as error:
+            raise UserError(f'{place} is {row}, but must be YTID, start_seconds, end_seconds, "labels"') from error
+        if not valid:
+            raise UserError(f"{place} goes from {start} s to {end} s, but a segment starts before it ends")
+        labels = mids.split(",")
+        if unknown := [mid for mid in labels if mid not in classes]:
+            raise UserError(f"{place} has the label {unknown[0]!r}, which is none of class_labels_indices.csv")
+        yield video, [classes[mid] for mid in labels]
 
 
 def present_clips(name: str, root: Path, rows: Sequence[tuple[str, Any]], clips: Mapping[str, Path]) -> list[tuple[Path, Any]]:

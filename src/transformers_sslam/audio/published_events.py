@@ -22,6 +22,7 @@ from .events import PRESENT
 from .folders import AUDIO_SUFFIXES, import_datasets
 from .paths import contents, files_below
 from .published import clips_by_video, first_names, present_clips, tables_of_splits
+from .text import read_text
 
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ def _display_names(table: Path) -> dict[str, str]:
     if not table.is_file():
         return {}
     names: dict[str, str] = {}
-    for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(read_text(table).splitlines(), start=1):
         mid, tab, name = line.partition("\t")
         if not (mid and tab and name.strip()):
             raise UserError(f"line {number} of {table} is {line!r}, but must be id<TAB>name")

@@ -17,6 +17,7 @@ from .folders import AUDIO_SUFFIXES, import_datasets
 from .labels import UNKNOWN_LABELS
 from .paths import contents, files_below
 from .published import first_names, tables_of_splits
+from .text import read_text
 
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _irmas_test(root: Path) -> Iterator[tuple[Path, list[str], None, None, None]
         text = clip.with_suffix(".txt")
         if not text.is_file():
             raise UserError(f"{clip} has no {text.name} beside it with its instruments, but expected is {EXPECTED_MUSIC['irmas']}")
-        codes = list(dict.fromkeys(text.read_text(encoding="utf-8").split()))
+        codes = list(dict.fromkeys(read_text(text).split()))
         if not codes or not IRMAS_CLASSES.keys() >= set(codes):
             raise UserError(f"{text} holds {' '.join(codes)!r}, but a line for each instrument is expected, of {', '.join(IRMAS_CLASSES)}")
         yield clip, [IRMAS_CLASSES[code] for code in codes], None, None, None
@@ -149,7 +150,10 @@ def open_openmic(root: Path, subset: None) -> "DatasetDict":
     aggregated labels has no row for it. `recording` is the track of the Free Music Archive. Splits are those of `partitions/split01_*.csv`.
     The arrays of `openmic-2018.npz` hold the same labels, and are not read.
     """
-    classes = [name for name, _ in sorted(_read_object(root / "class-map.json").items(), key=lambda entry: entry[1])]
+    numbers = _read_object(root / "class-map.json")
+    if not all(type(number) is int for number in numbers.values()) or len(set(numbers.values())) < len(numbers):
+        raise UserError(f"{root / 'class-map.json'} must give each instrument a number of its own: extract the archive again")
+    classes = sorted(numbers, key=numbers.__getitem__)
     relevance = _relevance(root / OPENMIC_LABELS, classes)
     clips = {Path(name).stem: root / "audio" / name for name in files_below(root / "audio", AUDIO_SUFFIXES)}
     _check_same(root, OPENMIC_LABELS, relevance, clips)
@@ -197,7 +201,7 @@ def _keys(table: Path) -> list[str]:
     """The clips of a partition: a line each, without a header."""
     if not table.is_file():
         raise UserError(f"there is no {table}: extract the archive again")
-    return [line.strip() for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_text(table).splitlines() if line.strip()]
 
 
 # How to open each, and its subsets.
