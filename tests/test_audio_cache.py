@@ -1,5 +1,6 @@
 """Decoded clips: how many are held while one of them is slow."""
 
+import math
 import threading
 
 import numpy as np
@@ -8,6 +9,10 @@ import pytest
 from transformers_sslam.audio import ahead, cache
 from transformers_sslam.audio.cache import Waveforms
 from transformers_sslam.errors import AudioDecodingError, UserError
+from transformers_sslam.evaluation.frozen import FrozenSettings
+from transformers_sslam.evaluation.settings import EvaluationSettings
+from transformers_sslam.finetuning.mixtures import MixingSettings
+from transformers_sslam.finetuning.settings import FineTuningSettings
 
 
 def test_a_slow_clip_does_not_let_the_others_pile_up(monkeypatch):
@@ -26,6 +31,21 @@ def test_a_slow_clip_does_not_let_the_others_pile_up(monkeypatch):
     waveforms = Waveforms([{"path": str(i)} for i in range(500)], 16_000)
     assert held[0] < ahead.TASKS_AHEAD * 4
     assert [int(waveform[0]) for waveform in waveforms] == list(range(500))
+
+
+@pytest.mark.parametrize("memory_gb", [-1.0, math.nan, math.inf])
+def test_memory_is_a_number_of_at_least_0(memory_gb):
+    for settings in (EvaluationSettings, FineTuningSettings, FrozenSettings):
+        with pytest.raises(UserError, match=f"^memory_gb is {memory_gb:g}, but a number of at least 0 is expected"):
+            settings(data_dir="clips", model="x", memory_gb=memory_gb)
+    with pytest.raises(UserError, match=f"^mixing.memory_gb is {memory_gb:g}, but a number of at least 0 is expected"):
+        MixingSettings(memory_gb=memory_gb)
+
+
+@pytest.mark.parametrize("memory_gb", [1e9, 1e12])
+def test_more_memory_than_there_is_is_named(memory_gb):
+    with pytest.raises(UserError, match=r"GB for decoded clips cannot be reserved \(.+\): set a smaller memory_gb"):
+        Waveforms([], 16_000, memory_gb)
 
 
 def test_clips_that_do_not_fit_are_not_held(monkeypatch):

@@ -28,11 +28,17 @@ class WaveformCache:
     Args:
         recordings: rows of the table.
         memory_gb: limit in 10^9 bytes. A minute of mono at 16 kHz takes 0.004.
+
+    Raises:
+        UserError: if the system does not give so much.
     """
 
     def __init__(self, recordings: int, memory_gb: float):
         self._arguments = recordings, memory_gb
-        self._samples = _shared_zeros(int(memory_gb * 1e9) // 4, np.float32)
+        try:
+            self._samples = _shared_zeros(int(memory_gb * 1e9) // 4, np.float32)
+        except (OSError, OverflowError) as error:
+            raise UserError(f"{memory_gb:g} GB for decoded clips cannot be reserved ({error}): set a smaller memory_gb") from error
         self._places = _shared_zeros(2 * recordings, np.int64).reshape(-1, 2)  # first sample, number of samples
         self._used = multiprocessing.Value("q", 0)
 

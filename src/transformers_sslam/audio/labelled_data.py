@@ -1,5 +1,6 @@
 """The settings of labelled clips that fine-tuning, evaluation and probes have in common."""
 
+import math
 from dataclasses import dataclass
 
 from ..errors import UserError
@@ -24,5 +25,12 @@ class LabelledDataSettings:
     def __post_init__(self):
         if not 0 <= self.max_unreadable < 1:
             raise UserError(f"max_unreadable is {self.max_unreadable:g}, but a fraction in [0, 1) is expected")
+        check_memory(self.memory_gb)
         if self.test_folds and self.fold_column is None:
             raise UserError("test_folds are set, but fold_column, which they choose from, is not")
+
+
+def check_memory(memory_gb: float, name: str = "memory_gb") -> None:
+    """Raise a `UserError` unless this is a limit of memory."""
+    if not 0 <= memory_gb < math.inf:
+        raise UserError(f"{name} is {memory_gb:g}, but a number of at least 0 is expected")

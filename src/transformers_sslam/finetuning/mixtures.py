@@ -9,6 +9,7 @@ import numpy as np
 
 from ..audio.cache import Waveforms
 from ..audio.events import Event
+from ..audio.labelled_data import check_memory
 from ..audio.rows import AudioColumn, LabelledRows, check_single, hash_audio, read_rows
 from ..audio.sources import SourceSettings
 from ..errors import UserError, as_user_error
@@ -55,6 +56,7 @@ class MixingSettings(MixingRules):
             raise UserError(f"mixing.clip_seconds is {span}, but [shortest, longest] in seconds are expected")
         if not self.speeds or not all(0.5 <= speed <= 2 for speed in self.speeds):
             raise UserError(f"mixing.speeds is {self.speeds}, but numbers from 0.5 to 2 are expected, and [1.0] for none")
+        check_memory(self.memory_gb, "mixing.memory_gb")
         if self.backgrounds and not self.sounds:
             raise UserError("mixing.backgrounds is set, but mixing.sounds is empty: give sounds to mix")
 

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from ..attention_sslam import CPU_HALF_PRECISION_ATTENTION
-from ..audio.labelled_data import LabelledDataSettings
+from ..audio.labelled_data import LabelledDataSettings, check_memory
 from ..audio.normalization import check_normalization
 from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
@@ -356,6 +356,7 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
         for name in ("max_unreadable", "label_smoothing_factor"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name):g}, but a fraction in [0, 1) is expected")
+        check_memory(self.memory_gb)
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay is {self.ema_decay:g}, but a fraction in [0, 1) is expected, or null for no average")
         if not 0 < self.layer_decay <= 1:
