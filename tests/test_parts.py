@@ -113,6 +113,11 @@ def test_results_before_a_known_error_are_not_taken_for_the_whole(tmp_path):
         parts.write([(A, [*rows(1, 2), BROKEN])])
         parts.refresh()
         assert (parts.entries[A.path].cause, parts.holds(A)) == ("truncated", False)
+        assert len(files(tmp_path)) == 1
+    opened(tmp_path).write([(A, rows(1, 2))])
+    opened(tmp_path).write([(A, [*rows(1, 2), BROKEN])])  # as of the first part, but since then there was another result
+    assert opened(tmp_path).entries[A.path].cause == "truncated"
+    assert len(files(tmp_path)) == 3
 
 
 def test_after_an_exception_there_is_no_part(tmp_path):

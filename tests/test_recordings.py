@@ -118,11 +118,29 @@ def test_a_list_may_hold_any_name_that_a_file_may_have(tmp_path):
     assert find_recordings(str(tmp_path / "list.txt")) == [str(tmp_path / name) for name in names]
 
 
+def test_a_list_of_another_program_names_files_from_the_working_folder(tmp_path, monkeypatch):
+    """As the shell gives it: `--inputs <(find . -name '*.wav')`."""
+    write(tmp_path, "a.wav", "deep/b.wav")
+    monkeypatch.chdir(tmp_path)
+    reading, writing = os.pipe()
+    os.write(writing, b"./deep/b.wav\na.wav\n")
+    os.close(writing)
+    assert find_recordings(f"/dev/fd/{reading}") == ["deep/b.wav", "a.wav"]
+    os.close(reading)
+
+
+def test_a_url_is_a_recording(tmp_path):
+    assert find_recordings("http://host/a.wav?x=1") == ["http://host/a.wav?x=1"]
+    assert find_recordings(["s3://bucket/far"]) == ["s3://bucket/far"]
+
+
 def test_what_a_list_names_in_vain_is_counted_by_cause(model, recordings, tmp_path):
     soundfile.write(recordings / "loud.wav", 1e4 * noise(1.0), RATE, subtype="FLOAT")
-    (tmp_path / "list.txt").write_text(f"recordings/a.wav\n{'x' * 300}.wav\nfoo://bar/x.wav\nrecordings\nrecordings/loud.wav\nlist.txt\n")
+    (tmp_path / "list.txt").write_text(
+        f"recordings/a.wav\n{'x' * 300}.wav\nfoo://bar/x.wav\nrecordings\nrecordings/loud.wav\nlist.txt\nfile://{recordings}\n"
+    )
     summary = tag_files(settings(model, tmp_path / "list.txt", tmp_path / "tags.jsonl"))
-    assert (summary.finished, summary.unusable) == (1, {"unreadable": 3, "rejected": 1, "out of scale": 1})
+    assert (summary.finished, summary.unusable) == (1, {"unreadable": 4, "rejected": 1, "out of scale": 1})
 
 
 def test_a_file_system_that_is_not_installed_is_an_error(model, tmp_path, monkeypatch):
@@ -154,6 +172,18 @@ def test_a_network_that_fails_ends_the_run_in_one_line_and_what_is_finished_is_k
     assert (summary.finished, summary.skipped) == (2, 2)  # those of the last two portions are processed again
 
 
+def test_the_name_of_a_list_is_printed_as_utf_8_and_that_of_an_output_is_utf_8(model, recordings, tmp_path):
+    listed = Path(f"{tmp_path}/caf\udce9.txt")
+    listed.write_text(str(recordings / "a.wav"))
+    command = [sys.executable, "-m", "transformers_sslam", "tag", "--model", str(model), "--device", "cpu", "--inputs", str(listed)]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    ended = subprocess.run([*command, "--output", str(tmp_path / "a.csv")], env=environment, capture_output=True, text=True)
+    assert ended.stdout.splitlines()[0] == f"{tmp_path}/caf\\xe9.txt is read as a list: each line is the path of a recording"
+    assert ended.returncode == 0
+    with pytest.raises(UserError, match=r"output is caf\\xe9/tags.csv, but a name in UTF-8 is expected: give another place"):
+        settings(model, recordings, "caf\udce9/tags.csv")
+
+
 def test_recordings_behind_links_are_found(tmp_path):
     write(tmp_path, "deep/c.ogg")
     (tmp_path / "linked").mkdir()
@@ -176,6 +206,9 @@ def test_inputs_that_hold_nothing_are_rejected(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             find_recordings(str(tmp_path / name))
+    for nothing in ([], ""):
+        with pytest.raises(UserError, match="inputs is empty: give a folder, an audio file, or a list of paths"):
+            find_recordings(nothing)
 
 
 def test_a_recording_is_its_path_size_and_time(tmp_path):

@@ -11,6 +11,7 @@ Scores of all time steps are kept in `events.parts`: another threshold, median f
 used are written with their cause, and tried again by the next run.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -78,8 +79,12 @@ class DetectSettings(EventFlags, RecordingsSettings):
             raise UserError(f"plot_seconds is {self.plot_seconds:g}, but 1 to 3600 are expected")
         if self.plot is not None and find_spec("matplotlib") is None:
             raise UserError('plot needs matplotlib, which is not installed: pip install "transformers-sslam[train]", or leave it out')
-        if self.plot is not None and self.label_folder is not None and Path(self.plot).absolute() == self.label_folder.absolute():
-            raise UserError(f"plot is {self.plot!r}, but label files are written into that folder: give another one")
+        if self.plot is not None:
+            plot, output = Path(os.path.realpath(self.plot)), Path(self.output)
+            others = [output, *(output.with_suffix(suffix) for suffix in (".parts", ".unusable.csv")), self.label_folder or output]
+            for other, real in ((other, Path(os.path.realpath(other))) for other in others):
+                if plot.is_relative_to(real) or real.is_relative_to(plot):
+                    raise UserError(f"plot is {self.plot!r}, but {other} is written there too: give a folder of its own")
 
     @property
     def label_folder(self) -> Path | None:

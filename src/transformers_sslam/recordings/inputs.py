@@ -44,19 +44,23 @@ def lists_among(inputs: str | Sequence[str]) -> list[str]:
 
 
 def find_recordings(inputs: str | Sequence[str]) -> list[str]:
-    """Paths of all recordings, each file once by whatever name: those below folders sorted, those of lists in their order.
+    """Paths of all recordings, each file once by whatever name: those below folders sorted, those of lists in their order. A URL is one.
 
     Raises:
-        UserError: if an input is missing, is not text, or holds no recording.
+        UserError: if there is no input, or one is missing, is not text, or holds no recording.
     """
+    if not inputs:
+        raise UserError("inputs is empty: give a folder, an audio file, or a list of paths")
     found: dict[str, str] = {}
     for name in [inputs] if isinstance(inputs, str) else inputs:
         path = Path(name)
         with as_user_error(f"{name} is not a folder, audio file or list of paths"):
-            if path.is_dir():
+            if "://" in name:
+                here = [name]
+            elif path.is_dir():
                 here = sorted(str(path / below) for below in files_below(path, AUDIO_SUFFIXES))
             elif path.suffix.lower() in AUDIO_SUFFIXES:
-                if "://" not in name and not path.is_file():
+                if not path.is_file():
                     raise FileNotFoundError("there is no such file")
                 here = [name]
             else:
@@ -64,7 +68,8 @@ def find_recordings(inputs: str | Sequence[str]) -> list[str]:
                 text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
                 if "\0" in text:
                     raise ValueError("it is binary, or text that is not UTF-8")
-                here = [_listed(line, path.parent) for line in text.split("\n") if line.strip()]
+                folder = Path() if name.startswith("/dev/") else path.parent  # a list of another program, as `<(find ...)` gives it
+                here = [_listed(line, folder) for line in text.split("\n") if line.strip()]
         if not here:
             raise UserError(
                 f"{name} holds no recording: expected are files with {', '.join(AUDIO_SUFFIXES)}, or a list with a path on each line"
@@ -83,10 +88,9 @@ def _listed(line: str, folder: Path) -> str:
 
 def current_state(paths: Sequence[str]) -> list[Recording]:
     """The recordings as they are now."""
-    states = stat_files([path for path in paths if "://" not in path])
-    files = iter(states)
-    found = [None if "://" in path else next(files) for path in paths]
-    return [Recording(path, state and state.st_size, state and state.st_mtime_ns) for path, state in zip(paths, found)]
+    files = [path for path in paths if "://" not in path]
+    found = dict(zip(files, stat_files(files)))
+    return [Recording(path, (state := found.get(path)) and state.st_size, state and state.st_mtime_ns) for path in paths]
 
 
 def cut_into_portions(recordings: Sequence[Recording]) -> list[list[Recording]]:

@@ -127,9 +127,9 @@ class Parts:
                 while batch := list(islice(rows, self.rows_at_once)):
                     writer.write_table(self._table(batch))
                     written += len(batch)
-            if written:
+            if written and not self._repeats(temporary, digest := hash_file(temporary)):
                 flush(temporary)
-                temporary.rename(self.folder / f"{self.run:04}-{hash_file(temporary)}.parquet")
+                temporary.rename(self.folder / f"{self.run:04}-{digest}.parquet")
                 flush(self.folder)
         finally:
             temporary.unlink(missing_ok=True)
@@ -226,6 +226,12 @@ class Parts:
                 else:
                     known = ()  # without the error these rows would be all
                     yield *about, row.start, row.end, row.values.numpy(), None, None
+
+    def _repeats(self, file: Path, digest: str) -> bool:
+        """Whether all that a part would hold is what earlier ones say, such as an error that is found after some rows."""
+        if not any(name.endswith(f"{digest}.parquet") for name in self._known):
+            return False
+        return all(path in self.entries and digest in self.entries[path].part for path in self._scan(file))
 
     def _table(self, rows: list[tuple]) -> pa.Table:
         columns: list[Any] = list(zip(*rows))

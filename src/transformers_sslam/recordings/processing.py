@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..allocator import keep_freed_memory
 from ..audio.ahead import in_background
+from ..audio.paths import printable_path
 from ..batching_sslam import Span, compute_batches, prepare_batches
 from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
@@ -64,6 +65,8 @@ class RecordingsSettings:
     def __post_init__(self):
         if Path(self.output).suffix not in self.suffixes:
             raise UserError(f"output is {self.output!r}, but a file that ends in {' or '.join(self.suffixes)} is expected")
+        if (printable := printable_path(self.output)) != self.output:  # PyArrow does not open others
+            raise UserError(f"output is {printable}, but a name in UTF-8 is expected: give another place")
         for name in ("per_device_eval_batch_size", "ray_workers"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be positive")
@@ -115,7 +118,7 @@ def report(work: Callable[[Any], Summary], settings: RecordingsSettings) -> None
     transformers.logging.disable_progress_bar()
     if str(settings.device or best_device()) == "cpu":
         keep_freed_memory()
-    for name in lists_among(settings.inputs):
+    for name in map(printable_path, lists_among(settings.inputs)):
         print(f"{name} is read as a list: each line is the path of a recording")
     try:
         summary = work(settings)
