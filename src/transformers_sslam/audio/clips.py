@@ -1,6 +1,7 @@
 """From a recording to clips: decode, cut into windows, count what is left out."""
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -48,10 +49,6 @@ class Windows:
             return [int(generator.integers(samples - self.length + 1))]
         # Another window begins only where the last one, which may overlap it, left samples.
         return [0, *range(self.hop, samples - self.length + self.hop, self.hop)]
-
-
-def _add_counts(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
-    return first | {name: first.get(name, 0) + count for name, count in second.items()}
 
 
 @dataclass
@@ -107,11 +104,11 @@ class ReadStatistics:
     def __add__(self, other: "ReadStatistics") -> "ReadStatistics":
         return ReadStatistics(
             recordings=self.recordings + other.recordings,
-            clips=_add_counts(self.clips, other.clips),
+            clips=dict(Counter(self.clips) + Counter(other.clips)),
             samples=self.samples + other.samples,
             too_short=self.too_short + other.too_short,
             short_ends=self.short_ends + other.short_ends,
-            unreadable=_add_counts(self.unreadable, other.unreadable),
+            unreadable=dict(Counter(self.unreadable) + Counter(other.unreadable)),
             examples=list(dict.fromkeys(self.examples + other.examples))[:EXAMPLES_KEPT] if other.examples else self.examples,
             rows=self.rows if other.rows.keys() <= self.rows.keys() or len(self.rows) >= ROWS_KEPT else self.rows | other.rows,
         )

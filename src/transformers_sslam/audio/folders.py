@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from ..errors import UserError
+from ..files import hash_file
 from .decode import AUDIO_SUFFIXES
 from .metadata import METADATA_FILES, Metadata, read_metadata
 from .paths import encode_path, files_below, find_files, printable_path
@@ -243,8 +244,7 @@ def hash_files(files: Iterable[str | Path]) -> str:
     """A hash of the names and contents of files."""
     digest = hashlib.sha256()
     for path in files:
-        with open(path, "rb") as file:
-            digest.update(f"{os.path.basename(path)!r}".encode() + hashlib.file_digest(file, "sha256").digest())
+        digest.update(f"{os.path.basename(path)!r}".encode() + bytes.fromhex(hash_file(path)))
     return digest.hexdigest()[:32]
 
 

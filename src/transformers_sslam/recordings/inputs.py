@@ -90,7 +90,8 @@ def current_state(paths: Sequence[str]) -> list[Recording]:
     """The recordings as they are now."""
     files = [path for path in paths if "://" not in path]
     found = dict(zip(files, stat_files(files)))
-    return [Recording(path, (state := found.get(path)) and state.st_size, state and state.st_mtime_ns) for path in paths]
+    states = map(found.get, paths)
+    return [Recording(path, state and state.st_size, state and state.st_mtime_ns) for path, state in zip(paths, states)]
 
 
 def cut_into_portions(recordings: Sequence[Recording]) -> list[list[Recording]]:
