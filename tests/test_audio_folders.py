@@ -347,10 +347,12 @@ def test_a_damaged_archive_is_named(tmp_path, method):
     path = tmp_path / "clips" / "clips.zip"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w", method) as archive:
-        archive.write(tmp_path / "made" / "a.wav", "dog/a.wav")
+        archive.write(tmp_path / "made" / "a.wav", "fée/a.wav")
     whole = path.read_bytes()
-    for place in range(60, len(whole) - 150, len(whole) // 7):
-        path.write_bytes(whole[:place] + bytes(byte ^ 255 for byte in whole[place : place + 40]) + whole[place + 40 :])
+    damages = [(place, bytes(byte ^ 255 for byte in whole[place : place + 40])) for place in range(60, len(whole) - 150, len(whole) // 7)]
+    damages += [(29, b"\x02"), (whole.rindex("é".encode()), b"\xff")]  # the clip begins behind the end; its name is not UTF-8
+    for place, damage in damages:
+        path.write_bytes(whole[:place] + damage + whole[place + len(damage) :])
         with pytest.raises(UserError, match="clips.zip cannot be extracted"):
             open_splits(path.parent)
 

@@ -185,13 +185,13 @@ def _read_remote(url: str) -> bytes:
     except (ImportError, ValueError, IsADirectoryError):
         raise
     except Exception as error:  # libraries of network file systems have errors of their own
-        cause = error.__cause__
-        is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        if is_missing and cause is not None and re.search(r"(^|::)https?://", url):  # for fsspec, whatever failed there is not found
-            is_missing = getattr(cause, "status", None) in _MISSING
-        if is_missing:
-            raise
-        said = " ".join(str(cause or error).split()) or type(cause or error).__name__
+        cause: BaseException = error
+        if re.search(r"(^|::)https?://", url):  # where, for fsspec, whatever failed is a file that was not found
+            while isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:
+                cause = cause.__cause__
+        if isinstance(cause, (FileNotFoundError, NotADirectoryError)) or getattr(cause, "status", None) in _MISSING:
+            raise FileNotFoundError(url) from error
+        said = " ".join(str(cause).split()) or type(cause).__name__
         raise OSError(f"{_name(url)} cannot be read ({said}): check the address, the network and the login, then try again") from error
 
 

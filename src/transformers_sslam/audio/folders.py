@@ -232,7 +232,7 @@ def _extract(archive: Path) -> Path:
             with zipfile.ZipFile(archive) as file:
                 file.extractall(unfinished)
             unfinished.rename(folder)
-        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError) as error:
             if not folder.is_dir():  # otherwise another process was faster
                 raise UserError(f"{archive} cannot be extracted ({error}): restore it") from error
         finally:
