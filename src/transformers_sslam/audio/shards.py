@@ -66,7 +66,7 @@ class ShardSettings:
         if not LOWEST_RATE <= self.sampling_rate <= HIGHEST_RATE or (self.sampling_rate > HIGHEST_ODD_RATE and self.sampling_rate % 10):
             raise UserError(
                 f"sampling_rate is {self.sampling_rate}, but {LOWEST_RATE} to {HIGHEST_RATE} Hz are expected, above {HIGHEST_ODD_RATE} in "
-                "tens: FLAC has no others"
+                "tens: others cannot be written as FLAC and read back"
             )
         if not 0 <= self.min_seconds < math.inf:
             raise UserError(f"min_seconds is {self.min_seconds:g}, but must be 0 or more")
