@@ -233,7 +233,7 @@ def test_nothing_but_what_is_indexed_can_be_asked_for(tmp_path, archive, model):
     assert list(tmp_path.glob("found*")) == []
 
 
-def test_a_recording_that_breaks_is_named_without_its_folder(tmp_path, archive, model):
+def test_a_recording_that_breaks_is_named_without_its_folder(tmp_path, archive, model, monkeypatch):
     index = search(embed(model, archive), model)
     file = archive / "noise.wav"
     row, state, size = index.find(sound(tmp_path, soundfile.read(file)[0]), 0, LONG)[0].row, file.stat(), file.stat().st_size
@@ -242,6 +242,13 @@ def test_a_recording_that_breaks_is_named_without_its_folder(tmp_path, archive, 
     with pytest.raises(UserError, match="^noise.wav ") as caught:
         index.cut(row, tmp_path)
     assert str(archive) not in str(caught.value)
+
+    def fail(path: str, rate: int) -> None:
+        raise OSError(f"{path} cannot be read (no route to host)")
+
+    monkeypatch.setattr("transformers_sslam.app.index.read_blocks", fail)  # as of a URL
+    with pytest.raises(UserError, match=r"^noise.wav cannot be read \(no route to host\)$"):
+        index.cut(row, tmp_path)
 
 
 def test_names_of_recordings_are_escaped():

@@ -129,7 +129,7 @@ class SoundIndex:
                     position += len(block)
                     if position >= last:
                         break
-        except ValueError as error:  # it may name a file of this machine
+        except (ValueError, OSError) as error:  # it may name a file of this machine
             raise UserError(str(error).replace(printable_path(recording.path), name)) from error
         os.replace(unfinished, file)
         return file, f"{name}, {start:.2f} to {end:.2f} s"
