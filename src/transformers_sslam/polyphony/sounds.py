@@ -1,7 +1,6 @@
 """The single sounds of a benchmark: chosen for each split, decoded, and kept apart by recording and by content."""
 
 import hashlib
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import datasets
 
 from ..audio.cache import Waveforms
+from ..audio.labelled_data import check_memory
 from ..audio.layouts import open_splits
 from ..audio.paths import decode_path, source_name
 from ..audio.rows import AudioColumn, LabelledRows, all_rows, check_single, read_rows, select_folds, select_split
@@ -56,8 +56,7 @@ class SourceSettings:
             raise UserError(f"test_fraction is {self.test_fraction} and fold_column {self.fold_column!r}: give one of the two")
         if not 0 <= self.max_unreadable < 1:
             raise UserError(f"max_unreadable is {self.max_unreadable:g}, but a fraction in [0, 1) is expected")
-        if not 0 <= self.memory_gb < math.inf:
-            raise UserError(f"memory_gb is {self.memory_gb:g}, but a number that is not negative is expected, 0 to keep none")
+        check_memory(self.memory_gb)
         if self.fold_column is None and (self.train_folds or self.test_folds):
             raise UserError("there are train_folds or test_folds, but no fold_column that they are values of: give it")
         self.train_backgrounds, self.test_backgrounds = (
