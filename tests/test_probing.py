@@ -259,6 +259,10 @@ def test_training_clips_without_folds_are_cut_into_fifths_for_the_choice():
         UserError, match="no training clip with test and a fifth of the others held out, as best_linear does, has the class b"
     ):
         check_inner_folds(inner, np.array([1] + [0] * 39), ["a", "b"])
+    tags = np.zeros((40, 1))
+    tags[inner[0].scored["test"]] = 1
+    with pytest.raises(UserError, match="no clip that best_linear scores with test and a fifth of the others held out has a label"):
+        check_inner_folds(inner[1:], tags, ["a"])
 
 
 def test_the_best_is_chosen_by_other_folds_and_may_be_the_worse_one():
@@ -359,6 +363,9 @@ def test_partitions_are_checked_by_the_names_of_classes(monkeypatch):
     assert "rain" in warnings[0]
     with pytest.raises(UserError, match="0 to 1"):
         check_partitions([Partition("fold 7", np.array([0, 1, 2]), np.array([3, 4]))], targets, ["dog", "cat"])
+    tags = np.array([[1, 0], [0, 1], [0, 0], [0, -100]])
+    with pytest.raises(UserError, match="no clip of fold 7 has a label, so nothing can be measured there: leave it out of test_folds"):
+        check_partitions([Partition("fold 7", np.array([0, 1]), np.array([2, 3]))], tags, ["dog", "cat"])
 
 
 @pytest.mark.parametrize("name", ["linear_cls", "linear_mean", "linear_mean_and_std", "knn", "log_mel_statistics"])

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..errors import UserError
 from .features import Features
-from .probing import Partition, ProbeSettings, build_probe, check_classes_are_learnable, score
+from .probing import Partition, ProbeSettings, as_one_hot, build_probe, check_classes_are_learnable, score
 
 
 PIECES = 5  # of the training clips, where these have no folds of their own
@@ -72,9 +73,14 @@ def _pieces(clips: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
 
 
 def check_inner_folds(inner: Sequence[InnerFold], targets: np.ndarray, classes: Sequence[str]) -> None:
-    """`UserError` if one of them cannot train a class."""
+    """`UserError` if one of them cannot train a class, or score any."""
     for fold in inner:
         check_classes_are_learnable(targets[fold.train], classes, f" with {fold.held_out} held out, as best_linear does,")
+        if not all((as_one_hot(targets[clips], len(classes)) == 1).any() for clips in fold.scored.values()):
+            raise UserError(
+                f"no clip that best_linear scores with {fold.held_out} held out has a label: leave best_linear out of probes, or label the "
+                "clips"
+            )
 
 
 def choose_best(

@@ -315,10 +315,15 @@ def _runs(values: np.ndarray) -> list[float]:
 
 
 def check_partitions(partitions: Sequence[Partition], targets: np.ndarray, classes: Sequence[str]) -> None:
-    """`UserError` if a partition cannot train a class of the `targets` (as of `Probe`), a warning if it cannot evaluate one."""
+    """`UserError` if a partition cannot train a class of the `targets` (as of `Probe`), or evaluate any; a warning if it cannot evaluate
+    one."""
     for partition in partitions:
         check_classes_are_learnable(targets[partition.train], classes, f" with {partition.name} held out")
         evaluated = as_one_hot(targets[partition.evaluation], len(classes))
+        if not (evaluated == 1).any():
+            raise UserError(
+                f"no clip of {partition.name} has a label, so nothing can be measured there: leave it out of test_folds, or label its clips"
+            )
         if absent := [name for name, column in zip(classes, evaluated.T) if not (column == 1).any()]:
             logger.warning(f"In {partition.name} no clip has the class {', '.join(absent)}: the result there does not include it.")
 
