@@ -281,7 +281,7 @@ def test_what_cannot_be_calibrated_is_rejected_before_anything_is_decoded(tmp_pa
         write_clips(tmp_path / "clips", ["cat;dog", "dog", "owl"]),
     )
     detector, scenes = write_detector(tmp_path / "detector"), write_scenes(tmp_path / "scenes")
-    monkeypatch.setattr("transformers_sslam.evaluation.classifier.Waveforms", None)
+    monkeypatch.setattr("transformers_sslam.evaluation.settings.Waveforms", None)
     monkeypatch.setattr("transformers_sslam.evaluation.scored_events.Waveforms", None)
     (tmp_path / "sharded").mkdir()
     (tmp_path / "sharded" / "config.json").write_text("{}")

@@ -169,6 +169,9 @@ def test_unreadable_clips_are_left_out_and_named(tmp_path, caplog):
     assert "1 of 4 evaluated clips are left out (unreadable)" in caplog.text
     with pytest.raises(UserError, match="1 of 4 evaluated clips cannot be used"):
         evaluate_classifier(evaluation(model, clips, tmp_path / "out"))
+    (clips / "metadata.csv").write_text("file_name,label\n00.wav,\n01.wav,\n02.wav,cat;dog\n03.wav,\n")
+    with pytest.raises(UserError, match="no clip of the evaluation has a label"):  # that can be read
+        evaluate_classifier(evaluation(model, clips, tmp_path / "out", max_unreadable=0.3, label_separator=";"))
 
 
 def test_what_cannot_be_evaluated_is_rejected_before_anything_is_decoded(tmp_path, monkeypatch):
@@ -182,7 +185,7 @@ def test_what_cannot_be_evaluated_is_rejected_before_anything_is_decoded(tmp_pat
         write_model(tmp_path / name, **{"problem_type": "single_label_classification", **changes})
     shutil.copytree(model, tmp_path / "wide")
     SSLAMConfig(**TINY | {"hidden_size": 64}, id2label={0: "cat", 1: "dog", 2: "owl"}).save_pretrained(tmp_path / "wide")
-    monkeypatch.setattr("transformers_sslam.evaluation.classifier.Waveforms", None)
+    monkeypatch.setattr("transformers_sslam.evaluation.settings.Waveforms", None)
     for changes, error, message in (
         ({}, UserError, "01.wav is labelled 'wolf', which is none of the 3 classes: cat, dog, owl"),
         ({"test_split": "test"}, UserError, "there is no split 'test'"),

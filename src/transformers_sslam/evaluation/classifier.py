@@ -19,7 +19,6 @@ import transformers
 from ..allocator import keep_freed_memory
 from ..audio.cache import Waveforms
 from ..audio.events import UNKNOWN
-from ..audio.rows import check_has_labels
 from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import write_json
@@ -31,7 +30,7 @@ from .detector import report_detector
 from .loading import best_device, input_batches, load_model
 from .per_class import PICTURE, class_table, results_by_class
 from .scores import evaluate_predictions, evaluate_tags, save_scores
-from .settings import EvaluationSettings, class_names, make_folder, select_rows
+from .settings import EvaluationSettings, class_names, make_folder, open_labelled, select_rows
 
 
 HEAD = "classifier"  # the layer that a calibration changes
@@ -82,15 +81,10 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
     calibrator = Calibrator(settings, HEAD)
     model, extractor, classes = _load(settings)
     rows = select_rows(settings)
-    check_has_labels(rows.labels)
     exclusive, multi_label = model.config.problem_type != "multi_label_classification", rows.labels.multi_label
     if settings.calibrate and exclusive and multi_label:
         raise UserError("calibrate is set, but clips have several labels, and the model's classes exclude each other: use clips with one")
-    rows.encode(classes)  # finds labels that do not fit before hours of decoding
-    waveforms = Waveforms(rows.sources, extractor.sampling_rate, settings.memory_gb)
-    waveforms.check_unreadable(settings.max_unreadable, "evaluated")
-    rows = rows.select(waveforms.kept)
-    targets = rows.encode(classes).one_hot(range(len(rows)))
+    rows, waveforms, targets = open_labelled(rows, settings, classes, extractor.sampling_rate)
     with torch.autocast(model.device.type, dtype=getattr(torch, settings.dtype), enabled=settings.dtype != "float32"):
         logits = _logits(model, extractor, waveforms, settings.per_device_eval_batch_size)
     if settings.calibrate:

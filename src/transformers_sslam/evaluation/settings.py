@@ -1,13 +1,17 @@
 """Settings of `sslam evaluate`, and what the evaluations of classifiers and of detectors have in common."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from ..audio.cache import Waveforms
 from ..audio.labelled_data import LabelledDataSettings
 from ..audio.labels import event_columns
 from ..audio.layouts import open_splits
-from ..audio.rows import LabelledRows, read_rows, select_folds, select_split
+from ..audio.rows import LabelledRows, check_has_labels, read_rows, select_folds, select_split
 from ..errors import UserError, as_user_error
 from ..settings import setting
 from .event_flags import EventFlags
@@ -114,3 +118,20 @@ def select_rows(settings: LabelledDataSettings, *, events: bool = False) -> Labe
             f"to {' or '.join(columns)}"
         )
     return read_rows(chosen, settings.label_column, settings.label_separator)
+
+
+def open_labelled(
+    rows: LabelledRows, settings: LabelledDataSettings, classes: Sequence[str], sampling_rate: int
+) -> tuple[LabelledRows, Waveforms, np.ndarray]:
+    """The clips that can be read, their waveforms, and targets of these classes, `(clips, classes)`.
+
+    Raises:
+        UserError: if a label is none of the classes, too many clips cannot be read, or none that can has a label.
+    """
+    check_has_labels(rows.labels)
+    rows.encode(classes)  # finds labels that do not fit before hours of decoding
+    waveforms = Waveforms(rows.sources, sampling_rate, settings.memory_gb)
+    waveforms.check_unreadable(settings.max_unreadable, "evaluated")
+    rows = rows.select(waveforms.kept)
+    check_has_labels(rows.labels)
+    return rows, waveforms, rows.encode(classes).one_hot(range(len(rows)))

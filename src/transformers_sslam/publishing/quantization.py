@@ -229,22 +229,14 @@ def compare_on_clips(
         clip and `speedup`.
 
     Raises:
-        UserError: if the clips cannot be read, or have other labels than the model's classes.
+        UserError: if the clips cannot be read, have no labels, or have other labels than the model's classes.
     """
-    from ..audio.cache import Waveforms
-    from ..audio.rows import check_has_labels
     from ..evaluation.intervals import proportion_interval
     from ..evaluation.scores import evaluate_predictions
-    from ..evaluation.settings import class_names, select_rows
+    from ..evaluation.settings import class_names, open_labelled, select_rows
 
-    rows = select_rows(data)
-    check_has_labels(rows.labels)
     classes = class_names(model, "the model")
-    rows.encode(classes)
-    waveforms = Waveforms(rows.sources, extractor.sampling_rate, data.memory_gb)
-    waveforms.check_unreadable(data.max_unreadable, "evaluated")
-    rows = rows.select(waveforms.kept)
-    targets = rows.encode(classes).one_hot(range(len(rows)))
+    rows, waveforms, targets = open_labelled(select_rows(data), data, classes, extractor.sampling_rate)
 
     def in_torch(dtype: TorchDtype) -> Callable[[Inputs], np.ndarray]:
         def run(inputs: Inputs) -> np.ndarray:
