@@ -431,16 +431,17 @@ def test_change_filters_are_tuned_on_request_and_used_by_the_model(tmp_path, cap
     assert [event[:3] for event in network.detect(waveform(clips, 0), extractor)] == [event[:3] for event in expected]
 
 
-def test_events_beyond_the_end_of_a_clip(tmp_path, capsys):
-    events = [[{"label": "cat", "onset": 0.1, "offset": 9.0}], [{"label": "dog", "onset": 5.0, "offset": 6.0}], EVENTS[1], EVENTS[3]]
-    clips, model = write_clips(tmp_path / "clips", events), write_model(tmp_path / "model")
+@pytest.mark.parametrize(("seconds", "onset"), [(1.6, 5.0), (1.6000625, 1.7500619)])  # the second clip ends 0.6 microseconds later
+def test_events_beyond_the_end_of_a_clip(tmp_path, seconds, onset):
+    events = [[{"label": "cat", "onset": 0.1, "offset": 9.0}], [{"label": "dog", "onset": onset, "offset": 6.0}], EVENTS[1], EVENTS[3]]
+    clips, model = write_clips(tmp_path / "clips", events, seconds), write_model(tmp_path / "model")
     with pytest.raises(UserError, match=r"1 of 4 evaluated clips cannot be used \(1 with an event after their end\).*01.wav"):
         evaluate_detector(evaluation(model, clips, tmp_path / "out"))
     results = evaluate_detector(evaluation(model, clips, tmp_path / "out", max_unreadable=0.5))
     assert (results["clips"], results["cut_events"]) == (3, 1)
     assert [Path(name).name for name in results["unreadable"]["with an event after their end"]] == ["01.wav"]
     scored = ScoredEvents.load(tmp_path / "out" / "scores.npz")
-    assert next(iter(scored.ground_truth.values())) == [(0.1, 1.6, "cat")]
+    assert next(iter(scored.ground_truth.values())) == [(0.1, seconds, "cat")]
     assert [Path(name).name for name in scored.scores] == ["00.wav", "02.wav", "03.wav"]
 
 

@@ -130,7 +130,10 @@ def test_events_give_tags_and_times():
         read_rows(table(["a"]), "label").labels.events(0)
 
 
-@pytest.mark.parametrize(("onset", "offset"), [(-1.0, 2.0), (2.0, 2.0), (3.0, 2.0), (None, 2.0), (0.0, float("inf")), (float("nan"), 1.0)])
+@pytest.mark.parametrize(
+    ("onset", "offset"),
+    [(-1.0, 2.0), (2.0, 2.0), (3.0, 2.0), (None, 2.0), (0.0, float("inf")), (float("nan"), 1.0), (1.0, 1.0000001)],
+)
 def test_events_with_impossible_times_are_named(onset, offset):
     rows = table([[event("dog", 0.0, 1.0)], [event("dog", onset, offset)]], EVENTS)
     with pytest.raises(UserError, match=r"1.wav has an event from .* s in the column 'label', but an event has an onset"):

@@ -56,7 +56,7 @@ class EventTable(NamedTuple):
             return pc.struct_field(cells, name).cast("float64").fill_null(missing).to_numpy(zero_copy_only=False)
 
         onsets, offsets = numbers("onset", -1.0), numbers("offset", -1.0)
-        valid = (onsets >= 0) & (onsets < offsets) & np.isfinite(offsets)
+        valid = (onsets >= 0) & (np.rint(onsets * 1e6) < np.rint(offsets * 1e6)) & np.isfinite(offsets)  # metrics count microseconds
         weak = np.array(pc.is_null(pc.struct_field(cells, "onset"))) & np.array(pc.is_null(pc.struct_field(cells, "offset")))
         if len(wrong := np.flatnonzero(~(valid | weak))):
             place = int(wrong[0])

@@ -132,7 +132,7 @@ def _ground_truth(rows: LabelledRows, waveforms: Waveforms) -> tuple[dict[str, l
     kept, cut = [], 0
     for place, i in enumerate(waveforms.kept):
         duration, name, events = len(waveforms[place]) / waveforms.sampling_rate, rows.name(i), rows.labels.events(i)
-        if any(round((duration - event.onset) * MICROSECONDS) < 1 for event in events):
+        if any(round(event.onset * MICROSECONDS) >= round(duration * MICROSECONDS) for event in events):
             waveforms.unreadable["with an event after their end"].append(name)
             continue
         kept.append(i)
