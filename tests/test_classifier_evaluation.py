@@ -223,6 +223,17 @@ def test_a_damaged_model_has_no_result(tmp_path):
     assert not any((tmp_path / "out").iterdir())
 
 
+def test_a_run_that_fails_after_scoring_leaves_no_earlier_results(tmp_path, monkeypatch):
+    clips, model = write_clips(tmp_path / "clips", ["cat", "dog"]), write_model(tmp_path / "model", "single_label_classification")
+    evaluate_classifier(evaluation(model, clips, tmp_path / "out"))
+    assert (tmp_path / "out" / "results.json").exists()
+    monkeypatch.setattr("transformers_sslam.evaluation.classifier.evaluate_predictions", None)
+    with pytest.raises(TypeError):
+        evaluate_classifier(evaluation(model, clips, tmp_path / "out"))
+    assert (tmp_path / "out" / "scores.npz").exists()
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
 def test_an_official_checkpoint_is_converted_and_evaluated(reference, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
     official, clips = reference / "finetuned_fairseq.pt", write_clips(tmp_path / "clips", ["LABEL_3", "LABEL_9"])

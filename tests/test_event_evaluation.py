@@ -505,3 +505,13 @@ def test_a_damaged_model_has_no_result(tmp_path):
     with pytest.raises(FloatingPointError, match="not finite"):
         evaluate_detector(evaluation(model, clips, tmp_path / "out"))
     assert not any((tmp_path / "out").iterdir())
+
+
+def test_a_run_that_fails_after_scoring_leaves_no_earlier_results(tmp_path, monkeypatch):
+    clips, model = write_clips(tmp_path / "clips"), write_model(tmp_path / "model")
+    evaluate_detector(evaluation(model, clips, tmp_path / "out"))
+    assert (tmp_path / "out" / "results.json").exists()
+    monkeypatch.setattr("transformers_sslam.evaluation.detector.evaluate_events", None)
+    with pytest.raises(TypeError):
+        evaluate_detector(evaluation(model, clips, tmp_path / "out"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["reliability.png", "scores.npz"]

@@ -89,6 +89,7 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
         logits = _logits(model, extractor, waveforms, settings.per_device_eval_batch_size)
     if settings.calibrate:
         logits /= calibrator.fit(logits, targets, exclusive)
+    (output / "results.json").unlink(missing_ok=True)  # of an earlier evaluation; if this one ends early, it must not lie beside its scores
     if exclusive and multi_label:
         calibration: dict[str, Any] = {}
         replace_diagram(output, calibration)

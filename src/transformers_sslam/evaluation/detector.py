@@ -85,9 +85,10 @@ def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
         scale_head(model, HEAD, calibrator.fit(step_logits(scored), targets, exclusive=False))
         found = EventSettings.of(model.config, **settings.event_options)
         scored, unreadable, cut_events = score()
+    for name in ("results.json", PICTURE):  # of an earlier evaluation; if this one ends early, they must not lie beside its scores
+        (output / name).unlink(missing_ok=True)
     calibration = calibrator.measure(step_logits(scored), targets, exclusive=False)
     scored.save(output / "scores.npz")
-    (output / PICTURE).unlink(missing_ok=True)  # of an earlier evaluation of a classifier
     tuning = {}
     if settings.tune:
         before, found = found, _tuned(settings, scored, found)
