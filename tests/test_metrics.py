@@ -208,10 +208,16 @@ def test_undefined_average_precision_is_an_error(scores, targets, message):
         mean_over_classes("average_precision", scores, targets)
 
 
-def test_accuracy_of_nothing_and_names_that_do_not_fit_are_errors():
+def test_accuracy_of_nothing_or_of_scores_and_names_that_do_not_fit_are_errors():
     for predictions, references in (([], []), ([1], [1, 1])):
         with pytest.raises(ValueError, match=r"both must be \(clips,\), with at least one"):
             accuracy(predictions, references)
+    for predictions, references, name in (([np.nan], [0], "predictions"), ([1], [0.7], "references")):
+        with pytest.raises(ValueError, match=f"{name} are of type float64, but class indices are expected: of scores, give their argmax"):
+            accuracy(predictions, references)
+    assert accuracy([True, False], [True, True], confidence=None) == {"accuracy": 0.5}
+    with pytest.raises(ValueError, match="metric is 'rocauc', but one of average_precision, roc_auc is expected"):
+        mean_over_classes("rocauc", [[0.1], [0.2]], [[0], [1]])
     with pytest.raises(ValueError, match="there are 1 class names, but 2 classes"):
         mean_over_classes("average_precision", [[0.1, 0.2]], [[0, 1]], ["dog"])
     with pytest.raises(ValueError, match="the class name 'dog' stands twice"):
@@ -227,15 +233,20 @@ def test_invalid_intervals_are_errors(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("masked", "message"), [(np.ma.masked_array([[0.1], [0.2]], [[0], [1]]), "a masked array"), ([[1j], [2j]], "complex")]
+    ("wrong", "message"),
+    [
+        (np.ma.masked_array([[0.1], [0.2]], [[0], [1]]), "a masked array"),
+        (np.array([[1j], [2j]]), "of type complex128, but real numbers are expected"),
+        (np.array([["1"], ["2"]]), "of type <U1"),
+        (np.array([[None], [1.0]]), "of type object"),
+    ],
 )
-def test_masked_and_complex_arrays_are_errors(masked, message):
-    for scores, targets, name in ((masked, [[0], [1]], "scores"), ([[0.1], [0.2]], masked, "targets")):
+def test_masked_arrays_and_what_is_not_a_real_number_are_errors(wrong, message):
+    for scores, targets, name in ((wrong, [[0], [1]], "scores"), ([[0.1], [0.2]], wrong, "targets")):
         with pytest.raises(ValueError, match=f"{name} are {message}"):
             mean_over_classes("roc_auc", scores, targets)
-    column = np.ma.asarray(masked)[:, 0] if np.ma.isMaskedArray(masked) else np.array(masked)[:, 0]
     with pytest.raises(ValueError, match=f"references are {message}"):
-        accuracy([0, 1], column)
+        accuracy([0, 1], wrong[:, 0])
 
 
 def test_auc_of_classes_of_one_kind_alone_is_an_error():

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from .metrics import plain_array
+
 
 MICROSECONDS = 1_000_000  # a second; times are compared as integers, so that sums of them are exact
 
@@ -79,7 +81,7 @@ def _microseconds(seconds: float) -> int:
 
 
 def _check_scores(values: Any, name: str, classes: int) -> np.ndarray:
-    values = np.asarray(values)
+    values = plain_array(values, f"scores of recording {name!r}")
     if values.ndim != 2 or values.shape[1] != classes:
         raise ValueError(f"scores of recording {name!r} have shape {values.shape}, but (steps, {classes}) is expected, a column a class")
     values = values.astype(np.float64)

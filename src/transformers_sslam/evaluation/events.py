@@ -108,7 +108,7 @@ def psds(
 
     Raises:
         ValueError: if there is no recording, class or ground-truth event; names of recordings differ; scores have another shape or are not
-            finite; an event has an unknown label, no positive length, or lies outside its recording; a parameter is out of range.
+            finite numbers; an event has an unknown label, no positive length, or lies outside its recording; a parameter is out of range.
     """
     for name, value in {"dtc": dtc, "gtc": gtc, "cttc": cttc}.items():
         if value is not None and not 0 < value <= 1:

@@ -11,7 +11,7 @@ clips, as many, for the same trained model, and not another training.
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -25,6 +25,7 @@ except ImportError as error:
     raise ImportError('metrics need scipy: pip install "transformers-sslam[train]"') from error
 
 
+ClassMetric = Literal["average_precision", "roc_auc"]
 WEIGHTS_AT_ONCE = 200_000  # resamples times clips: few enough for the processor's caches
 
 
@@ -32,13 +33,16 @@ def accuracy(predictions: np.ndarray, references: np.ndarray, confidence: float 
     """`accuracy`, the fraction of correct `predictions: (clips,)` of class indices, and `accuracy_interval`, Wilson's score interval.
 
     Raises:
-        ValueError: if there is no clip, the two differ in shape, or `confidence` does not lie between 0 and 1.
+        ValueError: if there is no clip, the two differ in shape or are not class indices, or `confidence` does not lie between 0 and 1.
     """
-    predictions, references = _plain_array(predictions, "predictions"), _plain_array(references, "references")
+    predictions, references = plain_array(predictions, "predictions"), plain_array(references, "references")
     if predictions.shape != references.shape or predictions.ndim != 1 or len(predictions) == 0:
         raise ValueError(
             f"predictions have shape {predictions.shape} and references {references.shape}, but both must be (clips,), with at least one"
         )
+    for name, array in (("predictions", predictions), ("references", references)):
+        if array.dtype.kind == "f":  # NaN, or scores, of which none would be correct
+            raise ValueError(f"{name} are of type {array.dtype}, but class indices are expected: of scores, give their argmax over classes")
     correct = predictions == references
     result: dict[str, Any] = {"accuracy": float(correct.mean())}
     if confidence is not None:
@@ -47,7 +51,7 @@ def accuracy(predictions: np.ndarray, references: np.ndarray, confidence: float 
 
 
 def mean_over_classes(
-    metric: Literal["average_precision", "roc_auc"],
+    metric: ClassMetric,
     scores: np.ndarray,
     targets: np.ndarray,
     class_names: Sequence[str] | None = None,
@@ -83,9 +87,11 @@ def mean_over_classes(
           that resample's mean, and the resample out of the class's interval. `undefined_resamples` are those without any class.
 
     Raises:
-        ValueError: if there is no clip or class for which the metric is defined, a score is NaN, a target neither 0, 1 nor -100, a name
-            stands twice, shapes differ, or `confidence` or `resamples` is out of range.
+        ValueError: if the metric is unknown, there is no clip or class for which it is defined, a score is NaN, a target neither 0, 1 nor
+            -100, a name stands twice, shapes differ, or `confidence` or `resamples` is out of range.
     """
+    if metric not in get_args(ClassMetric):
+        raise ValueError(f"metric is {metric!r}, but one of {', '.join(get_args(ClassMetric))} is expected")
     statistic, kinds = (Ranking.roc_auc, ("positives", "negatives")) if metric == "roc_auc" else (Ranking.average_precision, ("positives",))
     every, clips = rank_classes(scores, targets), len(scores)
     names = _check_names(class_names, len(every))
@@ -180,7 +186,7 @@ class Ranking(NamedTuple):
 
 def rank_classes(scores: np.ndarray, targets: np.ndarray) -> list[Ranking]:
     """A ranking of each class. Arguments and errors as of `average_precision`."""
-    scores, targets = _plain_array(scores, "scores"), _plain_array(targets, "targets")
+    scores, targets = plain_array(scores, "scores"), plain_array(targets, "targets")
     if len(scores) == 0:
         raise ValueError("there is no clip to evaluate: give at least one")
     if scores.ndim != 2 or scores.shape != targets.shape:
@@ -200,12 +206,13 @@ def resampled_weights(clips: int, resamples: int, seed: int) -> Iterator[np.ndar
         yield np.stack(block)
 
 
-def _plain_array(values: Any, name: str) -> np.ndarray:
+def plain_array(values: Any, name: str) -> np.ndarray:
+    """Real numbers as an array. `ValueError` for a masked array, complex numbers, text, and anything else."""
     if np.ma.isMaskedArray(values):
-        raise ValueError(f"{name} are a masked array, but a plain one is expected: leave out the clips that are masked")
+        raise ValueError(f"{name} are a masked array, but a plain one is expected: leave out what is masked")
     array = np.asarray(values)
-    if np.iscomplexobj(array):
-        raise ValueError(f"{name} are complex numbers, but real ones are expected")
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} are of type {array.dtype}, but real numbers are expected: give an array of them")
     return array
 
 
