@@ -3,6 +3,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from transformers_sslam.evaluation.evaluate_metrics import CollarF1, PolyphonicSoundDetectionScore, SegmentF1
 from transformers_sslam.evaluation.events import collar_f1, psds, segment_f1
@@ -234,6 +235,25 @@ def test_intervals_are_over_recordings_and_reproducible():
     copies = dict.fromkeys(names, scores["0"])
     low, high = segment_f1(copies, *data[1:], threshold=1.0).interval
     assert low == high  # recordings that are all alike leave no doubt
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_detection_without_an_error_or_a_hit_is_not_certain(value):
+    """20 recordings hold the first class, 5 of them the second: Wilson's intervals of so many trials, and of one of a single recording."""
+    names = [f"{i}" for i in range(20)]
+    scores = {name: np.array([[value, value * (i < 5)], [0, 0]]) for i, name in enumerate(names)}
+    truth = {name: [(0.0, 1.0, "x"), (0.0, 1.0, "y")][: 1 + (i < 5)] for i, name in enumerate(names)}
+    data = scores, 1.0, ["x", "y"], truth, dict.fromkeys(names, 2.0)
+    of_20, of_5, of_1 = (stats.binomtest(n * value, n).proportion_ci(method="wilson") for n in (20, 5, 1))
+    for metric in (partial(psds, dtc=0.7, gtc=0.7, alpha_st=1), partial(segment_f1, threshold=0.5), partial(collar_f1, threshold=0.5)):
+        found = metric(*data, resamples=50)
+        assert found.value == value
+        assert found.interval == pytest.approx(of_20)
+        assert found.by_class_interval == {"x": pytest.approx(of_20), "y": pytest.approx(of_5)}
+        assert found.micro is None or found.micro_interval == pytest.approx(of_20)
+        one = metric(*({"0": part["0"]} if isinstance(part, dict) else part for part in data), resamples=50)
+        assert (one.value, one.interval) == (value, pytest.approx(of_1))
+    assert of_1 == pytest.approx((0.2065, 1) if value else (0, 0.7935), abs=1e-4)
 
 
 def test_the_interval_of_a_psds_near_0_does_not_span_everything():

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .event_input import MICROSECONDS, Recordings
-from .intervals import check_confidence, logit_interval, percentile_interval
+from .intervals import check_confidence, logit_interval, percentile_interval, proportion_interval
 from .metrics import resampled_weights
 from .psd_roc import area, changes_by_class
 
@@ -39,7 +39,8 @@ class EventMetric:
         by_class: of each class with ground-truth events.
         micro: F1 of the counts of all classes together, also those without ground-truth events; `None` for PSDS, which has none.
         interval, by_class_interval, micro_interval: `(low, high)`; `None` without `confidence`. A resample without ground truth of a class
-            leaves this class out, one without any ground truth is left out itself. Where none is left, the bounds are NaN.
+            leaves this class out, one without any ground truth is left out itself. Where none is left, the bounds are NaN. Where every
+            resample has the same value, 0 or 1, the interval is Wilson's, of as many trials as recordings hold events (of the class).
         counts: of each class, `true_positives`, `false_positives` and `false_negatives` at the threshold; `None` for PSDS.
         classes_without_events: for which the metric is undefined, so that they are in no mean over classes.
         merged_events: how many ground-truth events were merged into an earlier one of their class, which they overlap or touch.
@@ -331,9 +332,17 @@ def _result(
         check_confidence(confidence)
         blocks = [evaluate(weights) for weights in resampled_weights(len(data.names), resamples, seed)]
         replicates = [np.concatenate(parts) for parts in zip(*blocks)]
-        columns = data.with_events
-        fields["interval"] = interval(value, replicates[0][:, None], confidence)[0]
-        fields["by_class_interval"] = dict(zip(names, interval(by_class[0, columns], replicates[1][:, columns], confidence)))
-        fields["micro_interval"] = interval(micro[0], replicates[2][:, None], confidence)[0] if micro else None
+        columns, recordings = data.with_events, [int(data.event_counts.any(1).sum())]
+        by_class_recordings = np.count_nonzero(data.event_counts[:, columns], axis=0).tolist()
+
+        def intervals(values: np.ndarray, replicates: np.ndarray, trials: list[int]) -> list[Interval]:
+            return [
+                proportion_interval(round(one * count), count, confidence) if low == high == one and one in (0, 1) else (low, high)
+                for one, count, (low, high) in zip(values.tolist(), trials, interval(values, replicates, confidence))
+            ]
+
+        fields["interval"] = intervals(value, replicates[0][:, None], recordings)[0]
+        fields["by_class_interval"] = dict(zip(names, intervals(by_class[0, columns], replicates[1][:, columns], by_class_recordings)))
+        fields["micro_interval"] = intervals(micro[0], replicates[2][:, None], recordings)[0] if micro else None
     scores_by_class = dict(zip(names, by_class[0, data.with_events].tolist()))
     return EventMetric(float(value[0]), scores_by_class, float(micro[0][0]) if micro else None, **fields)
