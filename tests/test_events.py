@@ -1,12 +1,13 @@
 import json
 from functools import partial
+from itertools import permutations
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from transformers_sslam.evaluation.evaluate_metrics import CollarF1, PolyphonicSoundDetectionScore, SegmentF1
-from transformers_sslam.evaluation.events import collar_f1, psds, segment_f1
+from transformers_sslam.evaluation.events import collar_f1, largest_matching, psds, segment_f1
 
 
 SCENARIOS = {
@@ -158,6 +159,18 @@ def test_of_all_assignments_the_largest_counts():
     data = one_class(scores, [(0.0, 10.0), (10.1, 10.3)], step=0.1)
     counts = collar_f1(*data, 0.5, onset_collar=11, confidence=None).counts["x"]
     assert counts == {"true_positives": 2, "false_positives": 0, "false_negatives": 0}
+
+
+def test_the_largest_assignment_of_few_is_that_of_all_orders_and_of_many_is_found():
+    generator = np.random.default_rng(0)
+    for density in np.linspace(0, 1, 60):
+        near = generator.random((5, 4)) < density
+        brute_force = max(near[list(rows), range(4)].sum() for rows in permutations(range(5), 4))
+        assert largest_matching(near) == largest_matching(near.T) == brute_force
+    assert largest_matching(np.zeros((0, 3), bool)) == largest_matching(np.zeros((3, 0), bool)) == 0
+    chain = np.eye(1100, dtype=bool) | np.eye(1100, k=1, dtype=bool)  # the last detection moves all others
+    chain[-1, [0, -1]] = True, False
+    assert largest_matching(chain) == 1100
 
 
 def test_segment_f1_by_hand():
