@@ -24,9 +24,10 @@ pytest.importorskip("gradio", reason="needs the extra app")
 from page_client import get, messages_of_example  # noqa: E402
 from test_app import RATE, save_classifier, save_detector  # noqa: E402
 
-from transformers_sslam.app.server import describe_address  # noqa: E402
+from transformers_sslam.app.server import check_address, describe_address, serve  # noqa: E402
 from transformers_sslam.app.sessions import Sessions  # noqa: E402
 from transformers_sslam.app.settings import AppSettings  # noqa: E402
+from transformers_sslam.errors import UserError  # noqa: E402
 from transformers_sslam.publishing.space import APP, LONGEST  # noqa: E402
 
 
@@ -86,6 +87,16 @@ def test_ctrl_c_aborts_what_is_computed_and_deletes_what_is_being_sent(tmp_path)
             assert process.wait(1) == 0
             assert time.monotonic() - start < 4
     assert not [path for path in folder.rglob("*") if path.is_file() or path.name.startswith("sslam")]
+
+
+def test_a_port_in_use_and_an_address_of_another_machine_are_named_before_the_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        for host, cause in (("127.0.0.1", "Address already in use"), ("192.0.2.1", "Cannot assign requested address")):
+            with pytest.raises(UserError, match=rf"served at host {host}, port {port} \({cause}.*: give a port that no other program uses"):
+                serve(AppSettings(model="nothing", host=host, port=port))
+    for host in ("127.0.0.1", "localhost"):
+        check_address(host, 0)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])

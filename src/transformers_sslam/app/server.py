@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def serve(settings: AppSettings) -> None:
     What visitors have sent is then deleted. What is computed, and open connections, end with the process: Python's own end would wait
     for some threads, and crash others within PyTorch.
     """
+    check_address(settings.host, settings.port)
     examples = find_examples(settings.examples)
     listener = open_listener(settings)
     index = None if settings.index is None else SoundIndex(settings.index, listener)
@@ -41,6 +43,18 @@ def serve(settings: AppSettings) -> None:
             time.sleep(0.1)
     print("the page is closed, and what it kept is deleted", flush=True)
     os._exit(0 if received[0] == signal.SIGINT else 128 + received[0])
+
+
+def check_address(host: str, port: int) -> None:
+    """`UserError` if nothing can be served there: Gradio would tell it late, and in terms of its own."""
+    try:
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except OSError as error:
+        raise UserError(
+            f"no page can be served at host {host}, port {port} ({error.strerror}): give a port that no other program uses (0: any), and "
+            "as host an address of this machine"
+        ) from error
 
 
 def describe_address(address: str, host: str) -> str:
@@ -85,4 +99,4 @@ def find_examples(source: str | None) -> dict[str, str]:
     return {printable_path(name): str(Path(source) / name) for name in names}
 
 
-__all__ = ["describe_address", "find_examples", "launch", "serve"]
+__all__ = ["check_address", "describe_address", "find_examples", "launch", "serve"]
