@@ -173,9 +173,11 @@ def test_a_short_position_table_limits_the_feature_extractor(tmp_path):
     assert AutoFeatureExtractor.from_pretrained(tmp_path / "out").max_length == 256
 
 
-def test_labels_need_a_classifier(tmp_path):
+def test_labels_and_a_kind_of_classification_need_a_classifier(tmp_path):
     with pytest.raises(ConversionError, match="no classifier to name"):
         convert_checkpoint(save_pretrained_fairseq(tmp_path / "m.pt"), tmp_path / "out", labels=write_labels(tmp_path / "l.csv", ["a"]))
+    with pytest.raises(ConversionError, match="problem_type is 'single_label_classification', but .*m.pt has no classifier: leave it out"):
+        convert_checkpoint(tmp_path / "m.pt", tmp_path / "out", problem_type="single_label_classification")
 
 
 def test_a_file_without_a_teacher_starts_one_from_the_student(tmp_path):

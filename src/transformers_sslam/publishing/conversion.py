@@ -161,6 +161,8 @@ def _convert(
     """Write the model, and return its class."""
     if labels is not None and not official.head:
         raise ConversionError(f"{official.source} has no classifier to name classes of: leave the labels out")
+    if problem_type is not None and not official.head:
+        raise ConversionError(f"problem_type is {problem_type!r}, but {official.source} has no classifier: leave it out")
     try:
         config = _config(official, labels, problem_type)
         extractor = _extractor(official, config, preset)
