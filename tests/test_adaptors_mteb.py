@@ -30,6 +30,7 @@ from torchaudio.functional import resample  # noqa: E402
 from transformers_sslam.audio.decode import load_waveform  # noqa: E402
 from transformers_sslam.cli import main  # noqa: E402
 from transformers_sslam.errors import UserError  # noqa: E402
+from transformers_sslam.evaluation.adaptors.benchmark import SuiteSettings  # noqa: E402
 from transformers_sslam.evaluation.adaptors.folds import FoldClassification  # noqa: E402
 from transformers_sslam.evaluation.adaptors.mteb import LogMelEncoder, SSLAMEncoder, official_models  # noqa: E402
 from transformers_sslam.evaluation.features import encode_clips  # noqa: E402
@@ -363,11 +364,14 @@ def test_the_command_runs_tasks_of_ones_own(tmp_path, capsys):
 
 def test_a_task_that_is_not_found_or_not_of_audio_is_named_in_one_sentence(tmp_path, capsys):
     (tmp_path / "text.py").write_text(TASKS.replace("MODALITY", "text"))
-    (tmp_path / "empty.py").write_text("")
+    for name, content in (("empty", ""), ("syntax", "class X(:"), ("imports", "import nothing_of_this_name")):
+        (tmp_path / f"{name}.py").write_text(content)
     for tasks, message in (
         ("ESC5", "there is no task or benchmark 'ESC5' in mteb, nor is it a Python file: "),
         (str(tmp_path / "none.py"), "none.py: give a Python file that defines tasks"),
         (str(tmp_path / "empty.py"), "empty.py defines no task: write a class"),
+        (str(tmp_path / "syntax.py"), "syntax.py is not Python that can be run here (invalid syntax (syntax.py, line 1)): correct it"),
+        (str(tmp_path / "imports.py"), "(No module named 'nothing_of_this_name'): correct it, or install what it imports"),
         (str(tmp_path / "text.py"), "Loudness is a task of text, but the model encodes audio alone"),
         ("[]", "tasks is empty, but at least one task is needed"),
     ):
@@ -375,6 +379,8 @@ def test_a_task_that_is_not_found_or_not_of_audio_is_named_in_one_sentence(tmp_p
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    with pytest.raises(UserError, match="per_device_eval_batch_size is 0, but must be positive"):
+        SuiteSettings(model="m", tasks=["t"], per_device_eval_batch_size=0)
 
 
 def test_an_unknown_embedding_is_an_error(tiny):

@@ -45,6 +45,8 @@ class SuiteSettings:
     def __post_init__(self):
         if not self.tasks:
             raise UserError("tasks is empty, but at least one task is needed: give its name, or a Python file")
+        if self.per_device_eval_batch_size < 1:
+            raise UserError(f"per_device_eval_batch_size is {self.per_device_eval_batch_size}, but must be positive")
         if self.seed and not self.untrained:
             raise UserError(f"seed is {self.seed}, but has no effect without untrained: add --untrained true, or leave it out")
 
@@ -156,7 +158,10 @@ def _read_tasks(file: Path) -> "list[AbsTask]":
         raise UserError(f"there is no file {file}: give a Python file that defines tasks")
     spec: Any = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        raise UserError(f"{file} is not Python that can be run here ({error}): correct it, or install what it imports") from error
     defined = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
     tasks = [value() for value in defined if issubclass(value, AbsTask) and hasattr(value, "metadata")]
     if not tasks:
