@@ -498,6 +498,13 @@ def test_where_nothing_is_found_the_highest_score_is_told(listener, tmp_path):
     kept_away = listener.find(recording, positions(listener, median_filter=0.48))
     assert kept_away.events == []
     assert "0.90" not in drawing.draw_table(listener, recording, kept_away)
+    short = "Some scores are high enough, but not for long enough: this model leaves out short events (min_duration)."
+    assert short in drawing.draw_table(listener, recording, found(recording, []))
+    told = "No score is above the onset threshold. The highest is that of dog: 0.90, at 0:06.40. A lower threshold shows more."
+    assert told in drawing.draw_table(listener, recording, found(recording, [])._replace(onsets=np.full(3, 0.95)))
+    classifier = open_listener(AppSettings(model=str(save_classifier(tmp_path / "classifier")), device="cpu"))
+    told = "Some scores of the kinds that you chose are high enough, but others are higher (top k)."
+    assert told in drawing.draw_table(classifier, recording, found(recording, []), ["dog"])
 
 
 def test_only_wanted_kinds_are_shown(listener, tmp_path):

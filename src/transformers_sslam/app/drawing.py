@@ -121,7 +121,7 @@ def draw_table(listener: Listener, recording: Recording, found: Found, only: Col
     title = f"{len(events)} of {total}" if only else total
     if not events:
         title = f"No {listener.finds} found" if not found.events else title
-        table = f"<p>{_highest(listener, recording, found, only)}</p>"
+        table = f"<p>{_why_nothing(listener, recording, found, only)}</p>"
     more = f"<p>{len(events) - MOST_ROWS} more are in the table to download.</p>" if len(events) > MOST_ROWS else ""
     scores = '<p class="sslam-note">A score is the mean of the model\'s scores from start to end.</p>' if events else ""
     links = "".join(_link(recording.file(ending), text) for ending, text in ((TABLE, "table (CSV)"), (LABELS, "Audacity labels")))
@@ -131,17 +131,23 @@ def draw_table(listener: Listener, recording: Recording, found: Found, only: Col
     )
 
 
-def _highest(listener: Listener, recording: Recording, found: Found, only: Collection[str]) -> str:
-    """What the model comes closest to, of what is wanted, where it finds nothing."""
+def _why_nothing(listener: Listener, recording: Recording, found: Found, only: Collection[str]) -> str:
+    """Why the model finds nothing of what is wanted, and what it comes closest to."""
     wanted = [i for i, label in enumerate(listener.classes) if not only or label in only]
-    row, i = np.unravel_index(found.scores[:, wanted].argmax(), (len(found.scores), len(wanted)))
+    kinds, scores = " of the kinds that you chose" if only else "", found.scores[:, wanted]
+    if (scores > found.onsets[wanted]).any():
+        events = listener.finds == "events"
+        left_out = "not for long enough: this model leaves out short events (min_duration)" if events else "others are higher (top k)"
+        return f"Some scores{kinds} are high enough, but {left_out}."
+    missed = "above the onset threshold" if (scores > found.thresholds[wanted]).any() else "high enough"
+    row, i = np.unravel_index(scores.argmax(), scores.shape)
     number = wanted[i]
-    score, time = float(found.scores[row, number]), _time(recording.starts[row], recording)
+    score, time = float(scores[row, i]), _time(recording.starts[row], recording)
     value = f"{score:.2f}" if score >= 0.01 else "below 0.01"
     place = f"{time}{'' if recording.duration > IN_MINUTES else ' s'}"
     return (
-        f"No score{' of the kinds that you chose' if only else ''} is high enough. The highest is that of "
-        f"{escape(plain(listener.classes[number]))}: {value}, at {place}. A lower threshold shows more."
+        f"No score{kinds} is {missed}. The highest is that of {escape(plain(listener.classes[number]))}: {value}, at {place}. "
+        "A lower threshold shows more."
     )
 
 
