@@ -389,8 +389,11 @@ def test_a_name_is_one_line_without_markup(name, expected):
         ("C:\\models\\mine", "mine"),
         ("file:///home/me/x", "x"),
         ("/home/me/a`b\nc", "a'b c"),
+        ("s3://KEY:SEC/R?ET@bucket/clips", "s3://bucket/clips"),
+        ("https://me@example.org/my clips?token=abc\n#x", "https://example.org/my clips"),
     ],
 )
-def test_a_model_is_named_without_the_folders_of_this_machine(model, expected, tmp_path):
+def test_a_model_is_named_without_the_folders_and_credentials_of_this_machine(model, expected, tmp_path):
     assert public_name(model) == expected
     assert public_name(str(tmp_path)) == tmp_path.name
+    assert describe_origin(None, ["s3://KEY:SECRET@bucket/clips?a=b"])["datasets"] == ["bucket/clips"]

@@ -23,6 +23,7 @@ from .card_texts import CITATIONS, DETECTOR, ENCODER_USAGE, REMOTE_CODE, USAGE
 
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+USER_IN_URL = re.compile(r"(?<=://)(?:[^/\s@]+|[^/\s:@]+:[^\s@]+)@")
 
 
 @dataclass(kw_only=True)
@@ -364,9 +365,16 @@ def as_text(name: str) -> str:
 
 
 def public_name(model: str) -> str:
-    """A model's name for a card, within backticks: a Hub id as it is, a folder without its place on this machine."""
-    name = Path(model).resolve().name if Path(model).exists() else without_folders(model)
+    """A model's name for a card, within backticks: a Hub id as it is, a folder without its place on this machine, a URL without user and
+    query."""
+    shown = without_user(model) if "://" in model else model
+    name = Path(model).resolve().name if Path(model).exists() else without_folders(shown)
     return " ".join(name.split()).replace("`", "'")
+
+
+def without_user(url: str) -> str:
+    """A URL without user, password, query and fragment. The user goes first: a password may hold the signs of the others."""
+    return re.sub(r"[?#].*", "", USER_IN_URL.sub("", url), flags=re.DOTALL)
 
 
 def without_folders(path: str) -> str:

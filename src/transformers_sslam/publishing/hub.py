@@ -34,7 +34,7 @@ from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import hash_file, read_json, write_json, write_text
 from ..settings import load_yaml
-from .cards import generate_model_card, is_description, name_model, without_folders
+from .cards import generate_model_card, is_description, name_model, without_folders, without_user
 
 
 # Every class, not only the one that was saved: whoever has a classifier may want its encoder.
@@ -64,7 +64,6 @@ PUBLISHED = [*CONFIGURATION, *RECORDS, *WEIGHTS, "README.md", "LICENSE", "LICENS
 LARGEST_FILE = 50 * 10**9  # bytes; `save_pretrained` makes shards of this size
 
 SECRET_NAME = re.compile(r"token$|secret|passw|credential|api_?key|access_?key|^key$", re.IGNORECASE)
-USER_IN_URL = re.compile(r"(?<=://)(?:[^/\s@]+|[^/\s:@]+:[^\s@]+)@")
 FOLDER_OF_A_PERSON = re.compile(r"(?<![\w./])(?:/home/|/Users/|/root/|[A-Z]:\\Users\\)[^\s`'\"),;]+")
 # Access tokens of the Hub, AWS, GitHub and others, private keys, and passwords and tokens in addresses.
 SECRET = re.compile(
@@ -292,7 +291,7 @@ def _without_private(value: Any, paths: bool, name: str = "") -> Any:
     if SECRET.fullmatch(value):
         return None
     if re.match(r"[\w+.-]+://\S+$", value):
-        value = USER_IN_URL.sub("", re.sub(r"[?#].*", "", value))
+        value = without_user(value)
     return FOLDER_OF_A_PERSON.sub(lambda folder: without_folders(folder[0]), without_folders(value) if paths else value)
 
 
