@@ -359,6 +359,8 @@ def test_the_command_writes_the_cards_of_several_folders(folder, tmp_path_factor
     (other / "results.json").write_text("[]")
     assert main(["card", "--model", str(other)]) == 1
     assert re.fullmatch("sslam card: error: .*results.json is damaged: it holds a list.*\n", capsys.readouterr().err)
+    assert main(["card", "--model", "[]"]) in (1, 2)
+    assert "model is empty, but at least one folder is needed" in capsys.readouterr().err
 
 
 # --- names that come from data or from this machine

@@ -321,13 +321,15 @@ def test_what_a_run_says_of_itself_goes_up_without_the_folders_of_this_machine(f
     settings |= {"init_from": "../alice/run", "extractor": "~/models/mine", "validation": "file:///home/alice/x.wav"}
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
     left_out = {"training": {"unreadable": ["/home/me/sounds/a b.wav", "c.wav"]}}
-    (folder / "results.json").write_text(json.dumps({"classes": ["/m/09x0r"], "unreadable": left_out}))
+    run = {"settings": {"data_dir": "/mnt/alice/clips", "label_column": "label"}, "classes": ["/m/09x0r"], "unreadable": left_out}
+    (folder / "results.json").write_text(json.dumps(run))
     with prepare_publication(folder, REPOSITORY) as publication:
         published = yaml.safe_load((publication.folder / "settings.yaml").read_text())
         results = json.loads((publication.folder / "results.json").read_text())
     expected = {"data_dir": "sounds", "model": "me/encoder", "sources": [{"path": "mine", "weight": 2}], "epochs": 3}
     assert published == expected | {"init_from": "run", "extractor": "mine", "validation": "x.wav"}
-    assert results == {"classes": ["/m/09x0r"], "unreadable": {"training": {"unreadable": ["a b.wav", "c.wav"]}}}
+    left_out = {"training": {"unreadable": ["a b.wav", "c.wav"]}}
+    assert results == {"settings": {"data_dir": "clips", "label_column": "label"}, "classes": ["/m/09x0r"], "unreadable": left_out}
 
 
 def test_folders_and_credentials_in_a_configuration_stay_here(folder):
@@ -479,3 +481,6 @@ def test_bytes_that_arrive_otherwise_are_noticed(server, api, folder, name):
 def test_the_command_reports_a_mistake_in_one_line(tmp_path, capsys):
     assert main(["publish", "--model", str(tmp_path / "nowhere"), "--repo_id", REPOSITORY]) == 1
     assert re.fullmatch("sslam publish: error: .*nowhere is not a folder.*\n", capsys.readouterr().err)
+    assert main(["publish", "--model", str(tmp_path), "--repo_id", REPOSITORY, "--results", "nofile.json"]) == 1
+    expected = "results is 'nofile.json', but a JSON file that describes the model is expected: check the path, or leave it out\n"
+    assert capsys.readouterr().err == f"sslam publish: error: {expected}"

@@ -32,6 +32,10 @@ class CardSettings:
 
     model: list[str] = setting("folders that each hold config.json, preprocessor_config.json and results.json, which describes the model")
 
+    def __post_init__(self):
+        if not self.model:
+            raise UserError("model is empty, but at least one folder is needed: give the model's")
+
 
 def run(settings: CardSettings) -> None:
     """Write the cards, and print their paths."""

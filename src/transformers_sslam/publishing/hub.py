@@ -151,10 +151,14 @@ def prepare_publication(folder: str | Path, repo_id: str, results: str | Path | 
             is one, else the folder's `README.md` is the card.
 
     Raises:
-        PublishError: if the folder is not whole, or a file is a link to outside or holds a credential.
+        PublishError: if the folder is not whole, there is no such description, or a file is a link to outside or holds a credential.
     """
     source = Path(folder)
     check_repo_id(repo_id)
+    if results is not None and not Path(results).is_file():
+        raise PublishError(
+            f"results is {str(results)!r}, but a JSON file that describes the model is expected: check the path, or leave it out"
+        )
     if results is None and is_description(source / "results.json"):
         results = source / "results.json"
     _check_presence(source, has_description=results is not None)
@@ -267,8 +271,8 @@ def _publishable(path: Path) -> str:
         raise PublishError(f"{path} cannot be read ({' '.join(str(error).split())}): repair it, or remove it") from error
     if path.name in (*CONFIGURATION, "settings.yaml"):
         cleaned = _without_private(values, paths=True)
-    else:  # classes may begin with a slash, as AudioSet's do, so of results only unreadable files are paths
-        cleaned = {name: _without_private(value, paths=name == "unreadable", name=name) for name, value in values.items()}
+    else:  # classes may begin with a slash, as AudioSet's do, so of results only these hold paths
+        cleaned = {name: _without_private(value, paths=name in ("settings", "unreadable"), name=name) for name, value in values.items()}
     if cleaned == values:
         return text
     return yaml.safe_dump(cleaned, sort_keys=False, allow_unicode=True) if is_yaml else json.dumps(cleaned, indent=2) + "\n"
