@@ -93,6 +93,9 @@ def test_scores_that_no_temperature_fits_are_rejected(exclusive):
         fit_temperature(-logits, targets, exclusive)
     with pytest.raises(UserError, match="separate these clips without an error"):
         fit_temperature(logits, np.eye(5)[logits.argmax(1)] if exclusive else logits > 0, exclusive)
+    if exclusive:
+        with pytest.raises(UserError, match="a softmax of one class is always 1, so no temperature changes it: leave calibrate out"):
+            fit_temperature(logits[:, :1], np.ones((50, 1)), exclusive)
 
 
 def test_thresholds_are_mapped_so_that_the_same_steps_are_above_them():

@@ -98,9 +98,12 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray, exclusive: bool) ->
         exclusive: whether scores are a softmax over classes; otherwise each is a sigmoid.
 
     Raises:
-        UserError: if there is no minimum: scores are no better than chance, or separate the clips without an error.
+        UserError: if there is no minimum: scores are no better than chance, separate the clips without an error, or are a softmax of one
+            class.
     """
     z, y = _known(logits, targets, exclusive)
+    if exclusive and z.shape[1] == 1:
+        raise UserError("calibrate is set, but a softmax of one class is always 1, so no temperature changes it: leave calibrate out")
 
     def slope(inverse: float) -> float:
         found = softmax(inverse * z, axis=1) if exclusive else expit(inverse * z)
