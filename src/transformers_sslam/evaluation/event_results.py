@@ -9,13 +9,14 @@ PSDS is of the scores after the filters, over all thresholds. F1 is of the event
 are those of `sslam detect`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..events_sslam import EventSettings, filter_scores, find_events
-from .event_input import Recordings
+from .event_input import MICROSECONDS, Recordings
 from .events import EventMetric, GroundTruth, collar_f1, psds, segment_f1
 from .false_alarms import count_false_alarms
 
@@ -54,8 +55,8 @@ def evaluate_events(
 
         `per_class`: the same of each class, `None` where it has no ground-truth events, and `events`, their number.
 
-        `by_overlap`: `recordings` and the metrics of those with 1, 2, ... simultaneous ground-truth events at most; recordings without
-        events are in none. Empty if all recordings with events have the same number.
+        `by_overlap`: `recordings` and the metrics of those with 1, 2, ... simultaneous ground-truth events at most, after merging;
+        recordings without events are in none. Empty if all recordings with events have the same number.
 
         `false_alarms`: of the events that these settings find, those of which less than a tenth lies in ground truth of their class:
         `per_hour`, `hours` of all recordings, and `by_class` their number.
@@ -105,10 +106,17 @@ def event_activity(
 
 
 def max_overlap(events: Sequence[tuple[float, float, str]]) -> int:
-    """The largest number of events that sound at one time; those that only touch do not."""
-    onsets, offsets = ([event[i] for event in events] for i in (0, 1))
-    changes = sorted([(time, 1) for time in onsets] + [(time, -1) for time in offsets])  # at one time, ends come first
-    return int(np.cumsum([change for _, change in changes]).max(initial=0))
+    """The largest number of classes that sound at one time; those that only touch do not. Events of one class that overlap are one sound,
+    as for every metric."""
+    active: Counter[str] = Counter()
+    most = 0
+    changes = [
+        (round(time * MICROSECONDS), change, label) for onset, offset, label in events for time, change in ((onset, 1), (offset, -1))
+    ]
+    for _, change, label in sorted(changes):  # at one time, ends come first
+        active[label] += change
+        most = max(most, sum(count > 0 for count in active.values()))
+    return most
 
 
 def _flat(found: Mapping[str, EventMetric]) -> dict[str, Any]:
