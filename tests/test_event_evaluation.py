@@ -106,6 +106,8 @@ def test_results_by_number_of_simultaneous_sounds():
     assert max_overlap([]) == 0
     assert max_overlap([(0, 1, "a"), (1, 2, "a"), (2, 3, "b")]) == 1  # they touch
     assert max_overlap([(0, 5, "a"), (1, 2, "b"), (1.5, 3, "c"), (2, 4, "b")]) == 3
+    assert max_overlap([(0, 2, "a"), (1, 3, "a"), (1, 2, "a"), (2.5, 4, "b")]) == 2  # of one class they are one sound
+    assert max_overlap([(0, 0.1 + 0.2, "a"), (0.3, 1, "b")]) == 1
     data = list(random_problem(2))
     overlaps = {name: max_overlap(events) for name, events in data[3].items()}
     results = evaluate_events(*data, EventSettings(median_filter=0.5))
@@ -349,6 +351,8 @@ def test_results_are_those_of_score_steps(tmp_path, batch_size):
         assert scored.durations[name] == alone.duration
         assert scored.ground_truth[name] == [(event["onset"], event["offset"], event["label"]) for event in EVENTS[i]]
     expected = evaluate_events(*scored, EventSettings(threshold={"cat": 0.45}, median_filter=0.3))
+    assert expected.pop("merged_events") == 0
+    assert "merged_events" not in results  # events are joined when they are read
     assert {name: results[name] for name in expected} == expected
     assert results["event_detection"]["threshold"]["cat"] == 0.45
     assert results["event_detection"]["median_filter"] == 0.3

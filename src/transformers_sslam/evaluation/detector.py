@@ -49,10 +49,10 @@ def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
     change by a temperature no formula gives.
 
     Returns:
-        What `results.json` holds: settings, those of the detection (`event_detection`), what [`event_results.evaluate_events`] returns,
-        class names, numbers of clips, unreadable files by cause, what [`Calibrator.measure`] returns of all time steps
-        (`calibration`; with `temperature` and the same `before` if the model was calibrated) and, with `tune`, F1 by class before and after
-        (`tuning`).
+        What `results.json` holds: settings, those of the detection (`event_detection`), what [`event_results.evaluate_events`] returns
+        (but `merged_events`), class names, numbers of clips, unreadable files by cause, what [`Calibrator.measure`] returns of all time
+        steps (`calibration`; with `temperature` and the same `before` if the model was calibrated) and, with `tune`, F1 by class before
+        and after (`tuning`).
 
     Raises:
         UserError: if the model cannot be used or changed, the folder holds another run, or the clips lack events, have other labels than
@@ -93,10 +93,12 @@ def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
     if settings.tune:
         before, found = found, _tuned(settings, scored, found)
         tuning = {"tuning": _compare(scored, before, found, settings.tune_for)}
+    measured = evaluate_events(*scored, found)
+    del measured["merged_events"]  # these are joined, and counted in a warning, when they are read
     results = {
         "settings": settings_dict(settings),
         "event_detection": {name: value for name, value in asdict(found).items() if value is not None},
-        **evaluate_events(*scored, found),
+        **measured,
         "classes": classes,
         "clips": len(scored.scores),
         "clips_without_times": without_times,
@@ -151,7 +153,6 @@ def report_detector(settings: EvaluationSettings) -> None:
     for count, what in (
         (results["clips_without_times"], "clips are left out, because their events have no times"),
         (results["cut_events"], "events reach beyond the end of their clip, and were cut off there"),
-        (results["merged_events"], "events were merged into another of their class, which they overlap or touch"),
     ):
         if count:
             print(f"\n{count} {what}")
