@@ -671,6 +671,8 @@ def test_half_precision_of_either_kind_can_be_asked_for(settings, monkeypatch):
         ({"logging_steps": -1}, "logging_steps is -1"),
         ({"save_total_limit": -2}, "save_total_limit is -2"),
         ({"optim_args": "foo=1"}, "optim_args is 'foo=1', but cannot be set here"),
+        ({"gradient_checkpointing_kwargs": {"foo": 1}}, "there is no setting gradient_checkpointing_kwargs.foo"),
+        ({"torch_compile_mode": "fast"}, "torch_compile_mode is 'fast', but one of None, default, reduce-overhead"),
         ({"warmup_steps": 1000}, "warmup_steps is 1000, but the run has only .* updates: give fewer, or a fraction of all below 1"),
         ({"model_config": {"event_detection": {"threshold": 0.3}}}, "there is no setting model_config.event_detection"),
         ({"streaming": True, "max_steps": -1}, "max_steps is -1, but a stream, .* needs a positive number"),

@@ -52,6 +52,8 @@ MACHINE_SETTINGS = {
 }
 
 
+CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")  # of torch.utils.checkpoint
+COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 # Fields of the configuration that follow from the extractor, or that training ends.
 DECIDED = {"padding_value", "event_detection", "calibration"}
 DEFAULTS = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(TrainingArguments)}
@@ -298,6 +300,11 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
         for name, why in UNSUPPORTED.items():
             if (value := getattr(self, name, None)) not in (DEFAULTS.get(name), None):
                 raise UserError(f"{name} is {value!r}, but cannot be set here: {why}")
+        check_names(self.gradient_checkpointing_kwargs or {}, CHECKPOINTING, "gradient_checkpointing_kwargs.")
+        if self.torch_compile_mode not in COMPILE_MODES:
+            raise UserError(
+                f"torch_compile_mode is {self.torch_compile_mode!r}, but one of {', '.join(map(str, COMPILE_MODES))} is expected"
+            )
         if not self.do_train:
             raise UserError("do_train is false, but this command trains: to evaluate an existing model use `sslam evaluate`")
         if not self.do_eval and self.eval_strategy not in ("no", None) and "validation" not in self.parts:
