@@ -97,6 +97,8 @@ def test_a_port_in_use_and_an_address_of_another_machine_are_named_before_the_mo
                 serve(AppSettings(model="nothing", host=host, port=port))
     for host in ("127.0.0.1", "localhost"):
         check_address(host, 0)
+    with pytest.raises(UserError, match=r"no page can be served at host a{64}\.example, port 0 \(.*label"):
+        check_address("a" * 64 + ".example", 0)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])

@@ -553,6 +553,10 @@ def test_a_run_that_diverged_is_no_success(settings, evaluate):
     assert not (Path(settings.output_dir) / "model.safetensors").exists()
 
 
+def test_a_schedule_without_a_warm_up_needs_no_longer_run(settings):
+    assert fine_tune(replace(settings, max_steps=2, warmup_steps=5, lr_scheduler_type="constant", lr_scheduler_kwargs={}))["steps"] == 2
+
+
 def test_few_updates_and_few_clips_of_a_class_are_warned_about(settings, tmp_path, caplog):
     caplog.set_level("INFO")
     rows = [("hum", 1)] * 5 + [("hiss", 1)] * 4 + [("hum", 2), ("hiss", 2)]
@@ -669,7 +673,6 @@ def test_half_precision_of_either_kind_can_be_asked_for(settings, monkeypatch):
         ({"save_steps": 0}, "save_steps is 0, but must be positive"),
         ({"eval_steps": -3}, "eval_steps is -3"),
         ({"logging_steps": -1}, "logging_steps is -1"),
-        ({"save_total_limit": -2}, "save_total_limit is -2"),
         ({"optim_args": "foo=1"}, "optim_args is 'foo=1', but cannot be set here"),
         ({"gradient_checkpointing_kwargs": {"foo": 1}}, "there is no setting gradient_checkpointing_kwargs.foo"),
         ({"torch_compile_mode": "fast"}, "torch_compile_mode is 'fast', but one of None, default, reduce-overhead"),

@@ -258,6 +258,7 @@ def test_a_run_from_weights_that_were_replaced_is_another_run(settings, tmp_path
     with pytest.raises(UserError, match="checkpoint-3 is a checkpoint of a run with other weights in .*model: choose another output_dir"):
         fine_tune_once(settings)
     save(0)  # the same weights in a file of another time
+    (Path(model) / "training_args.bin").write_bytes(b"no weights")
     loss = fine_tune_once(settings)["metrics"]["loss"]
     save(1)
     with pytest.raises(UserError, match="holds a model already, of a run with other weights in .*model"):

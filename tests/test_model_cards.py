@@ -393,6 +393,8 @@ def test_a_name_is_one_line_without_markup(name, expected):
         ("/home/me/a`b\nc", "a'b c"),
         ("s3://KEY:SEC/R?ET@bucket/clips", "s3://bucket/clips"),
         ("https://me@example.org/my clips?token=abc\n#x", "https://example.org/my clips"),
+        ("https://example.org:8080/clips?mail=a@b.org", "https://example.org:8080/clips"),
+        ("https://me:8080abc/d@example.org/clips", "https://example.org/clips"),
     ],
 )
 def test_a_model_is_named_without_the_folders_and_credentials_of_this_machine(model, expected, tmp_path):

@@ -489,6 +489,18 @@ def test_labels_as_whole_numbers_and_unknown_ones():
     assert model(inputs, labels=tags).loss.item() == pytest.approx((expected.sum() - expected[0, 2]).item() / 5, rel=1e-6)
     with pytest.raises(ValueError, match="labels has -1, but numbers from 0"):
         model(inputs, labels=-torch.ones(2, 3))
+    shares = torch.tensor([0.5430, 0.4316, 0.0281]).bfloat16().sum()  # above 1, by rounding
+    assert model(inputs, labels=shares.expand(2, 3)).loss.isfinite()
+
+    def loss(parameters: dict, log_mel: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (log_mel[None],), {"labels": labels[None]}).loss
+
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, inputs, tags.float())
+    assert each["classifier.bias"].shape == (2, 3)  # gradients of each clip
+    model.loss_function = lambda labels, logits, config: 42 + 0 * logits.sum()
+    assert model(inputs, labels=tags).loss == 42
+    del model._loss_function
     model.config.problem_type = None
     classes = torch.tensor([2, 0], dtype=torch.int32)
     assert model(inputs, labels=classes).loss.item() == pytest.approx(nn.functional.cross_entropy(logits, classes.long()).item(), rel=1e-6)

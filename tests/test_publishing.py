@@ -321,7 +321,7 @@ def test_what_a_run_says_of_itself_goes_up_without_the_folders_of_this_machine(f
     settings |= {"init_from": "../alice/run", "extractor": "~/models/mine", "validation": "file:///home/alice/x.wav"}
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
     left_out = {"training": {"unreadable": ["/home/me/sounds/a b.wav", "c.wav"]}}
-    run = {"settings": {"data_dir": "/mnt/alice/clips", "label_column": "label"}, "classes": ["/m/09x0r"], "unreadable": left_out}
+    run = {"settings": {"data_dir": "/mnt/alice/clips", "label_separator": "/"}, "classes": ["/m/09x0r"], "unreadable": left_out}
     (folder / "results.json").write_text(json.dumps(run))
     with prepare_publication(folder, REPOSITORY) as publication:
         published = yaml.safe_load((publication.folder / "settings.yaml").read_text())
@@ -329,7 +329,7 @@ def test_what_a_run_says_of_itself_goes_up_without_the_folders_of_this_machine(f
     expected = {"data_dir": "sounds", "model": "me/encoder", "sources": [{"path": "mine", "weight": 2}], "epochs": 3}
     assert published == expected | {"init_from": "run", "extractor": "mine", "validation": "x.wav"}
     left_out = {"training": {"unreadable": ["a b.wav", "c.wav"]}}
-    assert results == {"settings": {"data_dir": "clips", "label_column": "label"}, "classes": ["/m/09x0r"], "unreadable": left_out}
+    assert results == {"settings": {"data_dir": "clips", "label_separator": "/"}, "classes": ["/m/09x0r"], "unreadable": left_out}
 
 
 def test_folders_and_credentials_in_a_configuration_stay_here(folder):

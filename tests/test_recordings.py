@@ -96,7 +96,7 @@ def write(folder: Path, *names: str) -> None:
 def test_folders_files_and_lists_are_searched_each_recording_once(tmp_path):
     write(tmp_path, "a.wav", "deep/c.ogg", "deep/B.WAV", "deep/._b.wav", "deep/notes.txt", "short.wav")
     (tmp_path / "list.txt").write_text("short.wav\n\ndeep/c.ogg\ns3://bucket/far.wav\n")
-    found = find_recordings([str(tmp_path / "deep"), str(tmp_path / "list.txt"), str(tmp_path / "a.wav")])
+    found = find_recordings([tmp_path / "deep", str(tmp_path / "list.txt"), str(tmp_path / "a.wav")])
     assert found == [
         *(str(tmp_path / name) for name in ("deep/B.WAV", "deep/c.ogg", "short.wav")),
         "s3://bucket/far.wav",

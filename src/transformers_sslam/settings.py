@@ -83,7 +83,7 @@ def _check_given(cls: type, values: Any) -> None:
         if value is None and kind is not Any and NoneType not in (kind, *get_args(kind)) and values.get(group, True) is not None:
             raise UserError(_unexpected(name, "null", kind) + ": give one, or leave it out")
         if value == "" and name in PATHS:
-            raise UserError(f"{name} is empty, but a path is expected: write . for the current folder")
+            raise UserError(f"{name} is empty, but a path is expected{'' if name == 'output' else ': write . for the current folder'}")
 
 
 def read_settings(cls: type[Settings], file: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Settings:

@@ -50,10 +50,10 @@ def check_address(host: str, port: int) -> None:
     try:
         family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         socket.create_server(address[:2], family=family).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(
-            f"no page can be served at host {host}, port {port} ({error.strerror}): give a port that no other program uses (0: any), and "
-            "as host an address of this machine"
+            f"no page can be served at host {host}, port {port} ({getattr(error, 'strerror', error)}): give a port that no other program "
+            "uses (0: any), and as host an address of this machine"
         ) from error
 
 

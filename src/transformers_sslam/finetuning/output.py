@@ -1,7 +1,6 @@
 """The folder of a fine-tuning run: which run it holds, whether it is finished, and what can be resumed there."""
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
 from ..checkpoints import checkpoints, latest_whole_checkpoint, sweep_unsealed
 from ..errors import UserError, as_user_error
@@ -79,7 +78,7 @@ def differences(settings: FineTuningSettings) -> str:
     except (OSError, UserError) as error:
         logger.warning(f"{output} does not hold a whole run ({error})")
         return "origin, or damaged files"
-    if not names and results is not None and _started_elsewhere(settings, results):
+    if not names and results is not None and _are_others(results.get("origin"), _hash_model(settings.model)):
         return f"weights in {settings.model}"
     if names or settings.streaming or results is None:
         return ", ".join(names)
@@ -87,23 +86,36 @@ def differences(settings: FineTuningSettings) -> str:
 
 
 def hash_origin(origin: str | None) -> str | None:
-    """What tells the weights that a run starts from: a hash of those in a folder, the commit of those on the Hub."""
+    """A hash of the weights in a folder or on the Hub that a run starts from; `None` if there are none."""
     if origin is None:
         return None
-    if not Path(origin).is_dir():
-        return f"{origin} {Path(str(cached_file(origin, 'config.json'))).parent.name}"
-    weights = {file.name: hash_file(file) for file in sorted(Path(origin).iterdir()) if file.suffix in (".safetensors", ".bin")}
-    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
-
-
-def _started_elsewhere(settings: FineTuningSettings, results: dict[str, Any]) -> bool:
-    """Whether the weights in `settings.model` are others than a finished run started from, as far as both can be known."""
-    if results.get("origin") is None or settings.model is None:
-        return False
     try:
-        return results["origin"] != hash_origin(resolve_model(settings.model))
-    except UserError:  # the model is no longer there
-        return False
+        hashes = [hash_file(file) for file in _weight_files(origin)]
+    except (OSError, UserError):  # loading them will say why
+        return None
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest() if hashes else None
+
+
+def _hash_model(model: str | None) -> str | None:
+    try:
+        return None if model is None else hash_origin(resolve_model(model))
+    except UserError:
+        return None
+
+
+def _weight_files(origin: str) -> list[str]:
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        file = cached_file(origin, name, _raise_exceptions_for_missing_entries=False)
+        if file is not None and name.endswith(".json"):
+            return [str(cached_file(origin, shard)) for shard in sorted(set(read_json(file)["weight_map"].values()))]
+        if file is not None:
+            return [file]
+    return []
+
+
+def _are_others(one: str | None, other: str | None) -> bool:
+    """Whether two hashes of weights differ, where both are known: earlier versions did not tell, and a model may be gone."""
+    return None not in (one, other) and one != other
 
 
 def save_settings(settings: FineTuningSettings, file: Path) -> None:
@@ -147,7 +159,7 @@ def find_checkpoint(settings: FineTuningSettings, about: dict[str, Any]) -> Path
     names = _different(about["settings"], then.get("settings", {}))  # one that an earlier version did not have is missing, hence null
     if then.get("data") != about["data"]:
         names = names or ["data"]
-    if then.get("origin", about["origin"]) != about["origin"]:  # earlier versions did not tell
+    if _are_others(then.get("origin"), about["origin"]):
         names = names or [f"weights in {settings.model}"]
     if names:
         raise UserError(

@@ -98,7 +98,8 @@ def warn_of_little(trainer: Any, labels: Labels | None) -> None:
 
 def check_warmup(trainer: Any) -> None:
     """Raise a `UserError` if the run ends before its warm-up, so that it would never reach its learning rate."""
-    if trainer.args.warmup_steps >= max(1, steps := _count_updates(trainer)):
+    warms_up = trainer.args.lr_scheduler_type not in ("constant", "reduce_lr_on_plateau", "greedy")
+    if warms_up and trainer.args.warmup_steps >= max(1, steps := _count_updates(trainer)):
         raise UserError(
             f"warmup_steps is {trainer.args.warmup_steps:g}, but the run has only {steps} updates: give fewer, or a fraction of all below 1"
         )

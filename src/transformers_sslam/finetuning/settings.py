@@ -340,7 +340,7 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
             *("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
             *("gradient_accumulation_steps", "clips_per_epoch", "clips_per_class", "early_stopping_patience"),
         )
-        for name in (*positive, *("save_steps", "eval_steps", "logging_steps", "save_total_limit")):
+        for name in (*positive, *("save_steps", "eval_steps", "logging_steps")):
             value = getattr(self, name)
             if value is not None and not value > 0 and (name, value) != ("max_steps", -1):
                 raise UserError(f"{name} is {value:g}, but must be positive")

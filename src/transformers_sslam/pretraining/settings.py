@@ -144,8 +144,6 @@ class PreTrainingSettings(ModelSettings, OptimizationSettings, SpeedSettings, Ru
             raise UserError(
                 f"probe_every is {self.probe_every}, but there are no labelled clips to probe on: set probe.data_dir, or leave it out"
             )
-        if self.model is not None and self.preset != "base":
-            raise UserError(f"preset is {self.preset!r}, but model is {self.model!r}, which has sizes of its own: leave one of them out")
         check_normalization(self.normalization)
         if self.normalization != "model" and (given := sorted({"mean", "std"} & self.feature_extractor.keys())):
             raise UserError(

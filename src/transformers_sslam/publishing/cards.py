@@ -23,7 +23,7 @@ from .card_texts import CITATIONS, DETECTOR, ENCODER_USAGE, REMOTE_CODE, USAGE
 
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-USER_IN_URL = re.compile(r"(?<=://)(?:[^/\s@]+|[^/\s:@]+:[^\s@]+)@")
+USER_IN_URL = re.compile(r"(?<=://)(?:[^/\s@]+|[^/\s:@]+:(?!\d{1,5}[/?#])[^\s@]+)@")  # not a port and what follows it
 
 
 @dataclass(kw_only=True)
@@ -385,5 +385,5 @@ def without_folders(path: str) -> str:
     """The last part of a path that is absolute or begins with `~` or `..`; anything else as it is."""
     for pure in (PurePosixPath(path.removeprefix("file://")), PureWindowsPath(path)):
         if pure.is_absolute() or pure.parts[:1] == ("..",) or re.match(r"~\w*[/\\]", path):
-            return pure.name
+            return pure.name or path
     return path

@@ -52,7 +52,7 @@ def find_recordings(inputs: str | Sequence[str]) -> list[str]:
     if not inputs:
         raise UserError("inputs is empty: give a folder, an audio file, or a list of paths")
     found: dict[str, str] = {}
-    for name in [inputs] if isinstance(inputs, str) else inputs:
+    for name in map(str, [inputs] if isinstance(inputs, (str, Path)) else inputs):
         path = Path(name)
         with as_user_error(f"{name} is not a folder, audio file or list of paths"):
             if "://" in name:
