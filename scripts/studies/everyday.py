@@ -129,7 +129,7 @@ class StudySettings:
                 raise UserError(f"{option} has two folders of the name {twice[0]}: give each a name of its own")
 
 
-def read_table(folder: str | Path, columns: Iterable[str]) -> pd.DataFrame:
+def read_table(folder: str | Path, columns: Iterable[str] = ()) -> pd.DataFrame:
     """`metadata.csv` of an audio folder. Raises a `UserError` if there is none, or it lacks one of these columns."""
     if not (Path(folder) / "metadata.csv").is_file():
         raise UserError(f"{folder} has no metadata.csv: give an audio folder of labelled clips")
@@ -168,11 +168,11 @@ def copy_sounds(settings: StudySettings) -> Path:
     output, folder = Path(settings.output_dir) / "sounds", Path(settings.data_dir)
     if output.exists():
         return output
-    table = pd.read_csv(folder / "metadata.csv", dtype=str, keep_default_na=False)
+    table = read_table(folder)
     numbers, folds = Counter(table["label"]), set(table["fold"])
     parts = [table[table["license"].isin(settings.licenses)].assign(file=lambda rows: [folder / name for name in rows["file_name"]])]
     for other in (Path(folder).resolve() for folder in settings.others):
-        further = pd.read_csv(other / "metadata.csv", dtype=str, keep_default_na=False)
+        further = read_table(other)
         further = further[further["fold"].isin(folds)]
         files = [other / name for name in further["file_name"]]
         parts.append(further.assign(file=files, file_name=f"{other.name}/" + further["file_name"]))
@@ -203,7 +203,7 @@ def train(settings: StudySettings, held_out: int | str | None) -> Path:
     """A model that has learnt all folds but one, or all. Returns its folder."""
     sounds = copy_sounds(settings)
     output = Path(settings.output_dir) / f"without-{'none' if held_out is None else held_out}-seed-{settings.seed}"
-    folds = sorted(set(pd.read_csv(sounds / "metadata.csv", dtype=str)["fold"]) - {str(held_out)})
+    folds = sorted(set(read_table(sounds)["fold"]) - {str(held_out)})
     clips = {"kind": "audiofolder", "path": str(sounds), "keep": {"fold": folds}}
     run = read_settings(
         FineTuningSettings,
@@ -249,7 +249,7 @@ def score_held_out(settings: StudySettings, fold: int | str) -> HeldOut:
     model = train(settings, fold)
     sounds, network, extractor = copy_sounds(settings), *load(model)
     output = Path(settings.output_dir) / f"mixtures-{fold}"
-    table = pd.read_csv(sounds / "metadata.csv", dtype=str, keep_default_na=False)
+    table = read_table(sounds)
     if not output.exists():
         options: dict[str, Any] = {"data_dir": str(sounds), "fold_column": "fold", "train_folds": sorted(set(table["fold"]) - {str(fold)})}
         options |= {"test_folds": [fold], "classes": network.config.class_names, "group_column": "recording", "train_clips": 1}
@@ -320,7 +320,7 @@ def evaluate_tags(
     settings: StudySettings, network: SSLAMForAudioFrameClassification, extractor: SSLAMFeatureExtractor, fold: int | str
 ) -> dict[str, Any]:
     """Accuracy on the clips of the learnt classes in a fold, under any licence; what is taken for what; other clips' scores."""
-    every = pd.read_csv(Path(settings.data_dir) / "metadata.csv", dtype=str, keep_default_na=False)
+    every = read_table(settings.data_dir)
     table, classes = every[every["fold"] == str(fold)].reset_index(drop=True), network.config.class_names
     scores = tag_scores(network, extractor, Path(settings.data_dir), table["file_name"])
     learnt = table["label"].isin(classes).to_numpy()
