@@ -142,11 +142,12 @@ class Embedding(Task):
         for name, value, kinds in (("per", self.per, get_args(Per)), ("pooling", self.pooling, (None, *get_args(Pooling)))):
             if value not in kinds:
                 raise ValueError(f"{name} is {value!r}, but one of {', '.join(map(repr, kinds))} is expected")
-        layers = list(self.layers) if isinstance(self.layers, Iterable) and not isinstance(self.layers, str) else []
+        is_list = isinstance(self.layers, Iterable) and not isinstance(self.layers, str)
+        layers = list(self.layers) if is_list else []
         if not layers or any(isinstance(one, bool) or not isinstance(one, Integral) or not -depth - 1 <= one <= depth for one in layers):
             raise ValueError(
-                f"layers is {layers or self.layers!r}, but numbers from {-depth - 1} to {depth} are expected, in a list: 0 for the "
-                "input of the first layer, -1 for the output of the last one"
+                f"layers is {layers if is_list else self.layers!r}, but numbers from {-depth - 1} to {depth} are expected, in a list: "
+                "0 for the input of the first layer, -1 for the output of the last one"
             )
         if self.pooling == "patches" and self.per != "step":
             what = "all patches are kept of a time step only"
