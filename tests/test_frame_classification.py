@@ -551,12 +551,13 @@ def test_a_classifier_gives_its_encoder_and_its_norm(tmp_path):
     assert_same(model.sslam.state_dict(), classifier.sslam.state_dict())
 
 
-def test_a_detector_is_not_taken_for_a_classifier(tmp_path):
+def test_a_detector_is_not_taken_for_a_classifier(tmp_path, caplog):
     """Its head scores time steps: on the pooled output it would give numbers that mean nothing."""
     detector().save_pretrained(tmp_path)
     SSLAMFeatureExtractor().save_pretrained(tmp_path)
     _, report = SSLAMForAudioClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert {"classifier.weight", "classifier.bias"} <= set(report["missing_keys"])
+    assert "this model detects events: as a classifier it has a new head, whose scores mean nothing" in caplog.text
     with pytest.raises(UserError, match="is a detector of events, but a classifier of clips is needed"):
         load_model(SSLAMForAudioClassification, str(tmp_path))
 
