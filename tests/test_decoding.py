@@ -617,7 +617,6 @@ class WebServer(BaseHTTPRequestHandler):
 
 
 def test_behind_a_url_only_what_the_server_says_is_gone_is_missing():
-    pytest.importorskip("aiohttp")
     with ThreadingHTTPServer(("127.0.0.1", 0), WebServer) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
