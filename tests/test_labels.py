@@ -85,7 +85,7 @@ def test_chosen_rows_of_a_table_give_their_own_labels():
         ([0, 1], ClassLabel(names=["a", "b\nc"]), r"has the label 'b\\nc'"),
         ([3.0, math.nan], None, r"1.wav has no label in the column 'label'"),
         ([[1.0], [2.0, math.nan]], None, r"1.wav has an empty label in the column 'label'"),
-        ([1.0, -math.inf], None, r"the column 'label' has the label -inf, which is no class: correct it"),
+        ([1.0, -math.inf], None, r"the column 'label' has the label -inf, which does not name a class: correct it"),
         ([b"x", b"y"], None, r"the column 'label' holds binary, but a label is text, a number or a class"),
         ([[b"x"], []], None, r"the column 'label' holds list<item: binary>, but a label is text"),
         ([{"a": 1}, {"a": 2}], None, r"the column 'label' holds struct<a: int64>, but a label is text"),

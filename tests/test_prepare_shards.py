@@ -319,7 +319,7 @@ def test_sources_of_one_shape_are_written_together_and_others_refused(recordings
         ({"clips_per_shard": 7}, "clips_per_shard is 7, but must be a positive multiple of clips_per_group, 3"),
         ({"window_seconds": 0.1}, "window_seconds is 0.1"),
         ({"window_seconds": math.inf}, "window_seconds is inf, but must be at least min_seconds, 0.2"),
-        ({"window_seconds": 1e-5, "min_seconds": 0.0}, "window_seconds is 1e-05, which is no sample at 16000 Hz"),
+        ({"window_seconds": 1e-5, "min_seconds": 0.0}, "window_seconds is 1e-05, shorter than a sample at 16000 Hz"),
         ({"min_seconds": -1.0}, "min_seconds is -1, but must be 0 or more"),
         ({"min_seconds": math.nan}, "min_seconds is nan, but must be 0 or more"),
         *(({"sampling_rate": rate}, f"sampling_rate is {rate}, but 1000 to 655350 Hz are") for rate in (0, -1, 7, 88_201, 700_000)),

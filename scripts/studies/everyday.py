@@ -40,7 +40,7 @@ from everyday_scores import (
     tag_scores,
     window_scores,
 )
-from steps import pretrain_once
+from steps import pretrain_both_stages
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioFrameClassification
 from transformers_sslam.audio.cache import Waveforms
@@ -66,7 +66,6 @@ from transformers_sslam.finetuning.settings import FineTuningSettings
 from transformers_sslam.polyphony.benchmark import BenchmarkSettings, make_benchmark
 from transformers_sslam.polyphony.render import FRAMES_PER_SECOND, MixtureSettings, find_sound
 from transformers_sslam.polyphony.sounds import open_table
-from transformers_sslam.pretraining.settings import PreTrainingSettings
 from transformers_sslam.publishing.hub import RECORDS
 from transformers_sslam.settings import parse_settings, read_settings, setting, settings_dict
 
@@ -229,10 +228,7 @@ def train(settings: StudySettings, held_out: int | str | None) -> Path:
 def pretrain(settings: StudySettings, clips: dict[str, Any], output: Path) -> Path:
     """Both stages, of `clips` and the further recordings. Returns the encoder's folder."""
     fixed = {"data.sources": [clips, {"kind": "audiofolder", "path": settings.free_dir}], "seed": settings.seed, **settings.pretraining}
-    first, _ = pretrain_once(read_settings(PreTrainingSettings, settings.stage1, {**fixed, "output_dir": str(output / "stage1")}))
-    own = {**settings.pretraining_stage2, "model": str(first), "output_dir": str(output / "stage2")}
-    second, _ = pretrain_once(read_settings(PreTrainingSettings, settings.stage2, {**fixed, **own}))
-    return second
+    return pretrain_both_stages(settings.stage1, settings.stage2, output, fixed, settings.pretraining_stage2)
 
 
 class HeldOut(NamedTuple):

@@ -17,14 +17,13 @@ import frozen_folds
 import numpy as np
 import soundfile
 import transformers
-from steps import pretrain_once
+from steps import pretrain_both_stages
 
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.intervals import format_summary, summarize, summarize_difference
 from transformers_sslam.files import write_json, write_text
-from transformers_sslam.pretraining.settings import PreTrainingSettings
 from transformers_sslam.reports import markdown_table
-from transformers_sslam.settings import parse_settings, read_settings, setting, settings_dict
+from transformers_sslam.settings import parse_settings, setting, settings_dict
 
 
 AUDIO = {".flac", ".ogg", ".wav"}  # whose length a header tells
@@ -97,10 +96,7 @@ def pretrain(settings: StudySettings, hours: float) -> Path:
     """Both stages. Returns the encoder's folder."""
     output = Path(settings.output_dir) / f"{hours:g}-hours-seed-{settings.seed}"
     fixed = {"data.sources": choose_recordings(settings, output, hours), "seed": settings.seed, **settings.pretraining}
-    first, _ = pretrain_once(read_settings(PreTrainingSettings, settings.stage1, {**fixed, "output_dir": str(output / "stage1")}))
-    own = {**settings.pretraining_stage2, "model": str(first), "output_dir": str(output / "stage2")}
-    second, _ = pretrain_once(read_settings(PreTrainingSettings, settings.stage2, {**fixed, **own}))
-    return second
+    return pretrain_both_stages(settings.stage1, settings.stage2, output, fixed, settings.pretraining_stage2)
 
 
 def run(settings: StudySettings) -> dict[str, Any]:

@@ -102,6 +102,22 @@ def pretrain_once(settings: PreTrainingSettings) -> tuple[Path, float]:
     return output / "model", math.nan if done["cpu_seconds"] is None else done["cpu_seconds"]
 
 
+def pretrain_both_stages(
+    stage1: str | Path, stage2: str | Path, output: Path, changes: Mapping[str, Any], changes_stage2: Mapping[str, Any]
+) -> Path:
+    """[`pretrain_once`] by two recipes, the second from the model of the first. Returns the folder of the last model.
+
+    Args:
+        stage1, stage2: recipes of `sslam pretrain`.
+        output: folder of both runs.
+        changes: settings of both, by name.
+        changes_stage2: further ones of the second.
+    """
+    first, _ = pretrain_once(read_settings(PreTrainingSettings, stage1, {**changes, "output_dir": str(output / "stage1")}))
+    own = {**changes, **changes_stage2, "model": str(first), "output_dir": str(output / "stage2")}
+    return pretrain_once(read_settings(PreTrainingSettings, stage2, own))[0]
+
+
 def pretrain_on_folds(
     recipe: str | Path, clips: Path, folds: Sequence[int | str], output: Path, changes: Mapping[str, Any]
 ) -> tuple[Path, float]:
@@ -158,4 +174,12 @@ def epochs_of_equal_cost(epochs: float, cost: float, total: float) -> int:
     return math.ceil(epochs * total / cost)
 
 
-__all__ = ["copy_clips", "epochs_of_equal_cost", "pretrain_on_folds", "pretrain_once", "read_or_none", "read_records"]
+__all__ = [
+    "copy_clips",
+    "epochs_of_equal_cost",
+    "pretrain_both_stages",
+    "pretrain_on_folds",
+    "pretrain_once",
+    "read_or_none",
+    "read_records",
+]

@@ -330,7 +330,7 @@ class LabelReader:
             new = [code if code is not None and 0 <= code < len(names) else len(names) for code in found]
         else:
             if infinite := [value for value in found if value in (math.inf, -math.inf)]:
-                raise UserError(f"the column {self.column!r} has the label {infinite[0]}, which is no class: correct it")
+                raise UserError(f"the column {self.column!r} has the label {infinite[0]}, which does not name a class: correct it")
             texts = ["" if value is None or value != value else _text(value) for value in found]  # a value that is not itself is NaN
             names = list(dict.fromkeys(text for text in texts if text))
             _check_names(names, self.column)

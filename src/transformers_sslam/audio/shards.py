@@ -75,7 +75,7 @@ class ShardSettings:
                 raise UserError(f"window_seconds is {self.window_seconds:g}, but must be at least min_seconds, {self.min_seconds:g}")
             if round(self.window_seconds * self.sampling_rate) < 1:
                 raise UserError(
-                    f"window_seconds is {self.window_seconds:g}, which is no sample at {self.sampling_rate} Hz: give more, or null"
+                    f"window_seconds is {self.window_seconds:g}, shorter than a sample at {self.sampling_rate} Hz: give more, or null"
                 )
 
 
