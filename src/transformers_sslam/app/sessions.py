@@ -77,8 +77,13 @@ class Sessions:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         deadline = time.monotonic() + PATIENCE
-        while self._root.exists() and time.monotonic() < deadline:  # a file may be written while its folder is emptied
-            shutil.rmtree(self._root, ignore_errors=True)
+        # Uploads that still arrive could fill a folder faster than it is emptied: under another name no path leads to it.
+        renamed = self._root.with_name(f"{self._root.name}-ended")
+        while (self._root.exists() or renamed.exists()) and time.monotonic() < deadline:
+            with suppress(OSError):  # there was no time to empty the renamed one, or the system does not rename open folders
+                self._root.rename(renamed)
+            for folder in (renamed, self._root):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def __contains__(self, session: str) -> bool:
         """Whether anything is kept of a page, or waits."""
