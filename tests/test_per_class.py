@@ -117,7 +117,7 @@ def test_the_picture_has_counts_where_they_fit(count, has_counts, tmp_path, monk
     monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **style: written.append((y, x, s)) or text(self, x, y, s, **style))
     matrix = 3 * np.eye(count, dtype=int)
     matrix[0, 1] = 1
-    plot_confusion_matrix(matrix, [f"class {i}" for i in range(count)], tmp_path / "matrix.png")
+    plot_confusion_matrix(matrix, [f"class {i}" for i in range(count)]).savefig(tmp_path / "matrix.png", dpi=150, bbox_inches="tight")
     assert (len(written) == count + 1) == has_counts
     assert ((0, 1, "1") in written) == has_counts
     height, width = imread(tmp_path / "matrix.png").shape[:2]
@@ -126,7 +126,7 @@ def test_the_picture_has_counts_where_they_fit(count, has_counts, tmp_path, monk
 
 def test_any_name_of_a_class_can_be_drawn(tmp_path):
     names = [r"$\frac{", "a\nb", "<b>", "x" * 500]
-    plot_confusion_matrix(np.eye(4, dtype=int), names, tmp_path / "matrix.png")
+    plot_confusion_matrix(np.eye(4, dtype=int), names).savefig(tmp_path / "matrix.png", dpi=150, bbox_inches="tight")
     assert max(imread(tmp_path / "matrix.png").shape) < 1500
 
 

@@ -21,7 +21,7 @@ from transformers_sslam.cli import main
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation import probing
 from transformers_sslam.evaluation.best_probe import ProbedBlock, check_inner_folds, choose_best, inner_folds
-from transformers_sslam.evaluation.block_plot import replace_picture
+from transformers_sslam.evaluation.block_plot import replace_block_plot
 from transformers_sslam.evaluation.features import Features
 from transformers_sslam.evaluation.frozen import DEFAULT_PROBES, FrozenSettings, evaluate_frozen
 from transformers_sslam.evaluation.pooling import HeadSettings, PrototypePooling
@@ -479,7 +479,7 @@ def test_the_picture_shows_what_the_table_says(tmp_path, monkeypatch):
     monkeypatch.setattr(figure, "savefig", lambda self, *given, **options: drawn.append(self) or save(self, *given, **options))
     rows = [row("linear_mean", block, trained=0.5 + block / 100, untrained=0.4, log_mel=0.3) for block in (1, 2, 6)]
     rows += [row("linear_cls", 6, trained=0.9), row("gated_mean", None, trained=0.7), row("gated_cls", None, trained=0.8)]
-    assert replace_picture({"metric": "mean_average_precision", "probes": rows}, tmp_path)
+    assert replace_block_plot({"metric": "mean_average_precision", "probes": rows}, tmp_path)
     [axes] = drawn[0].axes  # of the CLS token there is one block, and so no curve
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("block", "mean average precision, %, with 95 % interval")
     assert axes.get_title() == "mean of patches"
@@ -496,7 +496,7 @@ def test_without_matplotlib_there_is_a_warning_and_no_picture(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     (tmp_path / "accuracy_by_block.png").write_bytes(b"of an earlier run")
     results = {"metric": "accuracy", "probes": [row("linear_mean", block, trained=0.5) for block in (1, 2)]}
-    assert not replace_picture(results, tmp_path)
+    assert not replace_block_plot(results, tmp_path)
     assert "plots need matplotlib" in caplog.text
     assert list(tmp_path.iterdir()) == []
 

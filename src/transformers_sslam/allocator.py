@@ -30,6 +30,3 @@ def keep_freed_memory() -> bool:
     # No piece in pages of its own, however large: glibc before 2.35 rejects a threshold as large as that.
     options = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, LARGEST), (M_TOP_PAD, TOP_PAD))
     return all(mallopt(option, value) == 1 for option, value in options)
-
-
-__all__ = ["keep_freed_memory"]

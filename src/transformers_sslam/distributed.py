@@ -13,6 +13,3 @@ def leave_process_group() -> None:
     """
     gc.collect()
     PartialState().destroy_process_group()
-
-
-__all__ = ["leave_process_group"]

@@ -1,7 +1,17 @@
-"""Results as Markdown tables, and cells of spreadsheets."""
+"""Results as Markdown tables, pictures, and cells of spreadsheets."""
 
-from collections.abc import Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .files import write_atomically
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -25,3 +35,34 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def spreadsheet_cell(value: Any) -> Any:
     """Text that a spreadsheet would take for a formula gets an apostrophe in front; anything else stays."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
+def new_figure(**options: Any) -> "Figure":
+    """An empty figure, with these options of matplotlib's.
+
+    Raises:
+        ImportError: if matplotlib is not installed, naming the extra that brings it.
+    """
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "transformers-sslam[train]"') from error
+    return Figure(layout="constrained", **options)
+
+
+def replace_picture(path: Path, name: str, draw: Callable[[], "Figure"] | None) -> bool:
+    """Delete the picture of earlier results, and draw that of these, if there is any. Returns whether there is one.
+
+    Without matplotlib there is a warning and no picture: it must not cost the results of a training run.
+    """
+    path.unlink(missing_ok=True)
+    if draw is None:
+        return False
+    try:
+        figure = draw()
+    except ImportError as error:
+        logger.warning(f"there is no {name}: {error}")
+        return False
+    with write_atomically(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
+    return True

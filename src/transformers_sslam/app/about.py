@@ -80,6 +80,3 @@ def read_card(model: str) -> tuple[dict[str, Any], str]:
 def _listed(value: Any) -> str:
     values = value if isinstance(value, list) else [value]
     return ", ".join(escape(str(item)) for item in values if item is not None)
-
-
-__all__ = ["draw_about", "limits", "model_name", "read_card"]

@@ -289,9 +289,3 @@ def _percent(seconds: float, recording: Recording) -> str:
 
 def _mel(frequency: float) -> float:
     return 1127 * math.log1p(frequency / 700)
-
-
-__all__ = [
-    *("address", "draw_computing", "draw_error", "draw_intro", "draw_lanes", "draw_link", "draw_match", "draw_matches"),
-    *("draw_player", "draw_search", "draw_stopped", "draw_table"),
-]

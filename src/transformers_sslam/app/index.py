@@ -200,6 +200,3 @@ def _find_parts(source: str, model: str) -> Path:
     if path.is_dir() and path not in found and len(found) > 1:
         raise UserError(f"index {source} holds {', '.join(folder.name for folder in found)}: give one of them")
     return found[0]
-
-
-__all__ = ["Match", "SoundIndex"]

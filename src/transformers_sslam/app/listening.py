@@ -203,26 +203,18 @@ class Listener(ABC):
             raise UserError(f"{printable_path(run.name)} takes more than {most} of computing, the limit of this page: give a part of it")
 
 
-class SecondsSlider(NamedTuple):
-    """A slider for a field of [`EventSettings`] in seconds."""
-
-    setting: str
-    label: str
-    info: str
-
-
-SECONDS_SLIDERS = (
-    SecondsSlider(
+SECONDS_SLIDERS = (  # fields of `EventSettings` in seconds, with label and explanation
+    (
         "median_filter",
         "Smooth the scores over (median filter, seconds)",
         "A longer one removes short events and closes short gaps; 0 switches it off.",
     ),
-    SecondsSlider(
+    (
         "change_filter",
         "Compare the scores over (change filter, seconds)",
         "Events then begin and end where scores change most, and each has one score; 0 switches it off, as while listening live.",
     ),
-    SecondsSlider(
+    (
         "max_gap",
         "Join events with a gap of up to (seconds)",
         "Two events of the same kind become one if the pause between them is not longer.",
@@ -242,7 +234,7 @@ class DetectorListener(Listener):
             own = EventSettings.of(self.model.config)
         self._own = own.by_class(self.classes)
         self._step = self.model.config.frames_per_step / 100
-        self.sliders = (self._threshold_slider(), *map(self._seconds_slider, SECONDS_SLIDERS))
+        self.sliders = (self._threshold_slider(), *(self._seconds_slider(*slider) for slider in SECONDS_SLIDERS))
 
     def find(self, recording: Recording, positions: Sequence[float]) -> Found:
         settings = self._settings(positions)
@@ -259,12 +251,12 @@ class DetectorListener(Listener):
         about += f" Each kind of sound has a threshold of its own, from {own.min():g} to {own.max():g}; this is added to all."
         return Slider("threshold", "How sure must the model be? (added to all thresholds)", about, -1, 1, 0.01, 0)
 
-    def _seconds_slider(self, slider: SecondsSlider) -> Slider:
-        own, about = self._own[slider.setting], slider.info
+    def _seconds_slider(self, setting: str, label: str, about: str) -> Slider:
+        own = self._own[setting]
         if np.ptp(own):
             about += f" Until it is moved, each kind of sound has its own, from {own.min():g} to {own.max():g}."
         largest = max(LONGEST_SECONDS, float(own.max(initial=0)))
-        return Slider(slider.setting, slider.label, about, 0, largest, self._step, float(np.median(own)))
+        return Slider(setting, label, about, 0, largest, self._step, float(np.median(own)))
 
     def _settings(self, positions: Sequence[float]) -> EventSettings:
         """The model's own, but for sliders that were moved. Onset thresholds move with the thresholds: a lower threshold lowers them by
@@ -357,6 +349,3 @@ def open_listener(settings: AppSettings) -> Listener:
         with as_user_error("the live mode (live_window, live_hop; live_at_once 0 for none)"):
             listener.live_delay()
     return listener
-
-
-__all__ = ["ClassifierListener", "DetectorListener", "Listener", "StoppedError", "open_listener"]

@@ -150,6 +150,3 @@ class LiveSessions:
         with self._lock:
             session = self._sessions.pop(name, None)
         return None if session is None else session.stop()
-
-
-__all__ = ["BLOCK", "MOST", "LiveSession", "LiveSessions", "LiveState"]

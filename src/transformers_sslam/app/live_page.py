@@ -99,6 +99,3 @@ def _bar(start: float, end: float, now: float) -> str:
     """From the right edge, which is now."""
     first, last = (100 * max(0.0, 1 - (now - seconds) / RECENT) for seconds in (start, end))
     return f'<span class="sslam-bar" style="left:{first:.2f}%;width:{last - first:.2f}%"></span>'
-
-
-__all__ = ["draw_live", "draw_state", "live_functions", "name_latest"]

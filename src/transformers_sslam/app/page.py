@@ -301,6 +301,3 @@ def theme() -> gr.themes.Base:
         block_label_text_color="*neutral_700",
         block_label_text_color_dark="*neutral_200",
     )
-
-
-__all__ = ["HERE", "Page", "theme"]

@@ -65,6 +65,3 @@ class LogMelPicture:
         decibels = 10 / math.log(10) * log_mel(torch.from_numpy(samples), self._rate).numpy()
         starts = np.arange(0, len(decibels), self._frames)
         self._columns.append(np.maximum.reduceat(decibels, starts, axis=0).astype(np.float16))
-
-
-__all__ = ["LogMelPicture"]

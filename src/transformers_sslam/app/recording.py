@@ -65,6 +65,3 @@ class Found(NamedTuple):
     scores: np.ndarray
     thresholds: np.ndarray
     onsets: np.ndarray
-
-
-__all__ = ["EMBEDDINGS", "LABELS", "PICTURE", "SOUND", "TABLE", "Found", "Recording", "Slider"]

@@ -97,6 +97,3 @@ def find_examples(source: str | None) -> dict[str, str]:
     if not names:
         raise UserError(f"examples is {source!r}, but a recording, or a folder with some, is expected")
     return {printable_path(name): str(Path(source) / name) for name in names}
-
-
-__all__ = ["check_address", "describe_address", "find_examples", "launch", "serve"]

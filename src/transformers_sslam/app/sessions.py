@@ -178,6 +178,3 @@ class Sessions:
     def _sweep_for_ever(self) -> None:
         while not self._ended.wait(SWEEP):
             self.sweep()
-
-
-__all__ = ["Sessions", "Turn"]

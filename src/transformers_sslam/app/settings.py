@@ -72,6 +72,3 @@ def run(settings: AppSettings) -> None:
     from .server import serve
 
     serve(settings)
-
-
-__all__ = ["EXAMPLES_RIGHTS", "AppSettings", "LimitSettings", "run"]

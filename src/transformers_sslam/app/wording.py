@@ -25,6 +25,3 @@ def listed(labels: list[str], most: int) -> str:
     """Labels as an enumeration, of many the first ones."""
     more = f" and {len(labels) - most} more" if len(labels) > most else ""
     return ", ".join(map(plain, labels[:most])) + more
-
-
-__all__ = ["clock", "listed", "minutes", "plain"]

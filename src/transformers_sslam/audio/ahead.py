@@ -34,6 +34,3 @@ def in_background(items: Iterable[Item]) -> Iterator[Item]:
         while (item := upcoming.result()) is not end:
             upcoming = background.submit(next, iterator, end)
             yield item
-
-
-__all__ = ["in_background", "map_ahead"]

@@ -1,17 +1,16 @@
 """A picture of a probe's results by block: which blocks hold what a task needs."""
 
-import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_atomically
+from ..reports import new_figure, replace_picture
 from .features import TITLES
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-logger = logging.getLogger(__name__)
+    from matplotlib.figure import Figure
 
 PICTURE = "accuracy_by_block.png"
 COLUMNS = 3  # of panels
@@ -27,44 +26,26 @@ LEVELS: dict[str, tuple[str, dict[str, Any]]] = {
 LOG_MEL: tuple[str, dict[str, Any]] = ("log-mel, no network", {"color": "0.25", "linestyle": ":"})
 
 
-def replace_picture(results: dict[str, Any], folder: Path) -> bool:
-    """Delete `accuracy_by_block.png` of an earlier run, and draw this one, if a linear probe was run on several blocks.
-
-    Without matplotlib there is a warning and no picture: it must not cost the results.
-
-    Returns:
-        Whether there is a picture.
-    """
-    (folder / PICTURE).unlink(missing_ok=True)
-    if not _panels(results):
-        return False
-    try:
-        plot_by_block(results, folder / PICTURE)
-    except ImportError as error:
-        logger.warning(f"there is no picture of the results by block: {error}")
-        return False
-    return True
+def replace_block_plot(results: dict[str, Any], folder: Path) -> bool:
+    """Put `accuracy_by_block.png` in place of that of an earlier run, if a linear probe was run on several blocks, and return whether it is
+    there."""
+    draw = partial(plot_by_block, results) if _panels(results) else None
+    return replace_picture(folder / PICTURE, "picture of the results by block", draw)
 
 
-def plot_by_block(results: dict[str, Any], path: str | Path) -> None:
+def plot_by_block(results: dict[str, Any]) -> "Figure":
     """Draw a panel for each pooling: means and 95 % intervals over folds of linear probes by block; and, as levels, what reads all blocks,
     and the log-mel.
 
     Args:
         results: what `evaluate_frozen` returned.
-        path: file to write, PNG.
 
     Raises:
-        ImportError: if matplotlib is not installed, naming the extra that brings it.
+        ImportError: as [`new_figure`].
     """
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no window, no global state
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "transformers-sslam[train]"') from error
-
     panels = _panels(results)
     columns, lines = min(COLUMNS, len(panels)), -(-len(panels) // COLUMNS)
-    figure = Figure(figsize=(max(6.0, 1 + 3.6 * columns), 1.1 + 3.3 * lines), layout="constrained")
+    figure = new_figure(figsize=(max(6.0, 1 + 3.6 * columns), 1.1 + 3.3 * lines))
     grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
@@ -76,8 +57,7 @@ def plot_by_block(results: dict[str, Any], path: str | Path) -> None:
             axes.set_ylabel(f"{results['metric'].replace('_', ' ')}, %, with 95 % interval")
     handles = {label: handle for axes in grid.flat[: len(panels)] for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
-    with write_atomically(Path(path), "wb") as file:
-        figure.savefig(file, format="png", dpi=150)
+    return figure
 
 
 def _panels(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -12,8 +12,9 @@ pipelines of Transformers, ONNX, `sslam tag`. A temperature in the configuration
 import logging
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
@@ -29,9 +30,12 @@ from ..errors import UserError, as_user_error
 from ..events_sslam import EventSettings
 from ..files import read_json, write_atomically, write_json, write_text
 from ..publishing.cards import public_name
-from ..reports import markdown_table
+from ..reports import markdown_table, new_figure, replace_picture
 from .settings import EvaluationSettings
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -252,27 +256,17 @@ def calibration_table(calibration: Mapping[str, Any]) -> str:
 
 
 def replace_diagram(folder: Path, calibration: Mapping[str, Any]) -> None:
-    """Delete `reliability.png` of an earlier evaluation, and draw this one, if there is one. Without matplotlib there is a warning."""
-    (folder / DIAGRAM).unlink(missing_ok=True)
-    if calibration:
-        try:
-            plot_reliability(calibration, folder / DIAGRAM)
-        except ImportError as error:
-            logger.warning(f"there is no reliability diagram: {error}")
+    """Put `reliability.png` in place of that of an earlier evaluation, if there is a calibration."""
+    replace_picture(folder / DIAGRAM, "reliability diagram", partial(plot_reliability, calibration) if calibration else None)
 
 
-def plot_reliability(calibration: Mapping[str, Any], path: str | Path) -> None:
+def plot_reliability(calibration: Mapping[str, Any]) -> "Figure":
     """Draw the frequency in each bin over its mean confidence, and below how many scores there are; also of `before`, if there is.
 
     Raises:
-        ImportError: if matplotlib is not installed, naming the extra that brings it.
+        ImportError: as [`new_figure`].
     """
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no window, no global state
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "transformers-sslam[train]"') from error
-
-    figure = Figure(figsize=(5, 6.6), layout="constrained")
+    figure = new_figure(figsize=(5, 6.6))
     upper, lower = figure.subplots(2, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="perfectly calibrated")
     before = calibration.get("before")
@@ -290,5 +284,4 @@ def plot_reliability(calibration: Mapping[str, Any], path: str | Path) -> None:
     lower.yaxis.set_major_formatter("{x:g}")
     lower.yaxis.set_minor_formatter("")
     figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center", fontsize=8)
-    with write_atomically(Path(path), "wb") as file:
-        figure.savefig(file, format="png", dpi=150)
+    return figure

@@ -37,6 +37,3 @@ class EventFlags:
             max_gap=self.max_gap,
             min_duration=self.min_duration,
         )
-
-
-__all__ = ["EventFlags"]

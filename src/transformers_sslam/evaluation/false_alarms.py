@@ -96,6 +96,3 @@ def choose_within(fronts: Mapping[int, Sequence[Choice]], budget: int) -> dict[i
             chosen[c] = choices[k]
             left -= choices[k].alarms
     return chosen
-
-
-__all__ = ["TOLERANCE", "Choice", "choose_within", "count_false_alarms", "front", "hours_of", "wrong_detections"]

@@ -3,24 +3,25 @@
 ```python
 matrix = confusion_matrix(logits.argmax(1), labels, len(classes))  # (classes, classes): rows are true, columns predicted
 print(class_table(results_from_matrix(matrix, classes)))
-plot_confusion_matrix(matrix, classes, "confusion_matrix.png")
+plot_confusion_matrix(matrix, classes).savefig("confusion_matrix.png")
 ```
 """
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..files import write_atomically
-from ..reports import markdown_table
+from ..reports import markdown_table, new_figure, replace_picture
 from .intervals import proportion_interval
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -55,23 +56,18 @@ def results_by_class(
     """
     matrix = None if multi_label else confusion_matrix(scores.argmax(-1), targets.argmax(-1), len(classes))
     if folder is not None:
-        replace_picture(folder, matrix, classes)
+        replace_matrix(folder, matrix, classes)
     if matrix is None:
         return {"per_class": results_from_metrics(metrics, targets, classes)}
     return {"per_class": results_from_matrix(matrix, classes), "confusion_matrix": matrix.tolist()}
 
 
-def replace_picture(folder: Path, matrix: np.ndarray | None, classes: Sequence[str]) -> None:
-    """Delete `confusion_matrix.png` of an earlier evaluation, and draw this one, if there is a matrix.
-
-    Without matplotlib there is a warning and no picture: it must not cost the results of a training run.
-    """
-    (folder / PICTURE).unlink(missing_ok=True)
-    if matrix is not None:
-        try:
-            plot_confusion_matrix(matrix, classes, folder / PICTURE)
-        except ImportError as error:
-            logger.warning(f"there is no picture of the confusion matrix: {error}")
+def replace_matrix(folder: Path, matrix: np.ndarray | None, classes: Sequence[str]) -> None:
+    """Put `confusion_matrix.png` in place of that of an earlier evaluation, if there is a matrix, of no more than 120 classes."""
+    if too_many := matrix is not None and len(classes) > MOST_CLASSES_IN_PICTURE:
+        logger.info(f"{len(classes)} classes are too many for a picture of the confusion matrix: it is in results.json")
+    draw = None if matrix is None or too_many else partial(plot_confusion_matrix, matrix, classes)
+    replace_picture(folder / PICTURE, "picture of the confusion matrix", draw)
 
 
 def confusion_matrix(predictions: np.ndarray, references: np.ndarray, num_classes: int) -> np.ndarray:
@@ -182,23 +178,15 @@ def _counted(result: dict[str, Any]) -> str:
     return "events" if "events" in result else "clips"
 
 
-def plot_confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: str | Path) -> None:
-    """Draw the matrix: colours are fractions of a row (of a true class), numbers are clips. Of more than 120 classes nothing is drawn.
+def plot_confusion_matrix(matrix: np.ndarray, classes: Sequence[str]) -> "Figure":
+    """Draw the matrix: colours are fractions of a row (of a true class), numbers are clips.
 
     Raises:
-        ImportError: if matplotlib is not installed, naming the extra that brings it.
+        ImportError: as [`new_figure`].
     """
-    if len(classes) > MOST_CLASSES_IN_PICTURE:
-        logger.info(f"{len(classes)} classes are too many for a picture of the confusion matrix: it is in results.json")
-        return
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no window, no global state
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "transformers-sslam[train]"') from error
-
     count = len(classes)
     size = 3.4 + max(2.4, count * (0.42 if count <= 20 else 0.21 if count <= MOST_CLASSES_WITH_COUNTS else 0.15))  # inches
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    figure = new_figure(figsize=(size + 0.8, size))
     axes = figure.subplots()
     clips = matrix.sum(1, keepdims=True)
     image = axes.imshow(matrix / np.maximum(clips, 1), cmap="Blues", vmin=0, vmax=1)  # one hue: readable without colour vision
@@ -216,8 +204,7 @@ def plot_confusion_matrix(matrix: np.ndarray, classes: Sequence[str], path: str 
     if count <= MOST_CLASSES_WITH_COUNTS:
         _write_counts(axes, matrix, clips[:, 0], fontsize)
     figure.colorbar(image, ax=axes, label="fraction of the true class's clips", shrink=0.7, pad=0.02, fraction=0.04)
-    with write_atomically(Path(path), "wb") as file:
-        figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
+    return figure
 
 
 def _write_counts(axes: "Axes", matrix: np.ndarray, clips: np.ndarray, fontsize: float) -> None:

@@ -151,6 +151,3 @@ def _step_scores(model: SSLAMForAudioFrameClassification, task: Detection, wavef
     results = compute_batches(batches, partial(task.compute, model))
     for _, found in groupby(tqdm(results, desc="scoring", unit="window"), key=lambda result: result[0].recording):
         yield torch.cat([steps.values for steps in task.steps(found)]).numpy()
-
-
-__all__ = ["ScoredClips", "ScoredEvents", "score_events"]

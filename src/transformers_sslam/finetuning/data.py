@@ -119,6 +119,3 @@ def _open_stream(settings: FineTuningSettings) -> TrainingData:
     chosen: dict[str, Any] = {name: select_split(splits, split) for name, split in settings.parts.items()}
     parts = {name: LabelledPart(Source(rows, "clips", root=settings.data_dir), targets) for name, rows in chosen.items()}
     return TrainingData(parts, list(reader.classes), reader.multi_label)
-
-
-__all__ = ["TrainingData", "check_rows", "hash_data", "open_training_data", "select_rows"]

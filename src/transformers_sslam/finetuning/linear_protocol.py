@@ -21,7 +21,7 @@ import numpy as np
 import transformers
 
 from ..allocator import keep_freed_memory
-from ..evaluation.block_plot import PICTURE, replace_picture
+from ..evaluation.block_plot import PICTURE, replace_block_plot
 from ..evaluation.frozen import PUBLISHED_LINEAR, FrozenSettings, evaluate_frozen, results_table
 from ..evaluation.loading import best_device
 from ..evaluation.probing import Partition
@@ -57,7 +57,7 @@ def run(settings: LinearProtocolSettings) -> None:
     write_json(output / "results.json", results)
     print(results_table(results))
     print(f"\nevery number is in {output / 'results.json'}")
-    if replace_picture(results, output):
+    if replace_block_plot(results, output):
         print(f"results by block are drawn in {output / PICTURE}")
 
 

@@ -104,6 +104,3 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Number of parameters that are trained, and that the saved model will have."""
     own = [p.numel() for name, p in model.named_parameters() if ".lora_" not in name and ".original_module." not in name]
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(own)
-
-
-__all__ = ["ADAPTER", "ADAPTER_FILES", "LoraSettings", "add_adapters", "check_peft", "count_parameters", "merge_adapters"]

@@ -127,6 +127,3 @@ def hash_mixing(settings: MixingSettings) -> str:
     for source in settings.backgrounds:
         digest.update(f"{hash_audio(AudioColumn(open_table(source)))}\n".encode())
     return digest.hexdigest()[:16]
-
-
-__all__ = ["Mixer", "MixingSettings", "hash_mixing"]

@@ -122,6 +122,3 @@ def _without_report() -> Iterator[None]:
         yield
     finally:
         reports.removeFilter(passes)
-
-
-__all__ = ["Classifier", "build_extractor", "build_model", "frames_per_step"]

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
-from ..checkpoints import checkpoints, latest_whole_checkpoint, sweep_unsealed
+from ..checkpoints import checkpoints, latest_whole_checkpoint, sweep_leftovers, sweep_unsealed
 from ..errors import UserError, as_user_error
 from ..evaluation.per_class import PICTURE
 from ..files import DamagedFileError, hash_file, lock, read_json, verify, verify_files, write_text
@@ -146,6 +146,7 @@ def find_checkpoint(settings: FineTuningSettings, about: dict[str, Any]) -> Path
     output, wanted, found = Path(settings.output_dir), settings.resume_from_checkpoint, None
     if PartialState().is_main_process:
         sweep_unsealed(output)
+        sweep_leftovers(output)
         with as_user_error("the run cannot be resumed"):
             found = Path(wanted) if isinstance(wanted, str) else latest_whole_checkpoint(output)
             if found is not None and (problem := verify(found)):
@@ -167,6 +168,3 @@ def find_checkpoint(settings: FineTuningSettings, about: dict[str, Any]) -> Path
             f"train its model further, give --model {found} and another output_dir"
         )
     return found
-
-
-__all__ = ["comparable", "differences", "find_checkpoint", "hash_origin", "locked_folder", "read_results", "save_settings"]

@@ -13,7 +13,7 @@ from ..audio.layouts import open_splits
 from ..audio.rows import fold_values
 from ..errors import UserError
 from ..evaluation.intervals import Summary, format_summary, independent_values, summarize, widen_by_clips
-from ..evaluation.per_class import pool_results, replace_picture
+from ..evaluation.per_class import pool_results, replace_matrix
 from ..files import write_json
 from ..reports import markdown_table
 from .data import check_rows
@@ -94,7 +94,7 @@ def repeat_fine_tuning(settings: FineTuningSettings) -> dict[str, Any]:
         write_json(Path(settings.output_dir) / "summary.json", summary)
         if len(runs) > 1:  # a single run has drawn its own
             matrix = pooled.get("confusion_matrix")
-            replace_picture(Path(settings.output_dir), matrix and np.array(matrix), next(iter(results.values()))["classes"])
+            replace_matrix(Path(settings.output_dir), matrix and np.array(matrix), next(iter(results.values()))["classes"])
     return summary
 
 
@@ -128,6 +128,3 @@ def format_runs(summary: dict[str, Any]) -> str:
         f"{run} leaves out {', '.join(classes)}, of which it has no clip" for run, classes in summary["classes_without_positives"].items()
     ]
     return "\n".join([table, *left_out])
-
-
-__all__ = ["expand", "fine_tune_once", "format_runs", "repeat_fine_tuning"]

@@ -368,6 +368,3 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
             raise UserError(f"ema_decay is {self.ema_decay:g}, but a fraction in [0, 1) is expected, or null for no average")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"layer_decay is {self.layer_decay:g}, but a ratio in (0, 1] is expected, 1 for equal rates")
-
-
-__all__ = ["MACHINE_SETTINGS", "FineTuningSettings"]

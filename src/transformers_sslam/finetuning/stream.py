@@ -295,6 +295,3 @@ def keep_clips_per_class(labels: Labels, count: int, seed: int) -> np.ndarray:
             raise UserError(f"clips_per_class is {count}, but the class {name} has only {len(rows)} of the training clips")
         chosen.append(generator.choice(rows, count, replace=False))
     return np.sort(np.concatenate(chosen))
-
-
-__all__ = ["INPUTS", "Collate", "ColumnTargets", "EventTargets", "LabelledPart", "LabelledStream", "TableTargets", "keep_clips_per_class"]

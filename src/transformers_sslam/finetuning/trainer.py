@@ -265,6 +265,3 @@ class _RunState(TrainerCallback):
                 f"no training clip of the class {', '.join(lost)} can be read: repair one, or take the class out of the data. "
                 f"{stream.statistics}"
             )
-
-
-__all__ = ["EpochBatches", "StreamTrainer"]

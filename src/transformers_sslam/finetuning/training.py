@@ -387,6 +387,3 @@ def reported_results(settings: FineTuningSettings, results: dict[str, Any]) -> l
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
-
-
-__all__ = ["describe_results", "fine_tune", "reported_results"]

@@ -108,6 +108,3 @@ def open_probe(settings: PreTrainingSettings, extractor: SSLAMFeatureExtractor, 
     from .probe import StudentProbe  # which alone needs scikit-learn
 
     return StudentProbe(settings.probe, extractor)
-
-
-__all__ = ["check_validation_batches", "open_probe", "open_training_clips", "read_validation_clips"]

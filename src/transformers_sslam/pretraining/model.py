@@ -101,6 +101,3 @@ def parameter_groups(model: SSLAMForPreTraining, weight_decay: float, decay_all_
             (decay if has_decay else no_decay).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-__all__ = ["build_extractor", "build_model", "compile_model", "parameter_groups"]

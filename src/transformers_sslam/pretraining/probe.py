@@ -115,6 +115,3 @@ def linear_probe(features: np.ndarray, targets: np.ndarray, partitions: Sequence
             scores = np.stack((-scores, scores), axis=1) if targets.ndim == 1 else scores[:, None]
         values.append(score(scores, targets[part.evaluation]))
     return float(np.mean(values))
-
-
-__all__ = ["StudentProbe", "linear_probe", "log_mel_statistics"]

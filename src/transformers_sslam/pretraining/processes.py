@@ -97,6 +97,3 @@ class StopSignals:
         stop = torch.tensor(int(self.received is not None))
         torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(stop)
-
-
-__all__ = ["StopSignals", "build_accelerator"]

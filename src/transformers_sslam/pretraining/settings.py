@@ -195,6 +195,3 @@ class PreTrainingSettings(ModelSettings, OptimizationSettings, SpeedSettings, Ru
     def stage_name(self) -> str:
         """The stage, for logs and cards."""
         return {1: "stage 1 (EAT)", 2: "stage 2 (SSLAM)"}[self.stage]
-
-
-__all__ = ["PreTrainingSettings"]

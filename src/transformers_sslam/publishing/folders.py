@@ -47,6 +47,3 @@ def check_model_folder(model: str) -> None:
                 safe_open(file, framework="pt")
         except SafetensorError as error:
             raise UserError(f"{file} is damaged or was cut off ({error}): copy it again, or save the model again") from error
-
-
-__all__ = ["check_model_folder"]

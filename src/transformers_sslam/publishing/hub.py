@@ -1,6 +1,5 @@
 """The code that a saved model needs to load anywhere, and the way of a model, or a Space, to the Hugging Face Hub."""
 
-import hashlib
 import json
 import math
 import re
@@ -17,7 +16,6 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers import (
@@ -32,7 +30,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
-from ..files import hash_file, read_json, write_json, write_text
+from ..files import read_json, write_json, write_text
 from ..settings import load_yaml
 from .cards import generate_model_card, is_description, name_model, without_folders, without_user
 
@@ -224,9 +222,8 @@ def upload(publication: Publication, private: bool = False, revision: str | None
             revision=revision,
             commit_message="Upload model, code, card and results" if kind == "model" else "Upload the page, its code and its model",
         )
-        entries = api.list_repo_tree(**repository, recursive=True, revision=revision)
-        remote = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-    if different := [name for name in publication.files if not _same_bytes(publication.folder / name, remote.get(name))]:
+        found = api.verify_repo_checksums(**repository, revision=revision, local_dir=publication.folder)
+    if different := sorted([*found.extra_paths, *(mismatch["path"] for mismatch in found.mismatches)]):
         raise PublishError(f"{url.repo_id} does not hold what was sent ({', '.join(different)} missing or different): publish again")
     return str(url) if revision is None else f"{url}/tree/{revision}"
 
@@ -351,15 +348,6 @@ def _check_card(source: Path, staged: Path) -> list[str]:
     if folder := FOLDER_OF_A_PERSON.search(text):
         notes.append(f"the card names a folder of a machine, {folder[0]}: take it out if it is private")
     return notes
-
-
-def _same_bytes(path: Path, remote: RepoFile | None) -> bool:
-    """Whether size and hash, SHA-256 of a large file and git's of any other, are the same."""
-    if remote is None or remote.size != path.stat().st_size:
-        return False
-    if remote.lfs is None:
-        return hashlib.sha1(b"blob %d\0" % remote.size + path.read_bytes()).hexdigest() == remote.blob_id
-    return hash_file(path) == remote.lfs.sha256
 
 
 @contextmanager

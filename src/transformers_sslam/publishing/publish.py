@@ -89,6 +89,3 @@ def _publish(publication: Publication, settings: PublicationSettings) -> None:
         print(f"dry run: nothing was sent to {settings.repo_id}" if settings.repo_id else "dry run: nothing was written")
     elif settings.repo_id:
         print(f"published: {upload(publication, settings.private, settings.revision)}")
-
-
-__all__ = ["PublicationSettings", "run"]

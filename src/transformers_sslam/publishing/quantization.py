@@ -286,6 +286,3 @@ def comparison_table(comparison: dict[str, Any]) -> str:
         rows.append([name, quality, agreement, *spread])
     title = metric.replace("_", " ")
     return markdown_table([f"{comparison['clips']} clips", title, "top-1 agreement", "seconds a clip [5 %, 95 %]", "speed-up"], rows)
-
-
-__all__ = ["COMPARISON", "QuantizationSettings", "compare", "compare_on_clips", "comparison_table", "quantize", "write_int8"]

@@ -264,6 +264,3 @@ def _copy_examples(source: Path, folder: Path) -> None:
             raise PublishError(f"{file} lasts {seconds:.1f} s, but visitors may choose recordings of at most {LONGEST:g} s: cut it")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / name)
-
-
-__all__ = ["build_space", "check_space"]

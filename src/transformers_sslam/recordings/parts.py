@@ -295,6 +295,3 @@ def _slices(read: Any, ends: np.ndarray, first: int, last: int) -> Iterator[pa.T
         if begin >= last:
             return
         yield read(group).slice(max(0, first - begin), min(last, int(ends[group])) - max(first, begin))
-
-
-__all__ = ["MODEL_NAME", "OUTPUTS", "Entry", "Parts", "cause_of", "values_of"]

@@ -23,6 +23,7 @@ from ..detection_sslam import StepScores
 from ..events_sslam import Event as DetectedEvent
 from ..fbank import LOWEST_FREQUENCY, log_mel
 from ..inference_sslam import ScoresOverTime
+from ..reports import new_figure
 
 
 if TYPE_CHECKING:
@@ -109,12 +110,7 @@ def _classes_to_show(result: ScoresOverTime | StepScores, known: set[str], found
 
 def _figure(title: str, lanes: float, rest: float) -> tuple["Figure", "Axes", "Axes"]:
     """A figure with axes above and below; heights are in inches."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no window, no global state
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "transformers-sslam[train]"') from error
-
-    figure = Figure(figsize=(10, rest + lanes), layout="constrained")
+    figure = new_figure(figsize=(10, rest + lanes))
     above, below = figure.subplots(2, sharex=True, height_ratios=(2.6, lanes))
     figure.suptitle(title, parse_math=False)  # a name may hold dollars
     return figure, above, below

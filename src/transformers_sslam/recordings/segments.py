@@ -43,6 +43,3 @@ def join_windows(
     for label in list(open_segments):
         close(label)
     return sorted(segments, key=lambda segment: (segment.start, -segment.score))
-
-
-__all__ = ["best_labels", "join_windows"]
