@@ -146,10 +146,11 @@ def test_more_microphones_than_allowed_are_rejected_until_one_stops(detector):
 
 
 def test_a_microphone_that_falls_silent_leaves_its_place(detector, monkeypatch):
-    monkeypatch.setattr(live, "SILENT", 0.2)
     sessions = LiveSessions(detector)
     name = sessions.start()
     sessions.receive(name, encoded(noise(1.0)))
+    monkeypatch.setattr(live, "SILENT", 0.2)  # not before the first block, which a busy machine may need longer for
+    sessions.receive(name, "")  # from here on it waits that long
     threads = threading.active_count()
     deadline = time.monotonic() + 30
     while sessions._sessions[name].is_on and time.monotonic() < deadline:
@@ -161,14 +162,16 @@ def test_a_microphone_that_falls_silent_leaves_its_place(detector, monkeypatch):
 
 
 def test_listening_ends_at_the_limit_of_the_page(tmp_path):
-    settings = {"model": str(save_detector(tmp_path / "model")), "device": "cpu", "max_seconds": 2.0}
+    settings = {"model": str(save_detector(tmp_path / "model")), "device": "cpu", "max_seconds": 30.0}
     sessions = LiveSessions(open_listener(AppSettings(**settings)))
     name = sessions.start()
-    assert sessions.receive(name, encoded(noise(1.9))).seconds == 1.9
-    with pytest.raises(UserError, match=r"^2.0 s are over, the limit of this page: start again$"):
+    for seconds in (9.5, 19.0, 28.5, 29.9):  # in less time than that by the clock, on a busy machine too
+        block = noise(9.5 if seconds < 29 else 1.4)
+        assert sessions.receive(name, encoded(block)).seconds == seconds
+    with pytest.raises(UserError, match=r"^30.0 s are over, the limit of this page: start again$"):
         sessions.receive(name, encoded(noise(0.2)))
     name = sessions.start()  # there is room again; and nobody stays by sending little
-    sessions._sessions[name].started -= 2.0
+    sessions._sessions[name].started -= 30.0
     with pytest.raises(UserError, match="are over"):
         sessions.receive(name, "")
 

@@ -361,9 +361,9 @@ def test_a_table_of_files_is_in_memory_and_costs_seconds(tmp_path):
     import time
 
     paths = [f"/data/clips/{number:07d}.wav" for number in range(200_000)]
-    start = time.perf_counter()
+    start = time.process_time()  # other programs take time by the clock
     rows = table_of_files(paths, {"label": ["a", "b"] * 100_000}, {"label": datasets.ClassLabel(names=["a", "b"])})
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert (len(rows), rows.cache_files) == (200_000, [])
     assert rows[199_999] == {"audio": {"bytes": None, "path": paths[-1]}, "label": 1}
 

@@ -578,14 +578,15 @@ def test_samples_that_were_never_scaled_are_found():
     assert error.value.cause == "out of scale"
 
 
-def test_what_is_not_a_regular_file_is_rejected_at_once(tmp_path):
+def test_what_is_not_a_regular_file_is_rejected_at_once(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo.wav")
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "socket.wav"))
+        monkeypatch.chdir(tmp_path)  # the address of a socket has 107 bytes at most, which a whole path may exceed
+        server.bind("socket.wav")
         begin = time.monotonic()
         for path in (tmp_path / "fifo.wav", tmp_path / "socket.wav", "/dev/zero", tmp_path):
             assert cause(path) == "unreadable"
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 30  # to wait for a writer, or to read what has no end, takes for ever
 
 
 def test_a_folder_and_a_file_behind_a_url_are_read_or_rejected(tmp_path):

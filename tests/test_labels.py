@@ -337,9 +337,9 @@ def test_200_000_rows_are_read_at_once(kind):
         reader = LabelReader("label", None, [f"class {i}" for i in range(527)], lists.type)
         cells = lists
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()  # other programs take time by the clock
     labels = reader.read(cells, str)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
     assert len(labels) == 200_000

@@ -200,7 +200,7 @@ def test_voices_of_flite_are_those_that_it_lists(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="flite does not start .*: install the packages"):
         sets.installed_voices()
-    (tmp_path / "flite").write_text(f"#!{sys.executable}\nprint('Voices available: kal awb_time kal16 awb rms slt ')\n")
+    (tmp_path / "flite").write_text("#!/bin/sh\necho 'Voices available: kal awb_time kal16 awb rms slt '\n")
     (tmp_path / "flite").chmod(0o755)
     assert sets.installed_voices() == {"kal", "awb_time", "kal16", "awb", "rms", "slt"}
 
