@@ -39,13 +39,14 @@ from transformers_sslam.recordings.detect import DetectSettings, detect_files  #
 REPOSITORY = "tests/page"
 CODE = sorted(f"transformers_sslam/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*") if path.is_file())
 CODE = [name for name in CODE if "__pycache__" not in name]
-# Runs app.py where no checkout of this package can be imported, as on a machine that has the requirements alone.
+# Runs app.py where no checkout of this package can be imported, as on a machine that has the requirements alone. app.py itself adds its
+# folder to those of packages.
 ALONE = """
 import os, pathlib, runpy, sys
 os._exit = sys.exit
 folder = sys.argv[1]
 others = [path for path in map(pathlib.Path, sys.path) if (path / "torch").is_dir() or not (path / "transformers_sslam").is_dir()]
-sys.path[:] = [folder, *map(str, others)]
+sys.path[:] = map(str, others)
 sys.argv = ["app.py"]
 try:
     runpy.run_path("app.py", run_name="__main__")
@@ -206,29 +207,25 @@ def test_it_works_with_its_own_folder_alone(built, detector, recordings, tmp_pat
     assert names(built) == before
 
 
-@pytest.mark.parametrize(
-    ("place", "current", "options"),
-    [
-        ("torch", "", []),  # names of packages that it imports, the first one below the current folder
-        ("gradio/a page, d\u00e9j\u00e0 vu \u97f3", "gradio", ["-I"]),  # without the folder of the script among those of packages
-    ],
-)
-def test_it_starts_from_a_folder_of_any_name_in_an_empty_environment(built, tmp_path, place, current, options):
-    folder = tmp_path / place
+def test_it_starts_from_a_folder_of_any_name_in_an_empty_environment(built, tmp_path):
+    """Also of names of packages that it imports, one of them below the current folder. `-I` leaves the folder of the script out of those
+    of packages; `check_space` starts it with that folder, and by a plain name."""
+    folder = tmp_path / "gradio" / "a page, d\u00e9j\u00e0 vu \u97f3" / "torch"
     shutil.copytree(built, folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-B", *options, os.path.relpath(folder / "app.py", tmp_path / current)]
-    with subprocess.Popen(
-        command, cwd=tmp_path / current, env=address, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        said = next((line for line in process.stdout if line.startswith("the page is at")), "it ended")
-        assert said == f"the page is at http://127.0.0.1:{port}/; Ctrl-C ends it\n"
-        assert b"Listen with my-detector" in get(f"http://127.0.0.1:{port}")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+    command = [sys.executable, "-B", "-I", os.path.relpath(folder / "app.py", tmp_path)]
+    with subprocess.Popen(command, cwd=tmp_path, env=address, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            said = next((line for line in process.stdout if line.startswith("the page is at")), "it ended")
+            assert said == f"the page is at http://127.0.0.1:{port}/; Ctrl-C ends it\n"
+            assert b"Listen with my-detector" in get(f"http://127.0.0.1:{port}")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()  # a test that fails would wait for it for ever
     assert names(folder) == names(built)
 
 
