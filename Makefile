@@ -30,7 +30,7 @@ endif
 # A file of tests for each process at a time, whose fixtures its tests share. A process has one thread: two of two threads each slow one
 # another tenfold on two cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 slow: install
 	$(BIN)/python -m pytest -m "slow or not slow"

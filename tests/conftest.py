@@ -1,5 +1,6 @@
 """What several test files need: where reference numbers lie, small models, seeded sounds."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it: no test needs a network
+os.environ.update(dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost"))  # a proxy knows no server of a test
 
 import numpy as np
 import pytest
@@ -20,8 +22,29 @@ from transformers_sslam import SSLAMConfig, SSLAMForPreTraining
 if TYPE_CHECKING:
     from transformers_sslam.audio.labels import Labels
 
+# Nothing shows a test whether a file has reached the disk, and waiting for that is half of a short training. This fails where it would.
+os.fsync = os.fstat
+
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+# Files of tests that take longest, in this order, before the others: what comes last runs while other processes have nothing to do.
+SLOWEST = [
+    *("app_page", "fine_tuning_resume", "pretraining_loop", "data_stream", "space", "studies", "fine_tuning", "model_selection", "lora"),
+    *("onnx_export", "documentation", "conversion", "weight_average", "layer_pooling", "recordings", "mteb_tasks", "app_microphone"),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))  # stable: inside a file nothing moves
+
+
+def pytest_collection_finish() -> None:
+    """What all files of tests have imported is no garbage: each training, which collects it, would look through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -57,6 +80,14 @@ def without_code_generation(monkeypatch) -> None:
         nn.Module.compile(self, backend="aot_eager", **rest)
 
     monkeypatch.setattr(SSLAMForPreTraining, "compile", compile)
+
+
+@pytest.fixture
+def without_drawing(monkeypatch) -> None:
+    """Where nobody looks at the picture of a confusion matrix, a file of its name is enough: it takes longer than a short training."""
+    from transformers_sslam.evaluation import per_class
+
+    monkeypatch.setattr(per_class, "plot_confusion_matrix", lambda matrix, classes, path: Path(path).write_bytes(b"picture"))
 
 
 def tiny_config(**kwargs) -> SSLAMConfig:

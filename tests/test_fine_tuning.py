@@ -35,6 +35,7 @@ from transformers_sslam.publishing.conversion import convert_checkpoint
 from transformers_sslam.settings import read_settings
 
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"
 RATE = 16_000
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_length": 64}

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import psutil
 import pytest
 import soundfile
 import torch
 from conftest import noise
-from processes import Fork, run_on_two
+from processes import Fork, kill_with_all_it_started, run_on_two
 from safetensors.torch import load_file
 
 from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification
@@ -36,6 +35,7 @@ from transformers_sslam.finetuning.stream import LabelledStream
 from transformers_sslam.settings import write_settings
 
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"
 TINY = {
     **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_length": 32},
@@ -44,27 +44,47 @@ TINY = {
 ON_CPU = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+        yield
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """33 clips to train on and 7 to evaluate on, of two classes of unequal size. No test changes them."""
+    folder = tmp_path_factory.mktemp("clips")
+    for split, count in (("train", 33), ("test", 7)):
+        for i in range(count):
+            path = folder / split / ("rare" if i % 4 == 0 else "common") / f"{i:02}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, noise(0.3, seed=1000 * count + i), 16_000)
+    return folder
 
 
 @pytest.fixture
-def clips(tmp_path) -> Path:
-    """33 clips to train on and 7 to evaluate on, of two classes of unequal size."""
-    for split, count in (("train", 33), ("test", 7)):
-        for i in range(count):
-            path = tmp_path / "clips" / split / ("rare" if i % 4 == 0 else "common") / f"{i:02}.wav"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(path, noise(0.3, seed=1000 * count + i), 16_000)
-    return tmp_path / "clips"
+def own_clips(clips, tmp_path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(clips, tmp_path / "clips"))
 
 
 @pytest.fixture
 def settings(clips, tmp_path) -> FineTuningSettings:
+    return settings_for(clips, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(clips, tmp_path_factory) -> tuple[Path, dict]:
+    """The folder of a run with `settings` that nothing interrupted, and what it returned. No test changes the folder."""
+    settings = settings_for(clips, tmp_path_factory.mktemp("whole"))
+    return Path(settings.output_dir), fine_tune(settings)
+
+
+def settings_for(clips: Path, folder: Path) -> FineTuningSettings:
     return FineTuningSettings(
         data_dir=str(clips),
-        output_dir=str(tmp_path / "run"),
+        output_dir=str(folder),
         max_length=32,
         model_config=TINY,
         per_device_train_batch_size=8,
@@ -125,20 +145,20 @@ def interrupt(settings: FineTuningSettings, monkeypatch, update: int, while_savi
 # --- kill -9
 
 
-def launch(folder: Path, settings: FineTuningSettings, forked: bool = False) -> subprocess.Popen | Fork:
+def launch(folder: Path, settings: FineTuningSettings, forked: bool = False, other_hashes: bool = False) -> subprocess.Popen | Fork:
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder.parent / f"{folder.name}.yaml"
     write_settings(settings, recipe)
     words, path = [SCRIPT, "--config", recipe], folder.parent / f"{folder.name}.log"
     environment = {**ON_CPU, "HF_DATASETS_CACHE": str(folder.parent / "cache")}
     if forked:
-        return Fork(words, path, environment)
+        return Fork(words, path, environment, other_hashes=other_hashes)
     log = open(path, "a")  # noqa: SIM115  # the process keeps it
     return subprocess.Popen([sys.executable, *words], stdout=log, stderr=log, env=environment)
 
 
-def finish(folder: Path, settings: FineTuningSettings, forked: bool = False) -> None:
-    code = launch(folder, settings, forked).wait(timeout=500)
+def finish(folder: Path, settings: FineTuningSettings, forked: bool = False, other_hashes: bool = False) -> None:
+    code = launch(folder, settings, forked, other_hashes).wait(timeout=500)
     assert code == 0, (folder.parent / f"{folder.name}.log").read_text()[-3000:]
 
 
@@ -147,7 +167,7 @@ def kill_at_random_moments(
 ) -> None:
     changes = {"save_steps": 2, "dataloader_num_workers": workers, "eval_strategy": "steps", "eval_steps": 7, "max_steps": updates}
     whole, killed = (changed(settings, tmp_path / name, **changes) for name in ("whole", "killed"))
-    finish(tmp_path / "whole", whole)
+    finish(tmp_path / "whole", whole, forked, other_hashes=True)
     chance, deaths, folder = random.Random(workers), 0, tmp_path / "killed"
     while deaths < kills:
         process = launch(folder, killed, forked)
@@ -157,11 +177,7 @@ def kill_at_random_moments(
         time.sleep(chance.uniform(0, 0.4))  # somewhere in the updates, evaluations and checkpoints that follow
         if process.poll() is not None:
             break
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for member in family:
-            member.kill()
-        process.wait()
-        psutil.wait_procs(family)
+        kill_with_all_it_started(process)
         deaths += 1
         assert not (folder / "results.json").exists()
     assert deaths == kills, (tmp_path / "killed.log").read_text()[-3000:]
@@ -198,16 +214,14 @@ def test_a_run_resumes_bit_for_bit_wherever_it_stopped(settings, tmp_path, monke
 
 
 @pytest.mark.parametrize("while_saving", ["write_json", "write_manifest"])
-def test_a_checkpoint_that_was_not_finished_is_passed_over(settings, tmp_path, monkeypatch, while_saving):
-    fine_tune(changed(settings, tmp_path / "whole"))
+def test_a_checkpoint_that_was_not_finished_is_passed_over(settings, whole, tmp_path, monkeypatch, while_saving):
     interrupt(settings, monkeypatch, 6, while_saving)
     assert (tmp_path / "run" / "checkpoint-6" / "model.safetensors").is_file()
     fine_tune(settings)
-    assert outcome(settings.output_dir) == outcome(tmp_path / "whole")
+    assert outcome(settings.output_dir) == outcome(whole[0])
 
 
-def test_a_damaged_checkpoint_is_passed_over(settings, tmp_path, monkeypatch, caplog):
-    fine_tune(changed(settings, tmp_path / "whole"))
+def test_a_damaged_checkpoint_is_passed_over(settings, whole, tmp_path, monkeypatch, caplog):
     interrupt(settings, monkeypatch, 7)
     damaged = tmp_path / "run" / "checkpoint-6" / "optimizer.pt"
     content = bytearray(damaged.read_bytes())
@@ -216,7 +230,7 @@ def test_a_damaged_checkpoint_is_passed_over(settings, tmp_path, monkeypatch, ca
     fine_tune(settings)
     assert "checkpoint-6 is damaged and is passed over: optimizer.pt has changed" in caplog.text
     assert "resuming from" not in caplog.text or "checkpoint-3" in caplog.text
-    assert outcome(settings.output_dir) == outcome(tmp_path / "whole")
+    assert outcome(settings.output_dir) == outcome(whole[0])
 
 
 def test_without_a_whole_checkpoint_nothing_is_trained(settings, tmp_path, monkeypatch):
@@ -226,14 +240,15 @@ def test_without_a_whole_checkpoint_nothing_is_trained(settings, tmp_path, monke
         fine_tune(settings)
 
 
-def test_checkpoints_of_other_settings_or_data_are_named(settings, clips, monkeypatch):
+def test_checkpoints_of_other_settings_or_data_are_named(settings, own_clips, monkeypatch):
+    settings = replace(settings, data_dir=str(own_clips))
     interrupt(settings, monkeypatch, 4)
     with pytest.raises(
         UserError,
         match="of a run with other learning_rate, per_device_train_batch_size: choose another .*--model .*checkpoint-3 and another",
     ):
         fine_tune(replace(settings, learning_rate=2e-3, per_device_train_batch_size=4))
-    path = clips / "train" / "rare" / "04.wav"
+    path = own_clips / "train" / "rare" / "04.wav"
     before = path.stat()
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
@@ -291,8 +306,9 @@ def test_one_checkpoint_is_kept_only_behind_a_whole_one(settings, tmp_path, monk
 # --- finished runs
 
 
-def test_an_overwriting_run_that_is_killed_leaves_no_old_results_beside_new_weights(settings, monkeypatch):
-    old = fine_tune(settings)
+def test_an_overwriting_run_that_is_killed_leaves_no_old_results_beside_new_weights(settings, whole, monkeypatch):
+    folder, old = whole
+    shutil.copytree(folder, settings.output_dir)
     again = replace(settings, seed=1, overwrite_output_dir=True)
 
     def end(*_):
@@ -311,10 +327,10 @@ def test_an_overwriting_run_that_is_killed_leaves_no_old_results_beside_new_weig
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed", "results"])
-def test_a_finished_run_that_is_damaged_is_not_taken_for_finished(settings, damage):
-    first = fine_tune(settings)
+def test_a_finished_run_that_is_damaged_is_not_taken_for_finished(settings, whole, damage):
+    folder, first = whole
+    shutil.copytree(folder, settings.output_dir)
     assert fine_tune_once(settings) == first
-    whole = outcome(settings.output_dir)
     file = Path(settings.output_dir) / ("results.json" if damage == "results" else "model.safetensors")
     if damage == "missing":
         file.unlink()
@@ -323,7 +339,7 @@ def test_a_finished_run_that_is_damaged_is_not_taken_for_finished(settings, dama
         file.write_bytes(content[: len(content) // 2] if damage == "results" else content[:-1] + bytes([content[-1] ^ 1]))
     again = fine_tune_once(replace(settings, overwrite_output_dir=damage != "results"))
     assert again["training_loss"] == first["training_loss"]
-    assert outcome(settings.output_dir) == whole
+    assert outcome(settings.output_dir) == outcome(folder)
 
 
 def test_a_second_run_in_the_same_folder_is_rejected(settings):
@@ -341,11 +357,11 @@ def error_of_another_process(settings: FineTuningSettings) -> None:
 # --- what is trained and evaluated on
 
 
-def test_evaluating_each_epoch_changes_no_training_loss(settings, tmp_path):
-    once = fine_tune(changed(settings, tmp_path / "once"))
-    each = changed(settings, tmp_path / "each", eval_strategy="epoch")
+def test_evaluating_each_epoch_changes_no_training_loss(settings, whole):
+    folder, once = whole
+    each = replace(settings, eval_strategy="epoch")
     assert fine_tune(each)["training_loss"] == once["training_loss"]
-    assert outcome(each.output_dir) == outcome(tmp_path / "once")
+    assert outcome(each.output_dir) == outcome(folder)
 
 
 def batches(settings: FineTuningSettings, count: int, **kwargs) -> list[dict]:
@@ -417,10 +433,10 @@ def test_log_mels_of_the_device_are_those_of_the_workers(settings):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_readable_clip_is_evaluated_once_in_the_order_of_rows(settings, clips, workers, monkeypatch):
-    (clips / "test" / "common" / "05.wav").write_bytes(b"no audio")
+def test_each_readable_clip_is_evaluated_once_in_the_order_of_rows(settings, own_clips, workers):
+    (own_clips / "test" / "common" / "05.wav").write_bytes(b"no audio")
     changes = {"dataloader_num_workers": workers, "max_steps": 1, "max_unreadable": 0.3, "per_device_eval_batch_size": 4}
-    fine_tune(replace(settings, **changes))
+    fine_tune(replace(settings, data_dir=str(own_clips), **changes))
     scores = np.load(Path(settings.output_dir) / "scores.npz")
     names = [f"common/{i:02}" for i in (1, 2, 3, 6)] + [f"rare/{i:02}" for i in (0, 4)]
     assert ["/".join(Path(name).with_suffix("").parts[-2:]) for name in scores["names"]] == names

@@ -102,7 +102,7 @@ def test_a_second_process_waits_for_the_features_that_the_first_encodes(hold, tm
     first, found = hold(folder), []
     waiting = threading.Thread(target=lambda: found.append(np.array(encode_clips(model, extractor, clips, **encode).pooled("mean"))))
     waiting.start()
-    waiting.join(2)
+    waiting.join(0.5)
     assert (waiting.is_alive(), found) == (True, [])
     first.kill()
     waiting.join(60)

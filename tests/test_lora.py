@@ -27,6 +27,8 @@ from transformers_sslam.settings import parse_settings
 
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
+
 DROPS = {"drop_path_rate": 0.2, "hidden_dropout_prob": 0.1}  # so that torch's random state counts too
 TARGETS = {f"sslam.layers.{i}.attention.{name}_proj.weight" for i in (0, 1) for name in "qv"}
 HEADS = {

@@ -30,6 +30,9 @@ from transformers_sslam.finetuning.trainer import StreamTrainer, _RunState
 from transformers_sslam.settings import parse_settings, read_settings, write_settings
 
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")

@@ -22,6 +22,9 @@ from transformers_sslam.finetuning.stream import LabelledPart
 from transformers_sslam.finetuning.trainer import EpochBatches, StreamTrainer
 
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
+
+
 def classifier(**changes) -> SSLAMForAudioClassification:
     torch.manual_seed(0)
     return SSLAMForAudioClassification(tiny_config(num_labels=3, max_length=32, **changes))

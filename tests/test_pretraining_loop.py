@@ -16,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import yaml
@@ -33,7 +32,7 @@ from transformers_sslam import SSLAMForPreTraining, SSLAMModel
 
 
 soundfile = pytest.importorskip("soundfile")
-from processes import Fork, run_on_two  # noqa: E402
+from processes import Fork, kill_with_all_it_started, run_on_two  # noqa: E402
 from test_conversion import cache, save_pretrained_fairseq  # noqa: E402, F401  # the first is a fixture
 
 from transformers_sslam.attention_sslam import CPU_HALF_PRECISION_ATTENTION  # noqa: E402
@@ -51,6 +50,7 @@ from transformers_sslam.settings import parse_settings, read_settings, write_set
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "pretrain.py"
+COMMAND = ["-m", "transformers_sslam", "pretrain"]  # does the same
 ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 MODEL = {
     **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_length": 64},
@@ -786,14 +786,23 @@ def test_operations_of_a_clip_are_those_of_the_published_model():
 # --- processes: killed, and several of them
 
 
-def launch(folder: Path, settings: dict, processes: int, forked: bool = False) -> subprocess.Popen | Fork:
+SLOWED_DOWN = f"""
+import runpy, time
+from transformers_sslam.pretraining.loop import PreTrainer
+train = PreTrainer._train
+PreTrainer._train = lambda run, batches: (train(run, batches), time.sleep(0.04))
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+
+
+def launch(folder: Path, settings: dict, processes: int, program: list, fork: dict | None = None) -> subprocess.Popen | Fork:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
-    if forked:
-        return Fork([SCRIPT, "--config", folder / "recipe.yaml"], folder / "log", ON_CPU)
+    words = [*program, "--config", folder / "recipe.yaml"]
+    if fork is not None:
+        return Fork(words, folder / "log", ON_CPU, **fork)
     log = open(folder / "log", "a")  # noqa: SIM115  # the process keeps it
-    program = [str(SCRIPT)] if processes > 1 else ["-m", "transformers_sslam", "pretrain"]  # the same in two ways
-    command = [*on_processes(processes), *program, "--config", str(folder / "recipe.yaml")]
+    command = [*on_processes(processes), *words]
     return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=ON_CPU)
 
 
@@ -803,13 +812,16 @@ def on_processes(count: int) -> list[str]:
     return [sys.executable, *(torchrun if count > 1 else [])]
 
 
-def finish(folder: Path, settings: dict, processes: int, forked: bool = False) -> None:
-    code = launch(folder, settings, processes, forked).wait(timeout=500)
+def finish(folder: Path, settings: dict, processes: int, fork: dict | None = None, program: list | None = None) -> None:
+    code = launch(folder, settings, processes, program or [SCRIPT], fork).wait(timeout=500)
     assert code == 0, (folder / "log").read_text()[-3000:]
 
 
 def kill_at_random_moments(sounds, tmp_path, processes: int, workers: int, kills: int, steps: int, forked: bool = False, **changes) -> None:
-    """However often a run is killed, its losses are those of an uninterrupted run, to the last bit, and each checkpoint is whole."""
+    """However often a run is killed, its losses are those of an uninterrupted run, to the last bit, and each checkpoint is whole.
+
+    What is killed waits after each step: on a fast machine it would end before.
+    """
     changes |= {
         "dataloader_num_workers": workers,
         "per_device_train_batch_size": 3,
@@ -818,12 +830,14 @@ def kill_at_random_moments(sounds, tmp_path, processes: int, workers: int, kills
         "logging_steps": 1,
     }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(whole, recipe(sounds, whole, **changes), processes)
+    fork, other_fork = ({}, {"other_hashes": True}) if forked else (None, None)
+    finish(whole, recipe(sounds, whole, **changes), processes, other_fork, COMMAND if processes == 1 else [SCRIPT])
     chance = random.Random(processes * 10 + workers)
     settings = recipe(sounds, killed, **changes)
-    deaths = 0
+    deaths, slow = 0, tmp_path / "slow.py"
+    slow.write_text(SLOWED_DOWN)
     while deaths < kills:
-        process = launch(killed, settings, processes, forked)
+        process = launch(killed, settings, processes, [slow], fork)
         seen = _progress(killed)
         while process.poll() is None and _progress(killed) == seen:
             time.sleep(0.02)
@@ -836,19 +850,9 @@ def kill_at_random_moments(sounds, tmp_path, processes: int, workers: int, kills
             assert verify(folder) is None
             SSLAMForPreTraining.from_pretrained(folder)
     assert deaths == kills, (killed / "log").read_text()[-3000:]
-    finish(killed, settings, processes, forked)
+    finish(killed, settings, processes, fork)
     assert metrics(killed) == metrics(whole)
     assert same_weights(killed / "model", whole / "model")
-
-
-def kill_with_all_it_started(process: subprocess.Popen | Fork) -> None:
-    """`kill -9` of a program, its ranks and their readers. (torchrun gives each rank a session of its own.)"""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait()
-    psutil.wait_procs(family)
 
 
 def _progress(folder: Path) -> int:
@@ -955,19 +959,23 @@ def test_another_number_of_processes_resumes_and_reports_what_changes(sounds, tm
 def test_a_read_that_hangs_does_not_keep_a_run_from_ending(sounds, tmp_path, monkeypatch, num_workers):
     """As on a mount whose server is gone: the run stops after the last step that had its clips, and resumes there."""
     trainer(sounds, tmp_path / "whole", dataloader_num_workers=num_workers).run()
-    real = clips_module.load_waveform
+    real, this_process, timers = clips_module.load_waveform, os.getpid(), []
 
     def hangs(audio, sampling_rate):
-        if "07" in str(audio["path"]):
+        if "07" in str(audio["path"]):  # in a second, the run has used up all batches before, and waits
+            timers.append(threading.Timer(1, os.kill, (this_process, signal.SIGTERM)))
+            timers[-1].start()
             time.sleep(600)
         return real(audio, sampling_rate)
 
     monkeypatch.setattr(clips_module, "load_waveform", hangs)
     run = trainer(sounds, tmp_path / "hung", dataloader_num_workers=num_workers)
-    timer = threading.Timer(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    timer.start()
     start = time.monotonic()
-    run.run()
+    try:
+        run.run()
+    finally:  # behind the run, the signal would end the tests; a worker's timer has ended with it
+        for timer in timers:
+            timer.cancel()
     assert time.monotonic() - start < 20
     assert run.step < 8
     monkeypatch.undo()

@@ -43,6 +43,7 @@ from transformers_sslam.finetuning.settings import FineTuningSettings
 from transformers_sslam.settings import load_yaml
 
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "studies"
 FOLDS = (1, 2, 3)
 SIZES = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_fine_tuning_resume import _own_cache, changed, clips, interrupt, outcome, settings, weights_of  # noqa: F401  # fixtures too
+from test_fine_tuning_resume import _own_cache, changed, clips, interrupt, outcome, own_clips, settings, weights_of  # noqa: F401  # fixtures too
 from torch import nn
 
 from transformers_sslam import SSLAMForAudioClassification
@@ -19,6 +19,9 @@ from transformers_sslam.finetuning import trainer as stream_trainer
 from transformers_sslam.finetuning.averaging import WeightAverage
 from transformers_sslam.finetuning.run import fine_tune
 from transformers_sslam.finetuning.settings import FineTuningSettings
+
+
+pytestmark = pytest.mark.usefixtures("without_drawing")
 
 
 def test_an_average_of_known_weights():
@@ -44,10 +47,10 @@ def test_an_average_of_known_weights():
 
 
 @pytest.fixture
-def validated(settings, clips) -> FineTuningSettings:  # noqa: F811
+def validated(settings, own_clips) -> FineTuningSettings:  # noqa: F811
     """A run that is evaluated on other clips, every three updates."""
-    shutil.copytree(clips / "test", clips / "validation")
-    return replace(settings, validation_split="validation", eval_strategy="steps", eval_steps=3)
+    shutil.copytree(own_clips / "test", own_clips / "validation")
+    return replace(settings, data_dir=str(own_clips), validation_split="validation", eval_strategy="steps", eval_steps=3)
 
 
 def recorded(run: FineTuningSettings, monkeypatch) -> tuple[dict, list[dict[str, torch.Tensor]]]:
