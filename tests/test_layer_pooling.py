@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import noise, tiny_config
-from test_auto_classes import run_without_package
+from conftest import tiny_config
 from test_fine_tuning import TINY, _own_cache, folder, settings  # noqa: F401  # fixtures
 from test_modeling import log_mels
 from torch import nn
@@ -19,9 +18,9 @@ from transformers_sslam import (
     SSLAMModel,
 )
 from transformers_sslam.finetuning.run import fine_tune
-from transformers_sslam.publishing.hub import add_remote_code
 
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
 KINDS = ["weighted_sum", "gated"]
 NAMES = {"id2label": {0: "dog", 1: "rain", 2: "siren"}, "label2id": {"dog": 0, "rain": 1, "siren": 2}}
 
@@ -126,17 +125,6 @@ def test_a_checkpoint_from_before_there_was_a_choice_loads(tmp_path):
 def test_another_name_is_rejected():
     with pytest.raises(Exception, match="layer_pooling"):
         tiny_config(layer_pooling="gates")
-
-
-def test_it_loads_where_the_package_is_not_installed(tmp_path):
-    for kind in KINDS:
-        classifier(kind).save_pretrained(tmp_path / kind)
-        SSLAMFeatureExtractor(max_length=128).save_pretrained(tmp_path / kind)
-        add_remote_code(tmp_path / kind)
-    inputs = SSLAMFeatureExtractor()(noise(1.0), sampling_rate=16_000, padding="longest", return_tensors="pt")
-    for kind, result in zip(KINDS, run_without_package(tmp_path, *(tmp_path / kind for kind in KINDS)), strict=True):
-        with torch.inference_mode():
-            torch.testing.assert_close(torch.tensor(result["logits"]), classifier(kind)(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

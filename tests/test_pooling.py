@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import noise, tiny_config
-from test_auto_classes import run_without_package
+from conftest import tiny_config
 from test_fine_tuning import TINY, _own_cache, folder, settings  # noqa: F401  # fixtures
 from test_modeling import log_mels
 from torch import nn
@@ -15,9 +14,9 @@ from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassificatio
 from transformers_sslam.errors import UserError
 from transformers_sslam.finetuning.run import fine_tune
 from transformers_sslam.pooling_sslam import POOLINGS, masked_std, merge_pooled, pool_tokens, pooled_width, sounding_tokens
-from transformers_sslam.publishing.hub import add_remote_code
 
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
 ALL = pytest.mark.parametrize("pooling", list(POOLINGS))
 WIDTHS = {"cls": 1, "mean": 1, "mean_and_std": 2, "max_by_frequency": 8, "mean_and_max_by_frequency": 16}  # times hidden_size
 NAMES = {"id2label": {0: "dog", 1: "rain", 2: "siren"}, "label2id": {"dog": 0, "rain": 1, "siren": 2}}
@@ -205,18 +204,6 @@ def test_the_onnx_graph_gives_the_same_logits(pooling, tmp_path):
     (logits,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     with torch.inference_mode():
         torch.testing.assert_close(torch.from_numpy(logits), model(**inputs).logits, atol=1e-4, rtol=1e-4)
-
-
-def test_it_loads_where_the_package_is_not_installed(tmp_path):
-    kinds = ["mean_and_std", "mean_and_max_by_frequency"]
-    for pooling in kinds:
-        classifier(pooling).save_pretrained(tmp_path / pooling)
-        SSLAMFeatureExtractor(max_length=128).save_pretrained(tmp_path / pooling)
-        add_remote_code(tmp_path / pooling)
-    inputs = SSLAMFeatureExtractor()(noise(1.0), sampling_rate=16_000, padding="longest", return_tensors="pt")
-    for pooling, result in zip(kinds, run_without_package(tmp_path, *(tmp_path / pooling for pooling in kinds)), strict=True):
-        with torch.inference_mode():
-            torch.testing.assert_close(torch.tensor(result["logits"]), classifier(pooling)(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_fine_tuning_gives_an_encoder_a_head_of_another_width(settings, tmp_path):  # noqa: F811

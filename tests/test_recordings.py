@@ -1,10 +1,10 @@
 """Recordings in bulk: found, put into batches together, shared out among processes, and resumed wherever a run was killed."""
 
 import contextlib
+import io
 import json
 import os
 import pickle
-import subprocess
 import sys
 import tempfile
 import threading
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise, tiny_config
+from processes import Fork
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
 
@@ -172,14 +173,15 @@ def test_a_network_that_fails_ends_the_run_in_one_line_and_what_is_finished_is_k
     assert (summary.finished, summary.skipped) == (2, 2)  # those of the last two portions are processed again
 
 
-def test_the_name_of_a_list_is_printed_as_utf_8_and_that_of_an_output_is_utf_8(model, recordings, tmp_path):
+def test_the_name_of_a_list_is_printed_as_utf_8_and_that_of_an_output_is_utf_8(model, recordings, tmp_path, monkeypatch):
     listed = Path(f"{tmp_path}/caf\udce9.txt")
     listed.write_text(str(recordings / "a.wav"))
-    command = [sys.executable, "-m", "transformers_sslam", "tag", "--model", str(model), "--device", "cpu", "--inputs", str(listed)]
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
-    ended = subprocess.run([*command, "--output", str(tmp_path / "a.csv")], env=environment, capture_output=True, text=True)
-    assert ended.stdout.splitlines()[0] == f"{tmp_path}/caf\\xe9.txt is read as a list: each line is the path of a recording"
-    assert ended.returncode == 0
+    printed = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict", write_through=True)
+    monkeypatch.setattr(sys, "stdout", printed)
+    arguments = ["tag", "--model", str(model), "--device", "cpu", "--inputs", str(listed), "--output", str(tmp_path / "a.csv")]
+    assert main(arguments) == 0
+    first, *_ = printed.buffer.getvalue().decode().splitlines()
+    assert first == f"{tmp_path}/caf\\xe9.txt is read as a list: each line is the path of a recording"
     with pytest.raises(UserError, match=r"output is caf\\xe9/tags.csv, but a name in UTF-8 is expected: give another place"):
         settings(model, recordings, "caf\udce9/tags.csv")
 
@@ -501,19 +503,18 @@ def test_the_number_of_processes_may_change_after_a_kill(model, clips, tmp_path,
 
 def test_processes_that_run_at_once_write_what_one_writes(model, clips, tmp_path):
     output = tmp_path / "together" / "tags.csv"
-    code = f"""
+    program = tmp_path / "tag.py"
+    program.write_text(f"""
 from transformers_sslam.recordings import inputs, tag
 inputs.PORTION_FILES = 1
 print(tag.tag_files(tag.{settings(model, clips, output)!r}).is_complete)
-"""
-    started = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes))
-    said = [process.communicate() for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    assert "True\n" in [out for out, _ in said]
+""")
+    logs, started = [tmp_path / f"{rank}.log" for rank in (0, 1)], []
+    for rank, log in enumerate(logs):
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        started.append(Fork([program], log, environment, errors=log.with_suffix(".errors"), other_hashes=rank == 1))
+    assert [process.wait() for process in started] == [0, 0], [log.with_suffix(".errors").read_text() for log in logs]
+    assert "True\n" in [log.read_text() for log in logs]
     tag_files(settings(model, clips, tmp_path / "tags.csv"))
     assert output.read_bytes() == (tmp_path / "tags.csv").read_bytes()
     assert unfinished(output.parent) == []
