@@ -221,6 +221,23 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(settings, whole, tmp_
     assert outcome(settings.output_dir) == outcome(whole[0])
 
 
+def test_what_a_run_that_was_killed_while_it_deleted_has_left_is_deleted(settings, tmp_path, monkeypatch):
+    one, remove = replace(settings, save_total_limit=1), shutil.rmtree
+
+    def remove_or_end(path, *args, **kwargs):
+        if Path(path).name == "checkpoint-3.discarded" and Path(path).exists():
+            raise Killed
+        remove(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", remove_or_end)
+        with pytest.raises(Killed):
+            fine_tune(one)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3.discarded", "checkpoint-6"]
+    assert fine_tune(one)["resumed"]
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
 def test_a_damaged_checkpoint_is_passed_over(settings, whole, tmp_path, monkeypatch, caplog):
     interrupt(settings, monkeypatch, 7)
     damaged = tmp_path / "run" / "checkpoint-6" / "optimizer.pt"
