@@ -32,7 +32,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 # Files of tests that take longest, in this order, before the others: what comes last runs while other processes have nothing to do.
 SLOWEST = [
     *("app_page", "fine_tuning_resume", "pretraining_loop", "data_stream", "space", "studies", "fine_tuning", "model_selection", "lora"),
-    *("onnx_export", "documentation", "conversion", "weight_average", "layer_pooling", "recordings", "mteb_tasks", "app_microphone"),
+    *("onnx_export", "documentation", "conversion", "weight_average", "layer_pooling", "recordings", "mteb_tasks"),
 ]
 
 
@@ -84,10 +84,14 @@ def without_code_generation(monkeypatch) -> None:
 
 @pytest.fixture
 def without_drawing(monkeypatch) -> None:
-    """Where nobody looks at the picture of a confusion matrix, a file of its name is enough: it takes longer than a short training."""
+    """Where nobody looks at the picture of a confusion matrix, any figure is enough: drawing takes longer than a short training."""
     from transformers_sslam.evaluation import per_class
 
-    monkeypatch.setattr(per_class, "plot_confusion_matrix", lambda matrix, classes, path: Path(path).write_bytes(b"picture"))
+    class Drawn:
+        def savefig(self, file, **_):
+            file.write(b"picture")
+
+    monkeypatch.setattr(per_class, "plot_confusion_matrix", lambda matrix, classes: Drawn())
 
 
 def tiny_config(**kwargs) -> SSLAMConfig:
