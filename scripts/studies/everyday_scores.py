@@ -16,7 +16,7 @@ from transformers_sslam.audio.rows import AudioColumn, LabelledRows
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.calibration import as_logits, measure_calibration
 from transformers_sslam.evaluation.detector import step_logits, step_targets
-from transformers_sslam.evaluation.intervals import format_summary, summarize
+from transformers_sslam.evaluation.intervals import format_summary, proportion_interval, summarize, widen_by_clips
 from transformers_sslam.evaluation.scored_events import ScoredEvents
 from transformers_sslam.events_sslam import EventSettings, find_events
 from transformers_sslam.reports import markdown_table
@@ -123,10 +123,16 @@ def tables(results: Mapping[str, dict[str, Any]]) -> str:
         texts = ["-" if np.isnan(value) else f"{scale * value:.{decimals}f}" for value in values]
         return [title, *texts, format_summary(summarize(known), scale, decimals)]
 
+    def accuracy(title: str, found: list[dict[str, Any]]) -> list[str]:  # folds may agree by chance: at least the interval over clips
+        values = [one["accuracy"] for one in found]
+        over_clips = [proportion_interval(round(one["accuracy"] * one["clips"]), one["clips"]) for one in found]
+        interval = widen_by_clips(summarize(values), values, over_clips, list(results))
+        return [title, *(f"{100 * value:.1f}" for value in values), format_summary(interval)]
+
     folds = list(results.values())
     subsets = [name for name, found in folds[0]["tags"].items() if isinstance(found, dict)]
-    rows = [row("accuracy, %", [found["tags"]["accuracy"] for found in folds], 100, 1)]
-    rows += [row(f"accuracy, {name}, %", [found["tags"][name]["accuracy"] for found in folds], 100, 1) for name in subsets]
+    rows = [accuracy("accuracy, %", [found["tags"] for found in folds])]
+    rows += [accuracy(f"accuracy, {name}, %", [found["tags"][name] for found in folds]) for name in subsets]
     rows.append(row("temperature", [found["calibration"]["temperature"] for found in folds], 1, 2))
     for title, calibrations in (("before", [found["calibration"]["before"] for found in folds]), ("", [f["calibration"] for f in folds])):
         rows.append(row(f"calibration error {title}".rstrip(), [one["expected_calibration_error"] for one in calibrations]))
