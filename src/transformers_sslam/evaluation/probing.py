@@ -98,6 +98,33 @@ class Probe(ABC):
         """`(clips, classes)`: of exclusive classes the highest is the prediction; of tags, higher is likelier."""
 
 
+class LogisticRegressions:
+    """Logistic regression on standardised features: one for exclusive classes; for each tag one, on the clips of which it is known.
+
+    Args:
+        values: `(clips, width)`, finite.
+        targets: as of [`Probe`].
+        inverse_regularization: `C` of scikit-learn.
+    """
+
+    def __init__(self, values: np.ndarray, targets: np.ndarray, inverse_regularization: float):
+        self._scaler, self._exclusive = StandardScaler().fit(values), targets.ndim == 1
+        scaled, columns = self._scaler.transform(values), [targets] if self._exclusive else targets.T
+        self._regressions = [
+            LogisticRegression(C=inverse_regularization, max_iter=5000).fit(scaled[known], column[known])
+            for column, known in zip(columns, (column != UNKNOWN for column in columns))
+        ]
+
+    def scores(self, values: np.ndarray) -> np.ndarray:
+        """Logits, `(clips, classes)`, of `values: (clips, width)`."""
+        scaled = self._scaler.transform(values)
+        logits = [regression.decision_function(scaled) for regression in self._regressions]
+        if not self._exclusive:
+            return np.stack(logits, axis=1)
+        # Of two classes scikit-learn gives one logit, that of the second.
+        return logits[0] if logits[0].ndim == 2 else np.stack((-logits[0], logits[0]), axis=1)
+
+
 class LinearProbe(Probe):
     """Logistic regression on standardised features; of tags, one for each."""
 
@@ -111,22 +138,10 @@ class LinearProbe(Probe):
         return _finite(features.pooled(self.pooling, self.block) if self.needs_model else features.log_mel.pooled(self.pooling))
 
     def _fit(self, features: Features, targets: np.ndarray, one_hot: np.ndarray, seed: int) -> None:
-        values, columns = self._vectors(features), [targets] if targets.ndim == 1 else targets.T
-        self.scaler = StandardScaler().fit(values)
-        scaled, strength = self.scaler.transform(values), self.settings.inverse_regularization
-        known = [column != UNKNOWN for column in columns]
-        self.regressions = [
-            LogisticRegression(C=strength, max_iter=5000).fit(scaled[rows], column[rows]) for rows, column in zip(known, columns)
-        ]
-        self.exclusive = targets.ndim == 1
+        self.regressions = LogisticRegressions(self._vectors(features), targets, self.settings.inverse_regularization)
 
     def scores(self, features: Features) -> np.ndarray:
-        scaled = self.scaler.transform(self._vectors(features))
-        logits = [regression.decision_function(scaled) for regression in self.regressions]
-        if not self.exclusive:
-            return np.stack(logits, axis=1)
-        # Of two classes scikit-learn gives one logit, that of the second.
-        return logits[0] if logits[0].ndim == 2 else np.stack((-logits[0], logits[0]), axis=1)
+        return self.regressions.scores(self._vectors(features))
 
 
 class NearestNeighbors(Probe):

@@ -3,29 +3,20 @@
 Nothing of the training changes: no gradient, no random number, and the student is in training mode again at the next step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from ..audio.labels import UNKNOWN_LABELS
 from ..configuration_sslam import ClipPooling
 from ..errors import UserError
+from ..evaluation.features import pool_log_mel
 from ..evaluation.frozen import read_task
-from ..evaluation.probing import Partition, score
+from ..evaluation.probing import LogisticRegressions, score
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
-from ..pooling_sslam import masked_mean, masked_std, pool_tokens, sounding_tokens
+from ..pooling_sslam import pool_tokens, sounding_tokens
 from .settings import StudentProbeSettings
-
-
-try:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.multiclass import OneVsRestClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-except ImportError as error:
-    raise ImportError('probes need scikit-learn: pip install "transformers-sslam[train]"') from error
 
 
 POOLING: ClipPooling = "max_by_frequency"  # under which an untrained network is not at a disadvantage, as it is under the mean
@@ -45,7 +36,7 @@ class StudentProbe:
         log_mel: the metric with statistics of the log-mels in place of features: the baseline without a network.
 
     Raises:
-        UserError: if the data lack what the settings ask for, clips are partly labelled, or a class cannot be learned.
+        UserError: if the data lack what the settings ask for, or a class cannot be learned.
     """
 
     def __init__(self, settings: StudentProbeSettings, extractor: SSLAMFeatureExtractor):
@@ -54,13 +45,8 @@ class StudentProbe:
             self.task = read_task(settings, extractor.sampling_rate)  # type: ignore[arg-type]  # all that it takes of FrozenSettings
         except UserError as error:  # which does not say whose clips they are
             raise UserError(f"probe: {error}") from error
-        if partly := int((self.task.targets < 0).reshape(len(self.task.targets), -1).any(1).sum()):
-            raise UserError(
-                f"probe: {partly} of {len(self.task.targets)} clips are labelled in part (column {UNKNOWN_LABELS}), but the probe in "
-                "pre-training needs all labels: choose other clips, or probe the trained model by sslam probe"
-            )
         self.metric = "accuracy" if self.task.targets.ndim == 1 else "mean average precision"
-        self.log_mel = self._evaluate(np.concatenate([log_mel_statistics(**inputs).numpy() for inputs in self._batches()]))
+        self.log_mel = self._evaluate(np.concatenate([log_mel_statistics(**inputs) for inputs in self._batches()]))
 
     @torch.no_grad()
     def __call__(self, encoder: SSLAMModel) -> dict[str, float]:
@@ -88,30 +74,14 @@ class StudentProbe:
     def _evaluate(self, features: np.ndarray) -> float:
         if not np.isfinite(features).all():
             raise UserError("features of the probe are NaN or infinite: the training has diverged, start again with a lower learning_rate")
-        return linear_probe(features, self.task.targets, self.task.partitions, self.settings.inverse_regularization)
+        values, targets = [], self.task.targets
+        for part in self.task.partitions:
+            regressions = LogisticRegressions(features[part.train], targets[part.train], self.settings.inverse_regularization)
+            values.append(score(regressions.scores(features[part.evaluation]), targets[part.evaluation]))
+        return float(np.mean(values))
 
 
-def log_mel_statistics(input_values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def log_mel_statistics(input_values: torch.Tensor, attention_mask: torch.Tensor) -> np.ndarray:
     """`(batch, 2 * mel bins)`: mean and standard deviation over the frames `(batch, frames, mel bins)` that are not padding."""
-    values, mask = input_values.double(), attention_mask.bool()[..., None]  # so that a bin that never changes has a deviation of exactly 0
-    return torch.cat((masked_mean(values, mask), masked_std(values, mask)), dim=1).float()
-
-
-def linear_probe(features: np.ndarray, targets: np.ndarray, partitions: Sequence[Partition], inverse_regularization: float) -> float:
-    """Accuracy, or mean average precision of tags, of logistic regression on standardised features: the mean over partitions.
-
-    Args:
-        features: `(clips, width)`.
-        targets: `(clips,)`, class indices, each among the training clips of every partition; or `(clips, classes)`, 0 or 1.
-        partitions: which clips train and which evaluate.
-        inverse_regularization: `C` of scikit-learn.
-    """
-    values = []
-    for part in partitions:
-        regression = LogisticRegression(C=inverse_regularization, max_iter=5000)
-        model = make_pipeline(StandardScaler(), regression if targets.ndim == 1 else OneVsRestClassifier(regression))
-        scores = model.fit(features[part.train], targets[part.train]).decision_function(features[part.evaluation])
-        if scores.ndim == 1:  # of two classes scikit-learn gives the logit of the second, of one tag its own
-            scores = np.stack((-scores, scores), axis=1) if targets.ndim == 1 else scores[:, None]
-        values.append(score(scores, targets[part.evaluation]))
-    return float(np.mean(values))
+    pooled = pool_log_mel(input_values, attention_mask.bool())
+    return torch.cat((pooled["mean"], pooled["std"]), dim=1).numpy()
