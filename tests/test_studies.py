@@ -436,9 +436,7 @@ def test_the_model_to_ship_learns_from_clips_that_may_be_used_and_each_test_from
     results["3"]["events"]["100"]["false_alarms_of_others"]["clips of other classes"]["per_hour"] = 7.0
     assert "| limit 100: false alarms an hour, clips of other classes | - | 7 | 7 " in study.tables(results)
     for one in results.values():
-        one["tags"]["accuracy"] = (
-            0.5  # all folds agree: the interval is that over their clips (of 4, Wilson: 0.35 each side), by "square and add"
-        )
+        one["tags"]["accuracy"] = 0.5  # where folds agree, the interval is that over their clips (Wilson, of 4: 0.35 each side)
     assert "| accuracy, % | 50.0 | 50.0 | 50.0 ± 0.0 [25.3, 74.7] |" in study.tables(results)
     for fold, seed in ((2, 1), (3, 2)):  # other excerpts of the backgrounds for each fold
         assert re.search(rf"(?m)^seed: {seed}$", (tmp_path / "study" / f"mixtures-{fold}" / "README.md").read_text())
