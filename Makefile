@@ -28,9 +28,9 @@ ifeq ($(TRANSFORMERS),)  # annotations differ between releases of Transformers: 
 endif
 
 # A file of tests for each process at a time, whose fixtures its tests share. A process has one thread: two of two threads each slow one
-# another tenfold on two cores.
+# another tenfold on two cores. Three processes fill two cores, because tests also wait: for commands, pages and servers that they start.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 slow: install
 	$(BIN)/python -m pytest -m "slow or not slow"
