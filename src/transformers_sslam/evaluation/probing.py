@@ -110,10 +110,10 @@ class LogisticRegressions:
     def __init__(self, values: np.ndarray, targets: np.ndarray, inverse_regularization: float):
         self._scaler, self._exclusive = StandardScaler().fit(values), targets.ndim == 1
         scaled, columns = self._scaler.transform(values), [targets] if self._exclusive else targets.T
-        self._regressions = [
-            LogisticRegression(C=inverse_regularization, max_iter=5000).fit(scaled[known], column[known])
-            for column, known in zip(columns, (column != UNKNOWN for column in columns))
-        ]
+        self._regressions = []
+        for column in columns:
+            known = column != UNKNOWN
+            self._regressions.append(LogisticRegression(C=inverse_regularization, max_iter=5000).fit(scaled[known], column[known]))
 
     def scores(self, values: np.ndarray) -> np.ndarray:
         """Logits, `(clips, classes)`, of `values: (clips, width)`."""
