@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What all files of tests have imported is no garbage: each training, which collects it, would look through all of it."""
+    """Exempt what the test files have imported from garbage collection: each training collects, and would go through all of it."""
     gc.collect()
     gc.freeze()
 

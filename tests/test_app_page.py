@@ -110,7 +110,7 @@ def index(tmp_path_factory, recordings, served) -> Path:
 def searched(served, index) -> Iterator[Served]:
     """A page of the same model, with an index."""
     with Sessions(3600) as sessions:
-        with pytest.MonkeyPatch.context() as patch:  # for this page only: `served` goes on
+        with pytest.MonkeyPatch.context() as patch:  # undone after this page, because `served` stays for other tests
             patch.setenv(TEMPORARY, "")
             server = Served(Path(served.listener.settings.model), sessions, index=str(index))
         yield server
