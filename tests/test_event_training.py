@@ -117,6 +117,11 @@ def targets(events: list[list[Event]], **options) -> EventTargets:
     return EventTargets(labels, frames_per_step=16, steps=8, sampling_rate=RATE, **options)
 
 
+def test_frames_that_are_not_10_ms_apart_have_no_time_steps():
+    with pytest.raises(UserError, match=r"task is 'events': sampling_rate is 22050, of which 10 ms are 220.5 samples"):
+        replace(targets([[]]), sampling_rate=22_050)
+
+
 def clip(seconds: float, row: int = 0, key: int = 0) -> Clip:
     return Clip(np.ones(round(seconds * RATE), np.float32), "clip", "clips", row, 0.0, {}, (key,))
 
@@ -470,6 +475,18 @@ def test_a_validation_part_of_events_is_measured_by_steps(settings, tmp_path):
     history = fine_tune(run)["validation"]
     assert len(history) == 2
     assert all(0 < entry["eval_mean_average_precision"] <= 1 for entry in history)
+
+
+def test_a_validation_part_without_half_a_step_of_an_event_is_one_clear_error(settings, tmp_path):
+    folder = shutil.copytree(settings.data_dir, tmp_path / "short")
+    lines = [{"file_name": f"{i:03}.wav", "events": [{"label": "high", "onset": 0.2, "offset": 0.22}]} for i in range(24)]
+    (folder / "test" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(
+        UserError, match=r"no event of the evaluation covers half of a time step, 0\.16 s.*: set model_config.steps_per_second"
+    ):
+        fine_tune(
+            replace(settings, data_dir=str(folder), validation_split="test", do_eval=False, eval_strategy="epoch", num_train_epochs=1)
+        )
 
 
 def test_seeds_of_a_detector_are_summarized(settings, tmp_path):

@@ -250,6 +250,20 @@ def test_intervals_are_over_recordings_and_reproducible():
     assert low == high  # recordings that are all alike leave no doubt
 
 
+def test_the_interval_of_an_f1_of_rare_classes_holds_the_value():
+    """60 classes of one event each: a resample lacks a third of them, so that nearly all have a higher F1 than all recordings together."""
+    classes = [f"{c}" for c in range(60)]
+    generator = np.random.default_rng(0)
+    scores = {name: np.zeros((1, 60)) for name in classes}
+    for c, values in enumerate(scores.values()):
+        values[0, [c, *generator.choice(60, 3, replace=False)]] = 1
+    truth = {name: [(0.0, 1.0, name)] for name in classes}
+    found = segment_f1(scores, 1.0, classes, truth, dict.fromkeys(classes, 1.0), threshold=0.5)
+    low, high = found.interval
+    assert low == found.value < high
+    assert all(low <= found.by_class[label] <= high for label, (low, high) in found.by_class_interval.items())
+
+
 @pytest.mark.parametrize("value", [0, 1])
 def test_detection_without_an_error_or_a_hit_is_not_certain(value):
     """20 recordings hold the first class, 5 of them the second: Wilson's intervals of so many trials, and of one of a single recording."""

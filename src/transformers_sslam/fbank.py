@@ -31,6 +31,16 @@ def num_frames(num_samples: int, sampling_rate: int = 16_000) -> int:
     return 0 if num_samples < length else 1 + (num_samples - length) // shift
 
 
+def check_frame_shift(sampling_rate: int) -> None:
+    """Raise a `ValueError` if frames are not exactly 10 ms apart, as time steps of events are: at 22,050 Hz they are 220 samples."""
+    shift = sampling_rate * FRAME_SHIFT_MS / 1000
+    if shift != int(shift):
+        raise ValueError(
+            f"sampling_rate is {sampling_rate}, of which 10 ms are {shift:g} samples, but events need frames of exactly 10 ms: resample to "
+            "a multiple of 100 Hz, such as 16000"
+        )
+
+
 def log_mel(waveforms: torch.Tensor, sampling_rate: int = 16_000, num_mel_bins: int = 128) -> torch.Tensor:
     """Log-mel filter-bank energies of a batch of waveforms of equal length.
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from .batching_sslam import Span, Windows
 from .configuration_sslam import ClipPooling, SSLAMConfig
-from .fbank import frame_geometry, num_frames
+from .fbank import check_frame_shift, frame_geometry, num_frames
 from .feature_extraction_sslam import SSLAMFeatureExtractor
 from .pooling_sslam import merge_pooled, pool_tokens, pooled_width, sounding_tokens
 from .windows_sslam import Audio, MergedSteps, Windowing, checked_blocks, cut_into_windows
@@ -230,6 +230,7 @@ class Detection(Task):
     def __post_init__(self):
         if self.windowing.grid is None:
             raise ValueError("windows of time steps begin on the model's grid: make them by Windowing.of_model(..., per='step')")
+        check_frame_shift(self.windowing.sampling_rate)
 
     @property
     def width(self) -> int:

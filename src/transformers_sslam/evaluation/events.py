@@ -294,26 +294,26 @@ def _f1(data: Recordings, counts: np.ndarray, confidence: float | None, resample
     return _result(data, evaluate, _percentile_intervals, confidence, resamples, seed, by_class)
 
 
-def _percentile_intervals(values: np.ndarray, replicates: np.ndarray, confidence: float) -> list[Interval]:
-    """Of each statistic: `values: (n,)`, `replicates: (resamples, n)`."""
+def _percentile_intervals(values: np.ndarray, replicates: np.ndarray, confidence: float) -> np.ndarray:
+    """Of each statistic, `values: (n,)`, `replicates: (resamples, n)`: `(2, n)`, extended to the value. A resample lacks some classes where
+    these have few events, so that most replicates can lie above it."""
     low, high, _ = percentile_interval(replicates, confidence)
-    return list(zip(low.tolist(), high.tolist()))
+    return np.stack((np.fmin(low, values), np.fmax(high, values)))
 
 
-def _logit_intervals(values: np.ndarray, replicates: np.ndarray, confidence: float) -> list[Interval]:
+def _logit_intervals(values: np.ndarray, replicates: np.ndarray, confidence: float) -> np.ndarray:
     """As `_percentile_intervals`, but around the value. Within a standard error of 0 or 1 a logit interval would span nearly all from 0 to
-    1, and at these ends there is none: there percentiles remain, extended to the value."""
-    low, high, _ = percentile_interval(replicates, confidence)
-    low, high = np.fmin(low, values), np.fmax(high, values)
+    1, and at these ends there is none: there percentiles remain."""
+    bounds = _percentile_intervals(values, replicates, confidence)
     inside = np.flatnonzero(np.minimum(values, 1 - values) > np.nanstd(replicates, axis=0, ddof=1))
-    low[inside], high[inside], _ = logit_interval(values[inside], replicates[:, inside], confidence)
-    return list(zip(low.tolist(), high.tolist()))
+    bounds[:, inside] = logit_interval(values[inside], replicates[:, inside], confidence)[:2]
+    return bounds
 
 
 def _result(
     data: Recordings,
     evaluate: Callable[[np.ndarray], tuple[np.ndarray, ...]],
-    interval: Callable[[np.ndarray, np.ndarray, float], list[Interval]],
+    interval: Callable[[np.ndarray, np.ndarray, float], np.ndarray],
     confidence: float | None,
     resamples: int,
     seed: int,
@@ -336,7 +336,7 @@ def _result(
         def intervals(values: np.ndarray, replicates: np.ndarray, trials: list[int]) -> list[Interval]:
             return [
                 proportion_interval(round(one * count), count, confidence) if low == high == one and one in (0, 1) else (low, high)
-                for one, count, (low, high) in zip(values.tolist(), trials, interval(values, replicates, confidence))
+                for one, count, (low, high) in zip(values.tolist(), trials, interval(values, replicates, confidence).T.tolist())
             ]
 
         fields["interval"] = intervals(value, replicates[0][:, None], recordings)[0]

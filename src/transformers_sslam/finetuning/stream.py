@@ -15,8 +15,8 @@ from ..audio.paths import printable_path
 from ..audio.readers import StreamSettings
 from ..audio.sources import EpochOrder, Source, WeightedOrder, random_generator
 from ..audio.stream import BatchStream
-from ..errors import UserError
-from ..fbank import frame_geometry
+from ..errors import UserError, as_user_error
+from ..fbank import check_frame_shift, frame_geometry
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from .augmentation import AugmentationSettings, augment_batch, augment_waveform, smooth_targets
 from .mixtures import Mixer
@@ -77,6 +77,10 @@ class EventTargets:
     sampling_rate: int
     hard: bool = False
     reported: list[str] = field(default_factory=list, compare=False)
+
+    def __post_init__(self):
+        with as_user_error("task is 'events'"):
+            check_frame_shift(self.sampling_rate)
 
     def __call__(
         self, clips: Sequence[Clip], mixed: Sequence[Sequence[Event] | None], shifts: Sequence[int], lengths: Sequence[int]

@@ -227,6 +227,11 @@ def _build_trainer(
         if logits.ndim == 3:  # of time steps: those whose labels are known
             known = (targets >= 0).all(-1)
             logits, targets = logits[known], targets[known] >= 0.5
+            if not targets.any():
+                raise UserError(
+                    f"no event of the evaluation covers half of a time step, {1 / model.config.steps_per_second:g} s, so no metric is "
+                    "defined: set model_config.steps_per_second to 12.5 or 25, or evaluate on other clips"
+                )
         return _numbers(evaluate_predictions(logits, targets, data.classes, data.multi_label, None))
 
     groups = layer_decay_groups(model, settings.learning_rate, settings.weight_decay, layer_decay, settings.lora.learning_rate)
