@@ -79,6 +79,13 @@ def test_folds_are_the_same_in_any_notation(tmp_path, values: Sequence):
     assert [Path(audio["path"]).name for audio in chosen["audio"]] == ["0.wav", "1.wav"]
 
 
+def test_folds_have_one_value_a_row(tmp_path):
+    write(tmp_path, "0.wav")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.wav", "fold": [1, 2]}\n')
+    with pytest.raises(UserError, match="the column 'fold' holds .*, but rows are chosen by one value each: name another column"):
+        select_folds(open_splits(tmp_path), "fold", [1])
+
+
 def test_jsonl_and_parquet_keep_their_types(tmp_path):
     write(tmp_path, "one/0.wav", "two/1.wav")
     (tmp_path / "one" / "metadata.jsonl").write_text(

@@ -18,7 +18,7 @@ import pytest
 import soundfile
 import torch
 from conftest import noise
-from datasets import Audio, Dataset
+from datasets import Audio, ClassLabel, Dataset, Features, List, Value
 from processes import Fork
 
 from transformers_sslam import SSLAMFeatureExtractor
@@ -530,6 +530,45 @@ def test_folds_of_a_table_with_gaps_can_be_kept(tmp_path):
     (tmp_path / "audio" / "metadata.csv").write_text("file_name,fold\n000.wav,1\n001.wav,\n002.wav,2\n")
     source = Source.open(SourceSettings(kind="audiofolder", path=str(tmp_path / "audio"), keep={"fold": [2]}))
     assert source.num_rows == 1
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """Parquet files of two splits, each with a clip of the class hum and one of hiss."""
+    label, tags = ClassLabel(names=["hum", "hiss"]), List(Value("string"))
+    features = Features({"audio": Audio(decode=False), "label": label, "tags": tags})
+    for split in ("train", "test"):
+        write_clips(tmp_path / split, 2)
+        audio = [{"bytes": file.read_bytes(), "path": f"{split}-{file.name}"} for file in sorted((tmp_path / split).iterdir())]
+        rows = Dataset.from_dict({"audio": audio, "label": [0, 1], "tags": [["a"], []]}, features=features)
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        rows.to_parquet(tmp_path / "shards" / f"{split}-00000.parquet")
+    return tmp_path / "shards"
+
+
+def names_of(path: Path, **options) -> list[str]:
+    source = Source.open(SourceSettings(kind="parquet", path=str(path), **options))
+    return [row.name for shard in range(source.num_shards) for row in source.rows(shard)]
+
+
+def test_of_a_stream_one_split_is_read_so_that_no_test_clip_trains(shards):
+    assert names_of(shards) == ["train-000.wav", "train-001.wav"]
+    assert names_of(shards, split="test") == ["test-000.wav", "test-001.wav"]
+    with pytest.raises(UserError, match="has no split 'dev', only test, train"):
+        names_of(shards, split="dev")
+    signature = Source.open(SourceSettings(kind="parquet", path=str(shards))).signature
+    (shards / "test-00000.parquet").unlink()
+    assert Source.open(SourceSettings(kind="parquet", path=str(shards))).signature == signature
+    (shards / "train-00000.parquet").rename(shards / "a-00000.parquet")
+    shutil.copy(shards / "a-00000.parquet", shards / "b-00000.parquet")  # no name says what is held out: all is read
+    assert names_of(shards) == 2 * ["train-000.wav", "train-001.wav"]
+
+
+def test_a_stream_is_read_in_part_by_the_names_of_classes(shards):
+    assert names_of(shards, keep={"label": ["hiss"]}) == ["train-001.wav"]
+    assert names_of(shards, keep={"label": [1]}) == []  # as of a table, whose classes have no fold 1
+    with pytest.raises(UserError, match=r"the column 'tags' holds List\(Value\('string'\)\), but rows are chosen by one value each"):
+        names_of(shards, keep={"tags": ["a"]})
 
 
 @pytest.mark.parametrize(

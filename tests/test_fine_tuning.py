@@ -651,6 +651,7 @@ def test_half_precision_of_either_kind_can_be_asked_for(settings, monkeypatch):
         ({"max_length": 100}, "max_length is 100 frames, but must be a positive multiple of 16"),
         ({"fold_column": None}, "folds or cross_validate are set, but fold_column"),
         ({"test_folds": ["1"]}, "'1' is both in the training and in the test part"),
+        ({"test_folds": ["01"]}, "'1' is both in the training and in the test part"),
         ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size is 0"),
         ({"max_unreadable": 2.0}, "max_unreadable is 2"),
         ({"warmup_steps": -1.0}, "TrainingArguments rejects these settings: .*warmup_steps"),

@@ -221,9 +221,14 @@ def test_one_run_lies_in_the_folder_itself(copy):
 def test_folds_of_the_validation_part_are_not_held_out(copy):
     runs = expand(replace(copy, test_folds=[], validation_folds=["3"], eval_strategy="epoch", seeds=[]))
     assert {name: (run.train_folds, run.validation_folds, run.test_folds) for name, run in runs.items()} == {
-        "fold-1": ([2], ["3"], [1]),
-        "fold-2": ([1], ["3"], [2]),
+        "fold-1": ([2], [3], [1]),
+        "fold-2": ([1], [3], [2]),
     }
+
+
+def test_folds_are_the_same_in_any_notation(copy):
+    runs = expand(replace(copy, test_folds=["1.0"], validation_folds=["03"], eval_strategy="epoch", seeds=[]))
+    assert {name: (run.train_folds, run.validation_folds, run.test_folds) for name, run in runs.items()} == {"fold-1": ([2], [3], [1])}
 
 
 @pytest.mark.parametrize("changes", [{"push_to_hub": True}, {"resume_from_checkpoint": "runs/checkpoint-3"}])
@@ -232,7 +237,7 @@ def test_what_concerns_one_run_is_rejected_for_several(copy, changes):
         expand(replace(copy, **changes))
 
 
-@pytest.mark.parametrize(("name", "values"), [("seeds", [1, 1]), ("test_folds", [1, "1"])])
+@pytest.mark.parametrize(("name", "values"), [("seeds", [1, 1]), ("test_folds", [1, "01"])])
 def test_the_same_run_twice_is_an_error(copy, name, values):
     with pytest.raises(UserError, match=f"{name}.*give each once"):
         replace(copy, **{name: values})

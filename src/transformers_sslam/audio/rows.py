@@ -21,7 +21,7 @@ from .paths import decode_path, printable_path, source_name, stat_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +136,17 @@ def all_rows(splits: "dict[str, Dataset]") -> "Dataset":
     return concatenate_datasets(list(splits.values()))
 
 
-def fold_names(values: Iterable[Any]) -> list[str | None]:
-    """Folds as text, `None` where missing. A whole number is the same in any notation: `1`, `1.0`, `"01"`."""
+def fold_names(values: Iterable[Any], feature: Any = None) -> list[str | None]:
+    """Folds as text, `None` where missing. A whole number is the same in any notation: `1`, `1.0`, `"01"`. Of a `feature` of classes,
+    which holds their numbers, they are the names."""
+    if names := getattr(feature, "names", None):
+        values = [names[i] if i is not None and i >= 0 else None for i in values]  # -1 is "not known"
     return [_fold_name(value) for value in values]
+
+
+def as_folds(values: Iterable[int | str]) -> list[int | str]:
+    """Folds that are whole numbers as int, in any notation, others as text."""
+    return [int(name) if name.isdecimal() else name for name in (name or "" for name in fold_names(values))]
 
 
 def _fold_name(value: Any) -> str | None:
@@ -149,17 +157,21 @@ def _fold_name(value: Any) -> str | None:
 
 
 def row_folds(rows: "Dataset", column: str) -> list[str | None]:
-    """The fold of each row, see [`fold_names`]; of a column of classes, which holds their numbers, their names."""
-    from datasets import ClassLabel
-
+    """The fold of each row, see [`fold_names`]. `UserError` if there is no such column, or it has several values a row."""
     if column not in rows.column_names:
         raise missing_column(rows, column)
+    check_single_values(rows.features, column)
     encoded = column_array(rows, column).dictionary_encode()
-    values = encoded.dictionary.to_pylist()
-    if isinstance(feature := rows.features[column], ClassLabel):
-        values = [feature.names[i] if i >= 0 else None for i in values]  # -1 is "not known"
-    names = [*fold_names(values), None]
+    names = [*fold_names(encoded.dictionary.to_pylist(), rows.features[column]), None]
     return [names[i] for i in encoded.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)]
+
+
+def check_single_values(features: "Features", column: str) -> None:
+    """Raise a `UserError` if a row has several values in the column, by which rows are to be chosen."""
+    from datasets import ClassLabel, Value
+
+    if not isinstance(feature := features[column], (Value, ClassLabel)):
+        raise UserError(f"the column {column!r} holds {feature}, but rows are chosen by one value each: name another column")
 
 
 def select_folds(splits: "dict[str, Dataset]", column: str, values: Sequence[Any]) -> "Dataset":
@@ -184,7 +196,7 @@ def fold_values(splits: "dict[str, Dataset]", column: str) -> list[int | str]:
     folds = row_folds(all_rows(splits), column)
     if None in folds:
         raise UserError(f"the column {column!r} has rows without a value: give each clip a fold")
-    values = [int(fold) if fold.isdecimal() else fold for fold in _sorted_folds(folds)]
+    values = as_folds(_sorted_folds(folds))
     if len(values) < 2:
         raise UserError(f"the column {column!r} holds {values}, but to hold out each fold in turn, two are needed")
     return values

@@ -20,9 +20,9 @@ import numpy as np
 
 from ..errors import AudioDecodingError, UserError
 from ..settings import setting
-from .layouts import LAYOUTS, open_splits, shard_files
+from .layouts import LAYOUTS, SHARD_SUFFIXES, open_splits, shard_files
 from .paths import confined_path, decode_path, find_files, printable_path, stat_files
-from .rows import AudioColumn, all_rows, fold_names, select_folds
+from .rows import AudioColumn, all_rows, check_single_values, fold_names, select_folds
 
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class SourceSettings:
     path: str = setting("file, folder, or id on the Hub")
     weight: float = setting("passes over the source in an epoch: 0.5 is one half of it in one epoch, the other half in the next", 1.0)
     name: str = setting("name in reports; default: the last part of path", "")
-    split: str = setting("split to read, where there are several", "train")
+    split: str = setting("split to read; parquet and webdataset without a split train are read whole", "train")
     subset: str | None = setting("part of a data set that has several; configuration of a Hub data set", None)
     revision: str | None = setting("commit or tag of a Hub data set; without it, changes on the Hub change the run", None)
     audio_column: str | None = setting("column of the audio; default: the only one of type Audio", None)
@@ -50,7 +50,7 @@ class SourceSettings:
             raise UserError(f"kind is {self.kind!r}, but a source is one of {', '.join(LAYOUTS)}")
         if not isinstance(self.path, (str, Path)) or not str(self.path):
             raise UserError(f"path is {self.path!r}, but must be a file, a folder or a Hub id")
-        self.path = str(self.path)
+        self.path = os.path.expanduser(self.path)
         if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)) or not 0 < self.weight < math.inf:
             raise UserError(f"weight of {self.path} is {self.weight!r}, but must be a number above 0")
         if self.kind != "hub" and self.revision is not None:
@@ -134,29 +134,34 @@ class Source:
     @classmethod
     def open(cls, settings: SourceSettings) -> "Source":
         """Raises `UserError` if there is nothing at the path, no such split, or no audio in it."""
-        path, kind = Path(settings.path).expanduser(), settings.kind
+        path, kind = Path(settings.path), settings.kind
         splits = open_splits(
             settings.path, kind, subset=settings.subset, revision=settings.revision, streaming=True, audio_column=settings.audio_column
         )
-        if kind in ("parquet", "webdataset"):  # all splits: nothing is held out of pre-training
-            rows, shards = all_rows(splits), [file for found in shard_files(path, kind).values() for file in found]
-            files: list[Any] = _named_sizes([os.path.relpath(file, path) for file in shards], shards)
-        elif settings.split in splits:
-            rows, files = splits[settings.split], [settings.subset, settings.revision, settings.split]
-            if kind == "hub":
-                if path.is_dir():
-                    names = find_files(path, ("",))[0]
-                    files += _named_sizes(names, [str(path / name) for name in names])
-                else:
-                    files.append(settings.path)
-        else:
-            raise UserError(f"the {kind} source {settings.path} has no split {settings.split!r}, only {', '.join(splits)}")
+        chosen = [settings.split]
+        if settings.split not in splits:
+            if kind not in SHARD_SUFFIXES or settings.split != "train":
+                raise UserError(f"the {kind} source {settings.path} has no split {settings.split!r}, only {', '.join(splits)}")
+            chosen = list(splits)  # shards of any names, none of which is held out
+        rows = splits[chosen[0]]
+        files: list[Any] = [settings.subset, settings.revision, settings.split]
+        if kind in SHARD_SUFFIXES:
+            by_split, rows = shard_files(path, kind), all_rows({name: splits[name] for name in chosen})
+            shards = [file for name in chosen for file in by_split[name]]
+            files = _named_sizes([os.path.relpath(file, path) for file in shards], shards)
+        elif kind == "hub" and path.is_dir():
+            names = find_files(path, ("",))[0]
+            files += _named_sizes(names, [str(path / name) for name in names])
+        elif kind == "hub":
+            files.append(settings.path)
         if hasattr(rows, "num_rows"):
             for column, values in settings.keep.items():
                 rows = select_folds({settings.split: rows}, column, values)
             return cls(rows, settings.name, settings.weight)
         if absent := [column for column in settings.keep if column not in (rows.features or {})]:
             raise UserError(f"keep names the column {absent[0]!r}, but {settings.path} has only {', '.join(rows.features or {})}")
+        for column in settings.keep:
+            check_single_values(rows.features, column)
         keep = {column: set(fold_names(values)) for column, values in settings.keep.items()}
         return cls(rows, settings.name, settings.weight, keep, path if path.exists() else settings.path, files)
 
@@ -202,7 +207,7 @@ class Source:
         for batch in piece.iter(batch_size=ROWS_AT_ONCE):
             for values in zip(*batch.values()):
                 row = dict(zip(batch, values))
-                if all(fold_names([row[column]])[0] in wanted for column, wanted in self._keep.items()):
+                if all(fold_names([row[column]], self.features[column])[0] in wanted for column, wanted in self._keep.items()):
                     yield row
 
 

@@ -30,11 +30,11 @@ def expand(settings: FineTuningSettings) -> dict[str, FineTuningSettings]:
     folds: list[dict[str, Any]] = [{}]
     if settings.cross_validate and settings.fold_column is not None:
         every = fold_values(open_splits(settings.data_dir, settings.layout, subset=settings.subset), settings.fold_column)
-        if absent := [fold for fold in settings.test_folds if str(fold) not in map(str, every)]:  # before the first run
+        if absent := [fold for fold in settings.test_folds if fold not in every]:  # before the first run
             raise UserError(f"the column {settings.fold_column!r} has no fold {absent[0]}, only {', '.join(map(str, every))}")
-        free = [fold for fold in every if str(fold) not in map(str, settings.validation_folds)]
+        free = [fold for fold in every if fold not in settings.validation_folds]
         folds = [
-            {"test_folds": [held_out], "train_folds": [fold for fold in free if str(fold) != str(held_out)]}
+            {"test_folds": [held_out], "train_folds": [fold for fold in free if fold != held_out]}
             for held_out in settings.test_folds or free
         ]
     runs = {}

@@ -10,6 +10,7 @@ from transformers import TrainingArguments, get_scheduler
 from ..attention_sslam import CPU_HALF_PRECISION_ATTENTION
 from ..audio.labelled_data import LabelledDataSettings, check_memory
 from ..audio.normalization import check_normalization
+from ..audio.rows import as_folds
 from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS
@@ -229,6 +230,7 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
         return parts | ({"test": getattr(self, f"test_{by}")} if self.do_eval else {})
 
     def _check_data(self) -> None:
+        self.train_folds, self.validation_folds, self.test_folds = map(as_folds, (self.train_folds, self.validation_folds, self.test_folds))
         if self.fold_column is None and (self.train_folds or self.validation_folds or self.test_folds or self.cross_validate):
             raise UserError("folds or cross_validate are set, but fold_column, which they choose from, is not")
         if self.fold_column is not None and self.validation_split is not None:
@@ -240,7 +242,7 @@ class FineTuningSettings(TrainingDataSettings, ModelSettings, RecipeArguments):
             for value in [chosen] if isinstance(chosen, str) else map(str, chosen):
                 if (other := owner.setdefault(value, part)) != part:
                     raise UserError(f"{value!r} is both in the {other} and in the {part} part: keep them apart")
-        if len(set(map(str, self.test_folds))) < len(self.test_folds):
+        if len(set(self.test_folds)) < len(self.test_folds):
             raise UserError(f"test_folds is {self.test_folds}, but a fold given twice is one fold: give each once")
         if self.streaming:
             self._check_stream()
