@@ -368,7 +368,27 @@ def test_backgrounds_lie_below_the_events_at_the_level_that_is_written_down(fold
     with (tmp_path / "mixed" / "sources.csv").open() as stream:
         below_events = [row for row in csv.DictReader(stream) if row["file"].startswith("1/")]
     assert sum(int(row["backgrounds"]) for row in below_events) == 16
-    assert "uniform in -50 to -40 dB" in (tmp_path / "mixed" / "README.md").read_text()
+    card = (tmp_path / "mixed" / "README.md").read_text()
+    assert "uniform in -50 to -40 dB" in card
+    assert str(below) not in card
+
+
+def test_backgrounds_in_larger_files_have_their_names_there(folder: Path, below: Path, tmp_path: Path):
+    features = datasets.Features({"audio": datasets.Audio(decode=False)})
+    for fold in ("1", "2"):
+        (tmp_path / "larger" / fold).mkdir(parents=True)
+        audio = [{"bytes": file.read_bytes(), "path": f"{fold}-{file.name}"} for file in sorted((below / fold).iterdir())]
+        rows = datasets.Dataset.from_dict({"audio": [*audio[:1], {**audio[1], "path": None}]}, features=features)
+        rows.to_parquet(tmp_path / "larger" / fold / "train.parquet")
+    sources = {
+        f"{split}_backgrounds": [{"kind": "parquet", "path": str(tmp_path / "larger" / fold)}]
+        for split, fold in (("train", "1"), ("test", "2"))
+    }
+    make_benchmark(benchmark_settings(folder, tmp_path / "mixed", num_events=[1], **sources))
+    with (tmp_path / "mixed" / "sources.csv").open() as stream:
+        names = {row["file"] for row in csv.DictReader(stream)}
+    digest = hashlib.sha256((below / "1" / "1.wav").read_bytes()).hexdigest()
+    assert {"1/1-0.wav", "2/2-0.wav", f"1/{digest}"} <= names
 
 
 def test_backgrounds_of_both_splits_are_kept_apart(folder: Path, below: Path, tmp_path: Path):

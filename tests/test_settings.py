@@ -79,6 +79,8 @@ def read(*words: str) -> Example:
         ("--separator null", None),
         ("--separator ;", ";"),
         ("--separator #", "#"),  # a comment in YAML
+        ("--separator ~", "~"),  # null in YAML
+        ("--separator !", "!"),  # a tag of nothing in YAML
         ("--separator ,", ","),
         ("--separator |", "|"),
         ("--separator=- ", "- "),
@@ -111,6 +113,14 @@ def test_a_flag_takes_the_type_of_its_setting(words, expected):
         value = getattr(value, name)
     assert value == expected
     assert type(value) is type(expected)
+
+
+def test_the_home_folder_stands_in_files_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text('text: ~/clips\ninputs: [~/a.wav, ~b.wav]\nseparator: "~"\n')
+    settings = read("--config=~/mine.yaml")
+    assert (settings.text, settings.separator) == (str(tmp_path / "clips"), "~")
+    assert settings.inputs == [str(tmp_path / "a.wav"), "~b.wav"]
 
 
 def test_groups_in_lists_and_dictionaries_are_built():

@@ -17,6 +17,7 @@ write_settings(settings, "runs/first/settings.yaml")
 import copy
 import inspect
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -76,14 +77,22 @@ def parse_settings(cls: type[Settings], arguments: Sequence[str], *, prog: str =
 
 def _check_given(cls: type, values: Any) -> None:
     """Reject null where a setting has no such value, which jsonargparse accepts everywhere, and a path without a name: an unset variable
-    of the shell would stand for the current folder."""
+    of the shell would stand for the current folder. Expand `~/`, which no shell does in a file, nor every one behind `--name=`."""
     for name, kind, _ in _kinds(cls):
         group, _, _ = name.rpartition(".")
         value = values.get(name, MISSING)
         if value is None and kind is not Any and NoneType not in (kind, *get_args(kind)) and values.get(group, True) is not None:
             raise UserError(_unexpected(name, "null", kind) + ": give one, or leave it out")
+        if isinstance(value, str | list):
+            values[name] = _expand_home(value)
         if value == "" and name in PATHS:
             raise UserError(f"{name} is empty, but a path is expected{'' if name == 'output' else ': write . for the current folder'}")
+
+
+def _expand_home(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expand_home(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def read_settings(cls: type[Settings], file: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Settings:
@@ -128,9 +137,9 @@ def find_recipe(name: str | Path) -> Path:
     Raises:
         UserError: if there is none; it lists the recipes.
     """
-    named = RECIPES / f"{Path(name).stem}.yaml"
-    if Path(name).is_file():
-        return Path(name)
+    named, file = RECIPES / f"{Path(name).stem}.yaml", Path(name).expanduser()
+    if file.is_file():
+        return file
     if Path(name).name == str(name) and named.is_file():
         return named
     alike = did_you_mean(similar(Path(name).stem, recipe_names()))
@@ -199,8 +208,8 @@ def dump_yaml(values: Any) -> str:
 
 
 def _load(text: str) -> Any:
-    """As [`load_yaml`], but `#` alone, which may separate labels, is not an empty comment."""
-    return text if text.startswith("#") and "\n" not in text else load_yaml(text)
+    """As [`load_yaml`], but a single sign, which may separate labels, is itself: `#` not an empty comment, `~` and `!` not null."""
+    return text if text in ("~", "!") or (text.startswith("#") and "\n" not in text) else load_yaml(text)
 
 
 set_loader("strict_yaml", _load, exceptions=(UserError,))
@@ -318,10 +327,7 @@ def _flag(name: str, values: list[str], kinds: dict[str, Any]) -> str:
         raise UserError(f"{name} has the values {' '.join(values)}, but takes one: put quotes around a value with spaces")
     if not values:
         raise UserError(f"{name} has no value: write --{name} VALUE" if kind else f"there is no setting {name}: {closest(name, kinds)}")
-    value = values[0]
-    if value.startswith("~/"):  # not every shell expands it behind `--name=`
-        value = str(Path(value).expanduser())
-    return f"--{name}={value}"
+    return f"--{name}={values[0]}"
 
 
 def _required(cls: type) -> list[str]:

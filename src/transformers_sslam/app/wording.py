@@ -18,7 +18,7 @@ def minutes(seconds: float, digits: int = 0) -> str:
 def clock(seconds: float) -> str:
     """A length of time."""
     whole, rest = divmod(round(seconds), 60)
-    return f"{seconds:.1f} s" if seconds < 60 else f"{whole} min{f' {rest} s' if rest else ''}"
+    return f"{seconds:.1f} s" if whole == 0 else f"{whole} min{f' {rest} s' if rest else ''}"
 
 
 def listed(labels: list[str], most: int) -> str:

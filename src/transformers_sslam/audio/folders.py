@@ -96,7 +96,7 @@ def open_folder(root: Path) -> "DatasetDict":
 def open_manifest(manifest: Path) -> "DatasetDict":
     """One split, `train`, of a fairseq TSV: the root folder (relative to the manifest's), then `relative path<TAB>samples` a line."""
     try:
-        lines = manifest.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+        lines = manifest.read_text(encoding="utf-8-sig", errors="surrogateescape").removesuffix("\n").split("\n")
     except OSError as error:
         raise UserError(f"the manifest {manifest} cannot be read ({error.strerror})") from error
     if len(lines) < 2:

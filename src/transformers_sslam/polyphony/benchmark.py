@@ -318,6 +318,8 @@ def data_card(settings: BenchmarkSettings, report: dict[str, Any]) -> str:
     causes = ((split, cause, names) for split in SPLITS for cause, names in report["left_out"][split].items())
     left_out = [f"- {split}, {cause}: {', '.join(map(as_text, names))}" for split, cause, names in causes]
     kept = {name: value for name, value in settings_dict(settings).items() if name not in ("data_dir", "output_dir", "memory_gb")}
+    for group in ("train_backgrounds", "test_backgrounds"):
+        kept[group] = [{name: value for name, value in source.items() if name != "path"} for source in kept[group]]
     versions = [f"{module.__name__} {module.__version__}" for module in (datasets, np, pa, soundfile, torch)]
     return CARD.format(
         **{name: getattr(rules, name) for name in ("clip_seconds", "sampling_rate", "sounding_db")},

@@ -185,7 +185,7 @@ def _read_backgrounds(settings: SourceSettings, rules: MixtureSettings, split: s
         rows = open_table(source)
         metadata = rows.remove_columns("audio")
         for audio, values in zip(AudioColumn(rows), metadata if metadata.column_names else [{}] * len(rows)):
-            name = os.path.join(source.name, os.path.relpath(decode_path(audio["path"]), source.path))
+            name = os.path.join(source.name, _file_name(audio, source.path))
             known = {"file": name, "label": None, "recording": name, "sha256": _digest(audio)}
             table.append(known | {column: value for column, value in values.items() if column not in (*known, "split", "events")})
     return waveforms, [table[i] for i in waveforms.kept]
@@ -205,11 +205,14 @@ def _recordings(rows: datasets.Dataset, settings: SourceSettings) -> list[str]:
 
 
 def _file_names(rows: datasets.Dataset, settings: SourceSettings) -> list[str]:
-    """Paths relative to `data_dir`; of sounds in larger files, their names there or the hash of their content."""
-    return [
-        os.path.relpath(source["path"], settings.data_dir) if source.get("bytes") is None else source["path"] or _digest(source)
-        for source in AudioColumn(rows)
-    ]
+    return [_file_name(source, settings.data_dir) for source in AudioColumn(rows)]
+
+
+def _file_name(source: dict, folder: str) -> str:
+    """The path relative to a folder; of a sound in a larger file, its name there or the hash of its content."""
+    if source.get("bytes") is None:
+        return os.path.relpath(source["path"], folder)
+    return source["path"] or _digest(source)
 
 
 def _digest(source: dict) -> str:
