@@ -125,6 +125,33 @@ def test_scores_of_clips_saturate_without_overflow(shift):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@RATES
+def test_steps_are_weighted_by_their_clip(rate, per_patch):
+    """The geometric mean of both scores, which changes neither those of the clip nor the loss, nor what padding does."""
+    model, values, mask = detector(steps_per_second=rate, frame_pooling="patches"), log_mels(2, 96), sounding(70, 96, of=96)
+    labels = torch.rand(2, 6 * per_patch, 3)
+    plain = model(values, labels=labels, attention_mask=mask)
+    model.config.clip_weighting = True
+    found = model(values, labels=labels, attention_mask=mask)
+    assert torch.equal(found.clip_logits, plain.clip_logits)
+    assert torch.equal(found.loss, plain.loss)
+    expected = (plain.logits.double().sigmoid() * plain.clip_logits.double().sigmoid().unsqueeze(1)).sqrt()
+    torch.testing.assert_close(found.logits.double().sigmoid(), expected, atol=1e-6, rtol=0)
+    assert not torch.allclose(found.logits, plain.logits, atol=0.1)
+
+
+@pytest.mark.parametrize("shift", [-200.0, 200.0])
+def test_weighted_steps_saturate_without_overflow(shift):
+    model = detector(clip_weighting=True)
+    with torch.no_grad():
+        model.frame_classifier.bias.fill_(shift)
+    outputs = model(log_mels())
+    assert outputs.logits.isfinite().all()
+    torch.testing.assert_close(outputs.logits.sigmoid(), torch.full((2, 8, 3), float(shift > 0)), atol=2e-7, rtol=0)
+    outputs.logits.sum().backward()
+    assert all(parameter.grad.isfinite().all() for name, parameter in model.named_parameters() if parameter.grad is not None)
+
+
 def test_outputs_on_request_and_as_a_tuple():
     model = detector(attn_implementation="eager")
     with torch.inference_mode():
@@ -439,7 +466,7 @@ def test_compiles_into_one_graph_and_trains(rate):
 
 @pytest.mark.parametrize(("rate", "per_patch", "masked"), [(6.25, 1, False), (6.25, 1, True), (25, 4, True)])
 def test_exports_for_any_batch_and_length(rate, per_patch, masked):
-    model = detector(steps_per_second=rate, frame_pooling="attention")
+    model = detector(steps_per_second=rate, frame_pooling="attention", clip_weighting=masked)
     batch, patches = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("patches", min=2, max=16)
     kwargs, inputs = {"input_values": log_mels(3, 64)}, {"input_values": log_mels(5, 144)}
     if masked:

@@ -106,9 +106,10 @@ def encoder(tmp_path_factory) -> Exported:
 
 @pytest.fixture(scope="module", params=[6.25, 25], ids=["160 ms", "40 ms"])
 def detector(request, tmp_path_factory) -> Exported:
-    """Event detection, a mask, attention over frequency."""
+    """Event detection, a mask, attention over frequency, steps weighted by their clip."""
     folder = tmp_path_factory.mktemp("detector")
-    options = {"steps_per_second": request.param, "frame_pooling": "attention", "event_detection": {"threshold": {CLASSES[1]: 0.25}}}
+    heads = {"steps_per_second": request.param, "frame_pooling": "attention", "clip_weighting": True}
+    options = {**heads, "event_detection": {"threshold": {CLASSES[1]: 0.25}}}
     model = save(SSLAMForAudioFrameClassification, folder / "source", **options)
     exported = Exported(model, folder / "source", folder / "onnx")
     with noted(exported.remarks):

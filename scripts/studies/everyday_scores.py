@@ -45,7 +45,7 @@ def score_without_events(network: SSLAMForAudioFrameClassification, extractor: S
 
 
 def calibrated(scored: ScoredEvents, temperature: float) -> ScoredEvents:
-    """The scores of a model whose head is divided by the temperature (exact where no windows overlap)."""
+    """The scores of a model whose head is divided by the temperature: exact where windows do not overlap, and clips do not weight steps."""
     return scored._replace(
         scores={name: expit(as_logits(values) / temperature).astype(np.float32) for name, values in scored.scores.items()}
     )

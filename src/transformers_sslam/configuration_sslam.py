@@ -87,10 +87,10 @@ class SSLAMConfig(PreTrainedConfig):
         steps_per_second (`float`, defaults to 6.25):
             Time steps of event detection: 6.25, a step for each patch of 160 ms, or 12.5 or 25, between which it interpolates.
         clip_loss_weight (`float`, defaults to 1.0): Weight of the clips' labels in the loss of event detection, beside that of the steps'.
-        event_detection (`dict`, *optional*):
-            How scores over time become events, for each class where it was tuned: fields of `events_sslam.EventSettings`.
-        calibration (`dict`, *optional*):
-            For information: the `temperature` by which the head's weights were divided when the model was calibrated.
+        clip_weighting (`bool`, defaults to `False`):
+            Whether the score of a step in event detection is the geometric mean of its own and that of its clip (or window).
+        event_detection (`dict`, *optional*): How scores become events: fields of `events_sslam.EventSettings`, by class where tuned.
+        calibration (`dict`, *optional*): For information: the `temperature` that the head's weights were divided by.
         decoder_hidden_size (`int`, defaults to 768): Width of the convolutional decoder used in pre-training.
         decoder_num_hidden_layers (`int`, defaults to 6): Convolutions of that decoder.
         decoder_kernel_size (`int`, defaults to 3): Their kernel, odd, in patches.
@@ -133,9 +133,8 @@ class SSLAMConfig(PreTrainedConfig):
         target_normalization (`str`, defaults to `"instance"`):
             How each block's outputs are normalised before the targets average them: over each clip's patches (`"instance"`, as published),
             which makes every channel's mean over a clip 0, so that the target of CLS, the mean over patches, says little about the clip; or
-            by `"running"` statistics over clips, a mean for each position and a variance, which keep what clips differ in, and take away
-            what follows from the position. Small models on little audio learn more with these. They are kept for all positions up to
-            `max_length`.
+            by `"running"` statistics over clips, a mean for each position (up to `max_length`) and a variance, which keep what clips differ
+            in, and take away what follows from the position. Small models on little audio learn more with these.
         global_loss_weight (`float`, defaults to 1.0): Weight of the global (CLS) loss.
         global_loss_reduction (`str`, defaults to `"sum"`):
             `"sum"`, over views, so that the weight of the global loss grows with the batch, as published, or `"mean"`.
@@ -186,6 +185,7 @@ class SSLAMConfig(PreTrainedConfig):
     frame_pooling: Literal["mean", "attention", "patches"] = "mean"
     steps_per_second: float | int = 6.25
     clip_loss_weight: float | int = 1.0
+    clip_weighting: bool = False
     event_detection: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     decoder_hidden_size: int = 768

@@ -36,7 +36,9 @@ class SSLAMForAudioFrameClassification(SSLAMPreTrainedModel, SSLAMDetectionMixin
 
     Step `j` covers the seconds from `j / steps_per_second` to `(j + 1) / steps_per_second`. Patches of one time are pooled over frequency
     (`config.frame_pooling`). With more steps than patches in time, the vectors between them are interpolated linearly. The scores of a
-    clip are those of its steps, weighted by a softmax over time (as in PretrainedSED, Schmid et al., ICASSP 2025, arXiv 2409.09546).
+    clip are those of its steps, weighted by a softmax over time (as in PretrainedSED, Schmid et al., ICASSP 2025, arXiv 2409.09546). With
+    `config.clip_weighting` the score of a step is the geometric mean of its own and that of the clip, so that there are fewer events of a
+    class that the clip as a whole speaks against. The loss is that of both scores, whether or not they are combined.
     """
 
     scoring = ClipScoring
@@ -113,6 +115,8 @@ class SSLAMForAudioFrameClassification(SSLAMPreTrainedModel, SSLAMDetectionMixin
             sounding = None if sounding_steps is None else sounding_steps.unsqueeze(-1)
             clip_loss = known_binary_cross_entropy(clip_logits, clip_labels, name="clip_labels")
             loss = known_binary_cross_entropy(logits, labels, sounding) + self.config.clip_loss_weight * clip_loss
+        if self.config.clip_weighting:
+            logits = _geometric_mean(logits, clip_logits.unsqueeze(1))
         return SSLAMFrameClassifierOutput(
             loss=loss, logits=logits, clip_logits=clip_logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -159,6 +163,13 @@ class SSLAMForAudioFrameClassification(SSLAMPreTrainedModel, SSLAMDetectionMixin
         weights = sounding.any(-1, keepdim=True).to(steps.dtype)
         total = _upsample(weights, self.steps_per_patch)
         return _upsample(steps * weights, self.steps_per_patch) / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def _geometric_mean(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The logit of `sqrt(sigmoid(logits) * sigmoid(others))`, at most 16, where float32 scores end: beyond, `exp(x) - 1` would be 0."""
+    log_score = (nn.functional.logsigmoid(logits.float()) + nn.functional.logsigmoid(others.float())) / 2
+    log_score = log_score.clamp(max=-(2.0**-23))
+    return (log_score - torch.log(-torch.expm1(log_score))).to(logits.dtype)
 
 
 def _upsample(steps: torch.Tensor, factor: int) -> torch.Tensor:
