@@ -255,6 +255,31 @@ def test_a_class_folder_without_audio_is_named(tmp_path, caplog):
     assert "without any audio file, which are not classes: owl (1 .txt)" in caplog.text
 
 
+def test_the_sound_of_video_is_read_and_files_that_are_not_read_are_counted(tmp_path, caplog):
+    write(tmp_path, "train/dog/a.wav", "train/dog/b.mkv", "train/cat/c.mpga", "train/cat/d.voc", "test/dog/e.mov", "test/cat/f.wav")
+    write(tmp_path, "train/cat/labels.txt", "train/cat/.hidden", "extra/g.avi", "h.avi", "train/owl/i.voc")
+    assert labels(tmp_path) == {"a.wav": ["dog"], "b.mkv": ["dog"], "c.mpga": ["cat"]}
+    for message in (
+        f"1 files below {tmp_path}/train are not read, as their suffix is not one of audio (1 .voc), such as cat/d.voc",
+        f"2 files below {tmp_path} are not read, as their suffix is not one of audio (2 .avi), such as extra/g.avi",
+        "which are not classes: owl (1 .voc)",
+    ):
+        assert caplog.text.count(message) == 1
+    assert len(caplog.messages) == 3
+    caplog.clear()
+    assert len(open_splits(tmp_path, "folder")["train"]) == 5
+    assert "4 files below" in caplog.text
+    assert "(2 .avi, 2 .voc), such as extra/g.avi" in caplog.text
+
+
+def test_files_that_neither_the_metadata_nor_a_suffix_of_audio_name_are_counted(tmp_path, caplog):
+    write(tmp_path, "a.wav", "b.voc", "c.voc")
+    write_metadata(tmp_path, "file_name,label", "a.wav,dog", "b.voc,cat")
+    assert labels(tmp_path) == {"a.wav": ["dog"], "b.voc": ["cat"]}
+    assert "1 files below" in caplog.text
+    assert "(1 .voc), such as c.voc" in caplog.text
+
+
 def test_folders_of_different_depth_are_no_classes_and_that_is_said(tmp_path, caplog):
     write(tmp_path, "dog/a.wav", "cat/young/b.wav")
     (rows,) = open_splits(tmp_path).values()

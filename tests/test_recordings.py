@@ -34,7 +34,7 @@ from transformers_sslam.evaluation.loading import load_model  # noqa: E402
 from transformers_sslam.files import lock  # noqa: E402
 from transformers_sslam.recordings import inputs  # noqa: E402
 from transformers_sslam.recordings.embed import EmbedSettings, embed_files  # noqa: E402
-from transformers_sslam.recordings.inputs import Recording, current_state, cut_into_portions, find_recordings  # noqa: E402
+from transformers_sslam.recordings.inputs import Recording, current_state, cut_into_portions, find_recordings, lists_among  # noqa: E402
 from transformers_sslam.recordings.processing import Summary, compute_here  # noqa: E402
 from transformers_sslam.recordings.ray_engine import _Compute, _Prepare  # noqa: E402
 from transformers_sslam.recordings.tag import TagSettings, tag_files  # noqa: E402
@@ -191,6 +191,44 @@ def test_recordings_behind_links_are_found(tmp_path):
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "elsewhere").symlink_to(tmp_path / "deep")
     assert find_recordings(str(tmp_path / "linked")) == [str(tmp_path / "linked" / "elsewhere" / "c.ogg")]
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_other_names_of_a_file_are_left_out_and_counted(tmp_path, caplog, link):
+    write(tmp_path, "a/x.wav", "c/z.wav")
+    (tmp_path / "b").mkdir()
+    link(tmp_path / "a" / "x.wav", tmp_path / "b" / "y.wav")
+    assert find_recordings([str(tmp_path), str(tmp_path / "c" / ".." / "a" / "x.wav")]) == [
+        str(tmp_path / "a/x.wav"),
+        str(tmp_path / "c/z.wav"),
+    ]
+    assert caplog.messages == [f"1 files among the inputs are other names (links) and left out: {tmp_path}/b/y.wav is {tmp_path}/a/x.wav"]
+
+
+def test_files_of_a_folder_that_are_not_read_are_counted_by_suffix(tmp_path, caplog):
+    write(tmp_path, "a.wav", "b.mkv", "c.MOV", "d.avi", "deep/e.AVI", "f.zip", "g", "tags.csv", "README", "cover.jpg", ".cache/x.voc", ".y")
+    assert [Path(found).name for found in find_recordings(str(tmp_path))] == ["a.wav", "b.mkv", "c.MOV"]
+    message = "not read, as their suffix is not one of audio (2 .avi, 1 .zip, 1 without a suffix), such as d.avi: rename or convert"
+    assert f"4 files below {tmp_path} are {message}" in caplog.text
+    caplog.clear()
+    find_recordings(str(tmp_path), warn=False)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", ["film.mov", "film.mkv", "sound.dat", "sound"])
+def test_a_file_given_by_name_is_a_recording_unless_it_is_text(model, tmp_path, name):
+    import av
+
+    sound = av.AudioFrame.from_ndarray(noise(1.0, seed=3)[None], format="fltp", layout="mono")
+    sound.sample_rate = RATE
+    with av.open(tmp_path / name, "w", format="mov" if name == "film.mov" else "matroska") as file:
+        picture, stream = file.add_stream("mpeg4", rate=25), file.add_stream("aac", rate=RATE)
+        picture.width = picture.height = 32
+        stream.layout = "mono"
+        file.mux(picture.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))) + picture.encode(None))
+        file.mux(stream.encode(sound) + stream.encode(None))
+    assert lists_among(str(tmp_path / name)) == []
+    assert tag_files(settings(model, tmp_path / name, tmp_path / "tags.jsonl")).finished == 1
 
 
 def test_inputs_that_hold_nothing_are_rejected(tmp_path):

@@ -25,8 +25,9 @@ from .paths import decode_path, printable_path, source_name
 # fmt: off
 AUDIO_SUFFIXES = (
     ".wav", ".wave", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".bwf",
-    ".m4a", ".m4b", ".mp4", ".aac", ".wma", ".webm", ".weba", ".mka", ".amr", ".3gp", ".ape", ".wv", ".ac3", ".eac3", ".dts", ".mp2",
-    ".tta", ".spx",
+    ".m4a", ".m4b", ".m4r", ".mp4", ".aac", ".adts", ".wma", ".asf", ".webm", ".weba", ".mka", ".amr", ".awb", ".3gp", ".3gpp", ".3ga",
+    ".3g2", ".ape", ".wv", ".ac3", ".eac3", ".ec3", ".dts", ".dtshd", ".mp1", ".mp2", ".m2a", ".mpa", ".mpga", ".tta", ".spx", ".ogx",
+    ".mkv", ".mov", ".qt", ".m4v", ".f4v", ".f4a", ".ogv", ".wmv",  # of video, whose sound is read
 )
 # fmt: on
 LOWEST_RATE = 1000  # Hz; below it a header is damaged, or what it describes is not sound

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +22,7 @@ import pyarrow as pa
 from ..errors import UserError
 from ..files import hash_file
 from .decode import AUDIO_SUFFIXES
+from .left_out import count_suffixes, is_hidden, warn_of_repeats, warn_of_unread
 from .metadata import METADATA_FILES, Metadata, read_metadata
 from .paths import encode_path, files_below, find_files, printable_path
 
@@ -86,11 +87,16 @@ def _encode_classes(values: Sequence[Any], feature: Any) -> Sequence[Any]:
 
 def open_folder(root: Path) -> "DatasetDict":
     """One split, `train`, of all files below a folder with an audio suffix; a file with several names (links) is one clip."""
-    names, repeats = find_files(root, AUDIO_SUFFIXES)
-    if not names:
+    names, repeats = find_files(root, ("",))
+    if not (audio := [name for name in names if name.lower().endswith(AUDIO_SUFFIXES)]):
         raise UserError(f"the folder {root} is empty: no file below it ends in {', '.join(AUDIO_SUFFIXES)}")
-    _warn_of_repeats(root, repeats)
-    return import_datasets().DatasetDict(train=table_of_files([os.path.join(root, name) for name in names if name not in repeats]))
+    warn_of_unread(root, names)
+    warn_of_repeats(f"below {root}", _of_audio(repeats))
+    return import_datasets().DatasetDict(train=table_of_files([os.path.join(root, name) for name in audio if name not in repeats]))
+
+
+def _of_audio(repeats: dict[str, str]) -> dict[str, str]:
+    return {other: first for other, first in repeats.items() if other.lower().endswith(AUDIO_SUFFIXES)}
 
 
 def open_manifest(manifest: Path) -> "DatasetDict":
@@ -121,13 +127,17 @@ def open_audio_folder(root: Path) -> "DatasetDict":
         UserError: if there is no audio, a row of metadata names a file outside the folder, or one file lies in two class folders.
     """
     datasets = import_datasets()
-    splits = {name: list(_list_files(places)) for name, places in audio_folder_splits(root).items()}
+    places_of = audio_folder_splits(root)
+    splits = {name: list(_list_files(places)) for name, places in places_of.items()}
     listings = [listing for split in splits.values() for listing in split]
     if not any(listing.audio or listing.metadata for listing in listings):
         raise UserError(
             f"{root} cannot be read as an audio folder: no file in it ends in {', '.join(AUDIO_SUFFIXES)}; it must hold class folders of "
             "audio, or audio and a metadata.csv"
         )
+    places = [place for places in places_of.values() for place in places]
+    if places != [root]:
+        warn_of_unread(root, (os.path.relpath(path, root) for top in root.iterdir() if top not in places for path in _files_of(top)))
     if any(listing.metadata for listing in listings):
         if without := [listing.folder for listing in listings if listing.audio and not listing.metadata]:
             raise UserError(f"{root} has a file of metadata, but {without[0]} has none: list its clips too")
@@ -167,6 +177,11 @@ def audio_folder_splits(root: Path) -> dict[str, list[Path]]:
     return {split: [root / top for top, its in split_of.items() if its == split] for split in SPLIT_FOLDERS if split in split_of.values()}
 
 
+def _files_of(path: Path) -> Iterator[str]:
+    """A file, or those below a folder."""
+    return (os.path.join(path, name) for name in files_below(path, ("",))) if path.is_dir() else iter([str(path)])
+
+
 def _holds(path: Path, suffixes: tuple[str, ...]) -> bool:
     if path.is_dir():
         return any(True for _ in files_below(path, suffixes))
@@ -174,11 +189,13 @@ def _holds(path: Path, suffixes: tuple[str, ...]) -> bool:
 
 
 class _Listing(NamedTuple):
-    """Names relative to `folder`, sorted: of audio, without further names (links); of metadata; further names, with the first of each."""
+    """Names relative to `folder`, sorted: of audio, without further names (links); of metadata; of what is neither, nor an archive; further
+    names, with the first of each."""
 
     folder: Path
     audio: list[str]
     metadata: list[str]
+    others: list[str]
     repeats: dict[str, str]
 
 
@@ -189,36 +206,29 @@ def _list_files(places: Sequence[Path]) -> Iterator[_Listing]:
         names, repeats = find_files(folder, ("",))
         audio = [name for name in names if name.lower().endswith(AUDIO_SUFFIXES)]
         metadata = [name for name in names if os.path.basename(name).lower() in METADATA_FILES]
+        others = [name for name in names if not name.lower().endswith((*AUDIO_SUFFIXES, ".zip"))]
         if not metadata:
-            _check_folders(folder, names, audio, repeats)
-        yield _Listing(folder, [name for name in audio if name not in repeats], metadata, repeats)
+            _check_folders(folder, audio, others, repeats)
+        yield _Listing(folder, [name for name in audio if name not in repeats], metadata, others, repeats)
         yield from _list_files([folder / name for name in names if name.lower().endswith(".zip")])
 
 
-def _check_folders(root: Path, names: Sequence[str], audio: Sequence[str], repeats: dict[str, str]) -> None:
-    """Warn of class folders without audio, and reject a file that lies in two folders."""
-    suffixes: dict[str, Counter] = defaultdict(Counter)
-    for name in names:
-        if not os.path.basename(name).startswith("."):
-            suffixes[os.path.dirname(name)][os.path.splitext(name)[1] or "no suffix"] += 1
+def _check_folders(root: Path, audio: Sequence[str], others: Sequence[str], repeats: dict[str, str]) -> None:
+    """Warn of class folders without audio, and of files that are not read in the others. Reject a file that lies in two folders."""
     with_audio = {str(folder) for name in {os.path.dirname(name) for name in audio} for folder in (Path(name), *Path(name).parents)}
-    if without := sorted(suffixes.keys() - with_audio - {""}):
-        found = [
-            f"{printable_path(folder)} ({', '.join(f'{count} {suffix}' for suffix, count in suffixes[folder].most_common(3))})"
-            for folder in without
-        ]
+    without: dict[str, list[str]] = defaultdict(list)
+    for name in others:
+        if not is_hidden(name) and (folder := os.path.dirname(name)) and folder not in with_audio:
+            without[folder].append(name)
+    if without:
+        found = [f"{printable_path(folder)} ({count_suffixes(names)})" for folder, names in sorted(without.items())]
         logger.warning(f"folders below {root} without any audio file, which are not classes: {', '.join(found)}")
-    repeats = {other: first for other, first in repeats.items() if other.lower().endswith(AUDIO_SUFFIXES)}
+    warn_of_unread(root, [name for name in others if os.path.dirname(name) not in without])
+    repeats = _of_audio(repeats)
     for other, first in repeats.items():
         if os.path.dirname(first) != os.path.dirname(other):
             raise UserError(f"{printable_path(other)} and {printable_path(first)} below {root} are one file in two folders: keep one")
-    _warn_of_repeats(root, repeats)
-
-
-def _warn_of_repeats(root: Path, repeats: dict[str, str]) -> None:
-    if repeats:
-        shown = [f"{printable_path(other)} is {printable_path(first)}" for other, first in list(repeats.items())[:3]]
-        logger.warning(f"{len(repeats)} files below {root} are other names (links) and left out: {', '.join(shown)}")
+    warn_of_repeats(f"below {root}", repeats)
 
 
 def _extract(archive: Path) -> Path:
@@ -267,7 +277,7 @@ def _open_listed(listings: Sequence[_Listing], root: Path) -> "Dataset":
 
 
 def _check_listed(listing: _Listing, files: Sequence[Metadata]) -> None:
-    """Warn of clips that are listed twice, not listed, or missing. `UserError` if all are missing."""
+    """Warn of clips that are listed twice, not listed, not read or missing. `UserError` if all are missing."""
     listed = [(metadata, row) for metadata in files for row in range(len(metadata.paths))]
     first_names = {os.path.join(listing.folder, other): os.path.join(listing.folder, name) for other, name in listing.repeats.items()}
     present = {os.path.join(listing.folder, name) for name in listing.audio}
@@ -290,6 +300,7 @@ def _check_listed(listing: _Listing, files: Sequence[Metadata]) -> None:
             f"{len(left_out)} of {len(present)} audio files below {listing.folder} are not in its metadata and left out, such as "
             f"{printable_path(min(left_out))}"
         )
+    warn_of_unread(listing.folder, [name for name in listing.others if os.path.join(listing.folder, name) not in first])
     if absent:  # counted again, as missing, where clips are decoded
         metadata, row = listed[absent[0]]
         message = (

@@ -1,12 +1,14 @@
 """Recordings to process: found below folders and in lists, divided among processes, read in windows."""
 
 import os
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..audio.ahead import map_ahead
 from ..audio.decode import AUDIO_SUFFIXES, check_scale, read_blocks
+from ..audio.left_out import warn_of_repeats, warn_of_unread
 from ..audio.paths import files_below, printable_path, stat_files
 from ..batching_sslam import Span, Windows
 from ..errors import AudioDecodingError, UserError, as_user_error
@@ -40,26 +42,42 @@ def absolute_path(path: str) -> str:
 def lists_among(inputs: str | Sequence[str]) -> list[str]:
     """The inputs that [`find_recordings`] reads as lists of paths: files that are not audio by their name."""
     names = [inputs] if isinstance(inputs, str) else inputs
-    return [name for name in names if Path(name).is_file() and Path(name).suffix.lower() not in AUDIO_SUFFIXES]
+    return [name for name in names if Path(name).is_file() and not _is_recording(Path(name))]
 
 
-def find_recordings(inputs: str | Sequence[str]) -> list[str]:
+def _is_recording(path: Path) -> bool:
+    """Whether an input that is not a folder is a recording and not a list of them: by its suffix, or because it is not text."""
+    if path.suffix.lower() in AUDIO_SUFFIXES:
+        return True
+    if not path.is_file():  # such as a pipe, which is read once
+        return False
+    with path.open("rb") as file:
+        head = file.read(2**16)
+    return b"\0" in head and not head.startswith((BOM_UTF16_LE, BOM_UTF16_BE))  # a list in UTF-16 is an error
+
+
+def find_recordings(inputs: str | Sequence[str], warn: bool = True) -> list[str]:
     """Paths of all recordings, each file once by whatever name: those below folders sorted, those of lists in their order. A URL is one.
+
+    `warn`: count what is left out, other names of files and files below folders whose suffix is not one of audio.
 
     Raises:
         UserError: if there is no input, or one is missing, is not text, or holds no recording.
     """
     if not inputs:
         raise UserError("inputs is empty: give a folder, an audio file, or a list of paths")
-    found: dict[str, str] = {}
+    found: list[str] = []
     for name in map(str, [inputs] if isinstance(inputs, (str, Path)) else inputs):
         path = Path(name)
         with as_user_error(f"{name} is not a folder, audio file or list of paths"):
             if "://" in name:
                 here = [name]
             elif path.is_dir():
-                here = sorted(str(path / below) for below in files_below(path, AUDIO_SUFFIXES))
-            elif path.suffix.lower() in AUDIO_SUFFIXES:
+                names = list(files_below(path, ("",)))
+                here = sorted(str(path / below) for below in names if below.lower().endswith(AUDIO_SUFFIXES))
+                if warn:
+                    warn_of_unread(path, names)
+            elif _is_recording(path):
                 if not path.is_file():
                     raise FileNotFoundError("there is no such file")
                 here = [name]
@@ -74,9 +92,25 @@ def find_recordings(inputs: str | Sequence[str]) -> list[str]:
             raise UserError(
                 f"{name} holds no recording: expected are files with {', '.join(AUDIO_SUFFIXES)}, or a list with a path on each line"
             )
-        for recording in here:
-            found.setdefault(recording if "://" in recording else os.path.realpath(recording), recording)  # a link is the same file
-    return list(found.values())
+        found += here
+    first_names, repeats = _first_names(found)
+    if warn:
+        warn_of_repeats("among the inputs", repeats)
+    return first_names
+
+
+def _first_names(paths: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The first name of each file, and the other names (links), each with the first one. Another spelling of a path is the same name."""
+    files = [path for path in paths if "://" not in path]
+    states = dict(zip(files, stat_files(files)))
+    first: dict[tuple[int, int] | str, str] = {}
+    repeats: dict[str, str] = {}
+    for path in paths:
+        state = states.get(path)
+        known = first.setdefault((state.st_dev, state.st_ino) if state and state.st_ino else absolute_path(path), path)
+        if absolute_path(known) != absolute_path(path):
+            repeats[path] = known
+    return list(first.values()), repeats
 
 
 def _listed(line: str, folder: Path) -> str:

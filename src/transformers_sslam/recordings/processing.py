@@ -172,7 +172,7 @@ def process(settings: RecordingsSettings, write_output: Callable[[Parts, list[st
     output, (rank, processes, local) = Path(settings.output), process_numbers()
     if settings.engine == "ray" and processes > 1:
         raise UserError(f"engine is ray, but {processes} processes were started: start one, and set ray_workers")
-    paths = find_recordings(settings.inputs)
+    paths = find_recordings(settings.inputs, warn=rank == 0)
     device = settings.device
     if device is None and (device := best_device().type) != "cpu":
         device = f"{device}:{local}"
