@@ -115,6 +115,27 @@ def test_rows_that_name_no_file_are_left_out_and_counted(tmp_path, caplog):
     assert f"2 rows without a file name are left out, such as line 3 of {tmp_path / 'metadata.csv'}" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet", "numbers.jsonl"])
+def test_a_table_in_which_no_row_names_a_file_is_an_error(tmp_path, name):
+    write(tmp_path, "a.wav")
+    file, cell, place = tmp_path / f"metadata.{name.split('.')[1]}", "None", "line 1"
+    if name == "metadata.csv":
+        file.write_text("file_name,label\n,x\n,y\n")
+        place = "line 2"
+    elif name == "metadata.jsonl":
+        file.write_text('{"file_name": null, "label": "x"}\n' * 2)
+    elif name == "numbers.jsonl":
+        file.write_text('{"file_name": 1, "label": "x"}\n')
+        cell = "1"
+    else:
+        write_table(pa.table({"file_name": [b"a.wav"], "label": ["x"]}), file)
+        cell, place = "b'a.wav'", "row 1"
+    with pytest.raises(
+        UserError, match=f"^{place} of .*{file.name} has ['\"]{cell}['\"] in the column file_name, and no other row has a name"
+    ):
+        open_splits(tmp_path)
+
+
 def test_a_clip_comes_as_often_as_it_is_listed(tmp_path, caplog):
     write(tmp_path, "a.wav", "b.wav")
     write_metadata(tmp_path, "file_name,label", "a.wav,dog", "b.wav,cat", "./a.wav,dog")

@@ -48,8 +48,8 @@ def read_metadata(file: Path, boundary: Path) -> Metadata:
     and an event without label and times are a clip without events.
 
     Raises:
-        UserError: if it cannot be read, has no column `file_name`, lists an absolute path or one outside of the folder `boundary`, or has
-            something else in `events`.
+        UserError: if it cannot be read, has no column `file_name`, lists an absolute path or one outside of the folder `boundary`, has rows
+            but no name in them, or has something else in `events`.
     """
     read = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[file.suffix.lower()]
     try:
@@ -66,6 +66,11 @@ def read_metadata(file: Path, boundary: Path) -> Metadata:
     names = table["file_name"].to_pylist()
     if nameless := [i for i, name in enumerate(names) if not (isinstance(name, str) and name)]:
         first = Metadata(file, [], lines, table).place(nameless[0])
+        if len(nameless) == len(names):
+            raise UserError(
+                f"{first} has {str(names[0])[:80]!r} in the column file_name, and no other row has a name either: give each clip's path, "
+                "relative to this file, as text"
+            )
         logger.warning(f"{len(nameless)} rows without a file name are left out, such as {first}")
         kept = sorted(set(range(len(names))).difference(nameless))
         table, names, lines = table.take(kept), [names[i] for i in kept], [lines[i] for i in kept]
