@@ -1,10 +1,12 @@
 """Files of events as other programs read them, and folders of them that are written whole or not at all."""
 
 import csv
+import json
 import os
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -84,6 +86,31 @@ def test_a_selection_table_has_the_columns_that_raven_needs_and_the_range_of_the
     assert (second["Selection"], second["Begin Time (s)"], second["Annotation"]) == ("2", "1.200", "rain or hail")
     formats.write_raven(tmp_path / "table.txt", [], 8000.0)
     assert (tmp_path / "table.txt").read_text().count("\n") == 1  # the names of the columns
+
+
+LINES = [f"a{end}b" for end in ("\r", "\n", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\x85\u2028")]
+
+
+def test_text_with_line_ends_stays_one_cell_of_a_table(tmp_path):
+    formats.write_csv(tmp_path / "a.csv", ["x", *LINES], ([number, *LINES, None] for number in range(2)))
+    with (tmp_path / "a.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["x", *LINES], *([str(number), *LINES, ""] for number in range(2))]
+    for line in LINES:  # each quoted for its own sake
+        formats.write_csv(tmp_path / "a.csv", ["path", "label"], [["a.wav", line]])
+        assert pd.read_csv(tmp_path / "a.csv")["label"].tolist() == [line]
+
+
+def test_text_with_line_ends_is_on_one_line(tmp_path):
+    formats.write_lines(tmp_path / "a.jsonl", ({"path": line, "ü": 1} for line in LINES))
+    lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["path"] for line in lines] == LINES
+    assert '"ü"' in lines[0]
+    events = [Event(0.0, 1.0, line, 0.5) for line in LINES]
+    formats.write_audacity(tmp_path / "track.txt", events, 8000.0)
+    formats.write_raven(tmp_path / "table.txt", events, 8000.0)
+    formats.write_dcase(tmp_path / "events.tsv", [(line, events) for line in LINES])
+    for name, rows in (("track.txt", len(LINES)), ("table.txt", 1 + len(LINES)), ("events.tsv", 1 + len(LINES) ** 2)):
+        assert len((tmp_path / name).read_text(encoding="utf-8").splitlines()) == rows
 
 
 def test_small_tables_share_row_groups_and_no_table_is_a_table(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 from pyarrow.parquet import write_table
 
+from transformers_sslam.audio.annotations import read_texts
 from transformers_sslam.audio.labels import Event
 from transformers_sslam.audio.layouts import open_splits
 from transformers_sslam.audio.rows import read_rows
@@ -450,6 +451,12 @@ def test_strong_labels_say_that_a_clip_has_no_events(tmp_path):
         found = read(rows)
         assert found.pop("a.wav") == [Event("Cat" if layout == "idmt_desed" else "siren", 0.0, 1.0)]
         assert found == {"b.wav": [], "c.wav": [], "d.wav": []}
+
+
+def test_a_label_may_hold_characters_at_which_python_splits_lines(tmp_path):
+    write_text(tmp_path / "a.txt", "0\t1\tsi\u2028ren", "1\t2\tsi\x85ren")
+    found = read_texts([tmp_path / "a.txt"])
+    assert found == {"a": [{"label": "si\u2028ren", "onset": 0.0, "offset": 1.0}, {"label": "si\x85ren", "onset": 1.0, "offset": 2.0}]}
 
 
 def test_audioset_says_that_a_clip_has_no_events(audioset_strong):

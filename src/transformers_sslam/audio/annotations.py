@@ -38,7 +38,7 @@ def read_texts(paths: Iterable[Path], classes: Collection[str] | None = None, so
     annotations: Events = {}
     for path in sorted(paths):
         annotations[path.stem] = []
-        for number, line in enumerate(read_text(path).splitlines(), start=1):
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
             place, values = f"line {number} of {path}", line.split("\t")
             if soft and number == 1 and values[:2] == ["onset", "offset"]:
                 continue

@@ -7,7 +7,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -23,6 +23,7 @@ from .parts import Parts
 
 
 DIGITS = 4  # of scores
+LINE_ENDS = r"[\t-\r\x1c-\x1e\x85\u2028\u2029]"  # all at which `str.splitlines` splits, and the tab
 COLUMNS = ("path", "start", "end", "label", "score", "error")
 ROWS_AT_ONCE = 2**16
 SCHEMA = pa.schema(zip(COLUMNS, (pa.string(), pa.float64(), pa.float64(), pa.string(), pa.float32(), pa.string())))
@@ -63,18 +64,21 @@ def names_within(paths: Sequence[str]) -> list[str]:
 
 
 def write_lines(file: Path, records: Iterable[dict[str, Any]]) -> None:
-    """JSON Lines."""
+    """JSON Lines. JSON escapes control characters; the other characters at which some readers end a line are escaped here."""
     with _text(file) as text:
         for record in records:
-            text.write(json.dumps(record, ensure_ascii=False) + "\n")
+            text.write(re.sub(LINE_ENDS, lambda found: f"\\u{ord(found[0]):04x}", json.dumps(record, ensure_ascii=False)) + "\n")
 
 
 def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table in which no cell is one that a spreadsheet would compute."""
     with _text(file) as text:
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(map(spreadsheet_cell, header))
-        writer.writerows(map(spreadsheet_cell, row) for row in rows)
+        plain = csv.writer(text, lineterminator="\n")
+        quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        for row in chain([header], rows):
+            cells = [spreadsheet_cell(cell) for cell in row]
+            # Before Python 3.13 `csv` does not quote a carriage return, at which readers begin a row.
+            (quoted if any("\r" in cell for cell in cells if isinstance(cell, str)) else plain).writerow(cells)
 
 
 def write_parquet(file: Path, rows: Iterator[Sequence[Any]]) -> None:
@@ -156,4 +160,4 @@ def _text(file: Path) -> Any:
 
 def _cell(text: str) -> str:
     """Of a table that has no quotes."""
-    return re.sub(r"[\t\r\n]+", " ", text)
+    return re.sub(f"{LINE_ENDS}+", " ", text)
