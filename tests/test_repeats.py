@@ -14,6 +14,7 @@ import yaml
 
 from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.intervals import summarize
+from transformers_sslam.files import SEAL
 from transformers_sslam.finetuning.repeats import expand, format_runs, repeat_fine_tuning
 from transformers_sslam.finetuning.settings import FineTuningSettings
 
@@ -143,6 +144,26 @@ def test_finished_runs_are_not_made_again(series, copy):
     summary = repeat_fine_tuning(copy)
     assert made(copy) == before
     assert summary["metrics"]["loss"]["runs"] == {name: series[1]["metrics"]["loss"]["runs"][name] for name in RUNS[:2]}
+
+
+def test_results_that_were_changed_are_not_believed(series, copy, caplog):
+    file, before = Path(copy.output_dir) / RUNS[0] / "results.json", made(copy)
+    results = json.loads(file.read_text())
+    results["metrics"]["accuracy"] = 0.9
+    file.write_text(json.dumps(results))
+    summary = repeat_fine_tuning(copy)
+    assert f"{file} is damaged: it was changed since it was written" in caplog.text
+    assert summary["metrics"]["accuracy"]["runs"][RUNS[0]] == series[1]["metrics"]["accuracy"]["runs"][RUNS[0]]
+    assert [made(copy)[name] > before[name] for name in RUNS[:2]] == [True, False]
+
+
+def test_runs_of_earlier_versions_which_did_not_seal_results_are_finished(copy):
+    file, before = Path(copy.output_dir) / RUNS[0] / "results.json", made(copy)
+    results = json.loads(file.read_text())
+    del results[SEAL]
+    file.write_text(json.dumps(results))
+    repeat_fine_tuning(copy)
+    assert made(copy) == before
 
 
 def test_a_series_goes_on_where_it_was_interrupted(series, copy):

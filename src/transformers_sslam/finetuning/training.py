@@ -136,7 +136,7 @@ def fine_tune(settings: FineTuningSettings) -> dict[str, Any]:
                     origin=describe_origin(settings.model, [settings.data_dir]),
                 )
             results["files"] = describe_files(output, [name for name in MODEL_FILES if (output / name).exists()])
-            write_json(output / RESULTS, results)
+            write_json(output / RESULTS, results, sealed=True)
             for folder in checkpoints(output):
                 shutil.rmtree(folder)
         if arguments.push_to_hub:
