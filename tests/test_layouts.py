@@ -1,6 +1,8 @@
 """Data sets as their authors distribute them, each built in miniature: what is read, and how each kind of damage is refused."""
 
 import io
+import pickle
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -118,6 +120,12 @@ def test_clips_that_the_metadata_do_not_list_are_counted(tmp_path, caplog):
 # Parquet and the Hub
 
 
+def encoded_clip() -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(160), 16_000, format="WAV")
+    return file.getvalue()
+
+
 def write_parquet(path: Path, *names: str, column: str = "audio", audio: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     encoded = io.BytesIO()
@@ -144,6 +152,33 @@ def test_parquet_files_are_sorted_into_splits_by_their_names(tmp_path, streaming
     assert first["labels"] == [0, 1]
     assert soundfile.info(io.BytesIO(first["audio"]["bytes"])).frames == 160
     assert isinstance(splits, datasets.IterableDatasetDict) == streaming
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_in_archives_are_text(tmp_path, streaming):
+    labels = [b"001", b"1\n", b"dog", "Büro".encode()]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number, label in enumerate(labels):
+            for suffix, content in (("wav", encoded_clip()), ("cls", label), ("id", label)):
+                member = tarfile.TarInfo(f"{number}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    splits = open_splits(str(tmp_path), "webdataset", streaming=streaming)
+    if streaming:
+        splits = pickle.loads(pickle.dumps(splits))  # as worker processes may receive it
+    assert [(row["cls"], row["id"], row["audio"]["path"]) for row in splits["train"]] == [
+        ("001", "001", "0.wav"),
+        ("1", "1", "1.wav"),
+        ("dog", "dog", "2.wav"),
+        ("Büro", "Büro", "3.wav"),
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_damaged_archive_is_named(tmp_path, streaming):
+    (tmp_path / "a.tar").write_bytes(b"no archive" * 200)
+    with pytest.raises(UserError, match=r"the data set .*a.tar cannot be opened \(invalid header\)"):
+        open_splits(str(tmp_path / "a.tar"), "webdataset", streaming=streaming)
 
 
 def test_shards_beside_their_index_are_a_training_split(tmp_path):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from tarfile import TarError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import pyarrow as pa
@@ -142,8 +143,22 @@ def _load(builder: str, path: Path, audio_column: str | None, **arguments) -> "S
     """`datasets.load_dataset` with one error; the audio column is renamed to `audio`, undecoded."""
     datasets = import_datasets()
     try:
-        splits = datasets.load_dataset(builder, **arguments)
-    except (pa.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, LookupError, StopIteration) as error:
+        if builder == "webdataset":
+            from .archives import load_webdataset
+
+            splits = load_webdataset(**arguments)
+        else:
+            splits = datasets.load_dataset(builder, **arguments)
+    except (
+        pa.ArrowException,
+        datasets.exceptions.DatasetsError,
+        TarError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        StopIteration,
+    ) as error:
         said = " ".join(str(error).split()) or "it holds no rows"
         raise UserError(f"the data set {path} cannot be opened ({said}): check path, subset and revision, or download it again") from error
     for name, rows in splits.items():
