@@ -9,6 +9,7 @@ import runpy
 import socket
 import struct
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,19 +54,27 @@ def tone(seconds: float, rate: int = RATE) -> np.ndarray:
     return (0.5 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
 
 
-def by_ffmpeg(seconds: float, codec: str, container_format: str, rate: int = RATE, channels: int = 1, piped=False, **options) -> bytes:
-    """A tone; `piped` as to a file in which nothing can be written again."""
+def by_ffmpeg(
+    seconds: float, codec: str, container_format: str, rate: int = RATE, channels: int = 1, piped=False, second=0.0, **options
+) -> bytes:
+    """A tone; `piped` as to a file in which nothing can be written again; `second`: the seconds of another stream, if any."""
     layout, file = "mono" if channels == 1 else "stereo", io.BytesIO()
     if codec == "wmav2":
         options["b"] = "128k"  # it has no default
     target = SimpleNamespace(write=file.write) if piped else file
     with av.open(target, "w", format=container_format, options=options.pop("muxer", {})) as container:
         stream = container.add_stream(codec, rate=rate, layout=layout, options=options)
+        other = container.add_stream(codec, rate=rate, layout="mono", options=options) if second else None
         samples = np.tile(tone(seconds, rate), (channels, 1))
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), "fltp", layout)
         frame.sample_rate, frame.pts = rate, 0
         for packet in (*stream.encode(frame), *stream.encode(None)):
             container.mux(packet)
+        if other is not None:
+            frame = av.AudioFrame.from_ndarray(tone(second, rate)[None], "fltp", "mono")
+            frame.sample_rate, frame.pts = rate, 0
+            for packet in (*other.encode(frame), *other.encode(None)):
+                container.mux(packet)
     return file.getvalue()
 
 
@@ -350,6 +359,18 @@ def test_a_tag_that_reaches_into_the_sound_is_found():
     assert cause(with_size(data, 8, 1, data[8] + 16)) == "damaged"
 
 
+@pytest.mark.parametrize("data", [encoded(tone(0.5)), encoded(tone(0.5), "FLAC"), encoded(tone(0.5), "MP3")], ids=["WAV", "FLAC", "MP3"])
+def test_thousands_of_tags_before_a_file_are_skipped(data):
+    assert seconds_of(id3(b"") * 3000 + data) == 0.5
+
+
+@pytest.mark.parametrize(
+    "tags", [COVER, APE + ID3V1, APE[-5072:], bytes(500_000)], ids=["ID3v2", "APE, ID3v1", "APE without header", "zeros"]
+)
+def test_tags_behind_a_flac_do_not_matter(tags):
+    assert seconds_of(encoded(tone(1.0), "FLAC", "PCM_16") + tags) == 1
+
+
 def test_tags_before_other_formats_are_skipped_and_their_cuts_are_found():
     for data in (encoded(tone(2.0), "FLAC", "PCM_16"), by_ffmpeg(2.0, "aac", "adts", 44_100), encoded(tone(2.0), "OGG", "VORBIS")):
         assert seconds_of(COVER + data) == seconds_of(data)
@@ -422,10 +443,49 @@ def test_a_header_that_claims_more_than_there_is_is_a_cut(claim):
 def test_a_header_that_claims_less_than_there_is_or_contradicts_itself_is_damaged():
     wav, aiff, flac = (encoded(tone(1.0), kind, "PCM_16") for kind in ("WAV", "AIFF", "FLAC"))
     assert cause(with_size(wav, 40, 4, 16_000)) == "damaged"
-    assert cause(wav + wav) == "damaged"
     assert cause(with_size(wav, 24, 4, 8000)) == "damaged"
     assert cause(with_size(aiff, aiff.index(b"COMM") + 10, 4, 8000, "big")) == "damaged"
     assert cause(flac[:22] + (4096).to_bytes(4, "big") + flac[26:]) == "damaged"
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype", "marker", "width"),
+    [("AU", "PCM_16", b"\0\0\0\x18", 4), ("CAF", "FLOAT", b"data", 8), ("AIFF", "FLOAT", b"SSND", 4)],
+)
+def test_a_size_that_leaves_out_half_of_the_sound_is_damaged(kind, subtype, marker, width):
+    data = encoded(tone(1.0), kind, subtype)
+    at = data.index(marker) + 4
+    half = int.from_bytes(data[at : at + width], "big") // 8 * 4
+    assert cause(with_size(data, at, width, half, "big")) == "damaged"
+
+
+@pytest.mark.parametrize("subtype", ["PCM_24", "FLOAT", "ULAW"])
+@pytest.mark.parametrize("frames", [RATE // 2, 2 * RATE])
+def test_an_aiff_whose_number_of_frames_contradicts_its_sound_is_damaged(subtype, frames):
+    data = encoded(tone(1.0), "AIFF", subtype)
+    assert cause(with_size(data, data.index(b"COMM") + 10, 4, frames, "big")) == "damaged"
+
+
+def test_two_chunks_of_sound_are_damaged():
+    for between in (b"", chunk(b"LIST", b"INFO")):
+        assert cause(wav(wav_format(), chunk(b"data", PCM), between, chunk(b"data", PCM))) == "damaged"
+
+
+def test_sound_behind_that_looks_like_a_chunk_is_found():
+    """But it does not end within the file."""
+    data = wav(wav_format(), chunk(b"data", PCM[:32_000] + b"abcd\xff\xff\xff\x7f" + PCM[32_000:]))
+    assert cause(with_size(data, 40, 4, 32_000)) == "damaged"
+    unclosed = wav(wav_format(), chunk(b"data", b"abcd\xff\xff\xff\x7f" + PCM))
+    assert abs(seconds_of(with_size(unclosed, 40, 4, 0)) - 2) < 0.01
+
+
+@pytest.mark.parametrize("claim", [0, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("short", [0, 2**32 - 1])
+def test_an_rf64_that_was_not_closed_has_left_its_sound(claim, short):
+    data = encoded(tone(1.0), "RF64", "PCM_16")
+    at = data.index(b"ds64") + 8
+    data = data[:at] + 3 * claim.to_bytes(8, "little") + data[at + 24 :]
+    np.testing.assert_array_equal(both(with_size(data, data.index(b"data") + 4, 4, short)), load_waveform(encoded(tone(1.0))))
 
 
 def test_a_recorder_that_was_not_closed_has_left_its_sound_and_an_empty_file_has_none():
@@ -484,6 +544,72 @@ def test_a_file_that_was_cut_off_is_not_read(kind, subtype, fraction):
 def test_a_container_that_was_cut_off_is_not_read(codec, form, muxer, fraction):
     data = by_ffmpeg(3.0, codec, form, 48_000, muxer=muxer)
     assert cause(data[: int(len(data) * fraction)]) in ("truncated", "unreadable", "damaged")
+
+
+def with_cover(asf: bytes) -> bytes:
+    """With a picture, which FFmpeg gives as a stream of video, among the objects of the header."""
+    name, text = "WM/Picture\0".encode("utf-16-le"), "image/png\0\0".encode("utf-16-le")
+    picture = b"\x89PNG\r\n\x1a\n" + bytes(200)
+    value = b"\3" + struct.pack("<I", len(picture)) + text + picture
+    content = struct.pack("<HH", 1, len(name)) + name + struct.pack("<HH", 1, len(value)) + value
+    guid = uuid.UUID("D2D0A440-E307-11D2-97F0-00A0C95EA850").bytes_le
+    item = guid + struct.pack("<Q", 24 + len(content)) + content
+    size, count = struct.unpack("<QI", asf[16:28])
+    return asf[:16] + struct.pack("<QI", size + len(item), count + 1) + asf[28:size] + item + asf[size:]
+
+
+@pytest.mark.parametrize("change", [bytes, with_cover], ids=["plain", "cover"])
+@pytest.mark.parametrize(("codec", "rate"), [("wmav2", 44_100), ("pcm_s16le", 8000)])
+def test_every_cut_of_windows_media_is_found(change, codec, rate):
+    """FFmpeg replaces the duration of a cut file by an estimate."""
+    data = change(by_ffmpeg(3.0, codec, "asf", rate))
+    with av.open(io.BytesIO(data)) as container:
+        assert len(container.streams.video) == (change is with_cover)
+    assert abs(seconds_of(data) - 3) < 0.1
+    for fraction in (0.98, 0.7, 0.2, 0.1):
+        assert cause(data[: int(len(data) * fraction)]) == "truncated"
+
+
+@pytest.mark.parametrize(
+    ("codec", "form", "rate"),
+    [
+        ("aac", "mp4", 44_100),
+        ("alac", "mov", 44_100),
+        ("aac", "3gp", 44_100),
+        ("alac", "caf", 44_100),
+        ("tta", "tta", 44_100),
+        ("libmp3lame", "wav", 44_100),
+        ("adpcm_ms", "wav", 22_050),
+        ("wmav2", "asf", 44_100),
+        ("libopus", "webm", 48_000),
+        ("libopencore_amrnb", "amr", 8000),
+        ("PCM_16", "WAV", RATE),
+        ("PCM_16", "FLAC", RATE),
+        ("PCM_16", "AU", RATE),
+        ("FLOAT", "CAF", RATE),
+        ("ALAC_16", "CAF", RATE),
+        ("FLOAT", "AIFF", RATE),
+        ("PCM_16", "W64", RATE),
+    ],
+)
+def test_joined_files_are_not_taken_for_their_first_part(codec, form, rate):
+    if form.isupper():
+        data, short = (encoded(tone(seconds), form, codec) for seconds in (1.0, 0.5))
+    elif codec not in av.codecs_available:
+        pytest.skip("this build of FFmpeg has no such encoder")
+    else:
+        data, short = (by_ffmpeg(seconds, codec, form, rate) for seconds in (1.0, 0.5))
+    assert abs(seconds_of(data) - 1) < 0.1
+    for joined in (data + data, data + short, short + data, data + ID3V1 + data, data + COVER + short):
+        assert cause(joined) in ("damaged", "truncated")
+    assert cause(data + data) == "damaged"
+
+
+@pytest.mark.parametrize("kind", ["FLAC", "AU", "CAF", "WAV"])
+def test_a_file_of_another_format_behind_is_found(kind):
+    others = (encoded(tone(1.0)), by_ffmpeg(1.0, "libmp3lame", "mp3", 44_100) + ID3V1, by_ffmpeg(1.0, "wavpack", "wv", 44_100))
+    for other in others:
+        assert cause(encoded(tone(1.0), kind) + other) == "damaged"
 
 
 def test_a_damaged_or_missing_ogg_page_is_found():

@@ -1,6 +1,7 @@
 """The length of the sound as container formats tell it, by which a decoder's result is known to be the whole file."""
 
 import io
+import re
 import struct
 import zlib
 from typing import BinaryIO, Literal, NamedTuple
@@ -14,14 +15,20 @@ _PCM_TAGS = (1, 3, 6, 7, 0xFE)  # low bytes of a WAV's format tag: PCM, float, A
 _FLAC_RATES = (0, 88_200, 176_400, 192_000, 8000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000)
 _COMMON_RATES = {*_FLAC_RATES[1:], 11_025, 12_000}
 _FLAC_BITS = (0, 8, 12, 0, 16, 20, 24, 32)
-_MASTERS = (0x18538067, 0x1F43B675)  # Matroska's segment and cluster
+_SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675  # of Matroska
+_BESIDE_SEGMENT = (_SEGMENT, 0x1A45DFA3, 0xEC, 0xBF)  # another one, the header of another file, padding, a checksum
+_ASF_DATA = bytes.fromhex("3626b2758e66cf11")
+_AU_BYTES = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}  # of a sample, by the encoding
+_AIFC_BYTES = {b"fl32": 4, b"fl64": 8, b"in24": 3, b"in32": 4, b"alaw": 1, b"ulaw": 1}  # of a sample; others by the header
+_LEAST_RATE = 1000  # bytes a second, where the header of compressed sound does not tell
+_FILES = (b"RIFF", b"RF64", b"BW64", b"FORM", b"riff", b"caff", b"wvpk")  # how files begin, and chunks do not
 
 
 class Window(io.RawIOBase):
-    """Bytes `start` to `end` of a file, as a file."""
+    """Bytes `start` to `end` of a file, as a file. `head` is read in place of its first bytes."""
 
-    def __init__(self, file: BinaryIO, start: int, end: int):
-        self._file, self._start, self._size, self._at = file, start, end - start, 0
+    def __init__(self, file: BinaryIO, start: int, end: int, head: bytes = b""):
+        self._file, self._start, self._size, self._head, self._at = file, start, end - start, head, 0
 
     def readable(self) -> bool:
         return True
@@ -39,6 +46,7 @@ class Window(io.RawIOBase):
     def readinto(self, buffer) -> int:
         self._file.seek(self._start + self._at)
         data = self._file.read(max(0, min(len(buffer), self._size - self._at)))
+        data = self._head[self._at :][: len(data)] + data[max(0, len(self._head) - self._at) :]
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -58,14 +66,19 @@ def find_data_chunk(file: BinaryIO, size: int, name: str) -> DataChunk | None:
 
     Raises:
         AudioDecodingError: "truncated" if they end behind the file, "damaged" if over 0.1 s of what is not a chunk, a tag or zeros
-            follows them, or if the header contradicts itself.
+            follows them, if there are several such chunks, or if the header contradicts itself.
     """
     head = read_at(file, 0, 40)
     kind = head[:4]
     order: Literal["little", "big"] = "little"
-    if kind == b".snd":
-        return _within(DataChunk(int.from_bytes(head[4:8], "big"), _known(int.from_bytes(head[8:12], "big")), None, False), size, name)
-    if kind == b"riff" and head[24:28] == b"wave":
+    found: DataChunk | None = None
+    long, rate, seconds = 0, 0.0, None  # `rate` in bytes a second
+    at = width = count = align = own = 0
+    if kind == b".snd" and len(head) >= 24:
+        start, length, encoding, hertz, channels = struct.unpack(">5I", head[4:24])
+        found, rate = DataChunk(start, _known(length), None, False), hertz * channels * _AU_BYTES.get(encoding, 0)
+        at = size if found.size is None else start + length
+    elif kind == b"riff" and head[24:28] == b"wave":
         at, width, count, align, own = 40, 16, 8, 8, 24
     elif kind in (b"RIFF", b"RF64", b"BW64") and head[8:12] == b"WAVE":
         at, width, count, align, own = 12, 4, 4, 2, 0
@@ -75,14 +88,13 @@ def find_data_chunk(file: BinaryIO, size: int, name: str) -> DataChunk | None:
         at, width, count, align, own, order = 8, 4, 8, 1, 0, "big"
     else:
         return None
-    found: DataChunk | None = None
-    long, rate, seconds = 0, 0.0, None  # `rate` in bytes a second
-    while at + width + count <= size:
+    while kind != b".snd" and at + width + count <= size:
         chunk = read_at(file, at, width + count + 24)
         identity, body, start = chunk[:4], chunk[width + count :], at + width + count
         length = int.from_bytes(chunk[width : width + count], order) - own
-        if found is not None and (not all(32 <= byte < 127 for byte in identity) or identity in (b"RIFF", b"RF64", b"FORM")):
-            break  # not a chunk: more sound, or another file
+        is_chunk = all(32 <= byte < 127 for byte in identity) and identity not in _FILES and start + length <= size
+        if found is not None and not is_chunk:
+            break  # more sound, or another file
         if identity == b"ds64":  # of RF64: the size in 64 bits
             long = int.from_bytes(body[8:16], "little")
         elif identity == b"fmt " and len(body) >= 16:
@@ -93,38 +105,79 @@ def find_data_chunk(file: BinaryIO, size: int, name: str) -> DataChunk | None:
                 if not is_common or frame != channels * bits / 8:
                     raise damaged(name, "has a header whose rates contradict each other")
                 rate = sampling_rate * frame
-        elif identity == b"COMM" and head[8:12] == b"AIFF" and len(body) >= 18:  # AIFF is always PCM
-            frame = int.from_bytes(body[:2], "big") * -(-int.from_bytes(body[6:8], "big") // 8)
+        elif identity == b"COMM" and len(body) >= 18:
+            coding = b"NONE" if head[8:12] == b"AIFF" else body[18:22]
+            sample = _AIFC_BYTES.get(coding.lower(), -(-int.from_bytes(body[6:8], "big") // 8))
             exponent = int.from_bytes(body[8:10], "big") & 0x7FFF  # of an 80-bit float
             hertz = int.from_bytes(body[10:18], "big") * 2.0 ** (min(exponent, 16_500) - 16_446)
-            rate, seconds = hertz * frame, int.from_bytes(body[2:6], "big") / hertz if hertz else None
-        elif identity in (b"data", b"SSND") and found is None:
+            if hertz and (coding in (b"NONE", b"twos", b"sowt", b"raw ") or coding.lower() in _AIFC_BYTES):
+                rate, seconds = hertz * int.from_bytes(body[:2], "big") * sample, int.from_bytes(body[2:6], "big") / hertz or None
+        elif identity == b"desc" and len(body) >= 24:  # of CAF
+            hertz, packet, frames = struct.unpack(">d8xII", body[:24])
+            rate = hertz * packet / frames if frames else 0.0
+        elif identity in (b"data", b"SSND"):
+            if found is not None:
+                raise damaged(name, "has more than one chunk of sound")
             length = long if length == 2**32 - 1 and long else length
-            known = None if count == 8 and length >= 2**62 else length if count == 8 or length == long else _known(length)
+            known = None if length >= 2**62 else length if count == 8 or length == long else _known(length)
             found = DataChunk(start, known, None, False)
             if known is None:
                 at = size
                 break
         at = start + max(0, length) + -length % align
-        if align == 2 and length % 2 and read_at(file, at - 1, 1) > b"\0":
+        if align == 2 and length % 2 and at <= size and read_at(file, at - 1, 1) > b"\0":
             at -= 1  # some writers leave the padding out
     if found is None:
         return None
-    if found.size and rate and (size - at) / rate > LOST and not _is_padding(file, at):
+    if found.size and (size - at) / (rate or _LEAST_RATE) > LOST and not is_padding(file, at, size):
+        if read_at(file, at, 4) in (kind, *_FILES):
+            raise joined(name)
         raise damaged(name, f"has {size - at} bytes behind the sound that its header declares")
     if seconds is None and rate:
         seconds = (found.size or size - found.start) / rate
     return _within(found._replace(seconds=seconds, closed=at >= size), size, name)
 
 
-def _is_padding(file: BinaryIO, at: int) -> bool:
-    """Whether only a tag or zeros lie from here to the end."""
-    block = read_at(file, at, 2**18)
-    if block.startswith((b"ID3", b"APETAGEX")):
-        return True
-    while block and not block.strip(b"\0"):
-        block = file.read(2**18)
-    return not block
+def is_padding(file: BinaryIO, at: int, size: int) -> bool:
+    """Whether only tags and zeros lie from here to the end."""
+    while tag := tag_length(read_at(file, at, 44), size - at):
+        at += tag
+    size = without_last_tags(file, size)
+    while at < size:
+        if read_at(file, at, min(2**18, size - at)).strip(b"\0"):
+            return False
+        at += 2**18
+    return True
+
+
+def without_last_tags(file: BinaryIO, size: int) -> int:
+    """The size of the file without the ID3v1 and the APE tag at its end."""
+    if read_at(file, max(0, size - 128), 3) == b"TAG":
+        size -= 128
+    foot = read_at(file, max(0, size - 32), 32)
+    if foot[:8] == b"APETAGEX" and len(foot) == 32:
+        size -= int.from_bytes(foot[12:16], "little") + (32 if foot[23] & 0x80 else 0)
+    return size
+
+
+def tag_length(head: bytes, left: int) -> int:
+    """Bytes of the ID3, APE or Lyrics3 tag that starts with `head`, of `left` ones; 0 if it is not a tag."""
+    if head[:3] == b"ID3" and len(head) >= 10 and not any(byte & 0x80 for byte in head[6:10]):
+        return 10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]) + 10 * (head[5] >> 4 & 1)
+    if head[:3] == b"TAG" and left >= 128:
+        return 128
+    if head[:8] == b"APETAGEX" and len(head) >= 32:
+        return 32 + (int.from_bytes(head[12:16], "little") if head[23] & 0x20 else 0)  # a header, or only the footer
+    return left if head[:11] == b"LYRICSBEGIN" else 0
+
+
+def occurs_again(file: BinaryIO, size: int, first: bytes) -> bool:
+    """Whether the first bytes of a file stand at another place in it, too."""
+    at, found = 1, -1
+    while at < size and found < 0:
+        found = read_at(file, at, 2**20 + len(first)).find(first)
+        at += 2**20
+    return found >= 0
 
 
 def _within(found: DataChunk, size: int, name: str) -> DataChunk:
@@ -146,6 +199,10 @@ def damaged(name: str, problem: str) -> AudioDecodingError:
     return AudioDecodingError("damaged", f"{name} {problem}: copy or download it again")
 
 
+def joined(name: str) -> AudioDecodingError:
+    return AudioDecodingError("damaged", f"{name} is made of files joined together, of which the first alone would be read: split it")
+
+
 def read_at(file: BinaryIO, at: int, length: int) -> bytes:
     file.seek(at)
     return file.read(length)
@@ -158,14 +215,22 @@ def flac_seconds(file: BinaryIO, size: int, name: str) -> float | None:
         raise truncated(name)
     packed = int.from_bytes(info[10:18], "big")  # 20 bits rate, 3 channels, 5 bits per sample, 36 samples
     total, largest = packed & (2**36 - 1), int.from_bytes(info[7:10], "big")
-    tail = read_at(file, max(0, size - max(2**18, largest + 2**16)), size)
-    end, at = None, len(tail)
-    while end is None and (at := tail.rfind(b"\xff", 0, at)) >= 0:
-        end = _flac_frame_end(tail[at : at + 16], info, packed)
+    end, begin, at = None, size, 0
+    for window in (max(2**18, largest + 2**16), 2**22):  # the second one is for a cover behind the sound
+        if end is None and begin > 0:
+            begin = max(0, size - window)
+            tail = read_at(file, begin, window)
+            at = len(tail)
+            while end is None and (at := tail.rfind(b"\xff", 0, at)) >= 0:
+                end = _flac_frame_end(tail[at : at + 16], info, packed)
     if total and end != total:
         if end is not None and end < total:
             raise truncated(name)
         raise damaged(name, "has a last frame that does not end where its header says")
+    if end is not None and (longest := largest or 2**18) < without_last_tags(file, size) - begin - at:
+        tags = re.compile(rb"ID3|APETAGEX|TAG|LYRICSBEGIN|\0{16}").finditer(tail, at, at + longest + 16)
+        if not any(is_padding(file, begin + tag.start(), size) for tag in tags):
+            raise damaged(name, "has more than a tag behind its sound")
     return None if end is None or not packed >> 44 else end / (packed >> 44)
 
 
@@ -204,35 +269,70 @@ def _flac_frame_end(head: bytes, info: bytes, packed: int) -> int | None:
 
 
 def check_mp4(file: BinaryIO, size: int, name: str) -> bool:
-    """Whether the file has fragments. Raises "truncated" if a box ends behind it or the movie header, often the last box, is missing."""
-    at, kinds = 0, []
+    """Whether the file has fragments.
+
+    Raises:
+        AudioDecodingError: "truncated" if a box ends behind the file or the movie header, often the last box, is missing; "damaged" if
+            there are several, of which FFmpeg reads the first.
+    """
+    at, headers = 0, b""  # "moov" of movies, and "moof" of fragments
     while at + 8 <= size:
         head = read_at(file, at, 16)
         length = int.from_bytes(head[:4], "big")
         if length == 1:
             length = int.from_bytes(head[8:], "big")
-        kinds.append(head[4:8])
+        if at + length > size and is_padding(file, at, size):
+            break
+        headers += head[4:8] if head[4:7] == b"moo" else b""
         at = size if length == 0 else at + max(length, 8)
-    if at > size or b"moov" not in kinds:
+    if at > size or b"moov" not in headers:
         raise truncated(name)
-    return b"moof" in kinds
+    if headers.count(b"moov") > 1:
+        raise joined(name)
+    return b"moof" in headers
+
+
+def check_asf(file: BinaryIO, size: int, name: str) -> None:
+    """Raise "truncated" if an object ends behind the file, for which FFmpeg estimates a shorter duration, "damaged" if a file follows."""
+    at, kind = 0, read_at(file, 0, 16)
+    while at + 24 <= size:
+        head = read_at(file, at, 24)
+        if at and head[:16] == kind:
+            raise joined(name)
+        length = int.from_bytes(head[16:], "little")
+        if not 24 <= length <= size - at:
+            is_live = head[:8] == _ASF_DATA and not 24 <= length < 2**63
+            if is_live or is_padding(file, at, size):
+                return
+            raise truncated(name)
+        at += length
 
 
 def check_matroska(file: BinaryIO, size: int, name: str) -> None:
-    """Raise "truncated" if an element ends behind the file; those of unknown size, of live streams, are looked into."""
-    at = 0
+    """Raise "truncated" if an element ends behind the file, "damaged" if something else follows.
+
+    Elements of unknown size, of live streams, are looked into.
+    """
+    at, beside = 0, False  # behind a segment of known size
     while at + 2 <= size:
         head = read_at(file, at, 12)
         width = 9 - head[0].bit_length()  # of the identity, then of the size: bytes
+        identity = int.from_bytes(head[:width], "big")
+        if beside and identity not in _BESIDE_SEGMENT:
+            if not is_padding(file, at, size):
+                raise damaged(name, f"has {size - at} bytes behind its sound")
+            return
         if width > 4 or len(head) <= width or (count := 9 - head[width].bit_length()) > 8:
             return
         length = int.from_bytes(head[width : width + count], "big") & (1 << 7 * count) - 1
         at += width + count
         if length == (1 << 7 * count) - 1:
-            if int.from_bytes(head[:width], "big") not in _MASTERS:
+            if identity not in (_SEGMENT, _CLUSTER):
                 return
         elif (at := at + length) > size:
             raise truncated(name)
+        else:
+            beside = beside or identity == _SEGMENT
 
 
 def ogg_links(file: BinaryIO, size: int, name: str) -> list[tuple[int, int]]:

@@ -10,13 +10,31 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import AudioDecodingError
-from .containers import LOST, Window, check_matroska, check_mp4, damaged, find_data_chunk, flac_seconds, ogg_links, read_at, truncated
-from .frames import FIRST_FRAME, FrameReader, tag_length
+from .containers import (
+    LOST,
+    Window,
+    check_asf,
+    check_matroska,
+    check_mp4,
+    damaged,
+    find_data_chunk,
+    flac_seconds,
+    is_padding,
+    joined,
+    occurs_again,
+    ogg_links,
+    read_at,
+    tag_length,
+    truncated,
+)
+from .frames import FIRST_FRAME, FrameReader
 
 
 # FFmpeg's other demuxers read playlists, which open further files and addresses, pictures and text.
 _DEMUXERS = "aac,ac3,aiff,amr,ape,asf,au,caf,dts,dtshd,eac3,flac,matroska,webm,mov,mp4,m4a,3gp,mp3,ogg,tta,w64,wav,wv"
 _BY_SOUNDFILE = (b"OggS", b"RIFF", b"RF64", b"riff", b"FORM", b"fLaC", b".snd", b"caff")
+_BY_MOVIES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # the first box of MP4 or QuickTime
+_ONCE = (b"fLaC", b"#!AM", b"TTA1", b"MAC ")  # FLAC, AMR, TTA, APE: what they begin with stands nowhere else in them
 _LARGEST_READ = 2**20  # samples of all channels decoded at a time, whatever a header claims
 _FRAMES_AT_ONCE = 64  # of FFmpeg, mixed down together
 _TIMED = ("mov", "ogg", "matroska", "asf")  # FFmpeg's formats whose time stamps are not counted from what is decoded
@@ -43,16 +61,20 @@ def _pieces(file: BinaryIO, name: str, seconds: float) -> Iterator[Piece]:
     size = file.seek(0, io.SEEK_END)
     if size == 0:
         raise AudioDecodingError("empty", f"{name} holds no bytes")
-    head = read_at(file, 0, 12)
-    by_soundfile, declared, is_exact = head[:4] in _BY_SOUNDFILE, None, True
-    if head[:3] == b"ID3" and 0 < (length := tag_length(head, size)) < size:  # before a file of any format
-        if FIRST_FRAME.search(read_at(file, 0, min(length, 2**22))):
+    head, start = read_at(file, 0, 12), 0
+    while head[:3] == b"ID3" and 0 < (length := tag_length(head, size - start)) < size - start:  # before a file of any format
+        if FIRST_FRAME.search(read_at(file, start, min(length, 2**22))):
             raise damaged(name, "has an ID3 tag that reaches into its sound")
-        yield from _pieces(_part(file, length, size), name, seconds)
-        return
+        start += length
+        head = read_at(file, start, 12)
+    if start:
+        file, size = _part(file, start, size), size - start
     if head[0] == 0xFF and head[1:2] > b"\xe1" and (head[1] & 6 or head[1] & 0xF6 == 0xF0):
         yield from _by_frames(FrameReader(file, size, not head[1] & 6, name), name)
         return
+    if head[:4] in _ONCE and occurs_again(file, size, head[:6]):
+        raise joined(name)
+    by_soundfile, declared, is_exact = head[:4] in _BY_SOUNDFILE, None, True
     if head[:4] == b"OggS":
         if len(links := ogg_links(file, size, name)) > 1:  # of which libsndfile reads the first stream alone
             for start, end in links:
@@ -60,16 +82,26 @@ def _pieces(file: BinaryIO, name: str, seconds: float) -> Iterator[Piece]:
             return
     elif head[:4] == b"fLaC":
         declared = flac_seconds(file, size, name)
-    elif head[4:8] == b"ftyp":
+    elif head[4:8] in _BY_MOVIES:
         is_exact = not check_mp4(file, size, name)
     elif head[:4] == b"\x1aE\xdf\xa3":
         check_matroska(file, size, name)
+    elif head[:4] == b"\x30\x26\xb2\x75":
+        check_asf(file, size, name)
     elif (data := find_data_chunk(file, size, name)) is not None:
         declared = data.seconds
+        if not data.size and head[:4] in (b"RF64", b"BW64"):  # without a size of 64 bits it is read as a WAV of unknown size
+            file = _part(file, 0, size, b"RIFF")
         if data.size == 0:  # empty, or of a recorder that was not closed
             if data.closed:
                 raise AudioDecodingError("empty", f"{name} holds no samples")
             by_soundfile = False
+    yield from _decode(file, size, name, seconds, by_soundfile, declared, is_exact)
+
+
+def _decode(
+    file: BinaryIO, size: int, name: str, seconds: float, by_soundfile: bool, declared: float | None = None, is_exact: bool = True
+) -> Iterator[Piece]:
     file.seek(0)
     if by_soundfile:
         import soundfile
@@ -88,8 +120,8 @@ def _pieces(file: BinaryIO, name: str, seconds: float) -> Iterator[Piece]:
     yield from _by_ffmpeg(file, size, name, declared, is_exact)
 
 
-def _part(file: BinaryIO, start: int, end: int) -> BinaryIO:
-    return io.BufferedReader(Window(file, start, end), 2**16)
+def _part(file: BinaryIO, start: int, end: int, head: bytes = b"") -> BinaryIO:
+    return io.BufferedReader(Window(file, start, end, head), 2**16)
 
 
 def _by_soundfile(sound: Any, name: str, seconds: float, declared: float | None) -> Iterator[Piece]:
@@ -209,11 +241,11 @@ def _by_ffmpeg(file: BinaryIO, size: int, name: str, declared: float | None = No
             whole = container.duration / av.time_base
             at_least = max(at_least or 0.0, whole - max(0.0, begin))  # silence before the first frame may count, or not
             declared = whole if form == "mov" and is_exact else declared
-        done, read, lost = 0.0, 0, 0  # seconds; bytes of packets that could be decoded, and that could not
+        done, read, lost, end = 0.0, 0, 0, 0  # seconds; bytes of packets that could be decoded, that could not; the last one's end
         start: float | None = None
 
         def frames() -> Iterator[Any]:
-            nonlocal done, read, lost, start
+            nonlocal done, read, lost, end, start
             packets = container.demux(stream)
             while True:
                 try:
@@ -222,6 +254,7 @@ def _by_ffmpeg(file: BinaryIO, size: int, name: str, declared: float | None = No
                     return
                 except (av.FFmpegError, ValueError) as error:
                     raise damaged(name, f"cannot be read to its end ({_reason(error)})") from error
+                end = end if packet.pos is None else packet.pos + packet.size
                 try:
                     decoded = packet.decode()
                     read += packet.size
@@ -238,6 +271,8 @@ def _by_ffmpeg(file: BinaryIO, size: int, name: str, declared: float | None = No
                     yield frame
 
         yield from _mixed(frames())
+        if form == "tta" and not is_padding(file, end, size):
+            raise damaged(name, f"has {size - end} bytes behind the sound that its header declares")
         _check_length(done, name, at_least or 0.0, math.inf if declared is None else declared, damaged if lost else truncated)
         if form not in _TIMED and declared is None and done * lost > LOST * read:  # such as AC3, whose frames are nowhere counted
             raise damaged(name, f"has about {done * lost / max(read, 1):.2f} s that cannot be decoded")

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
 from ..errors import AudioDecodingError
-from .containers import LOST, damaged, truncated
+from .containers import LOST, damaged, tag_length, truncated
 
 
 _MPEG_RATES = (44_100, 48_000, 32_000)  # Hz; half of it in MPEG-2, a quarter in MPEG-2.5
@@ -52,17 +52,6 @@ def _adts_frame(head: bytes) -> _Frame | None:
         return None
     length = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
     return _Frame(length, 1024 * (1 + (head[6] & 3)), _ADTS_RATES[head[2] >> 2 & 15]) if length > 7 else None
-
-
-def tag_length(head: bytes, left: int) -> int:
-    """Bytes of the ID3, APE or Lyrics3 tag that starts with `head`, of `left` ones; 0 if it is not a tag."""
-    if head[:3] == b"ID3" and len(head) >= 10 and not any(byte & 0x80 for byte in head[6:10]):
-        return 10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]) + 10 * (head[5] >> 4 & 1)
-    if head[:3] == b"TAG" and left >= 128:
-        return 128
-    if head[:8] == b"APETAGEX" and len(head) >= 32:
-        return 32 + (int.from_bytes(head[12:16], "little") if head[23] & 0x20 else 0)  # a header, or only the footer
-    return left if head[:11] == b"LYRICSBEGIN" else 0
 
 
 class FrameReader:
