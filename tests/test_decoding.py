@@ -253,6 +253,14 @@ def test_joined_mp3s_are_read_to_the_end():
     assert abs(seconds_of(first + other_rate + second) - 6.5) < 0.2
 
 
+@pytest.mark.parametrize(("codec", "form"), [("aac", "mp4"), ("pcm_s16le", "mov"), ("libopus", "webm"), ("flac", "matroska")])
+def test_another_track_may_be_longer(codec, form):
+    data = by_ffmpeg(2.0, codec, form, 48_000, second=4.0)
+    assert abs(seconds_of(data) - 2) < 0.1
+    for fraction in (0.9, 0.5):
+        assert cause(data[: int(len(data) * fraction)]) == "truncated"
+
+
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
 def test_chained_ogg_streams_are_read_to_the_end(subtype):
     links = [encoded(tone(1.0, rate), "OGG", subtype, rate) for rate in (16_000, 48_000)]

@@ -220,6 +220,8 @@ def _by_ffmpeg(file: BinaryIO, size: int, name: str, declared: float | None = No
     `declared`: seconds, if known. `is_exact`: whether the duration in an MP4's header is that of the whole file.
     """
     av = _import_av()
+    from av.stream import Disposition
+
     try:
         container = av.open(file, "r", metadata_errors="ignore", options={"format_whitelist": _DEMUXERS, "protocol_whitelist": "none"})
     except (av.FFmpegError, ValueError) as error:
@@ -236,7 +238,9 @@ def _by_ffmpeg(file: BinaryIO, size: int, name: str, declared: float | None = No
         at_least = declared
         if form in ("mov", "ogg", "ape", "tta", "wv") and stream.duration and stream.time_base:
             at_least = float(stream.duration * stream.time_base)
-        if form in ("mov", "matroska", "asf") and container.duration and not container.streams.video:
+        # The container's duration is that of its longest stream; a cover is none.
+        others = [other for other in container.streams if other is not stream and not other.disposition & Disposition.attached_pic]
+        if form in ("mov", "matroska", "asf") and container.duration and not others:
             begin = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
             whole = container.duration / av.time_base
             at_least = max(at_least or 0.0, whole - max(0.0, begin))  # silence before the first frame may count, or not
