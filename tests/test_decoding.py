@@ -261,6 +261,11 @@ def test_another_track_may_be_longer(codec, form):
         assert cause(data[: int(len(data) * fraction)]) == "truncated"
 
 
+def test_links_of_ogg_vorbis_have_their_exact_lengths():
+    """FFmpeg gives up to a block more than the granule positions say."""
+    assert len(both(encoded(tone(0.1), "OGG", "VORBIS") * 20)) == 2 * RATE
+
+
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
 def test_chained_ogg_streams_are_read_to_the_end(subtype):
     links = [encoded(tone(1.0, rate), "OGG", subtype, rate) for rate in (16_000, 48_000)]

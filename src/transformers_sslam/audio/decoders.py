@@ -78,7 +78,7 @@ def _pieces(file: BinaryIO, name: str, seconds: float) -> Iterator[Piece]:
     if head[:4] == b"OggS":
         if len(links := ogg_links(file, size, name)) > 1:  # of which libsndfile reads the first stream alone
             for start, end in links:
-                yield from _by_ffmpeg(_part(file, start, end), end - start, name)
+                yield from _decode(_part(file, start, end), end - start, name, seconds, by_soundfile)
             return
     elif head[:4] == b"fLaC":
         declared = flac_seconds(file, size, name)
