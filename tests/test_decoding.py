@@ -618,6 +618,21 @@ def test_joined_files_are_not_taken_for_their_first_part(codec, form, rate):
     assert cause(data + data) == "damaged"
 
 
+def test_an_mp4_whose_last_box_has_no_size_hides_what_is_joined_to_it():
+    data = by_ffmpeg(1.0, "aac", "mp4", 44_100)
+    sound, header = data.index(b"mdat") - 4, data.index(b"moov") - 4
+    first = data[:sound] + data[header:] + bytes(4) + data[sound + 4 : header]
+    with pytest.raises(AudioDecodingError, match="is made of files joined together, of which the first alone would be read: split it"):
+        load_waveform(first + data)
+
+
+@pytest.mark.parametrize(("codec", "form"), [("aac", "mp4"), ("flac", "matroska"), ("wmav2", "asf")])
+def test_tags_behind_other_containers_do_not_matter(codec, form):
+    data = by_ffmpeg(1.0, codec, form, 44_100)
+    for tag in (b"TAG" + b"a title".ljust(125), APE):
+        np.testing.assert_array_equal(both(data + tag), load_waveform(data))
+
+
 @pytest.mark.parametrize("kind", ["FLAC", "AU", "CAF", "WAV"])
 def test_a_file_of_another_format_behind_is_found(kind):
     others = (encoded(tone(1.0)), by_ffmpeg(1.0, "libmp3lame", "mp3", 44_100) + ID3V1, by_ffmpeg(1.0, "wavpack", "wv", 44_100))

@@ -275,7 +275,7 @@ def check_mp4(file: BinaryIO, size: int, name: str) -> bool:
         AudioDecodingError: "truncated" if a box ends behind the file or the movie header, often the last box, is missing; "damaged" if
             there are several, of which FFmpeg reads the first.
     """
-    at, headers = 0, b""  # "moov" of movies, and "moof" of fragments
+    at, length, headers = 0, 0, b""  # "moov" of movies, and "moof" of fragments
     while at + 8 <= size:
         head = read_at(file, at, 16)
         length = int.from_bytes(head[:4], "big")
@@ -287,13 +287,18 @@ def check_mp4(file: BinaryIO, size: int, name: str) -> bool:
         at = size if length == 0 else at + max(length, 8)
     if at > size or b"moov" not in headers:
         raise truncated(name)
-    if headers.count(b"moov") > 1:
+    # A box of length 0 reaches to the end, over what is joined to it.
+    if headers.count(b"moov") > 1 or (length == 0 and occurs_again(file, size, read_at(file, 0, 12))):
         raise joined(name)
     return b"moof" in headers
 
 
-def check_asf(file: BinaryIO, size: int, name: str) -> None:
-    """Raise "truncated" if an object ends behind the file, for which FFmpeg estimates a shorter duration, "damaged" if a file follows."""
+def check_asf(file: BinaryIO, size: int, name: str) -> int:
+    """The size without tags behind the last object. FFmpeg estimates the duration by it, whatever the header says.
+
+    Raises:
+        AudioDecodingError: "truncated" if an object ends behind the file, "damaged" if another file follows.
+    """
     at, kind = 0, read_at(file, 0, 16)
     while at + 24 <= size:
         head = read_at(file, at, 24)
@@ -301,11 +306,13 @@ def check_asf(file: BinaryIO, size: int, name: str) -> None:
             raise joined(name)
         length = int.from_bytes(head[16:], "little")
         if not 24 <= length <= size - at:
-            is_live = head[:8] == _ASF_DATA and not 24 <= length < 2**63
-            if is_live or is_padding(file, at, size):
-                return
+            if head[:8] == _ASF_DATA and not 24 <= length < 2**63:  # of a live stream
+                return size
+            if is_padding(file, at, size):
+                return at
             raise truncated(name)
         at += length
+    return size
 
 
 def check_matroska(file: BinaryIO, size: int, name: str) -> None:

@@ -87,7 +87,8 @@ def _pieces(file: BinaryIO, name: str, seconds: float) -> Iterator[Piece]:
     elif head[:4] == b"\x1aE\xdf\xa3":
         check_matroska(file, size, name)
     elif head[:4] == b"\x30\x26\xb2\x75":
-        check_asf(file, size, name)
+        size = check_asf(file, size, name)
+        file = _part(file, 0, size)
     elif (data := find_data_chunk(file, size, name)) is not None:
         declared = data.seconds
         if not data.size and head[:4] in (b"RF64", b"BW64"):  # without a size of 64 bits it is read as a WAV of unknown size
