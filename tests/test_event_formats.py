@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from transformers_sslam import reports
 from transformers_sslam.errors import UserError
 from transformers_sslam.events_sslam import Event
 from transformers_sslam.recordings import formats
@@ -92,11 +93,11 @@ LINES = [f"a{end}b" for end in ("\r", "\n", "\r\n", "\v", "\f", "\x1c", "\x1d", 
 
 
 def test_text_with_line_ends_stays_one_cell_of_a_table(tmp_path):
-    formats.write_csv(tmp_path / "a.csv", ["x", *LINES], ([number, *LINES, None] for number in range(2)))
+    reports.write_csv(tmp_path / "a.csv", ["x", *LINES], ([number, *LINES, None] for number in range(2)))
     with (tmp_path / "a.csv").open(newline="") as file:
         assert list(csv.reader(file)) == [["x", *LINES], *([str(number), *LINES, ""] for number in range(2))]
     for line in LINES:  # each quoted for its own sake
-        formats.write_csv(tmp_path / "a.csv", ["path", "label"], [["a.wav", line]])
+        reports.write_csv(tmp_path / "a.csv", ["path", "label"], [["a.wav", line]])
         assert pd.read_csv(tmp_path / "a.csv")["label"].tolist() == [line]
 
 

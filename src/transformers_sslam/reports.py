@@ -1,7 +1,9 @@
-"""Results as Markdown tables, pictures, and cells of spreadsheets."""
+"""Results as Markdown tables, CSV and pictures."""
 
+import csv
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,17 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def spreadsheet_cell(value: Any) -> Any:
     """Text that a spreadsheet would take for a formula gets an apostrophe in front; anything else stays."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
+def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table in which no cell is one that a spreadsheet would compute. What is not UTF-8 is written as an escape such as `\\udce9`."""
+    with file.open("w", encoding="utf-8", newline="", errors="backslashreplace") as text:
+        plain = csv.writer(text, lineterminator="\n")
+        quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        for row in chain([header], rows):
+            cells = [spreadsheet_cell(cell) for cell in row]
+            # Before Python 3.13 `csv` does not quote a carriage return, at which readers begin a row.
+            (quoted if any("\r" in cell for cell in cells if isinstance(cell, str)) else plain).writerow(cells)
 
 
 def new_figure(**options: Any) -> "Figure":

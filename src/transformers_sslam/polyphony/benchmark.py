@@ -3,7 +3,6 @@
 The same sources, settings and versions of the libraries give the same bytes.
 """
 
-import csv
 import io
 import math
 from collections import Counter
@@ -25,7 +24,7 @@ from .. import __version__
 from ..errors import UserError
 from ..files import check_free, hash_file, write_folder_atomically
 from ..publishing.cards import as_text
-from ..reports import markdown_table, spreadsheet_cell
+from ..reports import markdown_table, write_csv
 from ..settings import setting, settings_dict
 from .render import Mixture, MixtureSettings, plan_background, plan_mixtures, render
 from .sounds import SPLITS, Sources, SourceSettings, common_classes, open_sources
@@ -179,15 +178,12 @@ def _write_sources(file: Path, sources: dict[str, Sources], mixtures: dict[str, 
     for split in SPLITS:
         uses = Counter(event.source for mixture in mixtures[split] for event in mixture.events)
         for i, row in enumerate(sources[split].table):
-            cells = {"split": split, **row, "events": uses[i]}
-            rows.append({name: spreadsheet_cell(value) for name, value in cells.items()})
+            rows.append({"split": split, **row, "events": uses[i]})
         below = Counter(mixture.background.source for mixture in mixtures[split] if mixture.background)
         for i, row in enumerate(sources[split].background_table):
-            rows.append({name: spreadsheet_cell(value) for name, value in {"split": split, **row, "backgrounds": below[i]}.items()})
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+            rows.append({"split": split, **row, "backgrounds": below[i]})
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    write_csv(file, columns, ([row.get(name) for name in columns] for row in rows))
 
 
 def _report(

@@ -30,6 +30,7 @@ from ..evaluation.event_flags import EventFlags
 from ..events_sslam import Event, EventDecoder, EventSettings, in_order
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
+from ..reports import write_csv
 from ..settings import setting
 from ..tasks_sslam import Detection
 from ..windows_sslam import Windowing
@@ -40,7 +41,6 @@ from .formats import (
     rounded,
     seconds,
     utf8,
-    write_csv,
     write_dcase,
     write_lines,
     write_rows,

@@ -3,11 +3,10 @@
 Names of files need not be UTF-8: what is not is written as an escape such as `\\udce9`.
 """
 
-import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from ..errors import UserError
 from ..events_sslam import Event
 from ..fbank import LOWEST_FREQUENCY
-from ..reports import spreadsheet_cell
+from ..reports import write_csv
 from .inputs import absolute_path
 from .parts import Parts
 
@@ -68,17 +67,6 @@ def write_lines(file: Path, records: Iterable[dict[str, Any]]) -> None:
     with _text(file) as text:
         for record in records:
             text.write(re.sub(LINE_ENDS, lambda found: f"\\u{ord(found[0]):04x}", json.dumps(record, ensure_ascii=False)) + "\n")
-
-
-def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table in which no cell is one that a spreadsheet would compute."""
-    with _text(file) as text:
-        plain = csv.writer(text, lineterminator="\n")
-        quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        for row in chain([header], rows):
-            cells = [spreadsheet_cell(cell) for cell in row]
-            # Before Python 3.13 `csv` does not quote a carriage return, at which readers begin a row.
-            (quoted if any("\r" in cell for cell in cells if isinstance(cell, str)) else plain).writerow(cells)
 
 
 def write_parquet(file: Path, rows: Iterator[Sequence[Any]]) -> None:
