@@ -1,5 +1,6 @@
 """The configuration's presets and what it refuses."""
 
+import json
 import math
 
 import pytest
@@ -49,6 +50,9 @@ def test_save_and_load(tmp_path):
         ({"decoder_hidden_size": 36}, "decoder_hidden_size is 36 and decoder_num_groups is 8"),
         ({"problem_type": "multilabel"}, "problem_type is 'multilabel', but must be one of None, regression, single_label_classification"),
         ({"id2label": ["dog", "rain"]}, r"id2label is \['dog', 'rain'\], but the name of each number is expected"),
+        ({"event_detection": {"thr": 1}}, "config.event_detection cannot have 'thr'"),
+        ({"event_detection": {"threshold": 2}}, r"threshold is 2 for 'LABEL_0', but a number in \[0, 1\] is expected"),
+        ({"event_detection": {"median_filter": {"dog": -1}}}, "median_filter is -1 for 'dog', but a number of seconds from 0"),
     ],
 )
 def test_contradictions_are_refused(kwargs, message):
@@ -109,10 +113,53 @@ def test_names_of_classes_may_be_given_as_label2id_alone(tmp_path, names, counte
     assert model.classifier.out_features == len(names)
 
 
-@pytest.mark.parametrize("given", [{"num_labels": 3, "label2id": {"a": 0, "b": 1}}, {"label2id": {"a": 0, "b": 0}}, {"label2id": {"a": 1}}])
-def test_names_that_do_not_fit_the_classes_are_refused(given):
-    with pytest.raises(ValueError, match="each class from 0 on needs one name"):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_labels": 3, "label2id": {"a": 0, "b": 1}}, "each class from 0 on needs one name"),
+        ({"label2id": {"a": 0, "b": 0}}, "each class from 0 on needs one name"),
+        ({"label2id": {"a": 1}}, "each class from 0 on needs one name"),
+        ({"label2id": ["a"]}, r"label2id is \['a'\] .* each class from 0 on needs one name"),
+        ({"label2id": {"a": "dog"}}, "each class from 0 on needs one name"),
+        ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "num_labels is 3, but id2label has 2 names: leave num_labels out"),
+        ({"id2label": {0: "a", 1: "a"}}, "id2label names more than one class 'a'"),
+        ({"id2label": {0.5: "a"}}, "id2label has the keys 0.5, but the classes' numbers are expected, 0 to 0"),
+        ({"id2label": {"dog": 0}}, "id2label has the keys 'dog'"),
+        *(({"num_labels": number}, f"num_labels is {number!r}, but a whole number of at least 1") for number in (0, -1, "3", True, 1.0)),
+    ],
+    ids=str,
+)
+def test_names_that_do_not_fit_the_classes_are_refused(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
         SSLAMConfig(**given)
+    SSLAMConfig(id2label={0: "old", 1: "older"}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        SSLAMConfig.from_pretrained(tmp_path, **given)
+
+
+def test_a_classifier_has_classes():
+    with pytest.raises(ValueError, match="num_labels is 0"):
+        SSLAMForAudioClassification(tiny_config(id2label={}))
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["numbers", "text"])
+@pytest.mark.parametrize("former", [None, {0: "old", 1: "older"}], ids=str)
+def test_a_checkpoint_takes_other_classes_as_in_the_guides_of_transformers(tmp_path, former, text):
+    SSLAMForAudioClassification(tiny_config(id2label=former)).save_pretrained(tmp_path)
+    names = {str(i) if text else i: name for i, name in enumerate("abc")}
+    given = {"num_labels": 3, "id2label": names, "label2id": {name: i for i, name in names.items()}}
+    config = SSLAMForAudioClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True, **given).config
+    assert (config.id2label, config.label2id) == ({0: "a", 1: "b", 2: "c"}, {"a": 0, "b": 1, "c": 2})
+    config = SSLAMConfig.from_pretrained(tmp_path, num_labels=3)
+    assert config.class_names == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert SSLAMConfig.from_pretrained(tmp_path, num_labels=2).class_names == list((former or {0: "LABEL_0", 1: "LABEL_1"}).values())
+
+
+def test_a_saved_count_of_classes_that_does_not_fit_their_names_replaces_them(tmp_path):
+    """As it always did; this package saves names alone."""
+    saved = SSLAMConfig(id2label={0: "old", 1: "older"}).to_dict() | {"num_labels": 3}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert SSLAMConfig.from_pretrained(tmp_path).num_labels == 3
 
 
 def test_names_of_classes_are_in_the_order_of_their_numbers():

@@ -10,6 +10,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .classes_sslam import LABEL_FIELDS, check_classes, chosen_labels, names_by_number, ordered_names
+
 
 # The two stages of the published pre-training: EAT's on unmixed audio, then SSLAM's on unmixed audio and partial mixtures. For a new
 # configuration, `SSLAMConfig.base(**PRETRAINING_STAGES[1])`, and for stage 2 from stage 1's checkpoint,
@@ -223,15 +225,9 @@ class SSLAMConfig(PreTrainedConfig):
     ema_anneal_end_step: int = 100_000
 
     def __post_init__(self, **kwargs):
+        check_classes(kwargs.get("num_labels"), self.id2label)
         if self.label2id and not self.id2label:  # Transformers would name the classes LABEL_0, LABEL_1, ...
-            self.id2label = dict(sorted((int(i), name) for name, i in self.label2id.items()))
-            if list(self.id2label) != list(range(kwargs.get("num_labels") or len(self.label2id))):
-                raise ValueError(
-                    f"label2id is {self.label2id} and num_labels {kwargs.get('num_labels')}, but each class from 0 on needs one name: "
-                    "leave num_labels out, or correct label2id"
-                )
-        if self.id2label and not isinstance(self.id2label, dict):
-            raise ValueError(f"id2label is {str(self.id2label)[:80]}, but the name of each number is expected: {{0: 'dog', 1: 'rain'}}")
+            self.id2label = names_by_number(self.label2id, kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
         # `@strict` checks again whenever it validates, but wraps what it finds in an error of its own. Here a wrong value is a ValueError.
         self.validate_architecture()
@@ -272,28 +268,14 @@ class SSLAMConfig(PreTrainedConfig):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes in the order of their scores. `id2label` may also have its numbers as text, as JSON and YAML have them.
-
-        Raises:
-            ValueError: if not each class from 0 on has a name.
-        """
-        id2label: dict[Any, str] = self.id2label or {}
-        try:
-            names = {int(index): str(name) for index, name in id2label.items()}
-        except ValueError:
-            names = {}
-        if sorted(names) != list(range(len(id2label))):
-            keys = ", ".join(map(repr, list(id2label)[:5])) + (" ..." if len(id2label) > 5 else "")
-            raise ValueError(
-                f"id2label has the keys {keys}, but the classes' numbers are expected, 0 to {len(id2label) - 1}, each with its name"
-            )
-        return [names[index] for index in sorted(names)]
+        """Names of the classes in the order of their scores. Raises a ValueError if not each class from 0 on has a name of its own."""
+        return ordered_names(self.id2label or {})
 
     def normalize_labels(self) -> None:
-        """Give `id2label` and `label2id` the same classes, numbered from 0 in their order. Raises as `class_names`."""
-        if self.id2label:
-            self.id2label = dict(enumerate(self.class_names))
-            self.label2id = {name: index for index, name in self.id2label.items()}
+        """Give `id2label` and `label2id` the same classes, numbered from 0 in their order. Raises as `class_names`, or if there is none."""
+        check_classes(self.num_labels, self.id2label)
+        self.id2label = dict(enumerate(self.class_names))
+        self.label2id = {name: index for index, name in self.id2label.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """As saved, without `auto_map` unless Transformers itself copies the code: a copy that is saved elsewhere has no code beside it.
@@ -305,14 +287,13 @@ class SSLAMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "SSLAMConfig":
-        """As in Transformers; but `label2id` replaces `id2label` too, sizes are checked, and other classes have no thresholds yet."""
-        former = config_dict.get("id2label")
-        if kwargs.get("label2id") and not kwargs.get("id2label"):
-            saved = {name: value for name, value in config_dict.items() if name not in ("id2label", "num_labels")}
-            config_dict = {**saved, "label2id": kwargs.pop("label2id")}
-        loaded = super().from_dict(config_dict, **kwargs)
+        """As in Transformers; but names of classes replace all saved ones, values are checked, and other classes have no thresholds yet."""
+        given = {name: kwargs.pop(name) for name in LABEL_FIELDS if name in kwargs}
+        others = {name: value for name, value in config_dict.items() if name not in LABEL_FIELDS}
+        loaded = super().from_dict(others | chosen_labels(config_dict, given), **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        if former and {str(i): name for i, name in former.items()} != {str(i): name for i, name in (config.id2label or {}).items()}:
+        former = {str(i): name for i, name in (config_dict.get("id2label") or {}).items()}
+        if former and former != {str(i): name for i, name in (config.id2label or {}).items()}:
             vars(config).update(dict.fromkeys({"event_detection", "calibration"} - kwargs.keys()))
         config.validate_architecture()
         return loaded
@@ -362,6 +343,10 @@ class SSLAMConfig(PreTrainedConfig):
         visible = 1 - self.mask_ratio
         self._require(["mask_ratio_adjust"], lambda value: 0 <= visible + value <= 1, f"lie between {-visible:g} and {1 - visible:g}")
         self._validate_mixtures()
+        if self.event_detection:  # whatever its labels: classes may be renamed one after the other
+            from .events_sslam import check_event_options  # which itself imports this module
+
+            check_event_options("config.event_detection", self.event_detection, list((self.id2label or {}).values()))
 
     def _validate_mixtures(self) -> None:
         self._require(["num_latent_sources"], lambda value: 2 <= value <= 10, "be 2 to 10, because all 2 ** num_latent_sources are tried")

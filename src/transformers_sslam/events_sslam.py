@@ -71,12 +71,11 @@ class EventSettings:
         Raises:
             ValueError: if a field or label is unknown, or a value out of range.
         """
-        classes, known = config.class_names, [field.name for field in fields(cls)]
+        classes = config.class_names
         values: dict[str, Any] = {}
         for source, given in (("config.event_detection", config.event_detection or {}), ("the settings of events", overrides)):
+            check_event_options(source, given, classes)
             for name, value in given.items():
-                if name not in known:
-                    raise ValueError(f"{source} cannot have {name!r}: known are {', '.join(known)}")
                 if isinstance(value, Mapping):
                     value = {**_by_label(values.get(name), classes), **value}
                 if value is not None:
@@ -104,6 +103,16 @@ class EventSettings:
                     "threshold: raise onset_threshold, or lower threshold"
                 )
         return values
+
+
+def check_event_options(source: str, given: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """Raise a ValueError if a field of [`EventSettings`] is unknown, or a value out of range, whatever the labels."""
+    known = [field.name for field in fields(EventSettings)]
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"{source} cannot have {name!r}: known are {', '.join(known)}")
+        values = _by_label(value, classes)
+        _check(name, values, list(values))
 
 
 def _by_label(value: ByClass | None, classes: Sequence[str]) -> dict[str, float]:
@@ -325,6 +334,6 @@ def _checked_scores(scores: np.ndarray | torch.Tensor, classes: int) -> np.ndarr
 
 
 __all__ = [
-    *("ByClass", "Event", "EventDecoder", "EventOptions", "EventSettings"),
+    *("ByClass", "Event", "EventDecoder", "EventOptions", "EventSettings", "check_event_options"),
     *("filter_scores", "find_events", "in_order", "steps_within"),
 ]
