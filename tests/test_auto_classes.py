@@ -77,6 +77,16 @@ for folder in sys.argv[2:]:
     })
 print("RESULT" + json.dumps(results))
 """
+SAVED_AGAIN = """
+import json, sys
+sys.modules["transformers_sslam"] = None
+from transformers import (AutoConfig, AutoModel, AutoModelForAudioClassification, AutoModelForAudioFrameClassification,
+                          AutoModelForPreTraining)
+trust, again = {"trust_remote_code": True}, sys.argv[2] + "-again"
+AutoModel.from_pretrained(sys.argv[2], **trust).save_pretrained(again)
+kinds = (AutoConfig, AutoModel, AutoModelForAudioClassification, AutoModelForAudioFrameClassification, AutoModelForPreTraining)
+print("RESULT" + json.dumps([type(kind.from_pretrained(again, **trust)).__name__ for kind in kinds]))
+"""
 
 
 @pytest.fixture
@@ -218,6 +228,15 @@ def test_a_detector_finds_events_where_the_package_is_not_installed(detector_fol
     assert events
     assert [event[:3] for event in result["events"]] == [list(event[:3]) for event in events]
     assert [event[3] for event in result["events"]] == pytest.approx([event.score for event in events], abs=1e-6)
+
+
+def test_a_model_saved_again_without_the_package_has_the_code_of_every_class(folder, tmp_path):
+    """Transformers saves the files that a class imports, and the names of all classes."""
+    add_remote_code(folder)
+    expected = [*("SSLAMConfig", "SSLAMModel", "SSLAMForAudioClassification", "SSLAMForAudioFrameClassification", "SSLAMForPreTraining")]
+    assert run_without_package(tmp_path, folder, program=SAVED_AGAIN) == expected
+    code = {path.name for path in folder.glob("*.py")}
+    assert {path.name for path in (tmp_path / "model-again").glob("*.py")} == code
 
 
 def test_code_beside_a_model_does_not_displace_the_package(folder):

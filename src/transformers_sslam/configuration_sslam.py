@@ -4,7 +4,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -12,6 +12,10 @@ from transformers.activations import ACT2FN
 
 from .classes_sslam import LABEL_FIELDS, check_classes, chosen_labels, names_by_number, ordered_names
 
+
+if TYPE_CHECKING:  # so that Transformers, which saves a model's code with all that it imports, saves the code of every class
+    from .modeling_sslam_frames import SSLAMForAudioFrameClassification  # noqa: F401
+    from .modeling_sslam_pretraining import SSLAMForPreTraining  # noqa: F401
 
 # The two stages of the published pre-training: EAT's on unmixed audio, then SSLAM's on unmixed audio and partial mixtures. For a new
 # configuration, `SSLAMConfig.base(**PRETRAINING_STAGES[1])`, and for stage 2 from stage 1's checkpoint,
