@@ -68,7 +68,7 @@ class PlainForPreTraining(SSLAMForPreTraining):
             local_loss=local_loss,
             global_loss=global_loss,
             source_retention_loss=retention_loss,
-            sample_size=masked.numel(),
+            sample_size=masked.new_full((), masked.numel()),
             target_std=(local_targets.flatten(0, 1).var(0) + 1e-6).sqrt().mean(),
             prediction_std=(predictions.detach().float().flatten(0, 1).var(0) + 1e-6).sqrt().mean(),
             content_share=unmixed.var(0).mean() / unmixed.flatten(0, 1).var(0).mean(),

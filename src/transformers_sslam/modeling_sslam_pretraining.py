@@ -338,7 +338,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
             global_loss=global_loss,
             source_retention_loss=retention_loss,
             loss_sum=loss * sample_size,
-            sample_size=sample_size,
+            sample_size=masked.new_full((), sample_size),  # without waiting for the device
             target_std=channel_std(local_targets),
             prediction_std=channel_std(predictions),
             content_share=content_share(targets.local[: num_clips // 2 if config.use_mixtures and config.use_unmixed else num_clips]),

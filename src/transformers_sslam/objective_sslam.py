@@ -24,7 +24,7 @@ class SSLAMForPreTrainingOutput(ModelOutput):
             "mixture_invariant" it is that loss instead, likewise divided and weighed.
         loss_sum: `loss * sample_size`, with its gradient. To divide by the samples of all devices together, as the published runs did, take
             the sum of `loss_sum` over devices, divided by the sum of `sample_size`.
-        sample_size: masked patches of all views of both halves.
+        sample_size: number of masked patches in all views of both halves, int64.
         target_std: standard deviation of the local targets over the masked patches of all views, the mean over channels. It falls towards
             0 when the teacher's outputs collapse to a constant.
         prediction_std: the same of the decoder's outputs.
@@ -51,7 +51,7 @@ class SSLAMForPreTrainingOutput(ModelOutput):
     global_loss: torch.Tensor | None = None
     source_retention_loss: torch.Tensor | None = None
     loss_sum: torch.Tensor | None = None
-    sample_size: int | None = None
+    sample_size: torch.Tensor | None = None
     target_std: torch.Tensor | None = None
     prediction_std: torch.Tensor | None = None
     content_share: torch.Tensor | None = None
