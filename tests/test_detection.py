@@ -328,6 +328,7 @@ def test_memory_is_flat_in_the_length_of_a_recording(monkeypatch):
         ({"hop": 0.8}, "no longer than a window, 0.64 s"),
         ({"window": 1.0}, "window is 1.0 s, but must be a positive multiple of 0.16 s"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": True}, "batch_size is True"),
         ({"sampling_rate": 44_100}, "sampling_rate is 44100 Hz, but the model takes 16000 Hz"),
         ({"threshold": 2.0}, "threshold is 2.0"),
         ({"min_length": 2.0}, "cannot have 'min_length'"),
@@ -357,6 +358,12 @@ def test_arguments_out_of_range_are_rejected_before_any_audio_is_read(method, op
 def test_audio_that_cannot_be_scored_is_rejected(method, audio, message):
     with pytest.raises(ValueError, match=message):
         getattr(detector(), method)(audio() if callable(audio) else audio, EXTRACTOR)
+
+
+@pytest.mark.parametrize("method", ["score_steps", "detect", "detect_stream"])
+def test_another_extractor_is_rejected(method):
+    with pytest.raises(ValueError, match="feature_extractor is a str, but the model's SSLAMFeatureExtractor is expected"):
+        getattr(detector(), method)(noise(1.0), "model")
 
 
 def test_scores_that_are_not_finite_are_an_error():

@@ -236,6 +236,7 @@ def spoilt(value: float) -> np.ndarray:
         (np.ma.masked_less(noise(0.5), 0), r"clip 0 is a masked array.*filled"),
         (np.ma.masked_less(np.stack([noise(0.5)] * 3), 0), "clip 0 is a masked array"),
         (torch.zeros(16_000, dtype=torch.complex64), "clip 0 has dtype complex64"),
+        (torch.zeros(16_000).to_sparse(), "clip 0 is a sparse tensor, but a dense one is expected"),
     ],
 )
 def test_what_is_no_clip_is_refused(extractor, raw_speech, message):
@@ -258,11 +259,21 @@ def test_what_is_no_clip_is_refused(extractor, raw_speech, message):
         ({"return_tensors": "mlx"}, "return_tensors is 'mlx'"),
         ({"sampling_rate": "16000"}, "sampling_rate is '16000', but"),
         ({"max_length": 16_000, "truncation": True}, r"16000 frames of 10 ms \(160 s\).*were samples meant\? 16000 samples are 98 frames"),
+        ({"max_length": 8000}, r"8000 frames of 10 ms \(80 s\), but the longest clip has 48: were samples meant\?"),
+        ({"max_length": 15_984}, "were samples meant"),
     ],
 )
 def test_unusable_arguments_are_refused(extractor, kwargs, message):
     with pytest.raises(ValueError, match=message):
         extractor(noise(0.5), **{"sampling_rate": 16_000, **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "frames"), [(0.05, 1024), (0.1, 2048), (0.1, 3008), (0.3, 3008), (0.6, 4096), (5.0, 8000), (30.0, 12_288)]
+)
+def test_clips_may_be_padded_to_a_long_input(extractor, seconds, frames):
+    """Whatever looks like a number of samples."""
+    assert extractor(noise(seconds), sampling_rate=16_000, max_length=frames)["input_values"][0].shape == (frames, 128)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +298,7 @@ def test_unusable_arguments_are_refused(extractor, kwargs, message):
         ({"pad_to_multiple_of": None}, "pad_to_multiple_of is None"),
         ({"mean": None}, "mean is None, but a finite number"),
         ({"do_normalize": "no"}, "do_normalize is 'no'"),
+        ({"return_attention_mask": "yes"}, "return_attention_mask is 'yes', but True or False is expected"),
     ],
 )
 def test_unusable_settings_are_refused(kwargs, message):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise, speech_like, tiny_config
+from transformers import ASTFeatureExtractor
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
 from transformers_sslam.batching_sslam import compute_batches, prepare_batches
@@ -451,7 +452,11 @@ def test_embeddings_that_cannot_be_made_are_refused(options, message):
         (iter([]), "the audio has 0 samples"),
         ([noise(1.0), noise(1.0)], "the audio is a list of 2, but one recording is expected: call this for each waveform"),
         ((noise(1.0),), "the audio is a tuple of 1"),
-        ("a.wav", "the audio is a str of 5"),
+        ("a.wav", "the audio is the path 'a.wav', not a waveform"),
+        (Path("a.wav"), "the audio is the path 'a.wav', not a waveform"),
+        (None, "the audio is a NoneType, but a 1-D array of samples, or an iterable of such arrays, is expected$"),
+        (np.float32(0), "the audio is a float32, but"),
+        ({"array": noise(1.0), "sampling_rate": 16_000}, 'the audio is a dict, but .* of an example of a data set give its "array"'),
         (noise(0.02), "320 samples"),
         (np.zeros((2, 16_000), dtype=np.float32), r"shape \(2, 16000\)"),
         (iter([0.1, 0.2]), "is a float"),
@@ -484,7 +489,13 @@ def test_scores_that_are_not_finite_are_an_error():
     ("clips", "message"),
     [
         ([noise(1.0), noise(0.02)], "clip 1 has 320 samples"),
-        (noise(1.0), "clip 0 is a single number"),
+        (noise(1.0), r"clips is an array of shape \(16000,\): give a list of 1-D arrays, also for one clip"),
+        (np.zeros(0), r"clips is an array of shape \(0,\)"),
+        (np.stack([noise(1.0)] * 2), r"an array of shape \(2, 16000\) may be two clips or the two channels of one"),
+        (list(noise(1.0)), "clip 0 is a single number"),
+        ([None], "clip 0 is a NoneType: give a list of 1-D arrays"),
+        ([noise(1.0) > 0], "clip 0 has dtype bool"),
+        ({"array": noise(1.0)}, "clips is a dict, but a list of waveforms is expected"),
         ([{"array": noise(1.0)}], "clip 0 is a dict: give a list of 1-D arrays"),
         ("rain.wav", "clips is a str, but a list of waveforms is expected.*load_waveform"),
         (Path("rain.wav"), "clips is a PosixPath, but a list"),
@@ -499,7 +510,15 @@ def test_clips_that_cannot_be_encoded_are_named(clips, message):
         SSLAMModel(tiny_config()).encode(clips, EXTRACTOR, batch_size=1)
 
 
-@pytest.mark.parametrize("batch_size", [0, 1.5, float("nan"), "8", None])
+@pytest.mark.parametrize("extractor", ["model", None, ASTFeatureExtractor()], ids=lambda value: type(value).__name__)
+def test_another_extractor_is_refused(extractor):
+    message = f"feature_extractor is a {type(extractor).__name__}, but the model's SSLAMFeatureExtractor is expected"
+    for method in (classifier().score_over_time, classifier().score_windows, SSLAMModel(tiny_config()).encode):
+        with pytest.raises(ValueError, match=message):
+            method(noise(1.0), extractor)
+
+
+@pytest.mark.parametrize("batch_size", [0, 1.5, float("nan"), "8", None, True])
 def test_batches_of_clips_are_whole_numbers(batch_size):
     with pytest.raises(ValueError, match=f"batch_size is {batch_size!r}, but must be a whole number"):
         SSLAMModel(tiny_config()).encode([noise(1.0)], EXTRACTOR, batch_size=batch_size)

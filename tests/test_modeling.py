@@ -222,6 +222,7 @@ def test_names_without_their_numbers_are_refused(id2label):
     ("input_values", "attention_mask", "message"),
     [
         (None, None, "input_values is None"),
+        (np.zeros((2, 128, 128), np.float32), None, "input_values is of type ndarray: give .* with return_tensors"),
         (torch.zeros(2, 128, 64), None, r"\(2, 128, 64\).*128 mel bins"),
         (torch.zeros(128, 128), None, r"\(128, 128\)"),
         (torch.zeros(2, 100, 128), None, "100 frames.*multiple of 16"),

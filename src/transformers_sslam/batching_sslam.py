@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 
 def check_batch_size(batch_size: Any) -> None:
     """Raise a ValueError unless it is a whole number of at least 1."""
-    if not isinstance(batch_size, Integral) or batch_size < 1:
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}, but must be a whole number of at least 1")
 
 

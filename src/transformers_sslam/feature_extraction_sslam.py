@@ -22,6 +22,8 @@ NORMALIZATION_PRESETS = {
 }
 # Resampling overshoots full scale a little; nothing that is scaled to [-1, 1] reaches this. Unscaled 8- or 16-bit audio does.
 LARGEST_PLAUSIBLE_AMPLITUDE = 32.0
+# Frames, 40 s: nobody pads a clip so far that has no more than twice as many samples (half a second).
+LONGEST_PLAUSIBLE_PADDING = 4000
 # Smallest and largest values. Below 1 kHz a mel scale is impossible; the largest are far above every use, and would fill the memory.
 LIMITS = {
     **{"sampling_rate": (1000, 768_000), "num_mel_bins": (1, 1024)},
@@ -81,14 +83,15 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         for name, value in (("mean", mean), ("std", std), ("padding_value", padding_value)):
             if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or (name == "std" and value <= 0):
                 raise ValueError(f"{name} is {value!r}, but a finite number{' above 0' if name == 'std' else ''} is expected")
-        if not isinstance(do_normalize, bool | np.bool_):
-            raise ValueError(f"do_normalize is {do_normalize!r}, but True or False is expected")
+        for name, value in (("do_normalize", do_normalize), ("return_attention_mask", return_attention_mask)):
+            if not isinstance(value, bool | np.bool_):
+                raise ValueError(f"{name} is {value!r}, but True or False is expected")
         if feature_size != 1 or self.padding_side != "right":
             raise ValueError(
                 f"feature_size is {feature_size} and padding_side {self.padding_side!r}, but only mono waveforms (1), padded on the right, "
                 "are supported"
             )
-        self.do_normalize = bool(do_normalize)
+        self.do_normalize, self.return_attention_mask = bool(do_normalize), bool(return_attention_mask)
         self.mean, self.std, self.padding_value = float(mean), float(std), float(padding_value)
         self._check_length(self.max_length)
 
@@ -139,8 +142,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(f'return_tensors is {return_tensors!r}, but must be "pt", "np" or None')
         self._check_sampling_rate(sampling_rate)
         clips = [self._check_clip(clip, i, device) for i, clip in enumerate(_as_clips(raw_speech, frame_geometry(self.sampling_rate)[0]))]
-        available = [num_frames(len(clip), self.sampling_rate) for clip in clips]
-        target, kept = self._target_lengths(available, padding, max_length, truncation)
+        target, kept = self._target_lengths([len(clip) for clip in clips], padding, max_length, truncation)
 
         values = [self._fit(frames, target or k) for frames, k in zip(self._log_mels(clips, kept), kept)]
         features = {"input_values": values}
@@ -234,8 +236,9 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 f"max_length is {length!r} frames, but must be a positive multiple of {self.pad_to_multiple_of} (the model's patch size)"
             )
 
-    def _target_lengths(self, frames: list[int], padding, max_length: int | None, truncation: bool) -> tuple[int | None, list[int]]:
-        """The length to pad to (`None`: no padding) and the number of frames of each clip that are kept."""
+    def _target_lengths(self, samples: list[int], padding, max_length: int | None, truncation: bool) -> tuple[int | None, list[int]]:
+        """The length to pad to (`None`: no padding) and the number of frames that are kept of each clip of so many samples."""
+        frames = [num_frames(number, self.sampling_rate) for number in samples]
         is_length = isinstance(padding, Integral) and not isinstance(padding, bool)
         if is_length:
             if max_length not in (None, padding):
@@ -248,7 +251,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             self._check_length(limit)
             longest = max(frames)
             # As in Transformers' guide to audio classification: `max_length=16000, truncation=True`.
-            if pads_to_length and not is_length and max_length is not None and limit >= self.sampling_rate and limit > longest:
+            is_many = limit >= self.sampling_rate or (limit >= LONGEST_PLAUSIBLE_PADDING and 2 * limit >= max(samples))
+            if pads_to_length and not is_length and max_length is not None and is_many and limit > longest:
                 raise ValueError(
                     f"max_length is {limit} frames of 10 ms ({limit / 100:g} s), but the longest clip has {longest}: were samples meant? "
                     f"{limit} samples are {num_frames(limit, self.sampling_rate)} frames. Give frames, a multiple of "
@@ -310,6 +314,8 @@ def as_float_samples(samples, name: str) -> torch.Tensor:
     """Samples as a float32 tensor of their shape; what is not finite floats is rejected, with `name` in the message."""
     if isinstance(samples, np.ma.MaskedArray):
         raise ValueError(f"{name} is a masked array, but a plain one is expected: replace what is masked, for example with .filled(0)")
+    if isinstance(samples, torch.Tensor) and samples.layout != torch.strided:
+        raise ValueError(f"{name} is a sparse tensor, but a dense one is expected: give its .to_dense()")
     if not isinstance(samples, torch.Tensor):
         try:
             array = np.asarray(samples)
@@ -339,6 +345,15 @@ def check_peak(samples: torch.Tensor, name: str) -> None:
         )
 
 
+def reject_two_rows(clips: np.ndarray | torch.Tensor) -> None:
+    """Raise a ValueError if an array of clips might be a stereo recording."""
+    if clips.ndim == 2 and len(clips) == 2:
+        raise ValueError(
+            f"an array of shape {tuple(clips.shape)} may be two clips or the two channels of one: give two clips as a list of 1-D arrays, "
+            "and mix stereo down to mono, for example with waveform.mean(0)"
+        )
+
+
 def _whole_number(name: str, value: int) -> int:
     """Python's own, because NumPy's cannot be saved."""
     least, most = LIMITS[name]
@@ -359,11 +374,7 @@ def _as_clips(raw_speech, least: int) -> list:
         if raw_speech.ndim == 2:
             if len(raw_speech) == 0:
                 raise ValueError(f"raw_speech has shape {tuple(raw_speech.shape)}, which holds no clip: give at least one")
-            if len(raw_speech) == 2:
-                raise ValueError(
-                    f"an array of shape {tuple(raw_speech.shape)} may be two clips or the two channels of one: give two clips as a list of "
-                    "1-D arrays, and mix stereo down to mono, for example with waveform.mean(0)"
-                )
+            reject_two_rows(raw_speech)
             if raw_speech.shape[1] < least:
                 raise ValueError(
                     f"an array of shape {tuple(raw_speech.shape)} holds {len(raw_speech)} clips of {raw_speech.shape[1]} samples, but one "

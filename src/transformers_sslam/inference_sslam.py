@@ -3,7 +3,7 @@
 Memory grows with neither. A model is in eval mode while it computes, and as it was afterwards.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby, islice
@@ -17,7 +17,7 @@ from torch import nn
 
 from .batching_sslam import Windows, check_batch_size, compute_batches, prepare_batches
 from .configuration_sslam import SSLAMConfig
-from .feature_extraction_sslam import SSLAMFeatureExtractor
+from .feature_extraction_sslam import SSLAMFeatureExtractor, reject_two_rows
 from .tasks_sslam import Embedding, Per, Pooling, Scoring, Task, first_device
 from .windows_sslam import Audio, Samples, Windowing, checked_blocks
 
@@ -101,7 +101,8 @@ class SSLAMEncodingMixin(nn.Module):
 
         Args:
             clips: waveforms `(samples,)` of any lengths, floats in [-1, 1], at the extractor's rate, or iterables of a long recording's
-                successive blocks: a list, or anything that has a length and returns them by number.
+                successive blocks: a list, or anything that has a length and returns them by number. An array of two rows is rejected,
+                because it might be stereo.
             feature_extractor: the model's.
             per: a vector for each `"clip"`, for each `"window"`, or for each time `"step"` of 160 ms.
             layers: whose outputs are taken, and concatenated: -1 for the last one, 0 for the input of the first.
@@ -125,7 +126,11 @@ class SSLAMEncodingMixin(nn.Module):
         """
         check_batch_size(batch_size)
         check_sampling_rate(feature_extractor, sampling_rate)
-        if isinstance(clips, str | bytes | PathLike) or not (hasattr(clips, "__len__") and hasattr(clips, "__getitem__")):
+        if isinstance(clips, Samples):
+            if clips.ndim < 2:
+                raise ValueError(f"clips is an array of shape {tuple(clips.shape)}: give a list of 1-D arrays, also for one clip")
+            reject_two_rows(clips)
+        if isinstance(clips, str | bytes | PathLike | Mapping) or not (hasattr(clips, "__len__") and hasattr(clips, "__getitem__")):
             raise ValueError(
                 f"clips is a {type(clips).__name__}, but a list of waveforms is expected, or what has a length and returns them by number: "
                 "read a file with transformers_sslam.audio.load_waveform, and make a list of what a generator yields"
@@ -204,6 +209,7 @@ class SSLAMScoringMixin(nn.Module):
         sampling_rate: int | None = None,
     ) -> ScoresOverTime:
         """All that [`score_windows`] yields for a recording, in one piece; arguments and errors are the same."""
+        check_sampling_rate(feature_extractor, sampling_rate)
         rate = feature_extractor.sampling_rate
         blocks = CountedBlocks(audio, rate)
         options: dict[str, Any] = {"hop": hop, "window": window, "batch_size": batch_size}
@@ -222,7 +228,12 @@ def by_recording(task: Task, model: nn.Module, windows: Windows, batch_size: int
 
 
 def check_sampling_rate(feature_extractor: SSLAMFeatureExtractor, sampling_rate: int | None) -> None:
-    """Raise a ValueError unless it is the model's, or `None`."""
+    """Raise a ValueError unless the extractor is one of this model's kind, and the rate its own, or `None`."""
+    if not hasattr(feature_extractor, "scaled_padding_value"):  # not by its class: code beside a model has a class of the same name
+        raise ValueError(
+            f"feature_extractor is a {type(feature_extractor).__name__}, but the model's SSLAMFeatureExtractor is expected: load it with "
+            "AutoFeatureExtractor.from_pretrained(...)"
+        )
     if sampling_rate not in (None, feature_extractor.sampling_rate):
         raise ValueError(
             f"sampling_rate is {sampling_rate} Hz, but the model takes {feature_extractor.sampling_rate} Hz: resample the audio first, "
@@ -249,8 +260,8 @@ def _checked_clip(feature_extractor: SSLAMFeatureExtractor, clip: Audio, index: 
         raise ValueError(f"clip {index} is the path {str(clip)!r}, not a waveform: read it with transformers_sslam.audio.load_waveform")
     if (isinstance(clip, Samples) and clip.ndim) or isinstance(clip, Sequence):
         return feature_extractor._check_clip(clip, index, None)
-    if isinstance(clip, (Samples, Number, Mapping)):
-        what = "single number" if isinstance(clip, Number | Samples) else type(clip).__name__
+    if isinstance(clip, Samples | Mapping) or not isinstance(clip, Iterable):
+        what = "single number" if isinstance(clip, Number | Samples | np.generic) else type(clip).__name__
         raise ValueError(f"clip {index} is a {what}: give a list of 1-D arrays, also for one clip")
     return clip
 

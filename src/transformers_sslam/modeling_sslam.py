@@ -102,8 +102,9 @@ class SSLAMEmbeddings(nn.Module):
 
     def check_input(self, input_values: torch.Tensor | None) -> torch.Tensor:
         """`input_values`, unless they are not what the model takes: then a ValueError says what is expected."""
-        if input_values is None:
-            raise ValueError("input_values is None: give the log-mels that SSLAMFeatureExtractor makes")
+        if not isinstance(input_values, torch.Tensor):
+            kind = "None" if input_values is None else f"of type {type(input_values).__name__}"
+            raise ValueError(f'input_values is {kind}: give the log-mels that SSLAMFeatureExtractor makes with return_tensors="pt"')
         bins, size, longest = self.config.num_mel_bins, self.config.patch_size, self.config.max_length
         if input_values.dim() != 3 or input_values.shape[2] != bins or not input_values.is_floating_point():
             raise ValueError(

@@ -1,9 +1,10 @@
 """Windows over a recording, which is one array or arrives in blocks: cut in memory that does not grow with its length."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from os import PathLike
 from typing import Literal, Self
 
 import numpy as np
@@ -107,6 +108,13 @@ def check_frames(config: SSLAMConfig, feature_extractor: SSLAMFeatureExtractor, 
 
 def checked_blocks(audio: Audio, sampling_rate: int) -> Iterator[torch.Tensor]:
     """The blocks of a recording, checked, as float32 tensors of their own, because a producer may use its buffer again."""
+    if isinstance(audio, str | bytes | PathLike):
+        raise ValueError(f"the audio is the path {str(audio)!r}, not a waveform: read the file with transformers_sslam.audio.read_blocks")
+    if isinstance(audio, Mapping) or not isinstance(audio, Samples | Iterable):
+        raise ValueError(
+            f"the audio is a {type(audio).__name__}, but a 1-D array of samples, or an iterable of such arrays, is expected"
+            + (': of an example of a data set give its "array"' if isinstance(audio, Mapping) else "")
+        )
     if isinstance(audio, Sequence):  # clips, as other models take them, or blocks: it cannot be told
         raise ValueError(
             f"the audio is a {type(audio).__name__} of {len(audio)}, but one recording is expected: call this for each waveform, and give "
