@@ -316,7 +316,9 @@ def test_the_interval_of_a_psds_near_0_does_not_span_everything():
         ({"ground_truth": {}}, "'a' is missing in ground_truth"),
         ({"durations": {"a": 4.0, "b": 1.0}}, "'b' is missing in scores"),
         ({"durations": {"a": float("nan")}}, "duration of recording 'a' is nan"),
+        ({"durations": {"a": "4"}}, "duration of recording 'a' is '4'"),
         ({"step": 0.0}, "step is 0.0"),
+        ({"step": "1"}, "step is '1'"),
         ({"classes": []}, "0 classes"),
         ({"classes": ["x", "x"], "scores": {"a": np.zeros((4, 2))}}, "'x' stands twice"),
         ({"ground_truth": {"a": []}}, "holds no event"),
@@ -325,6 +327,9 @@ def test_the_interval_of_a_psds_near_0_does_not_span_everything():
         ({"ground_truth": {"a": [(2.0, 1.0, "x")]}}, "must end after its onset"),
         ({"ground_truth": {"a": [(2.0, 2.0, "x")]}}, "must end after its onset"),
         ({"ground_truth": {"a": [(float("nan"), 2.0, "x")]}}, "finite seconds"),
+        ({"ground_truth": {"a": [(None, None, "x")]}}, r"the event \(None, None, 'x'\).* finite seconds"),
+        ({"ground_truth": {"a": [("1.0", "2.0", "x")]}}, "finite seconds"),
+        ({"ground_truth": {"a": [None]}}, r"an event of recording 'a' is None, but \(onset, offset, label\)"),
         ({"ground_truth": {"a": [(1.0, 2.0, "z")]}}, "'z'.* unknown label"),
         ({"ground_truth": {"a": [(1.0, 2.0)]}}, r"\(onset, offset, label\) is expected"),
         ({"confidence": 1.5}, "confidence is 1.5"),
@@ -335,6 +340,14 @@ def test_bad_input_is_rejected(metric, change, message):
     data = dict(zip(("scores", "step", "classes", "ground_truth", "durations"), one_class([0, 1, 0, 0], [(1, 2)])))
     with pytest.raises(ValueError, match=message):
         metric(**{**data, **change})
+
+
+@pytest.mark.parametrize("metric", F1.values(), ids=F1)
+def test_thresholds_may_be_given_by_name(metric):
+    scores = {"a": np.array([[0.9, 0.1], [0.4, 0.6], [0.1, 0.4]])}
+    data = (scores, 1.0, ["x", "y"], {"a": [(0.0, 2.0, "x"), (1.0, 3.0, "y")]}, {"a": 3.0})
+    assert metric(*data, {"y": 0.5, "x": 0.3}) == metric(*data, [0.3, 0.5])
+    assert metric(*data, [0.3, 0.5]) != metric(*data, [0.5, 0.3])
 
 
 def test_bad_settings_are_rejected():
@@ -350,8 +363,9 @@ def test_bad_settings_are_rejected():
         with pytest.raises(ValueError, match=message):
             psds_1(*data, **options)
     for metric in F1.values():
-        with pytest.raises(ValueError, match="threshold is"):
-            metric(*data, [0.5, 0.5])
+        for threshold in ([0.5, 0.5], "a", None, float("nan"), {"y": 0.5}, {"x": 0.5, "y": 0.5}, {"x": None}):
+            with pytest.raises(ValueError, match=r"threshold is .*, but one number, or one for each of 1 classes, is expected: x$"):
+                metric(*data, threshold)
     with pytest.raises(ValueError, match="onset_collar is -1"):
         collar_f1(*data, 0.5, onset_collar=-1)
     with pytest.raises(ValueError, match="segment is 0"):

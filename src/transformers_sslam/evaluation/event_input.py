@@ -60,8 +60,8 @@ class Recordings:
                 where = "scores" if different[0] in given else title
                 raise ValueError(f"recording {different[0]!r} is missing in {where}: give every recording in scores, ground_truth "
                                  "(an empty list if it has no events) and durations")  # fmt: skip
-        if not 1 / MICROSECONDS <= step < np.inf:
-            raise ValueError(f"step is {step}, but must be a positive number of seconds, for example 0.16")
+        if not _is_finite(step) or step < 1 / MICROSECONDS:
+            raise ValueError(f"step is {step!r}, but must be a positive number of seconds, for example 0.16")
         arrays, bounds, events = [], [], []
         for name in names:
             arrays.append(_check_scores(scores[name], name, len(classes)))
@@ -74,6 +74,11 @@ class Recordings:
         ends = np.array([_microseconds(durations[name]) for name in names])
         merged = sum(len(ground_truth[name]) for name in names) - int(counts.sum())
         return cls(names, classes, arrays, bounds, ends, events, counts, time, merged)
+
+
+def _is_finite(seconds: Any) -> bool:
+    value = np.asarray(seconds)
+    return value.ndim == 0 and value.dtype.kind in "iuf" and bool(np.isfinite(value))
 
 
 def _microseconds(seconds: float) -> int:
@@ -95,8 +100,8 @@ def _check_scores(values: Any, name: str, classes: int) -> np.ndarray:
 
 
 def _step_bounds(steps: int, step: float, duration: float, name: str) -> np.ndarray:
-    if not 1 / MICROSECONDS <= duration < np.inf:
-        raise ValueError(f"the duration of recording {name!r} is {duration}, but must be a positive number of seconds")
+    if not _is_finite(duration) or duration < 1 / MICROSECONDS:
+        raise ValueError(f"the duration of recording {name!r} is {duration!r}, but must be a positive number of seconds")
     exact = duration / step
     if not exact - 1 - 1e-6 < steps or _microseconds((steps - 1) * step) >= _microseconds(duration):  # one step fewer: rounded down
         raise ValueError(
@@ -110,12 +115,12 @@ def _step_bounds(steps: int, step: float, duration: float, name: str) -> np.ndar
 def _check_events(events: Any, name: str, classes: list[str], duration: float) -> list[tuple[np.ndarray, np.ndarray]]:
     by_class: dict[str, list[tuple[int, int]]] = {c: [] for c in classes}
     for event in events:
-        if len(event) != 3:
+        if not hasattr(event, "__len__") or len(event) != 3:
             raise ValueError(f"an event of recording {name!r} is {event!r}, but (onset, offset, label) is expected")
         onset, offset, label = event
         if label not in by_class:
             raise ValueError(f"the event {event!r} of recording {name!r} has an unknown label: give one of classes, {classes[:5]} ...")
-        if not (np.isfinite(onset) and np.isfinite(offset)) or _microseconds(offset) <= _microseconds(onset):
+        if not (_is_finite(onset) and _is_finite(offset)) or _microseconds(offset) <= _microseconds(onset):
             raise ValueError(f"the event {event!r} of recording {name!r} must end after its onset, both in finite seconds: correct it")
         if onset < 0 or _microseconds(offset) > _microseconds(duration):
             raise ValueError(

@@ -14,8 +14,10 @@ one class that overlap or touch in a recording are merged into one, because no d
 by how many they have become fewer. (`sed_scores_eval`, the program of Ebbers et al., rejects them.)
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ except ImportError as error:
 
 GroundTruth = Mapping[str, Sequence[tuple[float, float, str]]]
 Interval = tuple[float, float]
+Threshold = float | Sequence[float] | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def collar_f1(
     classes: Sequence[str],
     ground_truth: GroundTruth,
     durations: Mapping[str, float],
-    threshold: float | Sequence[float],
+    threshold: Threshold,
     *,
     onset_collar: float = 0.2,
     offset_collar: float = 0.2,
@@ -175,13 +178,13 @@ def collar_f1(
     largest counts. F1 = 2 TP / (2 TP + FP + FN). Intervals are percentiles.
 
     Args:
-        threshold: one, or one for each class; other arguments and errors as of [`psds`].
+        threshold: one, or one for each class, in their order or by name; other arguments and errors as of [`psds`].
     """
     for name, value in {"onset_collar": onset_collar, "offset_collar": offset_collar, "offset_collar_rate": offset_collar_rate}.items():
         if not 0 <= value < np.inf:
             raise ValueError(f"{name} is {value}, but must be finite and not negative, for example 0.2")
     data = Recordings.of(scores, step, classes, ground_truth, durations)
-    thresholds = _thresholds(threshold, len(data.classes))
+    thresholds = _thresholds(threshold, data.classes)
     counts = np.zeros((3, len(data.names), len(data.classes)), np.int64)
     for r, (values, bounds) in enumerate(zip(data.scores, data.bounds)):
         edges = np.diff(np.pad((values > thresholds).astype(np.int8), ((1, 1), (0, 0))), axis=0)
@@ -201,7 +204,7 @@ def segment_f1(
     classes: Sequence[str],
     ground_truth: GroundTruth,
     durations: Mapping[str, float],
-    threshold: float | Sequence[float],
+    threshold: Threshold,
     *,
     segment: float = 1.0,
     confidence: float | None = 0.95,
@@ -216,12 +219,12 @@ def segment_f1(
 
     Args:
         segment: seconds.
-        threshold: one, or one for each class; other arguments and errors as of [`psds`].
+        threshold: one, or one for each class, in their order or by name; other arguments and errors as of [`psds`].
     """
     if not 1 / MICROSECONDS <= segment < np.inf:
         raise ValueError(f"segment is {segment}, but must be a positive number of seconds, for example 1")
     data = Recordings.of(scores, step, classes, ground_truth, durations)
-    thresholds, length = _thresholds(threshold, len(data.classes)), round(segment * MICROSECONDS)
+    thresholds, length = _thresholds(threshold, data.classes), round(segment * MICROSECONDS)
     counts = np.zeros((3, len(data.names), len(data.classes)), np.int64)
     for r, (values, bounds) in enumerate(zip(data.scores, data.bounds)):
         segments = -(-data.ends[r] // length)
@@ -270,11 +273,16 @@ def largest_matching(near: np.ndarray) -> int:
     return int(np.count_nonzero(maximum_bipartite_matching(csr_array(near), perm_type="column") >= 0))
 
 
-def _thresholds(threshold: float | Sequence[float], classes: int) -> np.ndarray:
-    values = np.asarray(threshold, dtype=np.float64)
-    if values.shape not in ((), (classes,)) or np.isnan(values).any():
-        raise ValueError(f"threshold is {threshold!r}, but one number, or one for each of {classes} classes, is expected")
-    return np.broadcast_to(values, (classes,))
+def _thresholds(threshold: Threshold, classes: Sequence[str]) -> np.ndarray:
+    given = [threshold.get(name) for name in classes] if isinstance(threshold, Mapping) else threshold
+    values = np.asarray(given, dtype=object)
+    is_number = all(isinstance(value, Real) and not math.isnan(value) for value in values.flat)
+    if not is_number or values.shape not in ((), (len(classes),)) or (isinstance(threshold, Mapping) and set(threshold) != set(classes)):
+        raise ValueError(
+            f"threshold is {threshold!r}, but one number, or one for each of {len(classes)} classes, is expected: {', '.join(classes[:5])}"
+            + (" ..." if len(classes) > 5 else "")
+        )
+    return np.broadcast_to(values.astype(np.float64), (len(classes),))
 
 
 def _f1(data: Recordings, counts: np.ndarray, confidence: float | None, resamples: int, seed: int) -> EventMetric:
