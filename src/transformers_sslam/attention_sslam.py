@@ -20,9 +20,12 @@ def as_boolean(attention_mask: torch.Tensor) -> torch.Tensor:
     """The mask with `True` where there is sound.
 
     Raises:
-        ValueError: if it holds NaN, complex numbers, or negative ones: in a mask that is added to attention scores 0 means the opposite.
-            (Whole numbers, as the feature extractor gives, are looked at on the CPU alone: the processor need not wait for a device.)
+        ValueError: if it is not a tensor, or holds NaN, complex numbers, or negative ones: in a mask that is added to attention scores 0
+            means the opposite. (Whole numbers, as the feature extractor gives, are looked at on the CPU alone: the processor need not wait
+            for a device.)
     """
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(f"attention_mask is of type {type(attention_mask).__name__}, but a tensor is expected, as of input_values")
     if attention_mask.is_complex() or _has_negative(attention_mask):
         raise ValueError(
             "attention_mask holds negative values, NaN or complex numbers, but 1 (sound) and 0 (padding) are expected: give the mask that "
