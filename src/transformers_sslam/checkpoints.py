@@ -63,7 +63,7 @@ def latest_whole_checkpoint(output_dir: Path) -> Path | None:
             return folder
         logger.warning("%s is damaged and is passed over: %s", folder, problem)
     if found:
-        raise UserError(f"all {len(found)} checkpoints in {output_dir} are damaged: put one back, or choose another folder to begin anew")
+        raise UserError(f"all {len(found)} checkpoints in {output_dir} are damaged: put one back, or choose another folder to start again")
     return None
 
 

@@ -258,7 +258,7 @@ class EventDecoder:
         is_event = totals[1] > run.before[1]  # it has a step above the onset threshold
         if event is not None and run.start - event.end <= gap:
             if not is_event:
-                event.final_at = max(event.final_at, end + 1)  # while the run went on, it might have extended the event
+                event.final_at = max(event.final_at, end + 1)  # until the run ended, it might have extended the event
             run = event
         elif event is not None and is_event:
             final.append((event.final_at, label, event))

@@ -84,11 +84,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         values: Any = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path} is damaged: it is not JSON in UTF-8 ({error}). Restore it, or delete it to begin anew") from error
+        raise DamagedFileError(f"{path} is damaged: it is not JSON in UTF-8 ({error}). Restore it, or delete it to start again") from error
     if not isinstance(values, dict):
         raise DamagedFileError(f"{path} is damaged: it holds a {type(values).__name__}, but an object is expected. Restore it")
     if SEAL in values and values.pop(SEAL) != _hash_values(values):
-        raise DamagedFileError(f"{path} is damaged: it was changed since it was written. Restore it, or delete it to begin anew")
+        raise DamagedFileError(f"{path} is damaged: it was changed since it was written. Restore it, or delete it to start again")
     return values
 
 

@@ -72,7 +72,7 @@ class ChangeFilter:
     of the higher one's; so are a box and what lies before the first or after the last one.
 
     Boxes are found in stretches of `STRETCH` steps from the beginning of the recording, so that neither delay nor memory grow with it. A
-    box that goes on beyond the end of a stretch is followed directly by one that begins there. Beyond the ends of the recording its first
+    box that continues beyond the end of a stretch is followed directly by one that begins there. Beyond the ends of the recording its first
     and last scores are repeated. A class whose number in `halves` is 0 keeps its scores.
 
     Attributes:

@@ -149,7 +149,7 @@ def draw_sources(
         )
     if num_clips == 1 and not torch.compiler.is_compiling():
         logger.warning_once(
-            "A batch of one clip is mixed with itself, so the clip stays as it is and its mixture is of no use. Use at least two clips per "
+            "A batch of one clip is mixed with itself, so that its mixture equals the clip. Use at least two clips per "
             "device, and drop an incomplete last batch."
         )
     source = device if generator is None else generator.device

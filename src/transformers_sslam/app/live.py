@@ -89,7 +89,7 @@ class LiveSession:
             self._error = str(error)  # after `stop`: that there was less sound than the model needs
         finally:
             self.is_on = False
-            self._done.put(None)  # for whoever saw it on, and waits
+            self._done.put(None)  # so that a caller that still waits returns
 
     def _arriving(self) -> Iterator[np.ndarray]:
         try:

@@ -129,7 +129,7 @@ class Sessions:
             return known is not None and known.pending
 
     def take(self, session: str) -> Turn | None:
-        """The file that waits for its turn; an upload, which lies in the turn's folder, is deleted by whoever asks."""
+        """The file that waits for its turn; an upload, which lies in the turn's folder, is deleted by the caller."""
         with self._lock:
             known = self._sessions.get(session)
             if known is None or known.waiting is None:

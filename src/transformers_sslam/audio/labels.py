@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-UNKNOWN_LABELS = "unknown_labels"  # the column of classes of which nobody knows whether a clip has them
+UNKNOWN_LABELS = "unknown_labels"  # the column of classes of which it is unknown whether a clip has them
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@ labelled AudioSet, MAESTRO, DCASE 2016 task 2.
 
 Each is read into tables of files with `events`, `{"label", "onset", "offset"}`, in seconds, in the order of the annotation, and `labels`,
 the classes of the clip, each once. An event without both times is a weak label: its class is in the clip at some time. Soft labels have a
-`value` besides; those above one half count as labels of the clip. None of these data sets was at hand when this was written: files and
-columns are as their papers, pages and programs describe them, and each function says what it assumes.
+`value` besides; those above one half count as labels of the clip. We had no copy of these data sets: files and columns are as their papers,
+pages and programs describe them, and each function says what it assumes.
 """
 
 import logging
@@ -214,7 +214,7 @@ def open_maestro(root: Path, subset: None) -> "DatasetDict":
 
     The value of a class in a second is the estimated proportion of annotators who marked it. Recordings and their annotations, in files of
     the same name, are found at any depth: annotations are those in a folder whose name contains `soft`, or in all folders if none does.
-    `scene` is the name of the recording's folder. The official folds are not read: their files were not at hand.
+    `scene` is the name of the recording's folder. The official folds are not read: we had no copy of their files.
     """
     texts = [name for name in files_below(root, (".txt",)) if "read" not in Path(name).stem.lower()]
     soft = [name for name in texts if any("soft" in folder.lower() for folder in Path(name).parts[:-1])] or texts

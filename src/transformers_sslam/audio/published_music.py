@@ -1,6 +1,6 @@
 """Data sets of instruments as their authors distribute them, read into tables of files: NSynth, IRMAS, OpenMIC-2018.
 
-None of them was at hand when this was written: files and columns are as their papers and pages describe them.
+We had no copy of them: files and columns are as their papers and pages describe them.
 """
 
 import math

@@ -31,7 +31,7 @@ def read_index(path: Path) -> dict[str, Any]:
         ):
             wrong.append(f"shard {shard!r}")
     if wrong:
-        raise DamagedFileError(f"{path} is damaged: {', '.join(wrong)} is missing, unknown or of another type. Restore it, or begin anew")
+        raise DamagedFileError(f"{path} is damaged: {', '.join(wrong)} is missing, unknown or of another type. Restore it, or start again")
     return index
 
 
@@ -43,7 +43,7 @@ def check_shards(folder: Path, index: dict[str, Any], hashes: bool = False) -> N
     """
     for shard in index["shards"]:
         if problem := _damage(folder / shard["file"], shard, hashes):
-            raise DamagedFileError(f"{folder} {problem}, which its {SHARD_INDEX} names: put it back, or begin anew in an empty folder")
+            raise DamagedFileError(f"{folder} {problem}, which its {SHARD_INDEX} names: put it back, or start again in an empty folder")
 
 
 def _damage(path: Path, shard: dict[str, Any], hashes: bool) -> str | None:

@@ -203,7 +203,7 @@ def _candidates(rows: Sequence[ProbedBlock]) -> list[ProbedBlock]:
 
 
 def _on_log_mel(row: ProbedBlock) -> ProbedBlock | None:
-    """What shows the worth of a row's pooling without a network: the log-mel has neither a CLS token nor several blocks."""
+    """The same pooling of the log-mel, as a baseline without a network; it has neither a CLS token nor several blocks."""
     probe = build_probe(row.probe)
     if probe.pooling in (None, "cls") or not probe.needs_model:
         return None

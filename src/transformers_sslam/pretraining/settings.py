@@ -129,7 +129,7 @@ class PreTrainingSettings(ModelSettings, OptimizationSettings, SpeedSettings, Ru
     data: DataSettings = setting("recordings to train on, and how they are read", DataSettings())
     validation: DataSettings | None = setting("recordings of the validation loss", None)
     validation_clips: int = setting("number of validation clips: the first ones", 96)
-    probe: StudentProbeSettings | None = setting("labelled clips on which the student is probed, frozen, while the run goes on", None)
+    probe: StudentProbeSettings | None = setting("labelled clips on which the frozen student is probed during the run", None)
     probe_every: int | None = setting("steps between linear probes of the student; null: never", None)
     seed: int = setting("random seed for weights, masks, mixtures and the order of clips", 0)
 

@@ -1,4 +1,4 @@
-"""The command `sslam benchmark`: an encoder on tasks of a public suite, or on tasks of one's own in the same form."""
+"""The command `sslam benchmark`: an encoder on tasks of a public suite, or on your own tasks in the same form."""
 
 import importlib.util
 import logging
@@ -59,7 +59,7 @@ def run(settings: SuiteSettings) -> None:
 def run_benchmark(settings: SuiteSettings) -> list[list[str]]:
     """Evaluate the encoder on all tasks, in their order.
 
-    A task of the suite that `output_dir` has results of, for the same weights and settings, is not run again. Tasks of one's own always
+    A task of the suite that `output_dir` has results of, for the same weights and settings, is not run again. Your own tasks always
     are, because the suite would not notice that a file has changed.
 
     Returns:

@@ -26,7 +26,7 @@ from ..loading import hash_model
 from .embedder import BATCH_SIZE, Embedder, LogMelStatistics
 
 
-# Fields of a `ModelMeta` that nobody knows of a model of one's own.
+# Fields of a `ModelMeta` that are unknown for a local model.
 UNKNOWN: dict[str, Any] = dict.fromkeys(
     ("loader", "license", "open_weights", "public_training_code", "public_training_data", "training_datasets")
 )
@@ -53,7 +53,7 @@ class ClipEncoder(AbsEncoder):
             inputs: mteb's `DataLoader` of a data set with the column `audio`.
             batch_size: windows in a forward pass.
             show_progress_bar: show the progress over batches.
-            kwargs: what mteb knows of the task, of no use here.
+            kwargs: what mteb knows of the task, ignored.
 
         Raises:
             ValueError: if there is no such column, or a clip is not finite.
