@@ -122,7 +122,6 @@ def test_names_of_classes_may_be_given_as_label2id_alone(tmp_path, names, counte
         ({"label2id": ["a"]}, r"label2id is \['a'\] .* each class from 0 on needs one name"),
         ({"label2id": {"a": "dog"}}, "each class from 0 on needs one name"),
         ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "num_labels is 3, but id2label has 2 names: leave num_labels out"),
-        ({"id2label": {0: "a", 1: "a"}}, "id2label names more than one class 'a'"),
         ({"id2label": {0.5: "a"}}, "id2label has the keys 0.5, but the classes' numbers are expected, 0 to 0"),
         ({"id2label": {"dog": 0}}, "id2label has the keys 'dog'"),
         *(({"num_labels": number}, f"num_labels is {number!r}, but a whole number of at least 1") for number in (0, -1, "3", True, 1.0)),

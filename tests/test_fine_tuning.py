@@ -26,6 +26,7 @@ from transformers_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudio
 from transformers_sslam.attention_sslam import CPU_HALF_PRECISION_ATTENTION
 from transformers_sslam.audio.decode import load_waveform
 from transformers_sslam.errors import UserError
+from transformers_sslam.files import read_json
 from transformers_sslam.finetuning import training
 from transformers_sslam.finetuning.model import build_extractor, build_model
 from transformers_sslam.finetuning.run import fine_tune, run
@@ -266,7 +267,7 @@ def test_lists_of_labels_are_several_labels_too(settings, tmp_path):
 def test_the_scores_that_are_kept_give_the_results(settings, loss):
     results = fine_tune(replace(settings, loss=loss, max_steps=3))
     assert results["steps"] == 3
-    assert json.loads((Path(settings.output_dir) / "results.json").read_text()) == results
+    assert read_json(Path(settings.output_dir) / "results.json") == results
     scores = np.load(Path(settings.output_dir) / "scores.npz")
     logits, targets = scores["logits"].astype(np.float64), scores["targets"]
     assert targets.tolist() == [[0, 1], [1, 0]] * 3  # hum, hiss, ... in the order of the table; classes are sorted

@@ -21,8 +21,7 @@ def as_boolean(attention_mask: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: if it is not a tensor, or holds NaN, complex numbers, or negative ones: in a mask that is added to attention scores 0
-            means the opposite. (Whole numbers, as the feature extractor gives, are looked at on the CPU alone: the processor need not wait
-            for a device.)
+            means the opposite. (Whole numbers, as the feature extractor gives, are not looked at: a processor would wait for its device.)
     """
     if not isinstance(attention_mask, torch.Tensor):
         raise ValueError(f"attention_mask is of type {type(attention_mask).__name__}, but a tensor is expected, as of input_values")
@@ -35,7 +34,7 @@ def as_boolean(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def _has_negative(mask: torch.Tensor) -> bool:
-    if mask.dtype == torch.bool or torch.compiler.is_compiling() or not (mask.is_floating_point() or mask.device.type == "cpu"):
+    if not mask.is_floating_point() or torch.compiler.is_compiling():
         return False
     try:
         return not (mask >= 0).all()  # NaN too

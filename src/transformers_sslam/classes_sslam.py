@@ -25,7 +25,7 @@ def ordered_names(id2label: dict[Any, Any]) -> list[str]:
     """Names in the order of their numbers, which may also be text, as JSON and YAML have them.
 
     Raises:
-        ValueError: if not each class from 0 on has a name of its own.
+        ValueError: if not each class from 0 on has a name. (Two may have the same one, as in other models.)
     """
     numbers = _whole_numbers(id2label)
     if sorted(numbers) != list(range(len(id2label))):
@@ -33,11 +33,7 @@ def ordered_names(id2label: dict[Any, Any]) -> list[str]:
         raise ValueError(
             f"id2label has the keys {keys}, but the classes' numbers are expected, 0 to {len(id2label) - 1}, each with its name"
         )
-    names = [str(name) for _, name in sorted(zip(numbers, id2label.values()))]
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise ValueError(f"id2label names more than one class {twice!r}: give each class a name of its own")
-    return names
+    return [str(name) for _, name in sorted(zip(numbers, id2label.values()))]
 
 
 def names_by_number(label2id: Any, num_labels: int | None) -> dict[int, str]:

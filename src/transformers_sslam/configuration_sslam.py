@@ -272,7 +272,7 @@ class SSLAMConfig(PreTrainedConfig):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes in the order of their scores. Raises a ValueError if not each class from 0 on has a name of its own."""
+        """Names of the classes in the order of their scores. Raises a ValueError if not each class from 0 on has a name."""
         return ordered_names(self.id2label or {})
 
     def normalize_labels(self) -> None:
