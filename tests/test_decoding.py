@@ -235,6 +235,19 @@ def test_uncompressed_formats_and_their_like_are_whole(kind, subtype):
     assert np.abs(waveform[:RATE] - samples[: len(waveform)]).max() < 0.1
 
 
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+def test_a_wav_of_big_endian_numbers_is_whole_or_counted(subtype):
+    file = io.BytesIO()
+    soundfile.write(file, tone(1.0), RATE, format="WAV", subtype=subtype, endian="BIG")
+    whole = file.getvalue()
+    assert whole[:4] == b"RIFX"
+    np.testing.assert_allclose(both(whole), tone(1.0), atol=1e-4)
+    for data, cause in ((whole[: len(whole) // 2], "truncated"), (whole + whole, "damaged")):
+        with pytest.raises(AudioDecodingError) as error:
+            load_waveform(data)
+        assert error.value.cause == cause
+
+
 @pytest.mark.parametrize("rate", [16_000, 44_100])
 @pytest.mark.parametrize("options", [{"q": "4"}, {"b": "128k"}], ids=["variable", "constant"])
 def test_an_mp3_without_its_header_is_whole(rate, options):

@@ -21,7 +21,7 @@ _ASF_DATA = bytes.fromhex("3626b2758e66cf11")
 _AU_BYTES = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}  # of a sample, by the encoding
 _AIFC_BYTES = {b"fl32": 4, b"fl64": 8, b"in24": 3, b"in32": 4, b"alaw": 1, b"ulaw": 1}  # of a sample; others by the header
 _LEAST_RATE = 1000  # bytes a second, where the header of compressed sound does not tell
-_FILES = (b"RIFF", b"RF64", b"BW64", b"FORM", b"riff", b"caff", b"wvpk")  # how files begin, and chunks do not
+_FILES = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b"riff", b"caff", b"wvpk")  # how files begin, and chunks do not
 
 
 class Window(io.RawIOBase):
@@ -80,8 +80,8 @@ def find_data_chunk(file: BinaryIO, size: int, name: str) -> DataChunk | None:
         at = size if found.size is None else start + length
     elif kind == b"riff" and head[24:28] == b"wave":
         at, width, count, align, own = 40, 16, 8, 8, 24
-    elif kind in (b"RIFF", b"RF64", b"BW64") and head[8:12] == b"WAVE":
-        at, width, count, align, own = 12, 4, 4, 2, 0
+    elif kind in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
+        at, width, count, align, own, order = 12, 4, 4, 2, 0, "big" if kind == b"RIFX" else "little"
     elif kind == b"FORM" and head[8:11] == b"AIF":
         at, width, count, align, own, order = 12, 4, 4, 2, 0, "big"
     elif kind == b"caff":
@@ -98,9 +98,9 @@ def find_data_chunk(file: BinaryIO, size: int, name: str) -> DataChunk | None:
         if identity == b"ds64":  # of RF64: the size in 64 bits
             long = int.from_bytes(body[8:16], "little")
         elif identity == b"fmt " and len(body) >= 16:
-            channels, sampling_rate, rate, frame, bits = struct.unpack("<HIIHH", body[2:16])
+            tag, channels, sampling_rate, rate, frame, bits = struct.unpack("<>"[order == "big"] + "HHIIHH", body[:16])
             # Some programs write a wrong byte rate. But if it belongs to another common sampling rate, either may be damaged.
-            if body[0] in _PCM_TAGS and rate != sampling_rate * frame:
+            if tag & 255 in _PCM_TAGS and rate != sampling_rate * frame:
                 is_common = sampling_rate in _COMMON_RATES and rate not in {common * frame for common in _COMMON_RATES}
                 if not is_common or frame != channels * bits / 8:
                     raise damaged(name, "has a header whose rates contradict each other")

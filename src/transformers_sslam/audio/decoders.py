@@ -32,7 +32,7 @@ from .frames import FIRST_FRAME, FrameReader
 
 # FFmpeg's other demuxers read playlists, which open further files and addresses, pictures and text.
 _DEMUXERS = "aac,ac3,aiff,amr,ape,asf,au,caf,dts,dtshd,eac3,flac,matroska,webm,mov,mp4,m4a,3gp,mp3,ogg,tta,w64,wav,wv"
-_BY_SOUNDFILE = (b"OggS", b"RIFF", b"RF64", b"riff", b"FORM", b"fLaC", b".snd", b"caff")
+_BY_SOUNDFILE = (b"OggS", b"RIFF", b"RIFX", b"RF64", b"riff", b"FORM", b"fLaC", b".snd", b"caff")
 _BY_MOVIES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # the first box of MP4 or QuickTime
 _ONCE = (b"fLaC", b"#!AM", b"TTA1", b"MAC ")  # FLAC, AMR, TTA, APE: what they begin with stands nowhere else in them
 _LARGEST_READ = 2**20  # samples of all channels decoded at a time, whatever a header claims
