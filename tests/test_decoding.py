@@ -596,6 +596,55 @@ def test_every_cut_of_windows_media_is_found(change, codec, rate):
         assert cause(data[: int(len(data) * fraction)]) == "truncated"
 
 
+def with_large_tag(asf: bytes) -> bytes:
+    """As a tagger leaves it: the header grows, and the size of the file in it stays as it was."""
+    size, count = struct.unpack("<QI", asf[16:28])
+    tag = bytes.fromhex("74d40618dfca0945a4ba9aabcb96aae8") + struct.pack("<Q", 24 + len(asf)) + bytes(len(asf))  # padding
+    return asf[:16] + struct.pack("<QI", size + len(tag), count + 1) + asf[28:size] + tag + asf[size:]
+
+
+def test_a_large_tag_in_windows_media_does_not_matter():
+    data = with_large_tag(by_ffmpeg(3.0, "wmav2", "asf", 44_100))
+    assert abs(seconds_of(data) - 3) < 0.1
+    assert cause(data[: int(0.98 * len(data))]) == "truncated"
+    assert cause(data + data) == "damaged"
+
+
+def test_windows_media_from_a_pipe_is_whole():
+    assert abs(seconds_of(by_ffmpeg(3.0, "wmav2", "asf", 44_100, piped=True)) - 3) < 0.1
+
+
+@pytest.mark.parametrize("name", [b"LIST", b"iXML"])
+def test_a_chunk_of_metadata_whose_size_is_mistaken_does_not_matter(name):
+    wav = encoded(tone(2.0)) + name + struct.pack("<I", 30_008) + b"INFO" + b"a" * 30_000
+    assert seconds_of(wav[:4] + struct.pack("<I", len(wav) - 8) + wav[8:]) == 2
+
+
+@pytest.mark.parametrize("zeros", [1, 15, 16])
+def test_zeros_behind_the_largest_frame_of_a_flac_do_not_matter(zeros):
+    assert seconds_of(encoded(tone(0.09, 44_100), "FLAC", rate=44_100) + bytes(zeros)) == pytest.approx(0.09, abs=1e-3)
+
+
+def test_a_flac_that_holds_another_one_as_metadata_is_whole():
+    flac = encoded(tone(1.0), "FLAC")
+    end = 8 + int.from_bytes(flac[5:8], "big")  # of the first block
+    block = b"\2" + len(flac).to_bytes(3, "big") + flac  # of an application
+    data = flac[:4] + bytes([flac[4] & 0x7F]) + flac[5:end] + block + flac[end:]
+    assert seconds_of(data) == 1
+    assert cause(data + data) == "damaged"
+
+
+@pytest.mark.parametrize("zeros", [100, 4096, 500_000])
+def test_zeros_behind_an_amr_are_not_sound(zeros):
+    data = by_ffmpeg(2.0, "libopencore_amrnb", "amr", 8000)
+    assert abs(seconds_of(data + bytes(zeros)) - seconds_of(data)) < 0.1
+
+
+def test_sound_that_cannot_be_decoded_at_the_end_of_a_film_is_counted():
+    """The last packet of this one, nearly a second, is too much for FFmpeg's decoder; the other stream says nothing of its length."""
+    assert cause(by_ffmpeg(3.0, "tta", "matroska", 44_100, second=4.0)) == "damaged"
+
+
 @pytest.mark.parametrize(
     ("codec", "form", "rate"),
     [

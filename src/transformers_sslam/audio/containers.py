@@ -1,7 +1,6 @@
 """The length of the sound as container formats tell it, by which a decoder's result is known to be the whole file."""
 
 import io
-import re
 import struct
 import zlib
 from typing import BinaryIO, Literal, NamedTuple
@@ -12,12 +11,11 @@ from ..errors import AudioDecodingError
 LOST = 0.1  # seconds that may be missing, or too many
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _PCM_TAGS = (1, 3, 6, 7, 0xFE)  # low bytes of a WAV's format tag: PCM, float, A-law, mu-law, extensible
-_FLAC_RATES = (0, 88_200, 176_400, 192_000, 8000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000)
-_COMMON_RATES = {*_FLAC_RATES[1:], 11_025, 12_000}
-_FLAC_BITS = (0, 8, 12, 0, 16, 20, 24, 32)
+_COMMON_RATES = {8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 88_200, 96_000, 176_400, 192_000}
 _SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675  # of Matroska
 _BESIDE_SEGMENT = (_SEGMENT, 0x1A45DFA3, 0xEC, 0xBF)  # another one, the header of another file, padding, a checksum
-_ASF_DATA = bytes.fromhex("3626b2758e66cf11")
+_ASF_DATA, _ASF_PROPERTIES = bytes.fromhex("3626b2758e66cf11"), bytes.fromhex("a1dcab8c47a9cf11")
+_BESIDE_SOUND = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"_PMX", b"cart", b"axml")  # chunks of WAV, some of mistaken sizes
 _AU_BYTES = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}  # of a sample, by the encoding
 _AIFC_BYTES = {b"fl32": 4, b"fl64": 8, b"in24": 3, b"in32": 4, b"alaw": 1, b"ulaw": 1}  # of a sample; others by the header
 _LEAST_RATE = 1000  # bytes a second, where the header of compressed sound does not tell
@@ -93,7 +91,7 @@ def find_data_chunk(file: BinaryIO, size: int, name: str) -> DataChunk | None:
         identity, body, start = chunk[:4], chunk[width + count :], at + width + count
         length = int.from_bytes(chunk[width : width + count], order) - own
         is_chunk = all(32 <= byte < 127 for byte in identity) and identity not in _FILES and start + length <= size
-        if found is not None and not is_chunk:
+        if found is not None and not is_chunk and identity not in _BESIDE_SOUND:
             break  # more sound, or another file
         if identity == b"ds64":  # of RF64: the size in 64 bits
             long = int.from_bytes(body[8:16], "little")
@@ -171,9 +169,9 @@ def tag_length(head: bytes, left: int) -> int:
     return left if head[:11] == b"LYRICSBEGIN" else 0
 
 
-def occurs_again(file: BinaryIO, size: int, first: bytes) -> bool:
-    """Whether the first bytes of a file stand at another place in it, too."""
-    at, found = 1, -1
+def occurs_again(file: BinaryIO, size: int, first: bytes, at: int = 1) -> bool:
+    """Whether the first bytes of a file stand at another place in it, too, from `at` on."""
+    found = -1
     while at < size and found < 0:
         found = read_at(file, at, 2**20 + len(first)).find(first)
         at += 2**20
@@ -208,64 +206,15 @@ def read_at(file: BinaryIO, at: int, length: int) -> bytes:
     return file.read(length)
 
 
-def flac_seconds(file: BinaryIO, size: int, name: str) -> float | None:
-    """Length by the last frame; `None` if none is found. Raises "truncated" or "damaged" if the header declares another."""
-    info = read_at(file, 8, 34)
-    if len(info) < 34:
-        raise truncated(name)
-    packed = int.from_bytes(info[10:18], "big")  # 20 bits rate, 3 channels, 5 bits per sample, 36 samples
-    total, largest = packed & (2**36 - 1), int.from_bytes(info[7:10], "big")
-    end, begin, at = None, size, 0
-    for window in (max(2**18, largest + 2**16), 2**22):  # the second one is for a cover behind the sound
-        if end is None and begin > 0:
-            begin = max(0, size - window)
-            tail = read_at(file, begin, window)
-            at = len(tail)
-            while end is None and (at := tail.rfind(b"\xff", 0, at)) >= 0:
-                end = _flac_frame_end(tail[at : at + 16], info, packed)
-    if total and end != total:
-        if end is not None and end < total:
-            raise truncated(name)
-        raise damaged(name, "has a last frame that does not end where its header says")
-    if end is not None and (longest := largest or 2**18) < without_last_tags(file, size) - begin - at:
-        tags = re.compile(rb"ID3|APETAGEX|TAG|LYRICSBEGIN|\0{16}").finditer(tail, at, at + longest + 16)
-        if not any(is_padding(file, begin + tag.start(), size) for tag in tags):
-            raise damaged(name, "has more than a tag behind its sound")
-    return None if end is None or not packed >> 44 else end / (packed >> 44)
-
-
-def _flac_frame_end(head: bytes, info: bytes, packed: int) -> int | None:
-    """The sample behind the frame whose header this is; `None` if it is not one of this stream (RFC 9639, section 9.1)."""
-    if len(head) < 6 or head[1] & 0xFE != 0xF8 or head[3] & 1:
-        return None
-    block, rate, channels, bits = head[2] >> 4, head[2] & 15, head[3] >> 4, head[3] >> 1 & 7
-    width = 8 - (head[4] ^ 0xFF).bit_length()  # bytes of the number, which is coded as UTF-8 is: 0 for a single one
-    number, at = head[4] & (0x7F >> width), 4 + max(1, width)
-    for byte in head[5:at]:
-        number = number << 6 | byte & 0x3F
-    if block in (6, 7):
-        length = int.from_bytes(head[at : at + block - 5], "big") + 1
-        at += block - 5
-    else:
-        length = 192 if block == 1 else 576 * 2 ** (block - 2) if block < 6 else 2**block
-    if rate in (12, 13, 14):
-        hertz = int.from_bytes(head[at : at + min(rate - 11, 2)], "big") * (1000, 1, 10)[rate - 12]
-        at += min(rate - 11, 2)
-    else:
-        hertz = _FLAC_RATES[rate] if rate < 12 else -1
-    crc = 0
-    for byte in head[:at]:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc << 1 ^ (0x107 if crc & 0x80 else 0)
-    of_this_stream = (
-        hertz in (0, packed >> 44)
-        and (2 if channels >= 8 else channels + 1) == (packed >> 41 & 7) + 1
-        and _FLAC_BITS[bits] in (0, (packed >> 36 & 31) + 1)
-    )
-    if block == 0 or channels > 10 or len(head) <= at or head[at] != crc or not of_this_stream:
-        return None
-    return (number if head[1] & 1 else number * int.from_bytes(info[2:4], "big")) + length
+def without_last_zeros(file: BinaryIO, size: int, kept: int) -> int:
+    """The size of the file without the zeros at its end, but for `kept` of them."""
+    end = size
+    while end > 0:
+        block = read_at(file, start := max(0, end - 2**18), end - start)
+        if held := len(block.rstrip(b"\0")):
+            return min(size, start + held + kept)
+        end = start
+    return size
 
 
 def check_mp4(file: BinaryIO, size: int, name: str) -> bool:
@@ -293,8 +242,10 @@ def check_mp4(file: BinaryIO, size: int, name: str) -> bool:
     return b"moof" in headers
 
 
-def check_asf(file: BinaryIO, size: int, name: str) -> int:
-    """The size without tags behind the last object. FFmpeg estimates the duration by it, whatever the header says.
+def check_asf(file: BinaryIO, size: int, name: str) -> tuple[int, bytes, bool]:
+    """The size without tags behind the last object; the first bytes of the file with that size in them, and whether it is not live.
+
+    The header holds the size too, which taggers leave as it was. Where they differ FFmpeg does not believe the header's duration.
 
     Raises:
         AudioDecodingError: "truncated" if an object ends behind the file, "damaged" if another file follows.
@@ -305,14 +256,17 @@ def check_asf(file: BinaryIO, size: int, name: str) -> int:
         if at and head[:16] == kind:
             raise joined(name)
         length = int.from_bytes(head[16:], "little")
+        if head[:8] == _ASF_DATA and not 50 < length < 2**63:  # of a live stream, or written to a pipe
+            return size, b"", False
         if not 24 <= length <= size - at:
-            if head[:8] == _ASF_DATA and not 24 <= length < 2**63:  # of a live stream
-                return size
-            if is_padding(file, at, size):
-                return at
-            raise truncated(name)
+            if not is_padding(file, at, size):
+                raise truncated(name)
+            size = at
         at += length
-    return size
+    at, end = 30, int.from_bytes(read_at(file, 16, 8), "little")
+    while at < end and (head := read_at(file, at, 24))[:8] != _ASF_PROPERTIES:
+        at += max(24, int.from_bytes(head[16:], "little"))
+    return size, read_at(file, 0, at + 40) + size.to_bytes(8, "little") if at < end else b"", True
 
 
 def check_matroska(file: BinaryIO, size: int, name: str) -> None:

@@ -18,7 +18,6 @@ from .containers import (
     check_mp4,
     damaged,
     find_data_chunk,
-    flac_seconds,
     is_padding,
     joined,
     occurs_again,
@@ -26,7 +25,9 @@ from .containers import (
     read_at,
     tag_length,
     truncated,
+    without_last_zeros,
 )
+from .flac import flac_frames, flac_seconds
 from .frames import FIRST_FRAME, FrameReader
 
 
@@ -72,7 +73,7 @@ def _pieces(file: BinaryIO, name: str, seconds: float) -> Iterator[Piece]:
     if head[0] == 0xFF and head[1:2] > b"\xe1" and (head[1] & 6 or head[1] & 0xF6 == 0xF0):
         yield from _by_frames(FrameReader(file, size, not head[1] & 6, name), name)
         return
-    if head[:4] in _ONCE and occurs_again(file, size, head[:6]):
+    if head[:4] in _ONCE and occurs_again(file, size, head[:6], flac_frames(file, size) if head[:4] == b"fLaC" else 1):
         raise joined(name)
     by_soundfile, declared, is_exact = head[:4] in _BY_SOUNDFILE, None, True
     if head[:4] == b"OggS":
@@ -87,7 +88,10 @@ def _pieces(file: BinaryIO, name: str, seconds: float) -> Iterator[Piece]:
     elif head[:4] == b"\x1aE\xdf\xa3":
         check_matroska(file, size, name)
     elif head[:4] == b"\x30\x26\xb2\x75":
-        size = check_asf(file, size, name)
+        size, first, is_exact = check_asf(file, size, name)
+        file = _part(file, 0, size, first)
+    elif head[:4] == b"#!AM":  # in which FFmpeg takes a zero for a frame; none holds 32 of them
+        size = without_last_zeros(file, size, 32)
         file = _part(file, 0, size)
     elif (data := find_data_chunk(file, size, name)) is not None:
         declared = data.seconds
@@ -218,7 +222,7 @@ def _reason(error: Exception) -> str:
 def _by_ffmpeg(file: BinaryIO, size: int, name: str, declared: float | None = None, is_exact: bool = True) -> Iterator[Piece]:
     """Decode one stream and compare its length with its time stamps and its container.
 
-    `declared`: seconds, if known. `is_exact`: whether the duration in an MP4's header is that of the whole file.
+    `declared`: seconds, if known. `is_exact`: whether the duration in the header of an MP4 or ASF is that of the whole file.
     """
     av = _import_av()
     from av.stream import Disposition
@@ -241,16 +245,17 @@ def _by_ffmpeg(file: BinaryIO, size: int, name: str, declared: float | None = No
             at_least = float(stream.duration * stream.time_base)
         # The container's duration is that of its longest stream; a cover is none.
         others = [other for other in container.streams if other is not stream and not other.disposition & Disposition.attached_pic]
-        if form in ("mov", "matroska", "asf") and container.duration and not others:
+        if form in ("mov", "matroska", "asf") and container.duration and not others and (form != "asf" or is_exact):
             begin = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
             whole = container.duration / av.time_base
             at_least = max(at_least or 0.0, whole - max(0.0, begin))  # silence before the first frame may count, or not
             declared = whole if form == "mov" and is_exact else declared
-        done, read, lost, end = 0.0, 0, 0, 0  # seconds; bytes of packets that could be decoded, that could not; the last one's end
+        # Seconds; bytes of packets that could be decoded, that could not, and of these since the last frame; the last packet's end.
+        done, read, lost, last_lost, end = 0.0, 0, 0, 0, 0
         start: float | None = None
 
         def frames() -> Iterator[Any]:
-            nonlocal done, read, lost, end, start
+            nonlocal done, read, lost, last_lost, end, start
             packets = container.demux(stream)
             while True:
                 try:
@@ -265,8 +270,10 @@ def _by_ffmpeg(file: BinaryIO, size: int, name: str, declared: float | None = No
                     read += packet.size
                 except (av.FFmpegError, ValueError):
                     lost += packet.size
+                    last_lost += packet.size
                     continue
                 for frame in decoded:
+                    last_lost = 0
                     if frame.pts is not None and form in _TIMED:
                         at = float(frame.pts * frame.time_base)
                         start = at if start is None else start
@@ -279,7 +286,8 @@ def _by_ffmpeg(file: BinaryIO, size: int, name: str, declared: float | None = No
         if form == "tta" and not is_padding(file, end, size):
             raise damaged(name, f"has {size - end} bytes behind the sound that its header declares")
         _check_length(done, name, at_least or 0.0, math.inf if declared is None else declared, damaged if lost else truncated)
-        if form not in _TIMED and declared is None and done * lost > LOST * read:  # such as AC3, whose frames are nowhere counted
+        lost = last_lost if form in _TIMED else lost  # gaps between time stamps are found above
+        if declared is None and done * lost > LOST * read:  # such as AC3, whose frames are nowhere counted
             raise damaged(name, f"has about {done * lost / max(read, 1):.2f} s that cannot be decoded")
 
 
