@@ -578,7 +578,7 @@ def test_times_are_round_and_closer_when_zoomed(duration, zoom, ticks):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.26, "0.3 s"), (59.0, "59.0 s"), (119.7, "2 min"), (1800.0, "30 min"), (61.0, "1 min 1 s")]
+    ("seconds", "text"), [(0.26, "0.3 s"), (59.0, "59.0 s"), (59.97, "1 min"), (119.7, "2 min"), (1800.0, "30 min"), (61.0, "1 min 1 s")]
 )
 def test_lengths_of_time_are_readable(seconds, text):
     assert wording.clock(seconds) == text

@@ -102,6 +102,13 @@ def test_what_lies_beside_splits_is_not_left_out_silently(beside, tmp_path):
         open_splits(str(tmp_path), "audiofolder")
 
 
+def test_a_manifest_has_a_name_on_each_line_whatever_characters_are_in_it(tmp_path):
+    names = ["a\u2028b.wav", "c\x85d.wav"]  # at which Python splits lines too
+    (tmp_path / "all.tsv").write_bytes(("clips\r\n" + "".join(f"{name}\t160\r\n" for name in names)).encode())
+    paths = [audio["path"] for audio in open_splits(tmp_path / "all.tsv", "manifest")["train"]["audio"]]
+    assert paths == [str(tmp_path / "clips" / name) for name in names]
+
+
 def test_a_manifest_may_begin_with_a_byte_order_mark(tmp_path):
     write_clip(tmp_path / "clips" / "a.wav")
     (tmp_path / "all.tsv").write_text("clips\na.wav\t160\n", encoding="utf-8-sig")
