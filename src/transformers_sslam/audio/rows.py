@@ -157,7 +157,7 @@ def _fold_name(value: Any) -> str | None:
 
 
 def row_folds(rows: "Dataset", column: str) -> list[str | None]:
-    """The fold of each row, see [`fold_names`]. `UserError` if there is no such column, or it has several values a row."""
+    """The fold of each row, see [`fold_names`]. Raises a `UserError` if the column is missing or a row has several values in it."""
     if column not in rows.column_names:
         raise missing_column(rows, column)
     check_single_values(rows.features, column)
