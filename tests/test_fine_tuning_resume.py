@@ -343,6 +343,16 @@ def test_an_overwriting_run_that_is_killed_leaves_no_old_results_beside_new_weig
     assert new["resumed"]
 
 
+@pytest.mark.parametrize("name", ["model", "resume_from_checkpoint"])
+def test_an_overwriting_run_does_not_delete_what_it_starts_from(settings, whole, tmp_path, name):
+    shutil.copytree(whole[0], settings.output_dir)
+    (tmp_path / "link").symlink_to(settings.output_dir)
+    before = outcome(settings.output_dir)
+    with pytest.raises(UserError, match=f"{name} is .*link', which overwrite_output_dir would delete first"):
+        fine_tune(replace(settings, seed=1, overwrite_output_dir=True, **{name: str(tmp_path / "link")}))
+    assert outcome(settings.output_dir) == before
+
+
 @pytest.mark.parametrize("damage", ["missing", "changed", "results"])
 def test_a_finished_run_that_is_damaged_is_not_taken_for_finished(settings, whole, damage):
     folder, first = whole

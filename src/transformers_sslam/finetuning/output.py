@@ -42,6 +42,10 @@ def locked_folder(settings: FineTuningSettings) -> Iterator[Path]:
         if main and (output / "config.json").exists():
             others, finished = differences(settings), read_results(output) is not None
             if settings.overwrite_output_dir and (finished or others):
+                deleted = [folder.resolve() for folder in (output, *checkpoints(output))]
+                for name in ("model", "resume_from_checkpoint"):
+                    if isinstance(start := getattr(settings, name), str) and Path(start).resolve() in deleted:
+                        raise UserError(f"{name} is {start!r}, which overwrite_output_dir would delete first: choose another output_dir")
                 (output / RESULTS).unlink(missing_ok=True)  # first: without it the run counts as not finished
                 for name in (*MODEL_FILES, SETTINGS, PICTURE, "README.md"):
                     (output / name).unlink(missing_ok=True)
