@@ -23,6 +23,7 @@ from transformers_sslam.errors import UserError
 from transformers_sslam.evaluation.scored_events import ScoredEvents
 from transformers_sslam.finetuning import trainer as stream_trainer
 from transformers_sslam.finetuning.augmentation import NO_AUGMENTATION, AugmentationSettings, augment_batch, mixup
+from transformers_sslam.finetuning.data import select_rows
 from transformers_sslam.finetuning.mixtures import Mixer, MixingSettings
 from transformers_sslam.finetuning.repeats import fine_tune_once, format_runs, repeat_fine_tuning
 from transformers_sslam.finetuning.run import fine_tune
@@ -341,6 +342,19 @@ def test_wrong_rules_of_mixing_are_rejected(sounds, backgrounds, changes, messag
 def test_more_events_than_sounds_are_rejected_before_training(sounds, backgrounds):
     with pytest.raises(UserError, match="a mixture of 13 events needs as many different sounds"):
         Mixer(mixing(sounds, backgrounds, num_events=[1, 13]), EXTRACTOR, 0.0)
+
+
+@pytest.mark.parametrize("name", ["sounds", "backgrounds"])
+def test_clips_that_are_evaluated_are_not_mixed_into_training(settings, sounds, backgrounds, tmp_path, name):
+    folder = tmp_path / name
+    shutil.copytree({"sounds": sounds, "backgrounds": backgrounds}[name], folder)
+    mixed = replace(settings, mixing=mixing(**{"sounds": sounds, "backgrounds": backgrounds, name: folder}))
+    select_rows(mixed)
+    clip = next(folder.rglob("*.wav"))
+    clip.unlink()
+    clip.hardlink_to(Path(settings.data_dir) / "test" / "003.wav")
+    with pytest.raises(UserError, match=f"003.wav, which is .*{clip.name}, is both in mixing.{name} and in the test part"):
+        select_rows(mixed)
 
 
 # --- the program

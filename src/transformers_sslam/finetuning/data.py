@@ -18,7 +18,7 @@ from ..audio.rows import (
 )
 from ..audio.sources import Source
 from ..errors import UserError
-from .mixtures import hash_mixing
+from .mixtures import hash_mixing, mixed_audio
 from .settings import FineTuningSettings
 from .stream import ColumnTargets, LabelledPart, TableTargets, keep_clips_per_class
 
@@ -77,6 +77,9 @@ def select_rows(settings: FineTuningSettings, splits: dict[str, Any] | None = No
         if name != "training":
             check_has_labels(rows[name].labels)
     check_apart({f"the {name} part": part.sources for name, part in rows.items()})
+    held_out = {f"the {name} part": part.sources for name, part in rows.items() if name != "training"}
+    for name, sources in mixed_audio(settings.mixing):
+        check_apart({name: sources, **held_out})
     return rows
 
 

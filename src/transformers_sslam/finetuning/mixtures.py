@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -117,6 +118,13 @@ def open_sounds(settings: MixingSettings) -> list[LabelledRows]:
     for rows in labelled:
         check_single(rows)
     return labelled
+
+
+def mixed_audio(settings: MixingSettings) -> Iterator[tuple[str, AudioColumn]]:
+    """The setting and the audio of each source of sounds and of backgrounds."""
+    for name in ("sounds", "backgrounds"):
+        for source in getattr(settings, name):
+            yield f"mixing.{name}", AudioColumn(open_table(source))
 
 
 def hash_mixing(settings: MixingSettings) -> str:
