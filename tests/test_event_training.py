@@ -512,6 +512,24 @@ def test_seeds_of_a_detector_are_summarized(settings, tmp_path):
     assert "segment_f1" in format_runs(summary)
 
 
+def test_folds_that_would_have_other_metrics_are_rejected_before_the_first_run(settings, tmp_path):
+    data = tmp_path / "folds"
+    data.mkdir()
+    rows = []
+    for fold, onset, offset in (("a", 0.1, 0.5), ("b", 0.1, 0.5), ("weak", None, None)):
+        for label in ("high", "low"):
+            name = f"{fold}-{label}.wav"
+            soundfile.write(data / name, scene([Event(label, 0.1, 0.5)], 1.28, 0), RATE)
+            rows.append({"file_name": name, "fold": fold, "events": [{"label": label, "onset": onset, "offset": offset}]})
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes = {"data_dir": str(data), "fold_column": "fold", "cross_validate": True, "max_steps": 1}
+    run = replace(settings, output_dir=str(tmp_path / "run"), **changes)
+    with pytest.raises(UserError, match="in fold weak clips have events without times, and in another fold none have"):
+        repeat_fine_tuning(run)
+    assert not (tmp_path / "run").exists()
+    assert set(repeat_fine_tuning(replace(run, test_folds=["a", "b"]))["metrics"]["psds1"]["runs"]) == {"fold-a", "fold-b"}
+
+
 def test_a_detector_is_tested_and_saved_with_the_average_of_its_weights(settings, tmp_path):
     short = replace(settings, max_steps=4)
     plain = fine_tune(replace(short, output_dir=str(tmp_path / "plain")))

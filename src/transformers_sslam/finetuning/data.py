@@ -97,8 +97,11 @@ def hash_data(settings: FineTuningSettings, rows: dict[str, LabelledRows] | None
     return f"{digest}-{hash_mixing(settings.mixing)}" if settings.mixing.sounds else digest
 
 
-def check_rows(settings: FineTuningSettings) -> None:
+def check_rows(settings: FineTuningSettings) -> bool:
     """Check that the rows of a run can be selected, and that no part has classes that training lacks. Nothing is decoded.
+
+    Returns:
+        Whether the times of events are evaluated, and not only labels of clips: those of all test clips are known.
 
     Raises:
         UserError: if not.
@@ -106,6 +109,8 @@ def check_rows(settings: FineTuningSettings) -> None:
     rows = select_rows(settings)
     for part in rows.values():
         part.encode(choose_classes(rows["training"].labels))
+    labels = rows["test"].labels if settings.task == "events" and "test" in rows else None
+    return labels is not None and all(map(labels.has_times, range(len(labels))))
 
 
 def _open_stream(settings: FineTuningSettings) -> TrainingData:

@@ -65,8 +65,13 @@ def repeat_fine_tuning(settings: FineTuningSettings) -> dict[str, Any]:
     """
     results, runs = {}, expand(settings)
     if not settings.streaming:  # before the first run, not after hours of other folds
-        for run in {str(run.parts): run for run in runs.values()}.values():
-            check_rows(run)
+        has_times = [(run.test_folds, check_rows(run)) for run in {str(run.parts): run for run in runs.values()}.values()]
+        if len({known for _, known in has_times}) > 1:
+            weak = next(folds for folds, known in has_times if not known)
+            raise UserError(
+                f"in fold {weak[0]} clips have events without times, and in another fold none have, so their metrics are not the same: "
+                "give such clips a fold of their own, and the others as test_folds"
+            )
     for name, run in runs.items():
         logger.info(f"fine-tuning run {name or run.output_dir}")
         results[name] = fine_tune_once(run)
