@@ -282,6 +282,8 @@ def test_counts_classes_and_targets():
 def test_a_label_that_is_none_of_the_classes_is_named_with_its_clip():
     with pytest.raises(UserError, match="3.wav is labelled 'c', which is none of the 2 classes: a, b"):
         read_rows(table([["b"], ["a", "b"], [], ["b", "c"]]), "label").encode(["a", "b"])
+    with pytest.raises(UserError, match=r"0.wav is labelled 'e\\u0301', and a class is '\\xe9': one text in two forms of Unicode"):
+        read_rows(table([["e\u0301"]]), "label").encode(["a", "\xe9"])
 
 
 def test_weights_are_those_of_the_targets():

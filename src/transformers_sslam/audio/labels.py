@@ -143,6 +143,9 @@ class Labels(Sequence[list[str]]):
         codes = new[self.codes] if len(self.names) else self.codes
         if len(other := np.flatnonzero(codes < 0)):
             label, clip = self.names[self.codes[other[0]]], int(np.searchsorted(self.offsets, other[0], side="right")) - 1
+            if same := [name for name in classes if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", label)]:
+                forms = f"{label!a}, and a class is {same[0]!a}: one text in two forms of Unicode, write both the same way"
+                raise UserError(f"{clip_name(clip)} {relation} {forms}")
             shown = classes if len(classes) <= 20 else [*difflib.get_close_matches(label, classes, n=5), *classes[:5], "..."]
             raise UserError(f"{clip_name(clip)} {relation} {label!r}, which is none of the {len(classes)} classes: {', '.join(shown)}")
         events = self._events
