@@ -344,6 +344,16 @@ def test_more_events_than_sounds_are_rejected_before_training(sounds, background
         Mixer(mixing(sounds, backgrounds, num_events=[1, 13]), EXTRACTOR, 0.0)
 
 
+def test_classes_that_sounds_and_task_do_not_have_in_common_are_named(sounds, backgrounds, caplog):
+    caplog.set_level("INFO")
+    Mixer(mixing(sounds, backgrounds), EXTRACTOR, 0.0, ["High", "low"])
+    assert "mixed in without a label, as the task has no such class: high, other" in caplog.text
+    assert "no sound to mix has the class High, so that it is learnt to be absent" in caplog.text
+    caplog.clear()
+    Mixer(mixing(sounds, backgrounds, fraction=0.5), EXTRACTOR, 0.0, ["high", "low", "other", "rare"])
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("name", ["sounds", "backgrounds"])
 def test_clips_that_are_evaluated_are_not_mixed_into_training(settings, sounds, backgrounds, tmp_path, name):
     folder = tmp_path / name

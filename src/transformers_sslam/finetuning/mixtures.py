@@ -1,8 +1,9 @@
 """Training clips that are mixed when they are needed: single sounds, whose times are known exactly, over recordings of other things."""
 
 import hashlib
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,6 +20,9 @@ from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..polyphony.render import MixingRules, MixtureSettings, Overlap, Sound, find_sound, plan_background, plan_mixture, render
 from ..polyphony.sounds import open_backgrounds, open_table
 from ..settings import setting
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +73,10 @@ class Mixer:
         settings: what is mixed, and how.
         extractor: of the model: a mixture is at most as long as its input, and mostly shorter, so that padding is learnt too.
         max_unreadable: largest fraction of unreadable files, above which a `UserError` is raised.
+        classes: of the task. Those that no mixture can have, and labels of sounds that are none of them, are named in the log.
     """
 
-    def __init__(self, settings: MixingSettings, extractor: SSLAMFeatureExtractor, max_unreadable: float):
+    def __init__(self, settings: MixingSettings, extractor: SSLAMFeatureExtractor, max_unreadable: float, classes: Sequence[str] = ()):
         rules: dict[str, Any] = {rule.name: getattr(settings, rule.name) for rule in fields(MixingRules)}
         self.settings = settings
         length, shift = frame_geometry(extractor.sampling_rate)
@@ -99,6 +104,11 @@ class Mixer:
             self.sounds.append(([sound for sound in found if sound is not None], waveforms))
         for count in settings.num_events:
             plan_mixture(self.sounds[0][0], self.rules, count, np.random.default_rng(0))  # an error comes now, and not in an epoch
+        present = {sound.label for sound in self.sounds[0][0]}
+        if classes and (others := present.difference(classes)):
+            logger.info(f"sounds that are mixed in without a label, as the task has no such class: {', '.join(sorted(others))}")
+        if settings.fraction == 1 and (silent := [name for name in classes if name not in present]):
+            logger.warning(f"no sound to mix has the class {', '.join(silent)}, so that it is learnt to be absent: add some, or remove it")
 
     def __call__(self, generator: np.random.Generator) -> tuple[np.ndarray, list[Event]]:
         """A mixture `(samples,)`, float32, and its events in seconds."""

@@ -190,7 +190,7 @@ class _Streams:
             batch_size=arguments.per_device_train_batch_size,
             augmentation=settings.augmentation,
             label_smoothing=settings.label_smoothing_factor,
-            mixer=Mixer(settings.mixing, extractor, settings.max_unreadable) if settings.mixing.sounds else None,
+            mixer=Mixer(settings.mixing, extractor, settings.max_unreadable, data.classes) if settings.mixing.sounds else None,
             balanced=settings.class_balanced,
             clips_per_epoch=settings.clips_per_epoch,
             last_batch="drop" if arguments.dataloader_drop_last else "fill",
