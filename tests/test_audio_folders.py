@@ -244,6 +244,17 @@ def test_splits_have_tables_of_their_own(tmp_path):
     assert (labels(tmp_path), labels(tmp_path, split="test")) == ({"a.wav": ["1.0"]}, {"b.wav": ["1"]})
 
 
+def test_columns_of_whole_numbers_and_of_fractions_are_one_column(tmp_path):
+    for folder, seconds in (("train/a", 5), ("train/b", 4.5), ("test", 3)):
+        write(tmp_path, f"{folder}/0.wav")
+        row = {"file_name": "0.wav", "label": folder[:5], "fold": folder[-1], "seconds": seconds}
+        (tmp_path / folder / "metadata.jsonl").write_text(json.dumps(row))
+    assert select_folds(open_splits(tmp_path), "fold", ["a", "b", "t"])["seconds"][:] == [5.0, 4.5, 3.0]
+    (tmp_path / "test" / "metadata.jsonl").write_text(json.dumps(row | {"seconds": "3"}))
+    with pytest.raises(UserError, match="the splits train, test are not one table .*: give each column one type in all of them"):
+        select_folds(open_splits(tmp_path), "fold", ["t"])
+
+
 def test_a_table_that_changed_under_its_time_stamp_is_read_again(tmp_path):
     write(tmp_path, "a.wav")
     write_metadata(tmp_path, "file_name,label", "a.wav,dog")

@@ -270,7 +270,7 @@ def _open_listed(listings: Sequence[_Listing], root: Path) -> "Dataset":
         tables += [metadata.columns for metadata in files]
     Features = import_datasets().Features
     try:
-        table = pa.concat_tables(tables, promote_options="default")
+        table = pa.concat_tables(tables, promote_options="permissive")
         return table_of_files(paths, dict(zip(table.column_names, table.columns)), Features.from_arrow_schema(table.schema))
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise UserError(f"the metadata of {root} are not one table ({error}): give all files the same columns") from error

@@ -130,10 +130,23 @@ def select_split(splits: "dict[str, Any]", name: str) -> Any:
 
 
 def all_rows(splits: "dict[str, Dataset]") -> "Dataset":
-    """The rows of all splits, concatenated."""
-    from datasets import concatenate_datasets
+    """The rows of all splits, concatenated. A column of whole numbers in one split and of fractions in another holds fractions.
 
-    return concatenate_datasets(list(splits.values()))
+    Raises:
+        UserError: if a column has otherwise different types.
+    """
+    from datasets import Value, concatenate_datasets
+
+    parts, fraction = list(splits.values()), Value("float64")
+    fractions = {name for rows in parts for name, feature in (rows.features or {}).items() if feature == fraction}
+    for i, rows in enumerate(parts):
+        for name in fractions:
+            if (rows.features or {}).get(name) == Value("int64"):
+                parts[i] = parts[i].cast_column(name, fraction)
+    try:
+        return concatenate_datasets(parts)
+    except ValueError as error:
+        raise UserError(f"the splits {', '.join(splits)} are not one table ({error}): give each column one type in all of them") from error
 
 
 def fold_names(values: Iterable[Any], feature: Any = None) -> list[str | None]:
