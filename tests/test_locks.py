@@ -10,6 +10,7 @@ from conftest import noise, tiny_config
 from processes import Fork
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from transformers_sslam.cli import main
 from transformers_sslam.errors import UserError
 from transformers_sslam.files import lock
 
@@ -91,6 +92,17 @@ def test_a_second_process_is_rejected_at_once_until_the_first_is_killed(hold, so
     first.kill()
     first.wait()
     assert work(sounds, output).is_file()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "probe"])
+def test_results_are_written_by_one_process_and_not_beside_a_model(command, tmp_path, capsys):
+    arguments = [command, "--model", "absent", "--data_dir", "absent", "--output_dir", str(tmp_path / "out")]
+    with lock(tmp_path / "out"):
+        assert main(arguments) == 1
+    assert f"another process writes to {tmp_path / 'out'}: wait for it" in capsys.readouterr().err
+    (tmp_path / "out" / "config.json").touch()
+    assert main(arguments) == 1
+    assert "holds a model or its run, whose results would be replaced: choose another folder" in capsys.readouterr().err
 
 
 def test_a_second_process_waits_for_the_features_that_the_first_encodes(hold, tmp_path):

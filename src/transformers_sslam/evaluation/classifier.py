@@ -21,7 +21,7 @@ from ..audio.cache import Waveforms
 from ..audio.events import UNKNOWN
 from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
-from ..files import write_json
+from ..files import lock, write_json
 from ..modeling_sslam import SSLAMForAudioClassification
 from ..reports import markdown_table
 from ..settings import settings_dict
@@ -41,9 +41,12 @@ def run(settings: EvaluationSettings) -> None:
     transformers.logging.disable_progress_bar()
     if str(settings.device or best_device()) == "cpu":
         keep_freed_memory()
-    if settings.task == "events":
-        report_detector(settings)
-        return
+    with lock(make_folder(settings.output_dir)):
+        report_detector(settings) if settings.task == "events" else report_classifier(settings)
+
+
+def report_classifier(settings: EvaluationSettings) -> None:
+    """Evaluate, and print tables."""
     results = evaluate_classifier(settings)
     print(results_table(results))
     for kind, which in (("positives", "no clip"), ("negatives", "every clip")):
@@ -77,7 +80,7 @@ def evaluate_classifier(settings: EvaluationSettings) -> dict[str, Any]:
             labels than the model's classes, or give no temperature.
         FloatingPointError: if logits are not finite.
     """
-    output = make_folder(settings)
+    output = make_folder(settings.output_dir)
     calibrator = Calibrator(settings, HEAD)
     model, extractor, classes = _load(settings)
     rows = select_rows(settings)

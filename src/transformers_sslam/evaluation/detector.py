@@ -59,7 +59,7 @@ def evaluate_detector(settings: EvaluationSettings) -> dict[str, Any]:
             the model's classes, or give no temperature.
         FloatingPointError: if scores are not finite.
     """
-    output = make_folder(settings)
+    output = make_folder(settings.output_dir)
     if settings.tune and not (Path(settings.model) / "config.json").is_file():
         raise UserError(f"tune is set, but model {settings.model} is not a folder whose config.json could be changed: save it in one first")
     calibrator = Calibrator(settings, HEAD)

@@ -86,9 +86,9 @@ class EvaluationSettings(EventEvaluationSettings, CalibrationSettings, LabelledD
             )
 
 
-def make_folder(settings: EvaluationSettings) -> Path:
+def make_folder(output_dir: str) -> Path:
     """The folder of the results. `UserError` if it cannot be written to, or holds a model."""
-    output = Path(settings.output_dir)
+    output = Path(output_dir)
     if any((output / name).exists() for name in ("config.json", "settings.yaml")):
         raise UserError(f"output_dir {output} holds a model or its run, whose results would be replaced: choose another folder")
     with as_user_error(f"output_dir {output} cannot be written to"):

@@ -14,7 +14,6 @@ under the same pooling. The published linear protocol is that of SSLAM (arXiv 25
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,8 @@ from ..evaluation.block_plot import PICTURE, replace_block_plot
 from ..evaluation.frozen import PUBLISHED_LINEAR, FrozenSettings, evaluate_frozen, results_table
 from ..evaluation.loading import best_device
 from ..evaluation.probing import Partition
-from ..files import write_json
+from ..evaluation.settings import make_folder
+from ..files import lock, write_json
 from ..settings import read_settings, setting
 from .repeats import expand
 from .settings import FineTuningSettings
@@ -51,14 +51,13 @@ def run(settings: LinearProtocolSettings) -> None:
     transformers.logging.disable_progress_bar()
     if str(settings.device or best_device()) == "cpu":
         keep_freed_memory()
-    results = evaluate_frozen(settings, lambda partitions: run_published_linear(settings, partitions))
-    output = Path(settings.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "results.json", results)
-    print(results_table(results))
-    print(f"\nevery number is in {output / 'results.json'}")
-    if replace_block_plot(results, output):
-        print(f"results by block are drawn in {output / PICTURE}")
+    with lock(output := make_folder(settings.output_dir)):  # before hours of work
+        results = evaluate_frozen(settings, lambda partitions: run_published_linear(settings, partitions))
+        write_json(output / "results.json", results)
+        print(results_table(results))
+        print(f"\nevery number is in {output / 'results.json'}")
+        if replace_block_plot(results, output):
+            print(f"results by block are drawn in {output / PICTURE}")
 
 
 def run_published_linear(settings: LinearProtocolSettings, partitions: Sequence[Partition]) -> np.ndarray:
