@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -249,6 +250,16 @@ def test_what_is_complete_is_left_alone(recordings: Path, tmp_path: Path):
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
     assert prepare(settings(tmp_path / "shards", recordings)) == index
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()} == times
+
+
+def test_finished_shards_of_recordings_that_have_changed_are_not_taken_for_theirs(recordings: Path, tmp_path: Path):
+    own = Path(shutil.copytree(recordings, tmp_path / "own"))
+    index = prepare(settings(tmp_path / "shards", own))
+    (own / "01.wav").write_bytes((own / "03.wav").read_bytes())
+    with pytest.raises(UserError, match="shards is finished, but the recordings of own have changed since, by their names or sizes"):
+        prepare(settings(tmp_path / "shards", own))
+    shutil.rmtree(own)
+    assert prepare(settings(tmp_path / "shards", own)) == index
 
 
 def test_other_settings_than_the_first_time_are_refused(recordings: Path, tmp_path: Path):

@@ -11,7 +11,7 @@ from ..files import DamagedFileError, hash_file, read_json
 
 SHARD_INDEX = "index.json"  # beside the shards
 FIELDS = {"settings": dict, "shards": list, "complete": bool}
-OPTIONAL = {"position", "place", "clips", "hours", "report"}  # `place`: of earlier versions
+OPTIONAL = {"position", "place", "clips", "hours", "report", "sources"}  # `place`: of earlier versions
 SHARD_FIELDS = {"file": str, "clips": int, "clipped": int, "bytes": int, "sha256": str}  # the last two not in earlier versions
 
 

@@ -99,13 +99,19 @@ def prepare(settings: ShardSettings) -> dict[str, Any]:
 
     Raises:
         UserError: if the folder was begun with other settings or by an older version, another process writes to it, a shard or the index is
-            damaged, a source cannot be opened, or too many recordings are unreadable.
+            damaged, a source cannot be opened or has changed, or too many recordings are unreadable.
     """
     with lock(folder := Path(settings.output_dir)):
         folder.mkdir(parents=True, exist_ok=True)
         index = _begun_index(folder, settings)
         if not index["complete"]:
             _write_shards(folder, index, settings)
+        for source, signature in zip(settings.sources, index.get("sources", [])):  # those of earlier versions are not known
+            if Path(source.path).exists() and Source.open(source).signature != signature:
+                raise UserError(
+                    f"{folder} is finished, but the recordings of {source.name} have changed since, by their names or sizes: choose "
+                    "another folder to write them"
+                )
         return index
 
 
@@ -167,6 +173,7 @@ def _write_shards(folder: Path, index: dict[str, Any], settings: ShardSettings) 
     report = stream.statistics
     hours = report.samples / rate / 3600
     index |= {"complete": True, "position": None, "clips": report.num_clips, "hours": hours, "report": report.as_dict()}
+    index["sources"] = [source.signature for source in stream.sources]
     write_json(path, index, indent=1, sealed=True)
 
 
