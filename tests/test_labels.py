@@ -1,6 +1,7 @@
 """Labels as a table: what columns of every kind give, what is wrong with a label, and that a table and a stream say the same."""
 
 import math
+import re
 import time
 import tracemalloc
 
@@ -101,11 +102,21 @@ def test_a_label_that_cannot_be_is_named_in_a_table_and_in_a_stream(cells, featu
         [LabelReader.of(rows, "label").read_row(row) for row in stream]
 
 
-@pytest.mark.parametrize("feature", [None, ClassLabel(names=["e\u0301", "\xe9"])])
-def test_one_name_in_two_forms_of_unicode_is_not_two_classes(feature):
-    """As macOS and other systems write the names of folders."""
-    with pytest.raises(UserError, match=r"the column 'label' has the labels 'e\\u0301' and '\\xe9', which are one text in two forms"):
-        read_rows(table(["e\u0301", "\xe9"], feature), "label")
+@pytest.mark.parametrize("declared", [False, True])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["e\u0301", "\xe9"],  # as macOS and other systems write the names of folders
+        ["car horn", "car\xa0horn"],  # as web pages and spreadsheets have blanks
+        ["car horn", "car  horn"],
+        ["dog", "\u200bdog"],
+        ["dog", "dog\ufeff"],
+    ],
+)
+def test_names_that_look_the_same_are_not_two_classes(names, declared):
+    message = f"the column 'label' has the labels {names[0]!a} and {names[1]!a}, which look the same: write both the same way"
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_rows(table(names, ClassLabel(names=names) if declared else None), "label")
 
 
 # --- events
@@ -282,7 +293,7 @@ def test_counts_classes_and_targets():
 def test_a_label_that_is_none_of_the_classes_is_named_with_its_clip():
     with pytest.raises(UserError, match="3.wav is labelled 'c', which is none of the 2 classes: a, b"):
         read_rows(table([["b"], ["a", "b"], [], ["b", "c"]]), "label").encode(["a", "b"])
-    with pytest.raises(UserError, match=r"0.wav is labelled 'e\\u0301', and a class is '\\xe9': one text in two forms of Unicode"):
+    with pytest.raises(UserError, match=r"0.wav is labelled 'e\\u0301', and a class is '\\xe9': they look the same, write both"):
         read_rows(table([["e\u0301"]]), "label").encode(["a", "\xe9"])
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import UserError
 from .events import PRESENT, UNKNOWN, ClipName, Event, EventTable, gather, offsets_of
 from .paths import source_name
+from .text import appearance
 
 
 if TYPE_CHECKING:
@@ -143,8 +144,8 @@ class Labels(Sequence[list[str]]):
         codes = new[self.codes] if len(self.names) else self.codes
         if len(other := np.flatnonzero(codes < 0)):
             label, clip = self.names[self.codes[other[0]]], int(np.searchsorted(self.offsets, other[0], side="right")) - 1
-            if same := [name for name in classes if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", label)]:
-                forms = f"{label!a}, and a class is {same[0]!a}: one text in two forms of Unicode, write both the same way"
+            if same := [name for name in classes if appearance(name) == appearance(label)]:
+                forms = f"{label!a}, and a class is {same[0]!a}: they look the same, write both the same way"
                 raise UserError(f"{clip_name(clip)} {relation} {forms}")
             shown = classes if len(classes) <= 20 else [*difflib.get_close_matches(label, classes, n=5), *classes[:5], "..."]
             raise UserError(f"{clip_name(clip)} {relation} {label!r}, which is none of the {len(classes)} classes: {', '.join(shown)}")
@@ -382,11 +383,8 @@ def _check_names(names: Iterable[str], column: str) -> None:
     for name in names:
         if any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in name):
             raise UserError(f"the column {column!r} has the label {name!r}, but a label is one line without control characters: rename it")
-        if (other := forms.setdefault(unicodedata.normalize("NFC", name), name)) != name:  # macOS writes names of folders in another form
-            raise UserError(
-                f"the column {column!r} has the labels {other!a} and {name!a}, which are one text in two forms of Unicode: write "
-                "both the same way"
-            )
+        if (other := forms.setdefault(appearance(name), name)) != name:  # macOS writes names of folders in another form of Unicode
+            raise UserError(f"the column {column!r} has the labels {other!a} and {name!a}, which look the same: write both the same way")
 
 
 def _without_repeats(codes: np.ndarray, starts: np.ndarray, num_names: int) -> tuple[np.ndarray, np.ndarray]:

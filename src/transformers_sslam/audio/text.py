@@ -1,6 +1,7 @@
 """Files of text that list clips and annotate them, with or without a byte-order mark."""
 
 import csv
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,12 @@ from ..errors import UserError
 
 
 LONGEST_CELL = 2**30  # characters; by default `csv` reads 2**17, which the events of a long recording exceed
+INVISIBLE = str.maketrans("", "", "\u00ad\u200b\u200e\u200f\u2060\ufeff")
+
+
+def appearance(text: str) -> str:
+    """What a reader sees of it: one form of Unicode, one kind of blank, and no characters without width."""
+    return unicodedata.normalize("NFC", " ".join(text.translate(INVISIBLE).split()))
 
 
 def read_text(path: Path) -> str:
