@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import soundfile
@@ -200,6 +201,27 @@ def test_changed_data_are_refused_or_run_again(copy, tmp_path):
     with pytest.raises(UserError, match="holds a model already, of a run with other data: "):
         repeat_fine_tuning(again)
     assert made(copy) == before
+
+
+def test_other_audio_in_parquet_is_other_data(copy, tmp_path):
+    clips = pd.read_csv(Path(copy.data_dir) / "metadata.csv")
+    audio = [{"path": name, "bytes": (Path(copy.data_dir) / name).read_bytes()} for name in clips.pop("file_name")]
+    (tmp_path / "data").mkdir()
+    clips.assign(audio=audio).to_parquet(tmp_path / "data" / "train.parquet")
+    run = replace(copy, data_dir=str(tmp_path / "data"), layout="parquet", seeds=[], output_dir=str(tmp_path / "held"))
+    repeat_fine_tuning(run)
+    before = made(run)
+    results = tmp_path / "held" / "fold-1" / "results.json"
+    found = json.loads(results.read_text())
+    del found[SEAL]
+    results.write_text(json.dumps(found | {"data": found["data"].partition("+")[0]}))  # of an earlier version
+    repeat_fine_tuning(run)
+    results.write_text(json.dumps(found))
+    repeat_fine_tuning(run)
+    assert made(run) == before
+    clips.assign(audio=[audio[1], *audio[1:]]).to_parquet(tmp_path / "data" / "train.parquet")
+    with pytest.raises(UserError, match="holds a model already, of a run with other data: "):
+        repeat_fine_tuning(run)
 
 
 def test_a_fold_that_cannot_work_is_refused_before_the_first_run(copy, tmp_path):

@@ -258,7 +258,7 @@ def hash_rows(*parts: LabelledRows | None) -> str:
 
 
 def hash_audio(sources: AudioColumn) -> str:
-    """A hash of the names and contents of files; only of their number where a data set holds its audio itself.
+    """A hash of the names and contents of files; only of their number where a data set holds its audio itself, see [`hash_held`].
 
     Up to 2 GB of files are read whole. Of more, which would take hours, the size of each counts, and the first and last 64 kB of 10,000,
     spread evenly: a change that keeps a file's size may not be seen. Files of unchanged size and time are read once a process.
@@ -278,6 +278,15 @@ def hash_audio(sources: AudioColumn) -> str:
         for content in pool.map(hash_one, range(0, len(unique), 1 if whole else -(-len(unique) // HASHED_FILES))):
             digest.update(json.dumps(content).encode())
     return digest.hexdigest()[:16]
+
+
+def hash_held(parts: Iterable[AudioColumn]) -> str | None:
+    """A hash of the audio that data sets hold themselves, of at most 10,000 clips of each part, spread evenly; `None` without such."""
+    digest, held = hashlib.sha256(), [part for part in parts if len(part) and part.paths is None]
+    for part in held:
+        for i in range(0, len(part), -(-len(part) // HASHED_FILES)):
+            digest.update(hashlib.sha256(part[i]["bytes"] or b"").digest())
+    return digest.hexdigest()[:16] if held else None
 
 
 @lru_cache(maxsize=100_000)

@@ -11,6 +11,7 @@ from ..audio.rows import (
     check_apart,
     check_has_labels,
     choose_classes,
+    hash_held,
     hash_rows,
     read_rows,
     select_folds,
@@ -24,6 +25,8 @@ from .stream import ColumnTargets, LabelledPart, TableTargets, keep_clips_per_cl
 
 
 logger = logging.getLogger(__name__)
+
+HELD = "+"  # before the hash of audio that a data set holds itself
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,15 @@ def _check_loss(settings: FineTuningSettings, *, partly_labelled: bool) -> None:
 
 def hash_data(settings: FineTuningSettings, rows: dict[str, LabelledRows] | None = None) -> str:
     """A hash of all clips and labels of a run, and of what is mixed."""
-    digest = hash_rows(*(rows or select_rows(settings)).values())
-    return f"{digest}-{hash_mixing(settings.mixing)}" if settings.mixing.sounds else digest
+    parts = (rows or select_rows(settings)).values()
+    held = hash_held([*(part.sources for part in parts), *(audio for _, audio in mixed_audio(settings.mixing))])
+    mixed = f"-{hash_mixing(settings.mixing)}" if settings.mixing.sounds else ""
+    return f"{hash_rows(*parts)}{mixed}" + (f"{HELD}{held}" if held else "")
+
+
+def are_same_data(then: str | None, now: str | None) -> bool:
+    """Whether two hashes are of the same data; earlier versions did not hash the audio that a data set holds itself."""
+    return then == now or (now is not None and then == now.partition(HELD)[0])
 
 
 def check_rows(settings: FineTuningSettings) -> bool:

@@ -18,7 +18,7 @@ from ..evaluation.per_class import PICTURE
 from ..files import DamagedFileError, hash_file, lock, read_json, verify, verify_files, write_text
 from ..publishing.conversion import resolve_model
 from ..settings import dump_yaml, read_settings
-from .data import hash_data
+from .data import are_same_data, hash_data
 from .lora import ADAPTER_FILES
 from .settings import MACHINE_SETTINGS, FineTuningSettings
 
@@ -86,7 +86,7 @@ def differences(settings: FineTuningSettings) -> str:
         return f"weights in {settings.model}"
     if names or settings.streaming or results is None:
         return ", ".join(names)
-    return "" if results.get("data") == hash_data(settings) else "data"
+    return "" if are_same_data(results.get("data"), hash_data(settings)) else "data"
 
 
 def hash_origin(origin: str | None) -> str | None:
@@ -162,7 +162,7 @@ def find_checkpoint(settings: FineTuningSettings, about: dict[str, Any]) -> Path
         raise UserError(f"resume_from_checkpoint is false, but {output} holds {found.name}: delete it and its siblings, or choose another")
     then = read_json(found / "run.json")
     names = _different(about["settings"], then.get("settings", {}))  # one that an earlier version did not have is missing, hence null
-    if then.get("data") != about["data"]:
+    if not are_same_data(then.get("data"), about["data"]):
         names = names or ["data"]
     if _are_others(then.get("origin"), about["origin"]):
         names = names or [f"weights in {settings.model}"]
