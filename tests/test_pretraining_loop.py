@@ -310,6 +310,9 @@ def test_a_folder_of_another_run_is_rejected_where_nothing_is_to_be_resumed(soun
     trainer(sounds, tmp_path, max_steps=3).run()
     with pytest.raises(UserError, match="resume_from_checkpoint is false.*checkpoint-00000003"):
         trainer(sounds, tmp_path, resume_from_checkpoint=False)
+    shutil.rmtree(tmp_path / "checkpoint-00000003")
+    with pytest.raises(UserError, match="holds a finished model, and no checkpoint of its run any more: choose another folder"):
+        trainer(sounds, tmp_path, model=str(tmp_path / "model"))
 
 
 def test_a_run_resumes_from_the_checkpoint_that_is_named(sounds, tmp_path):

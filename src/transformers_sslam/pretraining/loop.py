@@ -135,7 +135,12 @@ class PreTrainer:
             tempfile.TemporaryFile(dir=self.output_dir).close()
         except OSError as error:
             raise UserError(f"output_dir {self.output_dir} cannot be written to ({error}): choose another") from error
-        if not self.settings.resume_from_checkpoint and (found := checkpoints(self.output_dir)):
+        if not (found := checkpoints(self.output_dir)) and (self.output_dir / "model" / "config.json").exists():
+            raise UserError(
+                f"output_dir {self.output_dir} holds a finished model, and no checkpoint of its run any more: choose another folder, or "
+                "move the model away"
+            )
+        if not self.settings.resume_from_checkpoint and found:
             raise UserError(
                 f"resume_from_checkpoint is false, but output_dir {self.output_dir} holds checkpoints of another run ({found[-1].name}): "
                 "choose another folder"
