@@ -112,6 +112,26 @@ def test_long_recordings_can_be_cut_into_windows(recordings: Path, tmp_path: Pat
     assert index["clips"] == len(names) == RECORDINGS - 3 + 3
 
 
+def test_events_are_cut_as_their_recordings_are(tmp_path: Path):
+    soundfile.write(tmp_path / "a.wav", noise(2.5), 16_000)
+    (events := tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "a.wav", "events": [{"label": "dog", "onset": 0.5, "offset": 1.25}, {"label": "cat", "onset": 2.0, "offset": 9.0}, '
+        '{"label": "rain", "onset": null, "offset": null}]}'
+    )
+    prepare(settings(tmp_path / "shards", tmp_path, window_seconds=1.0))
+    found = {
+        row["audio"]["path"]: [(event["label"], event["onset"], event["offset"]) for event in row["events"] if event["onset"] is not None]
+        for row in pq.read_table(tmp_path / "shards" / "shard-00000.parquet").to_pylist()
+        if row["events"][-1]["label"] == "rain"
+    }
+    assert found == {"a.flac": [("dog", 0.5, 1.0)], "a_1.000s.flac": [("dog", 0.0, 0.25)], "a_2.000s.flac": [("cat", 0.0, 0.5)]}
+    events.write_text(
+        events.read_text().replace("events", "sounds").replace("0.5", "0").replace("1.25", "1").replace("2.0", "2").replace("9.0", "3")
+    )
+    with pytest.raises(UserError, match="window_seconds is set, but the column 'sounds' of .* has events whose times are not float64"):
+        prepare(settings(tmp_path / "others", tmp_path, window_seconds=1.0))
+
+
 class _Interrupted(Exception):
     pass
 

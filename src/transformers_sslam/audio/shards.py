@@ -1,8 +1,8 @@
 """The command `prepare`: sources of audio as shuffled Parquet shards of mono FLAC, which later runs read at the speed of the disk.
 
-Each row is a recording, or a window of it: `audio` as `datasets` knows it, then the other columns of the sources. `index.json` beside the
-shards tells what was written, and what was left out and why. The same command resumes an interrupted one after the last whole shard, and
-ends with the same files.
+Each row is a recording, or a window of it: `audio` as `datasets` knows it, then the other columns of the sources. Events are those of
+the window, timed from its start; other labels are those of the whole recording. `index.json` beside the shards tells what was written, and
+what was left out and why. The same command resumes an interrupted one after the last whole shard, and ends with the same files.
 """
 
 import io
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
-from datasets import Audio, Features
+from datasets import Audio, Features, Value
 from tqdm import tqdm
 
 from ..errors import UserError
@@ -26,6 +26,7 @@ from ..files import DamagedFileError, hash_file, lock, write_atomically, write_j
 from ..settings import setting
 from .clips import Clip, ReadStatistics, Windows
 from .decode import LOWEST_RATE
+from .labels import event_columns
 from .readers import StreamSettings
 from .shard_index import SHARD_INDEX, check_shards, read_index
 from .sources import Source, SourceSettings
@@ -145,10 +146,11 @@ def _write_shards(folder: Path, index: dict[str, Any], settings: ShardSettings) 
     write_json(path, index, indent=1, sealed=True)  # fails before hours of decoding if the folder cannot be written
     rate, window = settings.sampling_rate, settings.window_seconds
     length = None if window is None else round(window * rate)
+    sources = [Source.open(source) for source in settings.sources]
     stream = BatchStream(
-        [Source.open(source) for source in settings.sources],
+        sources,
         Windows(rate, length, length or 0, "every", round(settings.min_seconds * rate)),
-        _Encode(rate),
+        _Encode(rate, _columns_to_cut(sources) if length else []),
         batch_size=settings.clips_per_group,
         settings=StreamSettings(shuffle_rows=settings.shuffle_rows, last_batch="keep", max_unreadable=settings.max_unreadable),
         epochs=1,
@@ -200,9 +202,38 @@ def write_shard(path: Path, first: list, groups: Iterator[list], settings: Shard
 @dataclass(frozen=True)
 class _Encode:  # a function that can be sent to worker processes
     sampling_rate: int
+    events: list[str]  # columns of events, which are cut as the recordings are
 
     def __call__(self, clips: list[Clip]) -> list[tuple[dict[str, Any], bool]]:
-        return [encode_flac(clip, self.sampling_rate) for clip in clips]
+        return [encode_flac(clip._replace(columns={**clip.columns, **self._cut(clip)}), self.sampling_rate) for clip in clips]
+
+    def _cut(self, clip: Clip) -> dict[str, Any]:
+        """The events of a window. Those without times are of each window."""
+        end, cut = len(clip.waveform) / self.sampling_rate, {}
+        for column in self.events:
+            if clip.columns.get(column):
+                events = [_from_start(event, clip.start, end) for event in clip.columns[column]]
+                cut[column] = [event for event in events if event["onset"] is None or event["offset"] != event["onset"]]
+        return cut
+
+
+def _from_start(event: dict[str, Any], start: float, end: float) -> dict[str, Any]:
+    """An event whose times are counted from `start`, and end at `end`; of no length if it lies outside."""
+    if None in (event["onset"], event["offset"]):
+        return event
+    return {**event, **{name: round(min(max(event[name] - start, 0.0), end), 6) for name in ("onset", "offset")}}
+
+
+def _columns_to_cut(sources: list[Source]) -> list[str]:
+    columns = [(column, source) for source in sources for column in event_columns(source)]
+    for column, source in columns:
+        item = getattr(source.features[column], "feature", None)
+        if not isinstance(item, dict) or [item["onset"], item["offset"]] != [Value("float64")] * 2:
+            raise UserError(
+                f"window_seconds is set, but the column {column!r} of {source.name} has events whose times are not float64, so that they "
+                "cannot be cut: convert them, or leave window_seconds out"
+            )
+    return list(dict.fromkeys(column for column, _ in columns))
 
 
 def encode_flac(clip: Clip, sampling_rate: int) -> tuple[dict[str, Any], bool]:
