@@ -14,6 +14,7 @@ from transformers_sslam.audio import published
 from transformers_sslam.audio.layouts import LAYOUTS, open_splits
 from transformers_sslam.audio.published import KEYWORDS, WORDS_V1, WORDS_V2
 from transformers_sslam.audio.rows import read_rows
+from transformers_sslam.audio.sources import Source, SourceSettings
 from transformers_sslam.errors import UserError
 
 
@@ -186,6 +187,42 @@ def test_a_damaged_archive_is_named(tmp_path, streaming):
     (tmp_path / "a.tar").write_bytes(b"no archive" * 200)
     with pytest.raises(UserError, match=r"the data set .*a.tar cannot be opened \(invalid header\)"):
         open_splits(str(tmp_path / "a.tar"), "webdataset", streaming=streaming)
+
+
+def read_all(settings: SourceSettings) -> list:
+    source = Source.open(settings)
+    return [row for shard in range(source.num_shards) for row in source.rows(shard)]
+
+
+def write_archive(path: Path, clips: int) -> bytes:
+    with tarfile.open(path, "w") as archive:
+        for number in range(clips):
+            for suffix, content in (("wav", encoded_clip()), ("cls", b"dog")):
+                member = tarfile.TarInfo(f"{number}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_the_cause_is_said_of_a_damaged_file_among_others(tmp_path, layout):
+    suffix = {"webdataset": "tar", "parquet": "parquet"}[layout]
+    files = [tmp_path / f"{split}-{number}.{suffix}" for split in ("a", "b") for number in range(2)]
+    for file in files:
+        if layout == "parquet":
+            write_parquet(file, "x")
+        else:
+            content = write_archive(file, 20)
+    said = "Parquet magic bytes not found"
+    if layout == "parquet":
+        files[2].write_bytes(files[2].read_bytes()[:-9])
+    else:
+        files[2].write_bytes(content[: content.index(b"12.wav") + 700])
+        said = "unexpected end of data"
+    with pytest.raises(UserError, match=rf"the data set .* cannot be opened \(.*{said}"):
+        open_splits(str(tmp_path), layout)
+    with pytest.raises(UserError, match=rf"^b-0.{suffix} of the source mine cannot be read \(.*{said}.*\): restore it"):
+        read_all(SourceSettings(layout, str(tmp_path), name="mine"))
 
 
 def test_shards_beside_their_index_are_a_training_split(tmp_path):

@@ -9,14 +9,17 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
+from tarfile import TarError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import pyarrow as pa
 
 from ..errors import AudioDecodingError, UserError
 from ..settings import setting
@@ -124,7 +127,10 @@ class Source:
             self.table, self._parts, self._ends, self.num_rows = rows, [], [len(rows)], len(rows)
         else:
             # Divided by file first: taking one shard of n copies the list of all n, and there may be 100,000 row groups.
-            parts = [rows.shard(rows.num_shards, index).reshard() for index in range(rows.num_shards)]
+            parts = []
+            for index in range(rows.num_shards):
+                with self._naming(index):
+                    parts.append(rows.shard(rows.num_shards, index).reshard())
             ends = list(accumulate(part.num_shards for part in parts))
             self.table, self._parts, self._ends, self.num_rows = None, parts, ends, None
         self.num_shards = self._ends[-1]
@@ -203,12 +209,25 @@ class Source:
             return
         part = bisect_right(self._ends, shard)
         piece = self._parts[part].shard(self._parts[part].num_shards, shard - (self._ends[part - 1] if part else 0))
-        # Not iter(piece): in a worker process that would divide this one shard again, among the workers.
-        for batch in piece.iter(batch_size=ROWS_AT_ONCE):
+        batches = piece.iter(batch_size=ROWS_AT_ONCE)  # not iter(piece): a worker process would divide this shard again, among the workers
+        while True:
+            with self._naming(part):
+                if (batch := next(batches, None)) is None:
+                    return
             for values in zip(*batch.values()):
                 row = dict(zip(batch, values))
                 if all(fold_names([row[column]], self.features[column])[0] in wanted for column, wanted in self._keep.items()):
                     yield row
+
+    @contextmanager
+    def _naming(self, part: int) -> Iterator[None]:
+        """Errors in here, of a part of a stream, become a `UserError` that names the part."""
+        try:
+            yield
+        except (pa.ArrowException, TarError, OSError, EOFError, ValueError) as error:
+            named = bool(self._files) and isinstance(self._files[0], tuple)  # not of the Hub
+            name = self._files[part][0] if named else f"part {part}"
+            raise UserError(f"{name} of the source {self.name} cannot be read ({' '.join(str(error).split())}): restore it") from error
 
 
 def _named_sizes(names: Sequence[str], paths: Sequence[str]) -> list[tuple[str, int | None]]:
