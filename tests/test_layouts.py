@@ -225,6 +225,16 @@ def test_the_cause_is_said_of_a_damaged_file_among_others(tmp_path, layout):
         read_all(SourceSettings(layout, str(tmp_path), name="mine"))
 
 
+def test_a_parquet_file_without_rows_among_others_is_passed_over(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet")
+    write_parquet(tmp_path / "train-1.parquet", "a", "b")
+    assert [audio["path"] for audio in open_splits(str(tmp_path), "parquet")["train"]["audio"]] == ["a", "b"]
+    assert len(read_all(SourceSettings("parquet", str(tmp_path)))) == 2
+    (tmp_path / "train-1.parquet").unlink()
+    with pytest.raises(UserError, match="no parquet file in .* has a row: there is nothing to read"):
+        open_splits(str(tmp_path), "parquet")
+
+
 def test_shards_beside_their_index_are_a_training_split(tmp_path):
     write_parquet(tmp_path / "shard-00000.parquet", "a")
     write_parquet(tmp_path / "shard-00001.parquet", "b")

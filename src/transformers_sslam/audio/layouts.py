@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from ..errors import UserError
 from ..files import read_json
@@ -96,13 +97,25 @@ def shard_files(path: Path, layout: str) -> dict[str, list[str]]:
         return {"train": [str(path / name) for name in names]}
     files: dict[str, list[str]] = {}
     for name in names:
+        if _has_no_row(path / name):  # as other programs write parts; `datasets` cannot read it
+            continue
         *folders, file = Path(name).parts
         folders = [folder for folder in folders if folder != "data"]  # as on the Hub: data/train-00000-of-00001.parquet
         split = folders[0] if folders else re.split(r"[-.]", file)[0]
         if not re.fullmatch(r"\w+", split):
             raise UserError(f"{path / name} does not tell its split: name it train-00000.parquet, or put it into a folder train/")
         files.setdefault("train" if split in ("shard", "data") else split, []).append(str(path / name))
+    if not files:
+        raise UserError(f"no parquet file in {path} has a row: there is nothing to read")
     return files
+
+
+def _has_no_row(file: Path) -> bool:
+    """Whether a parquet file is whole, and a table without rows."""
+    try:
+        return file.stat().st_size < 2**16 and pq.read_metadata(file).num_rows == 0
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _open_shards(layout: str, path: Path, subset: None, *, streaming: bool, audio_column: str | None, **_) -> "Splits":
