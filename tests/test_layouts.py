@@ -1,5 +1,6 @@
 """Data sets as their authors distribute them, each built in miniature: what is read, and how each kind of damage is refused."""
 
+import gzip
 import io
 import pickle
 import tarfile
@@ -202,6 +203,19 @@ def write_archive(path: Path, clips: int) -> bytes:
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
     return path.read_bytes()
+
+
+@pytest.mark.parametrize("cut", ["5.wav", "5.cls", None])
+def test_an_archive_without_its_end_is_named(tmp_path, caplog, cut):
+    content = write_archive(tmp_path / "a.tar", 8)
+    write_archive(tmp_path / "b.tar", 8)
+    write_archive(tmp_path / "c.tar", 8)
+    (tmp_path / "c.tar").write_bytes(gzip.compress(content))
+    (tmp_path / "b.tar").write_bytes(content if cut is None else content[: content.index(cut.encode())])
+    open_splits(str(tmp_path), "webdataset", streaming=True)
+    assert (f"1 archives below {tmp_path} have no end mark, as if they were cut off, such as {tmp_path / 'b.tar'}" in caplog.text) == bool(
+        cut
+    )
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "parquet"])

@@ -8,11 +8,12 @@ splits["train"][0]  # {"audio": {"path": "ESC-50-master/audio/1-100032-A-0.wav",
 
 import glob
 import logging
+import os
 import re
+import tarfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from tarfile import TarError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import pyarrow as pa
@@ -118,9 +119,20 @@ def _has_no_row(file: Path) -> bool:
         return False
 
 
+def _ends_as_archive(file: str) -> bool:
+    """Whether a `.tar` ends in zeros, or is compressed. One that is cut between members, or within the header of one, is read without a
+    word."""
+    with open(file, "rb") as content:
+        compressed = content.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5")
+        content.seek(max(0, content.seek(0, os.SEEK_END) - tarfile.BLOCKSIZE))
+        return compressed or not any(content.read())
+
+
 def _open_shards(layout: str, path: Path, subset: None, *, streaming: bool, audio_column: str | None, **_) -> "Splits":
     """Open files of known splits: `datasets` would guess, and leave out files."""
     files = shard_files(path, layout)
+    if layout == "webdataset" and (cut := [file for file in files["train"] if not _ends_as_archive(file)]):
+        logger.warning(f"{len(cut)} archives below {path} have no end mark, as if they were cut off, such as {cut[0]}: compare their sizes")
     _check_prepared(path)
     patterns = {split: [glob.escape(file) for file in names] for split, names in files.items()}
     cache_dir = None if streaming else _content_cache(file for names in files.values() for file in names)
@@ -165,7 +177,7 @@ def _load(builder: str, path: Path, audio_column: str | None, **arguments) -> "S
     except (
         pa.ArrowException,
         datasets.exceptions.DatasetsError,
-        TarError,
+        tarfile.TarError,
         OSError,
         ValueError,
         RuntimeError,
