@@ -9,7 +9,7 @@ import torch
 from conftest import noise, speech_like, tiny_config
 from transformers import ASTFeatureExtractor
 
-from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForAudioFrameClassification, SSLAMModel
 from transformers_sslam.batching_sslam import compute_batches, prepare_batches
 from transformers_sslam.pooling_sslam import POOLINGS, pooled_width
 from transformers_sslam.tasks_sslam import Embedding
@@ -167,6 +167,30 @@ def test_a_configuration_for_tuples_does_not_matter():
     assert isinstance(model(**EXTRACTOR(waveform, sampling_rate=RATE, return_tensors="pt")), tuple)
     np.testing.assert_array_equal(model.score_over_time(waveform, EXTRACTOR).scores, expected)
     assert torch.equal(model.sslam.encode([waveform], EXTRACTOR), vector)
+
+
+@pytest.mark.parametrize(("setting", "value", "usual"), [("device", "meta", None), ("dtype", torch.bfloat16, torch.float32)])
+def test_results_do_not_depend_on_torchs_defaults(setting, value, usual):
+    model, detector = classifier(), SSLAMForAudioFrameClassification(tiny_config(**SENSITIVE)).eval()
+    clips, log_mels = [recording(1.5), recording(0.3)], [{"input_values": np.zeros((frames, 128), np.float32)} for frames in (20, 40)]
+
+    def results() -> list[torch.Tensor]:
+        rows = [vectors for vectors, _, _ in model.sslam.encode(clips, EXTRACTOR, per="step")]
+        scores = [model.score_over_time(clips[0], EXTRACTOR).scores, detector.score_steps(clips[0], EXTRACTOR).scores]
+        scores.extend(EXTRACTOR.pad(log_mels, padding="longest")["input_values"])
+        rows += [model.sslam.encode(some, EXTRACTOR, pooling="mean_and_std") for some in (clips, [])]
+        return rows + list(map(torch.from_numpy, scores))
+
+    expected, change = results(), getattr(torch, f"set_default_{setting}")
+    change(value)
+    try:
+        found = results()
+    finally:
+        change(usual)
+    for actual, other in zip(found, expected, strict=True):
+        assert actual.device.type == "cpu"
+        assert actual.dtype == other.dtype
+        assert torch.equal(actual, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -163,7 +163,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         if "attention_mask" in processed_features or kwargs.get("return_attention_mask"):
             mask = processed_features.get("attention_mask", np.ones(len(values), dtype=np.int32))
             processed_features["attention_mask"] = np.pad(mask, (0, missing))
-        silence = self._scaled(torch.tensor(self.padding_value)).item()  # in float32, to the last bit what `__call__` gives
+        # In float32, to the last bit what `__call__` gives.
+        silence = self._scaled(torch.tensor(self.padding_value, dtype=torch.float32, device="cpu")).item()
         processed_features["input_values"] = np.pad(values, ((0, missing), (0, 0)), constant_values=silence).astype(values.dtype)
         return processed_features
 

@@ -74,7 +74,7 @@ def masked_std(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     deviations = values - masked_mean(values, mask).unsqueeze(1)
     if mask is None:
         return torch.linalg.vector_norm(deviations, dim=1) / values.shape[1] ** 0.5
-    return torch.linalg.vector_norm(deviations.masked_fill(~mask, 0), dim=1) / mask.sum(1).clamp_min(1) ** 0.5
+    return torch.linalg.vector_norm(deviations.masked_fill(~mask, 0), dim=1) / mask.sum(1).clamp_min(1).to(values.dtype) ** 0.5
 
 
 def masked_max(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

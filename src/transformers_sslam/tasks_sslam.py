@@ -243,7 +243,7 @@ class Detection(Task):
     def steps(self, results: Iterable[tuple[Span, torch.Tensor]]) -> "Iterator[Steps]":
         """The scores of a recording, as soon as no later window adds to them."""
         count = self.windowing.frames // self.config.frames_per_step
-        weights = torch.sin(math.pi * (torch.arange(count) + 0.5) / count) ** 2
+        weights = torch.sin(math.pi * (torch.arange(count, dtype=torch.float32, device="cpu") + 0.5) / count) ** 2
         return merged_steps(results, self.windowing, self.config.frames_per_step, weights)
 
     def rows(self, results: Iterable[tuple[Span, torch.Tensor]]) -> Iterator[Row]:

@@ -171,15 +171,15 @@ class MergedSteps:
     def __init__(self) -> None:
         self.first = 0  # step of the first row
         self.latest = 0  # step at which the latest window begins
-        self.sums, self.weights = torch.zeros(0), torch.zeros(0, 1)
+        self.sums = self.weights = torch.zeros(0, 1, dtype=torch.float32, device="cpu")  # as all results are, whatever the defaults
 
     def add(self, start: int, steps: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """A window's `(steps, width)`, the first of which is the recording's step `start`; `weights (steps,)` are 1 by default."""
         missing = max(0, start + len(steps) - self.first - len(self.weights))
         self.sums = torch.cat((self.sums.view(-1, steps.shape[1]), steps.new_zeros(missing, steps.shape[1])))
-        self.weights = torch.cat((self.weights, torch.zeros(missing, 1)))
+        self.weights = torch.cat((self.weights, steps.new_zeros(missing, 1)))
         rows = slice(start - self.first, start - self.first + len(steps))
-        factors = torch.ones(len(steps), 1) if weights is None else weights[:, None]
+        factors = 1.0 if weights is None else weights[:, None]
         self.sums[rows] += steps * factors
         self.weights[rows] += factors
         self.latest = start
