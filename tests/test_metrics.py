@@ -287,3 +287,13 @@ def test_accuracy_of_the_library_evaluate_equals_the_function():
 
     predictions, references = [0, 1, 2, 2], [0, 1, 1, 2]
     assert Accuracy().compute(predictions=predictions, references=references) == accuracy(np.array(predictions), np.array(references))
+
+
+def test_metrics_of_the_library_evaluate_round_nothing():
+    from transformers_sslam.evaluation.evaluate_metrics import Accuracy, MeanAveragePrecision
+
+    assert Accuracy().compute(predictions=np.array([1.0, 0.0]), references=[1, 1])["accuracy"] == 0.5
+    with pytest.raises(ValueError, match="class indices are expected"):
+        Accuracy().compute(predictions=np.array([1.7, 0.2]), references=np.array([1, 0]))
+    with pytest.raises(ValueError, match=r"targets hold 0\.9"):
+        MeanAveragePrecision().compute(predictions=[[0.9, 0.1], [0.2, 0.8]], references=[[1.0, 0.0], [0.9, 1.0]])

@@ -11,13 +11,15 @@ from typing import Any, ClassVar
 
 import datasets
 import evaluate
+import numpy as np
 
 from .events import EventMetric, collar_f1, psds, segment_f1
-from .metrics import accuracy, mean_over_classes
+from .metrics import accuracy, mean_over_classes, plain_array
 
 
-SCORES = datasets.Features({"predictions": datasets.List(datasets.Value("float64")), "references": datasets.List(datasets.Value("int64"))})
-INDICES = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+# Floats also where whole numbers are expected: as integers, what is not whole would be cut off before the metric can reject it.
+SCORES = datasets.Features(dict.fromkeys(("predictions", "references"), datasets.List(datasets.Value("float64"))))
+INDICES = datasets.Features(dict.fromkeys(("predictions", "references"), datasets.Value("float64")))
 
 EVENTS = datasets.Features(
     {
@@ -46,11 +48,16 @@ class PackagedMetric(evaluate.Metric):
         return type(self).function(predictions, references, **options)
 
 
+def _accuracy(predictions, references, **options) -> dict[str, Any]:
+    arrays = [plain_array(values, name) for values, name in ((predictions, "predictions"), (references, "references"))]
+    return accuracy(*(array.astype(np.int64) if (array % 1 == 0).all() else array for array in arrays), **options)
+
+
 class Accuracy(PackagedMetric):
     """Fraction of clips whose predicted class is correct; arguments and result of [`metrics.accuracy`]."""
 
     inputs = INDICES
-    function = staticmethod(accuracy)
+    function = staticmethod(_accuracy)
 
 
 class MeanAveragePrecision(PackagedMetric):
