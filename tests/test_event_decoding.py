@@ -307,6 +307,10 @@ def test_settings_that_mean_nothing_are_rejected_in_the_model_and_as_overrides(s
         (np.zeros(3), r"scores has shape \(3,\)"),
         (np.full((4, 3), 1.5), r"scores holds 1.5, but numbers in \[0, 1\] are expected"),
         (torch.full((4, 3), math.nan), "scores holds nan"),
+        (np.ma.masked_array(np.zeros((4, 3)), mask=True), "scores is a masked array, but a plain array of real numbers is expected"),
+        (np.zeros((4, 3), np.complex64), "scores is of type complex64"),
+        (torch.zeros(4, 3, dtype=torch.complex64), "scores is of type complex64"),
+        (np.full((4, 3), "0.5"), "scores is of type <U3"),
     ],
 )
 def test_scores_that_mean_nothing_are_rejected(scores, message):

@@ -322,9 +322,11 @@ def _is_number(value: Any) -> bool:
 
 def _checked_scores(scores: np.ndarray | torch.Tensor, classes: int) -> np.ndarray:
     if isinstance(scores, torch.Tensor):
-        scores = scores.detach().cpu()
-        scores = (scores if scores.dtype == torch.float64 else scores.float()).numpy()
-    scores = np.asarray(scores)
+        scores = scores.detach().cpu().to(torch.promote_types(scores.dtype, torch.float32)).numpy()
+    is_masked, scores = np.ma.isMaskedArray(scores), np.asarray(scores)
+    if is_masked or scores.dtype.kind not in "biufO":
+        what = "a masked array" if is_masked else f"of type {scores.dtype}"
+        raise ValueError(f"scores is {what}, but a plain array of real numbers is expected: replace what is masked, for example by 0")
     if scores.ndim != 2 or scores.shape[1] != classes:
         raise ValueError(f"scores has shape {scores.shape}, but (steps, {classes}) is expected, a column for each class")
     outside = ~((scores >= 0) & (scores <= 1))
