@@ -18,8 +18,20 @@ from transformers import (
     TrainingArguments,
 )
 
-from transformers_sslam import SSLAMForAudioClassification, SSLAMForAudioFrameClassification, SSLAMForPreTraining, SSLAMModel
+from transformers_sslam import (
+    SSLAMFeatureExtractor,
+    SSLAMForAudioClassification,
+    SSLAMForAudioFrameClassification,
+    SSLAMForPreTraining,
+    SSLAMModel,
+)
+from transformers_sslam.evaluation.loading import load_model
+from transformers_sslam.finetuning.model import build_model
+from transformers_sslam.finetuning.settings import FineTuningSettings
 from transformers_sslam.loading_sslam import flatten_patch_projection_moments
+from transformers_sslam.pretraining import model as pretraining
+from transformers_sslam.pretraining.settings import PreTrainingSettings
+from transformers_sslam.publishing.onnx_export import export_onnx
 
 
 CARD = Path(__file__).parents[1] / "model_cards" / "sslam-tiny-esc10"
@@ -113,6 +125,18 @@ def test_a_former_state_is_loaded_and_left_as_it_is(former):
     other.load_state_dict(state)
     assert_same(other.state_dict(), model.state_dict())
     assert {name: tensor.shape for name, tensor in state.items()} == shapes
+
+
+def test_commands_take_a_model_that_was_saved_for_tuples(tmp_path):
+    SSLAMForAudioClassification(tiny_config(num_labels=2, return_dict=False)).save_pretrained(tmp_path / "model")
+    SSLAMFeatureExtractor(max_length=64).save_pretrained(tmp_path / "model")
+    origin, settings = str(tmp_path / "model"), FineTuningSettings(data_dir="sounds", output_dir=str(tmp_path / "run"))
+    evaluated, extractor = load_model(SSLAMForAudioClassification, origin, device="cpu")
+    for model in (evaluated, build_model(settings, extractor, ["a", "b"], multi_label=False, origin=origin)):
+        assert model(log_mels()).logits.shape == (2, 2)
+    assert export_onnx(origin, tmp_path / "exported")
+    again = PreTrainingSettings(output_dir=str(tmp_path / "run"), data_dir="sounds", model_config={"unmixed_span_length": 16})
+    assert pretraining.build_model(again, extractor, origin=origin).config.return_dict
 
 
 def test_the_published_weights_of_the_repository_load():

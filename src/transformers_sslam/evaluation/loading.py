@@ -59,7 +59,7 @@ def load_model(cls: type[Model], model: str, dtype: str = "float32", device: str
             raise UserError(f"{failed}: it has a {type(extractor).__name__}")
         _check_kind(cls, model, SSLAMConfig.from_pretrained(source))
         try:
-            loaded: Any = cls.from_pretrained(source, dtype=getattr(torch, dtype), output_loading_info=True)
+            loaded: Any = cls.from_pretrained(source, dtype=getattr(torch, dtype), return_dict=True, output_loading_info=True)
         except RuntimeError as error:  # weights of other sizes than the configuration's
             raise UserError(f"{failed}: {error}") from error
     network, loading = loaded

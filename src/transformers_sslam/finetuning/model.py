@@ -66,6 +66,7 @@ def build_model(
     drops = ("drop_path_rate", "patch_drop_rate", "hidden_dropout_prob", "attention_probs_dropout_prob") if settings.freeze_encoder else ()
     changes = {
         **dict.fromkeys(drops, 0.0),
+        "return_dict": True,
         **settings.model_config,
         "id2label": dict(enumerate(classes)),
         "label2id": {name: i for i, name in enumerate(classes)},

@@ -77,7 +77,7 @@ def _from_checkpoint(origin: str, fields: dict[str, Any]) -> SSLAMForPreTraining
         if fields[name] != getattr(config, name):
             raise UserError(f"model_config.{name} is {fields[name]}, but {origin} has {getattr(config, name)}: leave the sizes out")
     try:
-        return SSLAMForPreTraining.from_pretrained(origin, dtype=torch.float32, **{**NOT_TAKEN_OVER, **fields})
+        return SSLAMForPreTraining.from_pretrained(origin, dtype=torch.float32, return_dict=True, **{**NOT_TAKEN_OVER, **fields})
     except RuntimeError as error:  # torch names every tensor that differs
         raise UserError(f"the weights of {origin} do not fit the sizes in model_config: leave the sizes out") from error
 

@@ -150,7 +150,7 @@ def _load(name: str, encoder_only: bool) -> tuple[SSLAMPreTrainedModel, SSLAMFea
         model_class: Any = next((cls for cls in OUTPUTS if cls.__name__ in names), SSLAMModel)
         extractor = SSLAMFeatureExtractor.from_pretrained(name)
         model, report = model_class.from_pretrained(
-            name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True
+            name, dtype=torch.float32, attn_implementation="sdpa", return_dict=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     if wrong := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
         raise ExportError(f"{name} lacks weights, such as {wrong[0]}, or has them in other shapes: save the whole model again")
