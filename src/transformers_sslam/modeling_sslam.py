@@ -266,9 +266,6 @@ class SSLAMModel(SSLAMPreTrainedModel, SSLAMEncodingMixin):
         self.layers = nn.ModuleList(SSLAMLayer(config, config.drop_path_rate * i / max(1, depth - 1)) for i in range(depth))
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embeddings
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -363,9 +360,6 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel, SSLAMScoringMixin):
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(width, config.num_labels)  # type: ignore[arg-type]  # set in every config
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.sslam.get_input_embeddings()
 
     @can_return_tuple
     def forward(

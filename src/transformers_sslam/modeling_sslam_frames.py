@@ -70,9 +70,6 @@ class SSLAMForAudioFrameClassification(SSLAMPreTrainedModel, SSLAMDetectionMixin
         self.time_attention = nn.Linear(width, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.sslam.get_input_embeddings()
-
     @can_return_tuple
     def forward(
         self,

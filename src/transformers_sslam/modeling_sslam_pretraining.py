@@ -88,9 +88,6 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         self.teacher.requires_grad_(False)  # whatever is thawed
         return self
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.sslam.get_input_embeddings()
-
     @torch.no_grad()
     def update_teacher(self, step: int, skipped: torch.Tensor | None = None) -> None:
         """Move the teacher towards the student: `teacher = d * teacher + (1 - d) * student` with `d` from [`ema_decay`].
