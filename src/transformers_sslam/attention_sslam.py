@@ -98,12 +98,3 @@ def without_autocast(head: Callable) -> Callable:
 CPU_HALF_PRECISION_ATTENTION = "sslam_cpu_half_precision"  # the `attn_implementation`
 AttentionInterface.register(CPU_HALF_PRECISION_ATTENTION, cpu_half_precision_attention_forward)
 AttentionMaskInterface.register(CPU_HALF_PRECISION_ATTENTION, sdpa_mask)
-
-
-__all__ = [
-    "CPU_HALF_PRECISION_ATTENTION",
-    "as_boolean",
-    "cpu_half_precision_attention_forward",
-    "eager_attention_forward",
-    "without_autocast",
-]

@@ -118,6 +118,3 @@ def compute_batches(
             group.sort(key=lambda item: item[0])
             yield from ((span, result) for _, span, result in group)
             group = []
-
-
-__all__ = ["Batch", "Span", "Windows", "check_batch_size", "compute_batches", "prepare_batches"]

@@ -64,6 +64,3 @@ def _whole_numbers(values: Iterable[Any]) -> list[int]:
     except (TypeError, ValueError):
         return []
     return numbers if list(map(str, numbers)) == list(map(str, values)) else []
-
-
-__all__ = ["LABEL_FIELDS", "check_classes", "chosen_labels", "names_by_number", "ordered_names"]

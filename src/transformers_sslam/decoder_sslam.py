@@ -54,6 +54,3 @@ class SSLAMDecoder(nn.Module):
         # In place, because no backward pass needs the activation's output, and in its type: under autocast what the norm returns, which
         # is float32 on a GPU and half precision on a CPU.
         return features.add_(grid) if grid.shape == features.shape else features
-
-
-__all__ = ["SSLAMDecoder"]

@@ -166,6 +166,3 @@ class SSLAMDetectionMixin(nn.Module):
         for steps in self._steps(task, blocks, batch_size):
             yield from decoder.push(steps.values)
         yield from decoder.finish(blocks.samples / blocks.sampling_rate)
-
-
-__all__ = ["SSLAMDetectionMixin", "StepScores"]

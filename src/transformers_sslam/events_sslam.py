@@ -333,9 +333,3 @@ def _checked_scores(scores: np.ndarray | torch.Tensor, classes: int) -> np.ndarr
     if outside.any():
         raise ValueError(f"scores holds {scores[outside][0]}, but numbers in [0, 1] are expected: apply the sigmoid to logits first")
     return scores if scores.dtype == np.float64 else scores.astype(np.float32, copy=False)
-
-
-__all__ = [
-    *("ByClass", "Event", "EventDecoder", "EventOptions", "EventSettings", "check_event_options"),
-    *("filter_scores", "find_events", "in_order", "steps_within"),
-]

@@ -149,6 +149,3 @@ def _turns(change: np.ndarray) -> list[int]:
     steepest = np.flatnonzero(size == np.maximum.reduceat(size, firsts)[runs])
     turns = times[steepest[np.unique(runs[steepest], return_index=True)[1]]].tolist()
     return turns if rises[0] else [0, *turns]
-
-
-__all__ = ["STRETCH", "UNIT", "ChangeFilter", "MedianFilter", "filter_halves"]

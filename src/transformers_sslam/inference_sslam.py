@@ -268,9 +268,3 @@ def _checked_clip(feature_extractor: SSLAMFeatureExtractor, clip: Audio, index: 
         what = "single number" if isinstance(clip, Number | Samples | np.generic) else type(clip).__name__
         raise ValueError(f"clip {index} is a {what}: give a list of 1-D arrays, also for one clip")
     return clip
-
-
-__all__ = [
-    *("CountedBlocks", "EmbeddingsOverTime", "SSLAMEncodingMixin", "SSLAMScoringMixin", "ScoresOverTime", "WindowScores"),
-    *("by_recording", "check_sampling_rate"),
-]

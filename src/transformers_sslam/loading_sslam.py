@@ -78,6 +78,3 @@ class SSLAMLoadingMixin(PreTrainedModel):
         # By its name, because Transformers copies the files of all relative imports beside a published model.
         conversion = importlib.import_module("transformers_sslam.publishing.conversion")
         return cls.from_pretrained(conversion.convert_to_cache(checkpoint), **kwargs)
-
-
-__all__ = ["SSLAMLoadingMixin", "flatten_patch_projection", "flatten_patch_projection_moments"]

@@ -64,6 +64,3 @@ def labelled_loss(loss_function: Callable, labels: torch.Tensor, logits: torch.T
     if config.problem_type == "multi_label_classification":
         return known_binary_cross_entropy(logits, labels)
     return loss_function(labels if labels.is_floating_point() else labels.long(), logits, config, **kwargs)
-
-
-__all__ = ["UNKNOWN", "known_binary_cross_entropy", "labelled_loss"]

@@ -96,6 +96,3 @@ def count_visible(bool_masked_pos: torch.Tensor, num_clips: int, num_patches: in
             "every row, and at least one visible and one masked patch"
         )
     return counts[0]
-
-
-__all__ = ["count_visible", "draw_blocks", "inverse_block_masks", "num_visible_patches"]

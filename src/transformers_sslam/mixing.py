@@ -307,16 +307,3 @@ def partial_mixture(sources: Sources, mixed_time: torch.Tensor, patch_size: int,
     """
     mixed_frames = mixed_time.repeat_interleave(patch_size, dim=1).unsqueeze(-1)
     return torch.where(mixed_frames, sources.mix(which), sources.log_mels[0])
-
-
-__all__ = [
-    "DrawnSources",
-    "LogMelScale",
-    "Sources",
-    "check_unmixed_spans",
-    "draw_sources",
-    "draw_unmixed_spans",
-    "gather_sources",
-    "mixed_time_patches",
-    "partial_mixture",
-]

@@ -210,16 +210,3 @@ def variance_over_rows(values: torch.Tensor) -> torch.Tensor:
     centred = values - values[:1]
     centred -= centred.mean(0)
     return centred.square_().sum(0) / (len(values) - 1)
-
-
-__all__ = [
-    "RunningNorm",
-    "SSLAMForPreTrainingOutput",
-    "Targets",
-    "TwoMixtures",
-    "channel_std",
-    "content_share",
-    "ema_decay",
-    "mixture_invariant_loss",
-    "squared_error",
-]

@@ -129,9 +129,3 @@ class SSLAMLayerPooling(nn.Module):
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         return (self.weights(pooled).unsqueeze(-1) * pooled).sum(1)
-
-
-__all__ = [
-    *("POOLINGS", "SSLAMLayerPooling", "masked_max", "masked_mean", "masked_std", "merge_pooled", "part_width", "pool_part"),
-    *("pool_tokens", "pooled_width", "sounding_tokens"),
-]

@@ -327,9 +327,3 @@ def _padded_frames(shortest: int, longest: int, unit: int, most: int) -> int:
         return -(-longest // unit) * unit
     bucket = unit * max(1, 2 ** max(0, (longest - 1).bit_length() - 3) // unit)
     return min(most, -(-longest // bucket) * bucket)
-
-
-__all__ = [
-    *("ClipScoring", "Detection", "Embedding", "Inputs", "Per", "Pooling", "Row", "Scoring", "Steps", "Task", "first_device"),
-    "inference",
-]

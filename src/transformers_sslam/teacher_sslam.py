@@ -125,6 +125,3 @@ class SSLAMTeacher(SSLAMModel):
         mixed_in = torch.cat((tokens[:, :1], gather_patches(tokens[:, 1:], patches)), dim=1)
         (local,) = self.targets(mixed_in, self.config.local_target_layers or self.config.num_hidden_layers, positions=patches)
         return local
-
-
-__all__ = ["SSLAMTeacher"]

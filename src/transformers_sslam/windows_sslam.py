@@ -190,6 +190,3 @@ class MergedSteps:
         means = self.sums[:final] / self.weights[:final]
         self.sums, self.weights, self.first = self.sums[final:], self.weights[final:], self.first + final
         return means
-
-
-__all__ = ["Audio", "MergedSteps", "Samples", "Windowing", "check_frames", "checked_blocks", "cut_into_windows"]
