@@ -152,8 +152,7 @@ def detect_files(settings: DetectSettings) -> Summary:
             else:
                 write_rows(file, output.suffix, _rows(_detected(parts, paths, task, decoding)))
         if settings.per == "step" or output.suffix == ".tsv":  # which have no column for errors
-            unusable = [(path, entry.cause, entry.error) for path, entry, _ in parts.read(paths) if entry.error is not None]
-            write_unusable(parts, output, unusable)
+            write_unusable(parts, output, paths)
         if settings.label_folder is not None:
             suffix, write_labels = LABEL_FILES[str(settings.label_files)]
             with parts.replace(settings.label_folder) as folder:

@@ -64,17 +64,13 @@ def _write(parts: Parts, paths: list[str], output: Path, task: Embedding) -> Non
     """The output, and a list of the recordings that it lacks."""
     vectors = parts.schema.field("values").type
     schema = pa.schema([("path", pa.string()), ("start", pa.float64()), ("end", pa.float64()), ("vector", vectors)])
-    unusable: list[tuple[str, str | None, str]] = []
 
     def vectors_of_usable() -> Iterator[pa.Table]:
         for path, entry, tables in parts.read(paths):
-            if entry.error is not None:
-                unusable.append((path, entry.cause, entry.error))
-                continue
-            for table in tables:
+            for table in tables if entry.error is None else ():
                 names = pa.repeat(pa.scalar(utf8(path)), len(table))
                 yield pa.Table.from_arrays([names, table["start"], table["end"], table["values"]], schema=schema)
 
     with parts.replace(output) as file:
         write_tables(file, schema, vectors_of_usable(), parts.rows_at_once)
-    write_unusable(parts, output, unusable)
+    write_unusable(parts, output, paths)

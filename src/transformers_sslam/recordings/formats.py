@@ -131,10 +131,10 @@ LABEL_FILES: dict[str, tuple[str, Callable[[Path, Iterable[Event], float], None]
 }
 
 
-def write_unusable(parts: Parts, output: Path, unusable: Sequence[tuple[str, str | None, str]]) -> None:
+def write_unusable(parts: Parts, output: Path, paths: Sequence[str]) -> None:
     """A list of the recordings that an output lacks, with causes and errors, beside it; an older list is deleted if there are none."""
     listed = output.with_suffix(".unusable.csv")
-    if unusable:
+    if unusable := [(path, entry.cause, entry.error) for path, entry, _ in parts.read(paths) if entry.error is not None]:
         with parts.replace(listed) as file:
             write_csv(file, ("path", "cause", "error"), unusable)
     elif listed.exists():
