@@ -53,8 +53,8 @@ class Task:
 
     @property
     def width(self) -> int:
-        """Of a row's values."""
-        raise TypeError(f"{type(self).__name__} computes nothing by itself: use Scoring, Embedding or Detection")
+        """Of a row's values: by default a score for each class."""
+        return len(self.config.class_names)
 
     def windows(self, recording: Any, audio: Audio) -> Windows:
         """The windows of a recording `(samples,)`, or of its blocks. `ValueError` as soon as it is not a finite mono waveform."""
@@ -94,10 +94,6 @@ class Scoring(Task):
                 f"config.problem_type is {kind!r} with {labels} labels, which is not a choice between classes: scores are of "
                 "'single_label_classification' with two classes or more, or of 'multi_label_classification'"
             )
-
-    @property
-    def width(self) -> int:
-        return len(self.config.class_names)
 
     def compute(self, model: Any, inputs: Inputs) -> torch.Tensor:
         with inference(model):
@@ -231,10 +227,6 @@ class Detection(Task):
         if self.windowing.grid is None:
             raise ValueError("windows of time steps begin on the model's grid: make them by Windowing.of_model(..., per='step')")
         check_frame_shift(self.windowing.sampling_rate)
-
-    @property
-    def width(self) -> int:
-        return len(self.config.class_names)
 
     def compute(self, model: Any, inputs: Inputs) -> torch.Tensor:
         with inference(model):
