@@ -1,6 +1,7 @@
 """The settings of commands that say how scores become events."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from ..events_sslam import EventOptions
 from ..settings import setting
@@ -29,11 +30,5 @@ class EventFlags:
     @property
     def event_options(self) -> EventOptions:
         """For `EventSettings.of`; `None` for what the model says."""
-        return EventOptions(
-            threshold=self.threshold,
-            onset_threshold=self.onset_threshold,
-            median_filter=self.median_filter,
-            change_filter=self.change_filter,
-            max_gap=self.max_gap,
-            min_duration=self.min_duration,
-        )
+        options: Any = {option.name: getattr(self, option.name) for option in fields(EventFlags)}
+        return options
