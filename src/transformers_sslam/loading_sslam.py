@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
-PATCH_PROJECTION = "patch_embeddings.projection.weight"
+PATCH_PROJECTION = "patch_embeddings.projection.weight"  # a convolution in official files and older models, and here its matrix
 
 
 class FlattenPatchProjection(ConversionOps):

@@ -16,9 +16,10 @@ from ..configuration_sslam import PRETRAINING_STAGES, SSLAMConfig
 from ..errors import UserError, as_user_error, missing_model
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtractor
 from ..files import check_free, hash_file, lock, read_json, verify, write_folder_atomically
+from ..loading_sslam import PATCH_PROJECTION
 from ..settings import setting
 from .cards import public_name, write_model_card
-from .hub import MODEL_CLASSES, PATCH_PROJECTION, add_remote_code
+from .hub import MODEL_CLASSES, add_remote_code
 from .official import HUB_FILES, ConversionError, OfficialCheckpoint, listed, locate_checkpoint, read_official_checkpoint
 
 

@@ -31,6 +31,7 @@ from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import read_json, write_json, write_text
+from ..loading_sslam import PATCH_PROJECTION
 from ..settings import load_yaml
 from .cards import generate_model_card, is_description, name_model, without_folders, without_user
 
@@ -52,7 +53,6 @@ MAPPINGS: Any = (
     MODEL_FOR_PRETRAINING_MAPPING,
 )
 MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {mapping[SSLAMConfig].__name__: mapping[SSLAMConfig] for mapping in MAPPINGS}
-PATCH_PROJECTION = "patch_embeddings.projection.weight"  # a convolution in official files and older models, and here its matrix
 
 WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]  # either the first or the others
 CONFIGURATION = ["config.json", "preprocessor_config.json"]
