@@ -14,7 +14,7 @@ import numpy as np
 
 from ..events_sslam import Event
 from ..fbank import LOWEST_FREQUENCY
-from ..recordings.plot import MEL_TICKS
+from ..recordings.plot import MEL_TICKS, mel
 from .index import Match
 from .listening import Listener
 from .recording import LABELS, PICTURE, SOUND, TABLE, Found, Recording
@@ -258,8 +258,8 @@ def _curve(edges: np.ndarray, scores: np.ndarray, zoom: float) -> str:
 
 def _frequencies(rate: int) -> str:
     """Names of frequencies beside the log-mel. The filters' peaks are evenly spaced in mel."""
-    low, high = _mel(LOWEST_FREQUENCY), _mel(rate / 2)
-    places = {frequency: (_mel(frequency) - low) / (high - low) for frequency in MEL_TICKS if frequency < rate / 2}
+    low, high = mel(LOWEST_FREQUENCY), mel(rate / 2)
+    places = {frequency: (mel(frequency) - low) / (high - low) for frequency in MEL_TICKS if frequency < rate / 2}
     labels = "".join(
         f'<span style="bottom:clamp(7px,{100 * place:.2f}%,100% - 7px)">{frequency:,} Hz</span>' for frequency, place in places.items()
     )
@@ -285,7 +285,3 @@ def _axis(duration: float, zoom: float) -> str:
 
 def _percent(seconds: float, recording: Recording) -> str:
     return f"{100 * seconds / recording.duration:.4f}%"
-
-
-def _mel(frequency: float) -> float:
-    return 1127 * math.log1p(frequency / 700)

@@ -129,8 +129,8 @@ def _draw_log_mel(axes: "Axes", waveform: np.ndarray, sampling_rate: int, start:
         vmax=loudest,
     )
     # The filters' peaks are evenly spaced in mel, from one step above the lowest frequency to one step below the highest.
-    low, high = _mel(LOWEST_FREQUENCY), _mel(sampling_rate / 2)
-    places = {frequency: (bins + 1) * (_mel(frequency) - low) / (high - low) - 0.5 for frequency in MEL_TICKS}
+    low, high = mel(LOWEST_FREQUENCY), mel(sampling_rate / 2)
+    places = {frequency: (bins + 1) * (mel(frequency) - low) / (high - low) - 0.5 for frequency in MEL_TICKS}
     ticks = {frequency: place for frequency, place in places.items() if place <= bins}
     axes.set_yticks(list(ticks.values()), [f"{frequency:,}" for frequency in ticks])
     axes.set_ylabel("frequency (Hz, mel scale)")
@@ -184,5 +184,6 @@ def _legend(has_truth: bool) -> list["Artist"]:
     return [*handles, Patch(facecolor="none", edgecolor=OUTLINE, linewidth=1.6, label="known")] if has_truth else handles
 
 
-def _mel(frequency: float) -> float:
+def mel(frequency: float) -> float:
+    """Place of a frequency in Hz on Kaldi's mel scale."""
     return 1127 * float(np.log1p(frequency / 700))
