@@ -282,13 +282,12 @@ class LabelReader:
 
         if self.separator is not None:
             cells = pc.split_pattern(cells, self.separator)
-            lists, values = cells, pc.utf8_trim_whitespace(cells.flatten())
-        elif _is_list(self.kind):
-            lists, values = cells, cells.flatten()
+            values = pc.utf8_trim_whitespace(cells.flatten())
         else:
-            lists, values = None, cells
-        lengths = np.ones(len(cells), dtype=np.int64) if lists is None else pc.fill_null(pc.list_value_length(lists), 0).to_numpy(False)
-        starts = offsets_of(lengths)
+            values = cells.flatten() if self.multi_label else cells
+        starts = np.arange(len(cells) + 1)
+        if self.multi_label:
+            starts = offsets_of(pc.fill_null(pc.list_value_length(cells), 0).to_numpy(False))
 
         def named(place: int) -> str:
             return clip_name(int(np.searchsorted(starts, place, side="right")) - 1)
@@ -297,14 +296,12 @@ class LabelReader:
         if records is not None:
             given = ~np.array(pc.and_(*(pc.is_null(pc.struct_field(records, name)) for name in ("onset", "offset"))))
             given |= np.array(pc.is_valid(pc.struct_field(records, "label")))
-            rows = np.repeat(np.arange(len(cells)), lengths)[given]
-            records, starts = records.filter(pa.array(given)), offsets_of(np.bincount(rows, minlength=len(cells)))
+            records, starts = records.filter(pa.array(given)), offsets_of(given)[starts]
             values = pc.struct_field(records, "label")
         codes, names = self._codes(values)
         if self.separator is not None:  # empty texts are not labels
-            nothing = codes < 0
-            rows = np.repeat(np.arange(len(cells)), lengths)[~nothing]
-            codes, starts = codes[~nothing], offsets_of(np.bincount(rows, minlength=len(cells)))
+            kept = codes >= 0
+            codes, starts = codes[kept], offsets_of(kept)[starts]
         elif (codes < 0).any():
             what = "an empty label" if self.multi_label else "no label"
             raise UserError(f"{named(int(np.flatnonzero(codes < 0)[0]))} has {what} in the column {self.column!r}: name it or leave it out")
