@@ -6,20 +6,8 @@ from typing import BinaryIO
 from .containers import damaged, is_padding, read_at, truncated, without_last_tags
 
 
-_RATES = (
-    0,
-    88_200,
-    176_400,
-    192_000,
-    8000,
-    16_000,
-    22_050,
-    24_000,
-    32_000,
-    44_100,
-    48_000,
-    96_000,
-)  # Hz, by their number in a frame; 0: as the stream's
+# By their number in a frame; 0: as the stream's.
+_RATES = (0, 88_200, 176_400, 192_000, 8000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000)  # Hz
 _BITS = (0, 8, 12, 0, 16, 20, 24, 32)
 
 
