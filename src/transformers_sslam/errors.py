@@ -26,11 +26,9 @@ def missing_model(model: object) -> UserError:
     )
 
 
-CAUSES = ("missing", "empty", "unreadable", "truncated", "damaged", "not finite", "too short", "out of scale", "changed")
-
-
 class AudioDecodingError(ValueError):
-    """Why a clip cannot be used; such clips are counted by `cause`, one of `CAUSES`."""
+    """Why a clip cannot be used; such clips are counted by `cause`: "missing", "empty", "unreadable", "truncated", "damaged", "not finite",
+    "too short", "out of scale" or "changed"."""
 
     def __init__(self, cause: str, message: str):
         super().__init__(message)
