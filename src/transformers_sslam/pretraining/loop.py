@@ -45,8 +45,8 @@ from .settings import PreTrainingSettings
 
 logger = logging.getLogger(__name__)
 
-# Where a run stands, as a checkpoint holds it. What was skipped is known up to the last line of the log.
 DIVERGED = 10  # times the first loss, from which on a loss is warned about
+# Where a run stands, as a checkpoint holds it. What was skipped is known up to the last line of the log.
 COUNTERS = ("step", "skipped", "skipped_in_a_row", "clips_seen")
 
 
