@@ -256,7 +256,7 @@ def gather_sources(
     Raises:
         ValueError: if `attention_mask` or `waveforms` have another shape, or either is missing where waveforms are mixed.
     """
-    _check_sources(input_values, attention_mask, waveforms if domain == "waveform" else None, domain, scale)
+    _check_sources(input_values, attention_mask, waveforms, domain, scale)
     log_mels = input_values[drawn.partners]
     there = input_values.new_ones(input_values.shape[0], 1, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     sound = there[drawn.partners]

@@ -180,10 +180,10 @@ def detector_table(results: dict[str, Any]) -> str:
     return markdown_table([f"{results['clips']} clips", "value [95 % interval over clips]"], rows)
 
 
-def false_alarm_line(alarms: dict[str, Any], most: int = 5) -> str:
-    """How many false alarms there are an hour, and of which classes most."""
+def false_alarm_line(alarms: dict[str, Any]) -> str:
+    """How many false alarms there are an hour, and of which five classes most."""
     by_class = sorted(((count, label) for label, count in alarms["by_class"].items() if count), reverse=True)
-    some = ", ".join(f"{one_line(label)} {count}" for count, label in by_class[:most]) + (" ..." if len(by_class) > most else "")
+    some = ", ".join(f"{one_line(label)} {count}" for count, label in by_class[:5]) + (" ..." if len(by_class) > 5 else "")
     total = sum(count for count, _ in by_class)
     return f"false alarms: {alarms['per_hour']:.1f} an hour ({total} in {alarms['hours']:.3g} h{some and f': {some}'})"
 

@@ -176,7 +176,6 @@ class _SegmentCounts:
     """For [`events.segment_f1`] with segments of 1 s: by class, what [`_choices`] takes."""
 
     def __init__(self, data: Recordings):
-        self.data = data
         self.highest, self.true = [], []
         for values, bounds, end, events in zip(data.scores, data.bounds, data.ends.tolist(), data.events):
             shape = -(-end // MICROSECONDS), len(data.classes)
