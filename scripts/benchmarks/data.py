@@ -160,6 +160,3 @@ def measure_data(
             for clips in resume_after:
                 measure(f"{source['kind']}, after {clips:,} clips", partial(seconds_to_resume, source, extractor, batch_size, clips))
     return results
-
-
-__all__ = ["measure_data"]

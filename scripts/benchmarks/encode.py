@@ -55,6 +55,3 @@ def measure_encoder(
         rates = {name: spread(values).inverse(batch_size) for name, values in seconds.items()}
         rows.append({"batch_size": batch_size, "clips_per_second": rates, "speedup": ratio(seconds["AST"], seconds["SSLAM"])})
     return rows
-
-
-__all__ = ["measure_encoder"]

@@ -55,6 +55,3 @@ def measure_features(
         {"way": way, "milliseconds": spread(values).scaled(1000 / clips), "speedup": ratio(taken[TORCHAUDIO], values)}
         for way, values in taken.items()
     ]
-
-
-__all__ = ["measure_features"]

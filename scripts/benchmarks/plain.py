@@ -87,6 +87,3 @@ class PlainForPreTraining(SSLAMForPreTraining):
 def _as_mask(index: torch.Tensor, patches: int) -> torch.Tensor:
     """(rows, n) patches in ascending order -> (rows, patches), boolean."""
     return torch.zeros(len(index), patches, dtype=torch.bool, device=index.device).scatter_(1, index, True)
-
-
-__all__ = ["PlainForPreTraining"]

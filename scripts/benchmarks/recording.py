@@ -70,6 +70,3 @@ def measure_recording(
         "peak memory, GiB": round(whole["memory"] / 2**30, 3),
         "of a quarter of it, GiB": round(quarter["memory"] / 2**30, 3),
     }
-
-
-__all__ = ["measure_recording"]

@@ -270,6 +270,3 @@ def summary(results: dict[str, Any]) -> list[list[str]]:
     if "difference" in results:
         rows.append(["largest difference of a loss, relative", f"{results['difference']:.1e}", "", ""])
     return rows
-
-
-__all__ = ["SIZES", "StepSettings", "Update", "measure_step", "peak_memory_of_step", "summary"]

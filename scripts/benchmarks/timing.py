@@ -125,6 +125,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-__all__ = ["MatrixProducts", "Spread", "interleave", "machine", "ratio", "spread", "synchronize", "timed"]

@@ -172,14 +172,3 @@ def read_records(files: Iterable[Path], settings: dict[str, Any]) -> tuple[dict[
 def epochs_of_equal_cost(epochs: float, cost: float, total: float) -> int:
     """How many epochs cost `total`, where `epochs` of them cost `cost`: rounded up, in favour of whoever is given them."""
     return math.ceil(epochs * total / cost)
-
-
-__all__ = [
-    "copy_clips",
-    "epochs_of_equal_cost",
-    "pretrain_both_stages",
-    "pretrain_on_folds",
-    "pretrain_once",
-    "read_or_none",
-    "read_records",
-]
