@@ -26,9 +26,9 @@ from transformers_sslam.finetuning.augmentation import NO_AUGMENTATION, Augmenta
 from transformers_sslam.finetuning.data import select_rows
 from transformers_sslam.finetuning.mixtures import Mixer, MixingSettings
 from transformers_sslam.finetuning.repeats import fine_tune_once, format_runs, repeat_fine_tuning
-from transformers_sslam.finetuning.run import fine_tune
 from transformers_sslam.finetuning.settings import FineTuningSettings
 from transformers_sslam.finetuning.stream import Collate, EventTargets, TableTargets
+from transformers_sslam.finetuning.training import fine_tune
 
 
 RATE = 16_000

@@ -29,9 +29,9 @@ from transformers_sslam.errors import UserError
 from transformers_sslam.files import read_json
 from transformers_sslam.finetuning import training
 from transformers_sslam.finetuning.model import build_extractor, build_model
-from transformers_sslam.finetuning.run import fine_tune, run
+from transformers_sslam.finetuning.run import run
 from transformers_sslam.finetuning.settings import FineTuningSettings
-from transformers_sslam.finetuning.training import describe_results, reported_results
+from transformers_sslam.finetuning.training import describe_results, fine_tune, reported_results
 from transformers_sslam.publishing.conversion import convert_checkpoint
 from transformers_sslam.settings import read_settings
 

@@ -29,9 +29,9 @@ from transformers_sslam.finetuning import trainer as stream_trainer
 from transformers_sslam.finetuning import training as fine_tuning
 from transformers_sslam.finetuning.data import open_training_data
 from transformers_sslam.finetuning.repeats import fine_tune_once
-from transformers_sslam.finetuning.run import fine_tune
 from transformers_sslam.finetuning.settings import FineTuningSettings
 from transformers_sslam.finetuning.stream import LabelledStream
+from transformers_sslam.finetuning.training import fine_tune
 from transformers_sslam.settings import write_settings
 
 
@@ -479,7 +479,7 @@ def test_two_processes_have_the_metrics_of_one_over_the_same_clips(settings, tmp
         "from pathlib import Path\n"
         "from accelerate import PartialState\n"
         "from transformers_sslam.distributed import leave_process_group\n"
-        "from transformers_sslam.finetuning.run import fine_tune\n"
+        "from transformers_sslam.finetuning.training import fine_tune\n"
         "from transformers_sslam.finetuning.settings import FineTuningSettings\n"
         "from transformers_sslam.settings import read_settings\n"
         "results = fine_tune(read_settings(FineTuningSettings, sys.argv[1]))\n"

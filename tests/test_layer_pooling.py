@@ -17,7 +17,7 @@ from transformers_sslam import (
     SSLAMForPreTraining,
     SSLAMModel,
 )
-from transformers_sslam.finetuning.run import fine_tune
+from transformers_sslam.finetuning.training import fine_tune
 
 
 pytestmark = pytest.mark.usefixtures("without_drawing")

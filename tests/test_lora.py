@@ -20,8 +20,8 @@ from transformers_sslam.finetuning import lora, training
 from transformers_sslam.finetuning import trainer as stream_trainer
 from transformers_sslam.finetuning.lora import LoraSettings, add_adapters, count_parameters
 from transformers_sslam.finetuning.optimization import layer_decay_groups
-from transformers_sslam.finetuning.run import fine_tune
 from transformers_sslam.finetuning.settings import FineTuningSettings
+from transformers_sslam.finetuning.training import fine_tune
 from transformers_sslam.settings import parse_settings
 
 

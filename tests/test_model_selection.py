@@ -24,9 +24,9 @@ from transformers_sslam.checkpoints import checkpoints
 from transformers_sslam.errors import UserError
 from transformers_sslam.finetuning import progress, training
 from transformers_sslam.finetuning.progress import ProgressTable
-from transformers_sslam.finetuning.run import fine_tune
 from transformers_sslam.finetuning.settings import DEFAULTS, MACHINE_SETTINGS, UNSUPPORTED, FineTuningSettings
 from transformers_sslam.finetuning.trainer import StreamTrainer, _RunState
+from transformers_sslam.finetuning.training import fine_tune
 from transformers_sslam.settings import parse_settings, read_settings, write_settings
 
 

@@ -16,10 +16,10 @@ from transformers_sslam import SSLAMForAudioClassification
 from transformers_sslam.audio.clips import ReadStatistics
 from transformers_sslam.errors import UserError, as_user_error
 from transformers_sslam.finetuning.optimization import classification_loss, layer_decay_groups
-from transformers_sslam.finetuning.run import fine_tune
 from transformers_sslam.finetuning.settings import FineTuningSettings
 from transformers_sslam.finetuning.stream import LabelledPart
 from transformers_sslam.finetuning.trainer import EpochBatches, StreamTrainer
+from transformers_sslam.finetuning.training import fine_tune
 
 
 pytestmark = pytest.mark.usefixtures("without_drawing")

@@ -12,7 +12,7 @@ from torch import nn
 
 from transformers_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForAudioFrameClassification, SSLAMModel
 from transformers_sslam.errors import UserError
-from transformers_sslam.finetuning.run import fine_tune
+from transformers_sslam.finetuning.training import fine_tune
 from transformers_sslam.pooling_sslam import POOLINGS, masked_std, merge_pooled, pool_tokens, pooled_width, sounding_tokens
 
 

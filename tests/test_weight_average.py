@@ -17,8 +17,8 @@ from transformers_sslam.errors import UserError
 from transformers_sslam.files import write_manifest
 from transformers_sslam.finetuning import trainer as stream_trainer
 from transformers_sslam.finetuning.averaging import WeightAverage
-from transformers_sslam.finetuning.run import fine_tune
 from transformers_sslam.finetuning.settings import FineTuningSettings
+from transformers_sslam.finetuning.training import fine_tune
 
 
 pytestmark = pytest.mark.usefixtures("without_drawing")

@@ -21,7 +21,6 @@ from ..distributed import leave_process_group
 from ..evaluation.per_class import PICTURE, class_table
 from .repeats import format_runs, repeat_fine_tuning
 from .settings import FineTuningSettings
-from .training import fine_tune
 
 
 def run(settings: FineTuningSettings) -> None:
@@ -51,6 +50,3 @@ def run(settings: FineTuningSettings) -> None:
         if (picture := Path(settings.output_dir) / PICTURE).exists():
             print(f"\nconfusion matrix: {picture}")
         print(f"\n{summary['seconds']:.0f} s; models and results in {settings.output_dir}, the table's numbers in summary.json there")
-
-
-__all__ = ["FineTuningSettings", "fine_tune", "run"]

@@ -340,6 +340,3 @@ class PreTrainer:
                 setattr(self, name, counters[name])
             with as_user_error(f"the run in {self.output_dir} cannot be resumed"):
                 self.clips.load_state_dict(positions)
-
-
-__all__ = ["PreTrainer", "PreTrainingSettings", "run"]
