@@ -71,7 +71,7 @@ def _shared_zeros(count: int, dtype: type) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, max(1, count) * size), dtype)[:count]
 
 
-class Waveforms:
+class Waveforms(Sequence[np.ndarray]):
     """The waveforms of those sources that can be read. All are decoded now; those that do not fit into memory, again at each use.
     `waveforms[i]` is `(samples,)`, float32.
 
@@ -101,7 +101,7 @@ class Waveforms:
     def __len__(self) -> int:
         return len(self.kept)
 
-    def __getitem__(self, i: int) -> np.ndarray:
+    def __getitem__(self, i):
         decoded = self._cache.get(self.kept[i])
         return decode_clip(self.sources[self.kept[i]], self.sampling_rate) if decoded is None else decoded
 

@@ -3,8 +3,8 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,14 +29,7 @@ KINDS = {
 ENCODER = ("an encoder without a trained head", "", "sslam embed, or sslam probe")
 
 Model = TypeVar("Model", bound=SSLAMPreTrainedModel)
-
-
-class Clips(Protocol):
-    """Waveforms `(samples,)` by number: a list, or what decodes them when asked, as `audio.cache.Waveforms`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int, /) -> np.ndarray: ...
+Clips = Sequence[np.ndarray]  # waveforms `(samples,)`: a list, or what decodes them when asked, as `audio.cache.Waveforms`
 
 
 def load_model(cls: type[Model], model: str, dtype: str = "float32", device: str | None = None) -> tuple[Model, SSLAMFeatureExtractor]:

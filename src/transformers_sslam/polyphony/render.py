@@ -29,13 +29,12 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ..audio.cache import Waveforms
 from ..errors import UserError
 from ..settings import setting
 
 
 Overlap = Literal["together", "anywhere"]
-Recordings = Sequence[np.ndarray] | Mapping[int, np.ndarray] | Waveforms
+Recordings = Sequence[np.ndarray] | Mapping[int, np.ndarray]
 
 FRAMES_PER_SECOND = 100
 LEVEL_FRAMES = 10  # length of the window whose largest RMS is the level of an event
