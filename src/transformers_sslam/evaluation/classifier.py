@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
-from ..allocator import keep_freed_memory
 from ..audio.cache import Waveforms
 from ..audio.events import UNKNOWN
 from ..errors import UserError, as_user_error
@@ -27,7 +25,7 @@ from ..reports import markdown_table
 from ..settings import settings_dict
 from .calibration import Calibrator, replace_diagram, report_calibration
 from .detector import report_detector
-from .loading import best_device, input_batches, load_model
+from .loading import input_batches, load_model, prepare_command
 from .per_class import PICTURE, class_table, results_by_class
 from .scores import evaluate_predictions, evaluate_tags, save_scores
 from .settings import EvaluationSettings, class_names, make_folder, open_labelled, select_rows
@@ -38,11 +36,10 @@ HEAD = "classifier"  # the layer that a calibration changes
 
 def run(settings: EvaluationSettings) -> None:
     """Evaluate a classifier, or a model of event detection, and print tables."""
-    transformers.logging.disable_progress_bar()
-    if str(settings.device or best_device()) == "cpu":
-        keep_freed_memory()
+    prepare_command(settings.device)
+    report = report_detector if settings.task == "events" else report_classifier
     with lock(make_folder(settings.output_dir)):
-        report_detector(settings) if settings.task == "events" else report_classifier(settings)
+        report(settings)
 
 
 def report_classifier(settings: EvaluationSettings) -> None:

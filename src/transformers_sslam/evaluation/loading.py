@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import transformers
 from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor
 
+from ..allocator import keep_freed_memory
 from ..audio.ahead import in_background
 from ..batching_sslam import Span, prepare_batches
 from ..configuration_sslam import SSLAMConfig
@@ -109,6 +111,13 @@ def input_batches(
 def best_device() -> torch.device:
     """The accelerator, or else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def prepare_command(device: str | None) -> None:
+    """What commands begin with: no progress bars of loading and, if they compute on the CPU, memory that this process keeps."""
+    transformers.logging.disable_progress_bar()
+    if str(device or best_device()) == "cpu":
+        keep_freed_memory()
 
 
 def hash_model(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, **more: Any) -> str:

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import transformers
 
-from ..allocator import keep_freed_memory
 from ..evaluation.block_plot import PICTURE, replace_block_plot
 from ..evaluation.frozen import PUBLISHED_LINEAR, FrozenSettings, evaluate_frozen, results_table
-from ..evaluation.loading import best_device
+from ..evaluation.loading import prepare_command
 from ..evaluation.probing import Partition
 from ..evaluation.settings import make_folder
 from ..files import lock, write_json
@@ -48,9 +46,7 @@ class LinearProtocolSettings(FrozenSettings):
 
 def run(settings: LinearProtocolSettings) -> None:
     """Run all probes, write `results.json`, and print a table."""
-    transformers.logging.disable_progress_bar()
-    if str(settings.device or best_device()) == "cpu":
-        keep_freed_memory()
+    prepare_command(settings.device)
     with lock(output := make_folder(settings.output_dir)):  # before hours of work
         results = evaluate_frozen(settings, lambda partitions: run_published_linear(settings, partitions))
         write_json(output / "results.json", results)

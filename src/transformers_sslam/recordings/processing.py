@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 
-from ..allocator import keep_freed_memory
 from ..audio.ahead import in_background
 from ..audio.paths import printable_path
 from ..batching_sslam import Span, compute_batches, prepare_batches
 from ..configuration_sslam import SSLAMConfig
 from ..errors import UserError, as_user_error
-from ..evaluation.loading import best_device, hash_model, load_model
+from ..evaluation.loading import best_device, hash_model, load_model, prepare_command
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..files import lock
 from ..settings import setting
@@ -115,9 +113,7 @@ def report(work: Callable[[Any], Summary], settings: RecordingsSettings) -> None
         SystemExit: after Ctrl-C, with status 130, as a shell expects.
         UserError: if no recording can be used; the output is written nevertheless.
     """
-    transformers.logging.disable_progress_bar()
-    if str(settings.device or best_device()) == "cpu":
-        keep_freed_memory()
+    prepare_command(settings.device)
     for name in map(printable_path, lists_among(settings.inputs)):
         print(f"{name} is read as a list: each line is the path of a recording")
     try:
