@@ -11,13 +11,6 @@ class UserError(ValueError):
     """A mistake of the user. Commands print its one sentence without a traceback."""
 
 
-class WrongModelError(UserError):
-    """A model does something else than what it is needed for."""
-
-    def __init__(self, model: str, found: str, needed: str, advice: str):
-        super().__init__(f"model {model} is {found}, but {needed} is needed: {advice}")
-
-
 def missing_model(model: object) -> UserError:
     """The error of all commands about a model that is neither here nor on the Hub."""
     return UserError(

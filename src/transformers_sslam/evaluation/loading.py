@@ -16,7 +16,7 @@ from ..allocator import keep_freed_memory
 from ..audio.ahead import in_background
 from ..batching_sslam import Span, prepare_batches
 from ..configuration_sslam import SSLAMConfig
-from ..errors import UserError, WrongModelError, as_user_error
+from ..errors import UserError, as_user_error
 from ..feature_extraction_sslam import SSLAMFeatureExtractor, as_float_samples
 from ..modeling_sslam import SSLAMForAudioClassification, SSLAMPreTrainedModel
 from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
@@ -43,8 +43,7 @@ def load_model(cls: type[Model], model: str, dtype: str = "float32", device: str
         device: by default [`best_device`].
 
     Raises:
-        WrongModelError: if it is a model of another task.
-        UserError: if they cannot be loaded, weights are missing, or the device cannot be used.
+        UserError: if it is a model of another task, they cannot be loaded, weights are missing, or the device cannot be used.
     """
     failed = f"{model} cannot be loaded as a {cls.__name__} with its feature extractor"
     source = resolve_model(model)
@@ -70,13 +69,13 @@ def load_model(cls: type[Model], model: str, dtype: str = "float32", device: str
 
 
 def _check_kind(cls: type[SSLAMPreTrainedModel], model: str, config: SSLAMConfig) -> None:
-    """`WrongModelError` if a model has another head than that of `cls`, or none."""
+    """`UserError` if a model has another head than that of `cls`, or none."""
     kind = (config.architectures or [cls.__name__])[0]
     if cls.__name__ not in KINDS or kind == cls.__name__:
         return
     needed, task, _ = KINDS[cls.__name__]
     found, _, commands = KINDS.get(kind, ENCODER)
-    raise WrongModelError(model, found, needed, f"give one that was fine-tuned with --task {task}, or use {commands}")
+    raise UserError(f"model {model} is {found}, but {needed} is needed: give one that was fine-tuned with --task {task}, or use {commands}")
 
 
 def tagger_class(model: str) -> type[SSLAMForAudioClassification] | type[SSLAMForAudioFrameClassification]:
