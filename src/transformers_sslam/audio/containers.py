@@ -133,7 +133,9 @@ def find_data_chunk(file: BinaryIO, size: int, name: str) -> DataChunk | None:
         raise damaged(name, f"has {size - at} bytes behind the sound that its header declares")
     if seconds is None and rate:
         seconds = (found.size or size - found.start) / rate
-    return _within(found._replace(seconds=seconds, closed=at >= size), size, name)
+    if found.size is not None and found.start + found.size > size:
+        raise truncated(name)
+    return found._replace(seconds=seconds, closed=at >= size)
 
 
 def is_padding(file: BinaryIO, at: int, size: int) -> bool:
@@ -176,12 +178,6 @@ def occurs_again(file: BinaryIO, size: int, first: bytes, at: int = 1) -> bool:
         found = read_at(file, at, 2**20 + len(first)).find(first)
         at += 2**20
     return found >= 0
-
-
-def _within(found: DataChunk, size: int, name: str) -> DataChunk:
-    if found.size is not None and found.start + found.size > size:
-        raise truncated(name)
-    return found
 
 
 def _known(size: int) -> int | None:

@@ -232,7 +232,8 @@ def _build_trainer(
                     f"no event of the evaluation covers half of a time step, {1 / model.config.steps_per_second:g} s, so no metric is "
                     "defined: set model_config.steps_per_second to 12.5 or 25, or evaluate on other clips"
                 )
-        return _numbers(evaluate_predictions(logits, targets, data.classes, data.multi_label, None))
+        metrics = evaluate_predictions(logits, targets, data.classes, data.multi_label, None)
+        return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
     groups = layer_decay_groups(model, settings.learning_rate, settings.weight_decay, layer_decay, settings.lora.learning_rate)
     with as_user_error(f"optim is {settings.optim!r}, which cannot be used"):
@@ -388,7 +389,3 @@ def reported_results(settings: FineTuningSettings, results: dict[str, Any]) -> l
         for name, (kind, title) in kinds.items()
         if (interval := results["metrics"].get(f"{name}_interval"))
     ]
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if isinstance(value, float)}

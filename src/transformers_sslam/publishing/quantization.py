@@ -142,13 +142,6 @@ def _without_advice() -> Iterator[None]:
         logger.removeFilter(passes)
 
 
-def open_session(graph: Path, num_threads: int | None = None) -> onnxruntime.InferenceSession:
-    """The graph on the CPU, on so many cores; by default on all."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = num_threads or 0
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-
 def calibration_inputs(recordings: list[str], number: int, extractor: SSLAMFeatureExtractor, with_mask: bool) -> Iterator[Inputs]:
     """Inputs of the graph from the beginnings of recordings, evenly spaced among them.
 
@@ -246,7 +239,9 @@ def compare_on_clips(
         return run
 
     def in_onnx_runtime(file: str) -> Callable[[Inputs], np.ndarray]:
-        session = open_session(folder / file, num_threads)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads or 0  # all cores
+        session = onnxruntime.InferenceSession(folder / file, options, providers=["CPUExecutionProvider"])
         return lambda inputs: session.run(["logits"], inputs)[0]
 
     runners = {"ONNX Runtime, float32": in_onnx_runtime("model.onnx"), "ONNX Runtime, int8": in_onnx_runtime(INT8_FILE)}
