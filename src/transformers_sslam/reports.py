@@ -34,6 +34,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "-|" * len(header), *lines[1:]])
 
 
+def one_line(name: str) -> str:
+    """A name from data without line breaks and characters that cannot be printed."""
+    return " ".join("".join(character if character.isprintable() else " " for character in name).split())
+
+
 def spreadsheet_cell(value: Any) -> Any:
     """Text that a spreadsheet would take for a formula gets an apostrophe in front; anything else stays."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

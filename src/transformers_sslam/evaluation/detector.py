@@ -24,14 +24,14 @@ from ..errors import UserError, as_user_error
 from ..events_sslam import EventSettings, filter_scores
 from ..files import read_json, write_json
 from ..modeling_sslam_frames import SSLAMForAudioFrameClassification
-from ..reports import markdown_table
+from ..reports import markdown_table, one_line
 from ..settings import settings_dict
 from .calibration import Calibrator, as_logits, report_calibration, scale_head
 from .event_results import EVENT_METRICS, F1, SCENARIOS, evaluate_events, event_activity
 from .event_tuning import CHANGE_LENGTHS, tune_events
 from .events import psds
 from .loading import load_model
-from .per_class import PICTURE, TABLE_METRICS, class_table, one_line
+from .per_class import PICTURE, TABLE_METRICS, class_table
 from .scored_events import ScoredEvents, score_events
 from .settings import EvaluationSettings, class_names, make_folder, select_rows
 

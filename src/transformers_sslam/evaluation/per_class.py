@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..reports import markdown_table, new_figure, replace_picture
+from ..reports import markdown_table, new_figure, one_line, replace_picture
 from .intervals import proportion_interval
 
 
@@ -215,11 +215,6 @@ def _write_counts(axes: "Axes", matrix: np.ndarray, clips: np.ndarray, fontsize:
         value = matrix[row, column]
         colour = "white" if value > 0.5 * clips[row] else "black"  # on the darker half of the scale
         axes.text(column, row, str(value), ha="center", va="center", fontsize=size, color=colour)
-
-
-def one_line(name: str) -> str:
-    """A class's name without line breaks and characters that cannot be printed."""
-    return " ".join("".join(character if character.isprintable() else " " for character in name).split())
 
 
 def _shortened(name: str) -> str:

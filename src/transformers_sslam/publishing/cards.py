@@ -17,7 +17,7 @@ from huggingface_hub.repocard_data import CardData, eval_results_to_model_index
 
 from ..errors import UserError, as_user_error, missing_model
 from ..files import DamagedFileError, read_json, write_text
-from ..reports import markdown_table
+from ..reports import markdown_table, one_line
 from ..settings import setting
 from .card_texts import CITATIONS, DETECTOR, ENCODER_USAGE, REMOTE_CODE, USAGE
 
@@ -363,8 +363,7 @@ def _read_configuration(path: Path) -> dict[str, Any]:
 
 def as_text(name: str) -> str:
     """A name from data, such as that of a class, as one line of Markdown in which its markup has no effect."""
-    line = " ".join("".join(character if character.isprintable() else " " for character in name).split())
-    escaped = re.sub(r"([\\`*\[\]!#~$])|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
+    escaped = re.sub(r"([\\`*\[\]!#~$])|(?<!\w)_|_(?!\w)", r"\\\g<0>", one_line(name))
     return html.escape(escaped, quote=False)
 
 
