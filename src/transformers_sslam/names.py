@@ -1,7 +1,8 @@
-"""Which valid names are meant by one that is not: for the errors of commands, settings and recipes."""
+"""Names in messages: which valid ones are meant by one that is not, and the first ones of many."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 
 # What other programs call it: names that are not similar enough to be found by spelling.
@@ -40,6 +41,12 @@ OTHER_NAMES = {
     "val_check_interval": ("eval_steps",),
     "num_labels": ("label_column",),
 }
+
+
+def listed(names: Iterable[Any], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def similar(name: str, known: Iterable[str], most: int = 3) -> list[str]:

@@ -8,11 +8,12 @@ from typing import Any
 from transformers.utils import cached_file
 
 from ..errors import UserError
+from ..names import listed
 from ..settings import load_yaml
 from .index import SoundIndex
 from .listening import Listener
 from .settings import EXAMPLES_RIGHTS, LimitSettings
-from .wording import clock, listed
+from .wording import clock, plain
 
 
 CARD = "README.md"
@@ -31,7 +32,7 @@ def draw_about(listener: Listener, index: SoundIndex | None = None) -> str:
         "Kind": escape(
             f"{listener.job} ({type(listener.model).__name__}), {parameters / 1e6:.1f} million parameters, sound at {listener.rate:,} Hz"
         ),
-        f"{len(listener.classes)} {listener.kinds}": escape(listed(listener.classes, MOST_CLASSES)),
+        f"{len(listener.classes)} {listener.kinds}": escape(listed(map(plain, listener.classes), MOST_CLASSES)),
         "Trained from": _listed(front.get("base_model")),
         "Data": _listed(front.get("datasets")),
         "Licence": " ".join(filter(None, (_listed(front.get(name)) for name in named))) or NO_LICENCE,

@@ -14,11 +14,12 @@ import numpy as np
 
 from ..events_sslam import Event
 from ..fbank import LOWEST_FREQUENCY
+from ..names import listed
 from ..recordings.plot import MEL_TICKS, mel
 from .index import Match
 from .listening import Listener
 from .recording import LABELS, PICTURE, SOUND, TABLE, Found, Recording
-from .wording import listed, minutes, plain
+from .wording import minutes, plain
 
 
 MOST_LANES, FEWEST_LANES, MOST_ROWS, MOST_BARS = 24, 3, 500, 4000
@@ -38,7 +39,7 @@ def address(file: Path) -> str:
 
 def draw_intro(listener: Listener) -> str:
     """What the page does."""
-    count, kinds = len(listener.classes), escape(listed(listener.classes, MOST_KINDS))
+    count, kinds = len(listener.classes), escape(listed(map(plain, listener.classes), MOST_KINDS))
     return (
         f"<p>Give the model a recording: play it, and see which of {count} {listener.kinds} it finds, from when to when. "
         f"It knows these and nothing else: {kinds}.</p>"

@@ -19,9 +19,3 @@ def clock(seconds: float) -> str:
     """A length of time."""
     whole, rest = divmod(round(seconds), 60)
     return f"{seconds:.1f} s" if whole == 0 else f"{whole} min{f' {rest} s' if rest else ''}"
-
-
-def listed(labels: list[str], most: int) -> str:
-    """Labels as an enumeration, of many the first ones."""
-    more = f" and {len(labels) - most} more" if len(labels) > most else ""
-    return ", ".join(map(plain, labels[:most])) + more

@@ -17,10 +17,11 @@ from ..errors import UserError, as_user_error, missing_model
 from ..feature_extraction_sslam import NORMALIZATION_PRESETS, SSLAMFeatureExtractor
 from ..files import check_free, hash_file, lock, read_json, verify, write_folder_atomically
 from ..loading_sslam import PATCH_PROJECTION
+from ..names import listed
 from ..settings import setting
 from .cards import public_name, write_model_card
 from .hub import MODEL_CLASSES, add_remote_code
-from .official import HUB_FILES, ConversionError, OfficialCheckpoint, listed, locate_checkpoint, read_official_checkpoint
+from .official import HUB_FILES, ConversionError, OfficialCheckpoint, locate_checkpoint, read_official_checkpoint
 
 
 ProblemType = Literal["multi_label_classification", "single_label_classification"]

@@ -2,7 +2,7 @@
 
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from ..errors import UserError, missing_model
 from ..files import read_json
+from ..names import listed
 
 
 HUB_FILES = ["config.json", "model.safetensors"]
@@ -236,9 +237,3 @@ def _check_settings(checkpoint: OfficialCheckpoint) -> None:
     for tensor in (tensor for part in parts for tensor in part.values()):
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize > 4 or tensor.layout != torch.strided:
             raise ConversionError(f"{source} holds sparse tensors, or others wider than float32 or not floating-point: none was published")
-
-
-def listed(names: Iterable, most: int = 5) -> str:
-    """The first names, and how many more there are."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
