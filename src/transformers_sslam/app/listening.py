@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -296,8 +296,8 @@ class ClassifierListener(Listener):
 
     def __init__(self, settings: AppSettings):
         super().__init__(settings)
-        defaults = {field.name: field.default_factory for field in fields(TagSettings) if field.name in ("threshold", "top_k")}
-        threshold, top_k = (defaults[name]() for name in ("threshold", "top_k"))  # type: ignore[operator]  # `setting` gives a factory
+        tagging = TagSettings(model=settings.model, inputs=[], output="tags.csv")  # for its defaults
+        threshold, top_k = tagging.threshold, tagging.top_k
         most = len(self.classes)
         length = self._windowing(settings.window, settings.hop).length / self.rate
         sure = f"The score that a label needs, from 0 to 1, in a piece of {length:.3g} s (window): lower it for more labels."
