@@ -320,11 +320,7 @@ class LabelReader:
 
     def _codes(self, values: "pa.Array") -> tuple[np.ndarray, list[str]]:
         """A code for each value (-1: missing, `len(names)`: undeclared), and the names."""
-        import pyarrow as pa
-
         encoded = values.dictionary_encode()
-        if isinstance(encoded, pa.ChunkedArray):
-            encoded = encoded.combine_chunks()
         found = encoded.dictionary.to_pylist()
         if self.classes is not None:
             names = list(self.classes)

@@ -79,8 +79,7 @@ class LabelledRows:
 
 def column_array(rows: "Dataset", column: str) -> "pa.Array":
     """A column in Arrow, in the order of the rows."""
-    values = rows.select_columns([column]).with_format("arrow")[:][column]
-    return values.combine_chunks() if hasattr(values, "combine_chunks") else values
+    return rows.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
 
 
 def read_rows(rows: "Dataset", label_column: str, separator: str | None = None) -> LabelledRows:
