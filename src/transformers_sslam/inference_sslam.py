@@ -140,11 +140,8 @@ class SSLAMEncodingMixin(nn.Module):
         windows = chain.from_iterable(task.windows(f"clip {i}", _checked_clip(feature_extractor, clips[i], i)) for i in range(len(clips)))
         found = [list(task.rows(results)) for _, results in by_recording(task, self, windows, batch_size)]
         if per == "clip":
-            return (
-                torch.stack([values for [(_, _, values)] in found])
-                if found
-                else torch.zeros(0, task.width, dtype=torch.float32, device="cpu")
-            )
+            none = torch.zeros(0, task.width, dtype=torch.float32, device="cpu")
+            return torch.stack([values for [(_, _, values)] in found]) if found else none
         over_time = []
         for rows in found:
             starts, ends, vectors = zip(*rows)
