@@ -14,7 +14,7 @@ import evaluate
 import numpy as np
 
 from .events import EventMetric, collar_f1, psds, segment_f1
-from .metrics import accuracy, mean_over_classes, plain_array
+from .metrics import accuracy, mean_over_classes
 
 
 # Floats also where whole numbers are expected: as integers, what is not whole would be cut off before the metric can reject it.
@@ -49,8 +49,13 @@ class PackagedMetric(evaluate.Metric):
 
 
 def _accuracy(predictions, references, **options) -> dict[str, Any]:
-    arrays = [plain_array(values, name) for values, name in ((predictions, "predictions"), (references, "references"))]
-    return accuracy(*(array.astype(np.int64) if (array % 1 == 0).all() else array for array in arrays), **options)
+    return accuracy(_as_indices(predictions), _as_indices(references), **options)
+
+
+def _as_indices(values: list[float]) -> np.ndarray:
+    """Whole numbers as integers; others as they are, which the metric rejects."""
+    array = np.asarray(values)
+    return array.astype(np.int64) if (array % 1 == 0).all() else array
 
 
 class Accuracy(PackagedMetric):
