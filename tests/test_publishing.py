@@ -431,6 +431,20 @@ def test_names_that_only_resemble_those_of_a_model_stay_here(folder):
         assert sorted(publication.files) == sorted([*PUBLISHED, "LICENSE.txt"])
 
 
+def test_pictures_that_the_card_shows_are_published(folder, tmp_path):
+    for name in ("reliability.png", "private.png"):
+        (folder / name).write_bytes(b"picture")
+    write_model_card(folder, "![How sure it is](reliability.png) Not shown: private.png")
+    with prepare_publication(folder, REPOSITORY) as publication:
+        assert "reliability.png" in publication.files
+        assert "private.png" in publication.left_out
+    description = {"name": "x", "title": "x", "summary": "![Both](private.png)"}
+    (tmp_path / "other.json").write_text(json.dumps(description))
+    with prepare_publication(folder, REPOSITORY, tmp_path / "other.json") as publication:
+        assert "private.png" in publication.files
+        assert "reliability.png" in publication.left_out
+
+
 def test_a_card_that_names_a_folder_of_a_person_gets_a_note(folder):
     write_model_card(folder, "Trained on `/home/me/private sounds`.")
     with prepare_publication(folder, REPOSITORY) as publication:

@@ -57,8 +57,9 @@ MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {mapping[SSLAMConfig].__name__
 WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]  # either the first or the others
 CONFIGURATION = ["config.json", "preprocessor_config.json"]
 RECORDS = ["results.json", "settings.yaml"]  # what a run writes about itself
-# Nothing else: no pickle, optimizer state, log or recording.
+# Nothing else but pictures that the card shows: no pickle, optimizer state, log or recording.
 PUBLISHED = [*CONFIGURATION, *RECORDS, *WEIGHTS, "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"]
+SHOWN_PICTURE = re.compile(r"!\[[^\]]*\]\(([\w-]+\.png)\)")
 LARGEST_FILE = 50 * 10**9  # bytes; `save_pretrained` makes shards of this size
 
 SECRET_NAME = re.compile(r"token$|secret|passw|credential|api_?key|access_?key|^key$", re.IGNORECASE)
@@ -163,12 +164,12 @@ def prepare_publication(folder: str | Path, repo_id: str, results: str | Path | 
     with tempfile.TemporaryDirectory(prefix="publish-") as temporary:
         staged = Path(temporary)
         try:
-            left_out = _copy(source, staged)
+            card = Path(results or source / "README.md").read_text(encoding="utf-8")
+            left_out = _copy(source, staged, SHOWN_PICTURE.findall(card))
             if results is not None:
                 write_text(staged / "results.json", _publishable(Path(results)))
                 generate_model_card(staged, model_id=repo_id)
             else:
-                card = (staged / "README.md").read_text(encoding="utf-8")
                 write_text(staged / "README.md", name_model(card, repo_id))
             add_remote_code(staged)
         except PublishError:
@@ -240,11 +241,11 @@ def _check_presence(source: Path, has_description: bool) -> None:
         raise PublishError(f"{source} holds {WEIGHTS[0]} and {WEIGHTS[1]}, of which only one is this model's: remove the older one")
 
 
-def _copy(source: Path, staged: Path) -> list[str]:
-    """Copy the files to publish, link the weights, and return the names of all others."""
+def _copy(source: Path, staged: Path, pictures: list[str]) -> list[str]:
+    """Copy the files to publish, also these pictures, link the weights, and return the names of all others."""
     left_out, code = [], {path.name for path in _remote_code()}
     for path in sorted(source.iterdir()):
-        if not path.is_file() or not any(fnmatch(path.name, pattern) for pattern in PUBLISHED):
+        if not path.is_file() or not any(fnmatch(path.name, pattern) for pattern in (*PUBLISHED, *pictures)):
             if path.name not in code:
                 left_out.append(path.name + ("/" if path.is_dir() else ""))
             continue
