@@ -394,6 +394,7 @@ def test_names_of_classes_are_published_as_they_are(folder):
         *("hf_" + "b" * 34, "AKIA" + "A1" * 8, "-----BEGIN OPENSSH PRIVATE KEY-----", "see https://me:word@example.org", "ghp_" + "c" * 36),
         *("glpat-" + "d" * 20, "xoxb-" + "1" * 12, "AIza" + "e" * 35, "aws_secret_access_key = " + "f/" * 20),
         *("https://example.org/x?a=b&X-Amz-Signature=" + "0" * 64, "https://example.org/x?token=" + "g" * 12),
+        "https://example.org/x?sv=2022-11-02&sig=" + "h" * 12 + "%3D",  # of a storage account at Azure
     ],
 )
 def test_a_file_with_a_credential_is_not_published(folder, name, secret):

@@ -68,7 +68,7 @@ FOLDER_OF_A_PERSON = re.compile(r"(?<![\w./])(?:/home/|/Users/|/root/|[A-Z]:\\Us
 SECRET = re.compile(
     r"\bhf_\w{20,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[a-z]_\w{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{20,}|\bsk-[\w-]{20,}"
     r"|\bxox[a-z]-[\w-]{10,}|\bAIza[\w-]{35}|(?i:secret_?access_?key)\W+[\w/+]{40}|PRIVATE KEY-----|://[^/\s:@]+:[^\s@]+@"
-    r"|[?&](?i:[\w-]*(?:token|signature|secret|password|api_?key))=[^&\s]{8,}"
+    r"|[?&](?i:[\w-]*(?:token|sig(?:nature)?|secret|password|api_?key))=[^&\s]{8,}"
 )
 
 
