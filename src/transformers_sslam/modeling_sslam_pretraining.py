@@ -153,13 +153,17 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
             ValueError: if the input does not fit the model, masks or spans do not fit the input, or spans are given without mixtures.
         """
         input_values = self.sslam.embeddings.check_input(input_values)
+        given = {"bool_masked_pos": bool_masked_pos, "unmixed_span_starts": unmixed_span_starts, "waveforms": waveforms}
+        for name, value in given.items():
+            if value is not None and not isinstance(value, torch.Tensor):
+                raise ValueError(f"{name} is of type {type(value).__name__}, but a tensor is expected")
         if attention_mask is not None:
+            attention_mask = as_boolean(attention_mask)
             if attention_mask.shape != input_values.shape[:2]:
                 raise ValueError(
                     f"attention_mask has shape {tuple(attention_mask.shape)}, but pre-training needs a mask over frames, "
                     f"{tuple(input_values.shape[:2])}"
                 )
-            attention_mask = as_boolean(attention_mask)
         masks, visible, masked = self._masks(input_values, bool_masked_pos, generator)
         starts = self._spans(input_values, unmixed_span_starts, generator)
         clips, sources, mixed_patches = input_values, None, None
