@@ -378,10 +378,14 @@ def test_a_dry_run_lists_what_a_space_would_hold_and_leaves_nothing(server, dete
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_model_of_the_hub_is_carried_and_named(server, detector, tmp_path, monkeypatch):
-    assert cli.main(["publish", "--model", str(detector), "--repo_id", "tests/sounds"]) == 0
+    saved = shutil.copytree(detector, tmp_path / "saved")
+    write_model_card(saved, "![How sure it is](reliability.png)", origin={"license": "mit"})
+    (saved / "reliability.png").write_bytes(b"picture")
+    assert cli.main(["publish", "--model", str(saved), "--repo_id", "tests/sounds"]) == 0
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     assert run("--model", "tests/sounds", "--output_dir", tmp_path / "page") == 0
     assert SpaceCard.load(tmp_path / "page" / "README.md").data.models == ["tests/sounds"]
+    assert (tmp_path / "page/models/sounds/reliability.png").read_bytes() == b"picture"
     weights = tmp_path / "page/models/sounds/model.safetensors"
     assert not weights.is_symlink()
     assert weights.read_bytes() == (detector / "model.safetensors").read_bytes()

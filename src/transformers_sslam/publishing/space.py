@@ -243,7 +243,7 @@ def _saved_model(model: str, place: Path) -> Path:
     if Path(resolved).is_dir():
         return Path(resolved)
     with as_user_error(f"model {model} cannot be fetched"):
-        snapshot = snapshot_download(model, allow_patterns=PUBLISHED)
+        snapshot = snapshot_download(model, allow_patterns=[*PUBLISHED, "*.png"])
     return Path(shutil.copytree(snapshot, place))  # which has links to outside, as only the cache may have
 
 
