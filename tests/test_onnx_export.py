@@ -197,6 +197,15 @@ def test_a_mask_of_another_shape_is_rejected(classifier, shape):
         classifier.run(input_values=np.zeros((2, 64, 128), dtype=np.float32), attention_mask=np.ones(shape, dtype=np.int32))
 
 
+def test_a_model_that_takes_one_length_alone_can_be_exported(tmp_path):
+    save_classifier(tmp_path / "source", "cls", max_length=16)
+    SSLAMFeatureExtractor(max_length=16).save_pretrained(tmp_path / "source")
+    differences = export_onnx(tmp_path / "source", tmp_path / "onnx", with_mask=True)
+    assert list(differences) == [(1, 16), (3, 16), (5, 16), (2, 16)]
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    assert [taken.shape for taken in session.get_inputs()] == [["batch", 16, 128], ["batch", 16]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("opset", [18, 23])
 @pytest.mark.parametrize("options", [{}, {"with_mask": True}, {"encoder_only": True}])

@@ -170,7 +170,9 @@ def _load(name: str, encoder_only: bool) -> tuple[SSLAMPreTrainedModel, SSLAMFea
 def _write_graph(file: Path, model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, with_mask: bool, opset: int) -> None:
     config = model.config
     inputs = _example(config, batch=2, frames=min(4 * config.patch_size, config.max_length), with_mask=with_mask)
-    batch, steps = torch.export.Dim("batch", min=1), torch.export.Dim("steps", min=1, max=config.max_length // config.patch_size)
+    axes, longest = {0: torch.export.Dim("batch", min=1)}, config.max_length // config.patch_size
+    if longest > 1:  # otherwise there is only one length
+        axes[1] = config.patch_size * torch.export.Dim("steps", min=1, max=longest)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it reports that torchvision is not installed
@@ -180,7 +182,7 @@ def _write_graph(file: Path, model: SSLAMPreTrainedModel, extractor: SSLAMFeatur
             program = torch.onnx.export(
                 ModelToExport(model).eval(),
                 kwargs=inputs,
-                dynamic_shapes={name: {0: batch, 1: config.patch_size * steps} for name in inputs},
+                dynamic_shapes=dict.fromkeys(inputs, axes),
                 output_names=OUTPUTS[type(model)],
                 opset_version=opset,
                 dynamo=True,
