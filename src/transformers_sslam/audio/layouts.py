@@ -184,7 +184,7 @@ def _load(builder: str, path: Path, audio_column: str | None, **arguments) -> "S
         LookupError,
         StopIteration,
     ) as error:
-        why = error.__cause__ if type(error) is datasets.exceptions.DatasetGenerationError else error  # which says only that there is one
+        why = error.__cause__ if "An error occurred while generating" in str(error) else error
         said = " ".join(str(why).split()) or "it holds no rows"
         raise UserError(f"the data set {path} cannot be opened ({said}): check path, subset and revision, or download it again") from error
     for name, rows in splits.items():
