@@ -269,6 +269,7 @@ def test_what_is_complete_is_left_alone(recordings: Path, tmp_path: Path):
     index = prepare(settings(tmp_path / "shards", recordings))
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
     assert prepare(settings(tmp_path / "shards", recordings)) == index
+    assert prepare(settings(tmp_path / "shards", f"{recordings}/")) == index
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()} == times
 
 

@@ -147,6 +147,12 @@ def test_finished_runs_are_not_made_again(series, copy):
     assert summary["metrics"]["loss"]["runs"] == {name: series[1]["metrics"]["loss"]["runs"][name] for name in RUNS[:2]}
 
 
+def test_another_spelling_of_a_path_is_the_same_run(copy):
+    before = made(copy)
+    repeat_fine_tuning(replace(copy, data_dir=f"{Path(copy.data_dir).parent}/./clips/"))
+    assert made(copy) == before
+
+
 def test_results_that_were_changed_are_not_believed(series, copy, caplog):
     file, before = Path(copy.output_dir) / RUNS[0] / "results.json", made(copy)
     results = json.loads(file.read_text())

@@ -206,6 +206,15 @@ def verify_files(folder: Path, described: Any) -> str | None:
     return None
 
 
+def plain_paths(values: Any, name: str = "") -> Any:
+    """Settings, for comparison, with one spelling of each path: `sounds/` and `./sounds` are `sounds`."""
+    if isinstance(values, dict):
+        return {key: plain_paths(value, key) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [plain_paths(value, name) for value in values]
+    return str(Path(values)) if name in ("data_dir", "model", "path") and isinstance(values, str) else values
+
+
 @contextmanager
 def lock(path: str | Path, wait: bool = False) -> Iterator[None]:
     """Keep other processes out of a file or folder by a lock on `.NAME.lock` beside it, which the system releases when a process dies.

@@ -22,7 +22,7 @@ from datasets import Audio, Features, Value
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import DamagedFileError, hash_file, lock, write_atomically, write_json
+from ..files import DamagedFileError, hash_file, lock, plain_paths, write_atomically, write_json
 from ..settings import setting
 from .clips import Clip, ReadStatistics, Windows
 from .decode import LOWEST_RATE
@@ -129,7 +129,9 @@ def _begun_index(folder: Path, settings: ShardSettings) -> dict[str, Any]:
     for new, old in {"max_unreadable": "max_broken_share", "dataloader_num_workers": "num_workers"}.items():
         if old in then:  # of an older version
             then[new] = then.pop(old)
-    different = [f"{name} ({then.get(name)} then, {wanted[name]} now)" for name in wanted if then.get(name) != wanted[name]]
+    different = [
+        f"{name} ({then.get(name)} then, {wanted[name]} now)" for name in wanted if plain_paths(then.get(name)) != plain_paths(wanted[name])
+    ]
     if different:
         raise UserError(f"{folder} was begun with other settings: {'; '.join(different)}. Choose another folder, or the same settings")
     check_shards(folder, index, hashes=True)

@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from ..checkpoints import checkpoints, latest_whole_checkpoint, sweep_leftovers, sweep_unsealed
 from ..errors import UserError, as_user_error
 from ..evaluation.per_class import PICTURE
-from ..files import DamagedFileError, hash_file, lock, read_json, verify, verify_files, write_text
+from ..files import DamagedFileError, hash_file, lock, plain_paths, read_json, verify, verify_files, write_text
 from ..publishing.conversion import resolve_model
 from ..settings import dump_yaml, read_settings
 from .data import are_same_data, hash_data
@@ -133,6 +133,7 @@ def comparable(settings: FineTuningSettings) -> dict[str, Any]:
 
 
 def _different(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    one, other = plain_paths(one), plain_paths(other)
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
