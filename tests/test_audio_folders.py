@@ -421,6 +421,23 @@ def test_a_damaged_archive_is_named(tmp_path, method):
             open_splits(path.parent)
 
 
+def test_what_was_extracted_is_extracted_again_where_a_part_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "made", "dog/a.wav", "dog/b.wav")
+    (tmp_path / "clips").mkdir()
+    with zipfile.ZipFile(tmp_path / "clips" / "clips.zip", "w") as archive:
+        for name in ("dog/a.wav", "dog/b.wav"):
+            archive.write(tmp_path / "made" / name, f"./{name}")
+    first, second = sorted(source["path"] for source in open_splits(tmp_path / "clips")["train"]["audio"])
+    written = Path(first).stat().st_ino
+    open_splits(tmp_path / "clips")
+    assert Path(first).stat().st_ino == written
+    for damage in (Path.unlink, lambda path: path.write_bytes(b"RIFF")):
+        damage(Path(second))
+        assert labels(tmp_path / "clips") == {"a.wav": ["dog"], "b.wav": ["dog"]}
+        assert Path(second).read_bytes() == (tmp_path / "made" / "dog" / "b.wav").read_bytes()
+
+
 def test_a_table_of_files_is_in_memory_and_costs_seconds(tmp_path):
     import time
 

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from ..errors import UserError
-from ..files import hash_file
+from ..files import discard, hash_file
 from .decode import AUDIO_SUFFIXES
 from .left_out import count_suffixes, is_hidden, warn_of_repeats, warn_of_unread
 from .metadata import METADATA_FILES, Metadata, read_metadata
-from .paths import encode_path, files_below, find_files, printable_path
+from .paths import encode_path, files_below, find_files, printable_path, stat_files
 
 
 if TYPE_CHECKING:
@@ -235,6 +235,8 @@ def _extract(archive: Path) -> Path:
     """Extract a `.zip` into the cache of `datasets`, by the hash of its content."""
     cache = Path(import_datasets().config.HF_DATASETS_CACHE) / "extracted"
     folder = cache / hash_files([archive])
+    if folder.is_dir() and not _holds_all(folder, archive):
+        discard(folder)
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=cache))
@@ -248,6 +250,14 @@ def _extract(archive: Path) -> Path:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _holds_all(folder: Path, archive: Path) -> bool:
+    """Whether what was extracted is still there: programs that clear caches delete single files."""
+    with zipfile.ZipFile(archive) as file:
+        members = [(member.filename.split("/"), member.file_size) for member in file.infolist() if not member.is_dir()]
+    sizes = {os.path.join(folder, *(part for part in parts if part not in ("", ".", ".."))): size for parts, size in members}
+    return all(state is not None and state.st_size == size for state, size in zip(stat_files(list(sizes)), sizes.values()))
 
 
 def hash_files(files: Iterable[str | Path]) -> str:
