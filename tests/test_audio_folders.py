@@ -163,6 +163,21 @@ def test_rows_that_cannot_be_right_are_named(tmp_path, rows: list[str], message:
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'file_name': 'a.wav'}", "Expecting property name enclosed in double quotes, character 2"),
+        ('{"file_name": "a.wav"', "Expecting ',' delimiter, character 22"),
+        ('{"file_name": "a.wav", "label": "a", "label": "b"}', "'label' stands twice"),
+    ],
+)
+def test_a_line_that_is_not_json_is_named(tmp_path, line: str, message: str):
+    write(tmp_path, "a.wav")
+    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.wav"}}\n\n{line}\n')
+    with pytest.raises(UserError, match=rf"^line 3 of .*metadata.jsonl is .*, which is not an object in JSON \({message}\)$"):
+        open_splits(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"name,label\na.wav,x\n", "has the columns name, label, but must have one called file_name"),

@@ -164,13 +164,25 @@ def _read_csv(file: Path) -> tuple[pa.Table, Sequence[int]]:
     return pa.concat_tables(pieces) if pieces else pa.table([pa.array([], pa.string()) for _ in header], names=header), lines
 
 
+def _without_repeats(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(entries)
+    if len(values) < len(entries):
+        names = [name for name, _ in entries]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return values
+
+
 def _read_jsonl(file: Path) -> tuple[pa.Table, Sequence[int]]:
     """Columns with the types of their values."""
     lines, rows = array("q"), []
     with file.open(encoding="utf-8-sig") as text:
         for number, line in enumerate(text, start=1):
             if line.strip():
-                row = json.loads(line)
+                try:
+                    row = json.loads(line.strip(), object_pairs_hook=_without_repeats)
+                except ValueError as error:
+                    said = f"{error.msg}, character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                    raise UserError(f"line {number} of {file} is {line.strip()[:80]!r}, which is not an object in JSON ({said})") from error
                 if not isinstance(row, dict):
                     raise UserError(f"line {number} of {file} is {line.strip()[:80]!r}, but must be an object with file_name")
                 lines.append(number)
