@@ -436,6 +436,7 @@ def test_no_clip_has_no_vector():
         ({"batch_size": float("nan")}, "batch_size is nan, but must be a whole number"),
         ({"batch_size": "8"}, "batch_size is '8'"),
         ({"hop": "1"}, "hop is '1' s, but must be a number"),
+        ({"hop": True}, "hop is True s, but must be a number"),
         ({"window": "1"}, "window is '1' s, but must be a number"),
         ({"sampling_rate": 44_100}, "sampling_rate is 44100 Hz, but the model takes 16000 Hz"),
     ],

@@ -61,7 +61,8 @@ class Windowing:
         frame, shift = frame_geometry(rate)
         step, frames = size * shift, feature_extractor.max_length
         for name, seconds in (("hop", hop), ("window", window)):
-            if seconds is not None and not (isinstance(seconds, Real) and math.isfinite(seconds) and round(seconds * rate) >= 1):
+            is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+            if seconds is not None and not (is_number and math.isfinite(seconds) and round(seconds * rate) >= 1):
                 raise ValueError(f"{name} is {seconds!r} s, but must be a number of at least one sample, {1 / rate:.2g} s")
         if window is not None:
             frames = round(window * rate / step) * size
