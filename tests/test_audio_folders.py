@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -364,6 +365,19 @@ def test_links_to_one_file_in_two_splits_are_found(tmp_path, link):
     splits = open_splits(tmp_path)
     with pytest.raises(UserError, match="d.wav, which is .*a.wav, is both in train and in test"):
         check_apart({name: AudioColumn(rows) for name, rows in splits.items()})
+
+
+def test_copies_of_files_in_two_splits_are_named(tmp_path, caplog):
+    write(tmp_path, "train/dog/a.wav", "train/cat/b.wav", "test/cat/c.wav")
+    check_apart({name: AudioColumn(rows) for name, rows in open_splits(tmp_path).items()})
+    assert not caplog.records
+    shutil.copy(tmp_path / "train" / "dog" / "a.wav", tmp_path / "test" / "cat" / "d.wav")
+    shutil.copy(tmp_path / "train" / "cat" / "b.wav", tmp_path / "train" / "cat" / "e.wav")
+    check_apart({name: AudioColumn(rows) for name, rows in open_splits(tmp_path).items()})
+    (said,) = caplog.messages
+    assert said.startswith("1 files have the content of a file in another part of the data, such as ")
+    assert f"{tmp_path / 'train/dog/a.wav'} in train" in said
+    assert f"{tmp_path / 'test/cat/d.wav'} in test" in said
 
 
 def test_a_linked_split_is_the_same_clips(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -238,8 +239,10 @@ def check_has_labels(labels: Labels) -> None:
 
 
 def check_apart(parts: dict[str, AudioColumn]) -> None:
-    """Raise a `UserError` if a file is in two of these parts of the data, by whatever name (links). Audio within tables is not compared."""
+    """Raise a `UserError` if a file is in two of these parts of the data, by whatever name (links), and warn of copies: files of the same
+    content in two parts, where files of the same size have up to 2 GB together. Audio within tables is not compared."""
     found: dict[Any, tuple[str, str]] = {}
+    by_size: defaultdict[int, list[tuple[str, str, int]]] = defaultdict(list)
     for part, sources in parts.items():
         paths = list(dict.fromkeys(sources.paths or []))
         for path, state in zip(paths, stat_files([decode_path(path) for path in paths])):
@@ -248,6 +251,37 @@ def check_apart(parts: dict[str, AudioColumn]) -> None:
             if other != part:
                 names = printable_path(path if first == path else f"{path}, which is {first},")
                 raise UserError(f"{names} is both in {other} and in {part}: what is evaluated on must not be trained on")
+            if state and state.st_size:
+                by_size[state.st_size].append((path, part, state.st_mtime_ns))
+    alike = {size: files for size, files in by_size.items() if len({part for _, part, _ in files}) > 1}
+    if sum(size * len(files) for size, files in alike.items()) <= HASHED_BYTES:
+        _warn_of_copies([(path, part, size, time) for size, files in alike.items() for path, part, time in files])
+
+
+def _warn_of_copies(files: list[tuple[str, str, int, int]]) -> None:
+    """Warn of files with the content of a file in another part, of `(path, part, size, time)`."""
+
+    def hash_one(file: tuple[str, str, int, int]) -> str:
+        path, _, size, time = file
+        try:
+            return _hash_content(decode_path(path), True, size, time)
+        except OSError:  # counted where it is decoded
+            return path
+
+    with ThreadPoolExecutor(16) as pool:
+        contents = list(pool.map(hash_one, files))
+    firsts: dict[str, tuple[str, str]] = {}
+    copies = [
+        (path, part, *first)
+        for (path, part, *_), content in zip(files, contents)
+        if (first := firsts.setdefault(content, (path, part)))[1] != part
+    ]
+    if copies:
+        path, part, original, other = map(printable_path, copies[0])
+        logger.warning(
+            f"{len(copies)} files have the content of a file in another part of the data, such as {path} in {part} and {original} in "
+            f"{other}: what is evaluated on should not be trained on"
+        )
 
 
 def hash_rows(*parts: LabelledRows | None) -> str:
