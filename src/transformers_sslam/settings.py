@@ -77,7 +77,7 @@ def parse_settings(cls: type[Settings], arguments: Sequence[str], *, prog: str =
 
 
 def _check_given(cls: type, values: Any) -> None:
-    """Reject null where a setting has no such value, which jsonargparse accepts everywhere, `.nan`, which is a float to YAML, and a path
+    """Reject null where a setting has no such value, which jsonargparse accepts everywhere, `.nan` and `.inf`, floats to YAML, and a path
     without a name: an unset variable of the shell would stand for the current folder. Expand `~/`, which no shell does in a file, nor
     every one behind `--name=`."""
     for name, kind, _ in _kinds(cls):
@@ -85,18 +85,18 @@ def _check_given(cls: type, values: Any) -> None:
         value = values.get(name, MISSING)
         if value is None and kind is not Any and NoneType not in (kind, *get_args(kind)) and values.get(group, True) is not None:
             raise UserError(_unexpected(name, "null", kind) + ": give one, or leave it out")
-        if _has_nan(value):
-            raise UserError(f"{name} is {value}, but nan is not valid: give a number, or leave it out")
+        if not _is_finite(value):
+            raise UserError(f"{name} is {value}, but numbers must be finite: give another, or leave it out")
         if isinstance(value, str | list):
             values[name] = _expand_home(value)
         if value == "" and name in PATHS:
             raise UserError(f"{name} is empty, but a path is expected{'' if name == 'output' else ': write . for the current folder'}")
 
 
-def _has_nan(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     if isinstance(value, dict):
-        return any(map(_has_nan, value.values()))
-    return any(map(_has_nan, value)) if isinstance(value, list) else isinstance(value, float) and math.isnan(value)
+        return all(map(_is_finite, value.values()))
+    return all(map(_is_finite, value)) if isinstance(value, list) else not isinstance(value, float) or math.isfinite(value)
 
 
 def _expand_home(value: Any) -> Any:
